@@ -1,0 +1,111 @@
+"""The tiny configurations, models and tokenizers that all tests share. Sizes differ (K, V, L, dims) so that a mixed-up
+axis cannot go unnoticed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from training.text_tokenizer import train_text_tokenizer
+from unitok_mllm import (
+    UniTokConfig,
+    UniTokImageProcessor,
+    UniTokMLLMForConditionalGeneration,
+    UniTokMLLMProcessor,
+    UniTokModel,
+)
+
+
+sys.path.insert(0, str(Path(__file__).parent))  # reference_weights
+
+FIXTURES = Path(__file__).parent / "fixtures"
+IMAGE_SIZE = 48  # 3 x 3 positions
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    set_seed(0)
+
+
+@pytest.fixture
+def tokenizer_config() -> UniTokConfig:
+    return UniTokConfig(
+        vision_config={
+            "image_size": IMAGE_SIZE,
+            "stem_width": 8,
+            "stage_dims": (8, 16),
+            "stage_depths": (1, 2),
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_codebooks": 4,
+            "codebook_size": 32,
+            "quantizer_dim": 24,
+            "projection_dim": 20,
+        },
+        text_config={
+            "vocab_size": 300,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "projection_dim": 20,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 16,
+            "hidden_act": "gelu",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+    )
+
+
+@pytest.fixture
+def visual_tokenizer(tokenizer_config) -> UniTokModel:
+    return UniTokModel(tokenizer_config).eval()
+
+
+@pytest.fixture(scope="session")
+def text_tokenizer() -> PreTrainedTokenizerFast:
+    return train_text_tokenizer(["what is the blue shape? a red circle", "USER: ASSISTANT: yes no"], vocab_size=300)
+
+
+@pytest.fixture
+def processor(text_tokenizer) -> UniTokMLLMProcessor:
+    image_processor = UniTokImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    return UniTokMLLMProcessor(image_processor, text_tokenizer, boi_token="<boi>", eoi_token="<eoi>")
+
+
+@pytest.fixture
+def llama_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+@pytest.fixture
+def mllm(llama_config, visual_tokenizer, processor) -> UniTokMLLMForConditionalGeneration:
+    return UniTokMLLMForConditionalGeneration.from_parts(
+        LlamaForCausalLM(llama_config),
+        visual_tokenizer,
+        depth_config={"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3},
+        embedder_dim=40,
+        embedder_heads=2,
+        **processor.config_token_ids(),
+    ).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Four different images, (4, 3, 48, 48) in [-1, 1]."""
+    return torch.rand(4, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1

@@ -1,0 +1,70 @@
+"""easy-VQA (PyPI `easy-vqa`, MIT): 4000 + 1000 images of one coloured shape, with 38,575 + 9,673 questions.
+
+https://github.com/vzhou842/easy-VQA
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import easy_vqa
+
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+KINDS = ("yes/no", "color", "shape")
+
+
+@dataclass
+class Sample:
+    """One image with its (question, answer) pairs.
+
+    `caption` says what follows from them: "a red circle", or where they leave it open "a circle", "a red shape".
+    """
+
+    image: Path
+    caption: str
+    questions: list[tuple[str, str]]
+
+
+def question_kind(answer: str) -> str:
+    """The kind of a question by its answer: "yes/no", "color" or "shape"."""
+    return "color" if answer in COLORS else "shape" if answer in SHAPES else "yes/no"
+
+
+def _value(words: tuple[str, ...], questions: list[tuple[str, str]]) -> str | None:
+    """The one shape or colour that the questions and answers about an image leave possible; None if several."""
+    possible = set(words)
+    for question, answer in questions:
+        mentioned = possible.intersection(question.rstrip("?").split())
+        if answer in words:
+            possible &= {answer}
+        elif mentioned and answer in ("yes", "no"):
+            negated = " not " in question or " no " in question
+            possible = possible & mentioned if (answer == "yes") != negated else possible - mentioned
+        elif mentioned:  # "what color is the circle?" gives the shape away
+            possible &= mentioned
+    return possible.pop() if len(possible) == 1 else None
+
+
+def _caption(questions: list[tuple[str, str]]) -> str:
+    color, shape = _value(COLORS, questions), _value(SHAPES, questions)
+    return " ".join(["a", *([color] if color else []), shape or "shape"])
+
+
+def load(split: str) -> list[Sample]:
+    """The "train" or "test" split, in the order of the image numbers.
+
+    Raises:
+        ValueError: another split.
+    """
+    if split == "train":
+        paths, rows = easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()
+    elif split == "test":
+        paths, rows = easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions()
+    else:
+        raise ValueError(f"easy-VQA has the splits 'train' and 'test', not {split!r}.")
+    questions = defaultdict(list)
+    for question, answer, number in zip(*rows, strict=True):
+        questions[number].append((question, answer))
+    return [Sample(Path(paths[n]), _caption(questions[n]), questions[n]) for n in sorted(paths)]

@@ -1,0 +1,48 @@
+"""UniTok: one LLM that reads images and draws them. Importing the package registers it with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .configuration_unitok import UniTokConfig, UniTokDepthConfig, UniTokMLLMConfig, UniTokVisionConfig
+from .image_processing_unitok import UniTokImageProcessor, UniTokImageProcessorPil
+from .modeling_unitok import UniTokModel, UniTokVisionModel
+from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
+from .processing_unitok import UniTokMLLMProcessor
+from .quantization_unitok import UniTokMultiCodebookQuantizer
+
+
+__version__ = "0.1.0"
+
+for _config, _model in (
+    (UniTokConfig, UniTokModel),
+    (UniTokVisionConfig, UniTokVisionModel),
+    (UniTokMLLMConfig, UniTokMLLMForConditionalGeneration),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoImageProcessor.register(
+        _config, image_processor_classes={"torchvision": UniTokImageProcessor, "pil": UniTokImageProcessorPil}
+    )
+AutoModelForImageTextToText.register(UniTokMLLMConfig, UniTokMLLMForConditionalGeneration)
+AutoModelForMultimodalLM.register(UniTokMLLMConfig, UniTokMLLMForConditionalGeneration)
+AutoProcessor.register(UniTokMLLMConfig, UniTokMLLMProcessor)
+
+__all__ = [
+    "UniTokConfig",
+    "UniTokDepthConfig",
+    "UniTokImageProcessor",
+    "UniTokImageProcessorPil",
+    "UniTokMLLMConfig",
+    "UniTokMLLMForConditionalGeneration",
+    "UniTokMLLMProcessor",
+    "UniTokModel",
+    "UniTokMultiCodebookQuantizer",
+    "UniTokVisionConfig",
+    "UniTokVisionModel",
+]

@@ -1,0 +1,284 @@
+"""Configurations of the UniTok visual tokenizer and of the unified multimodal LLM built on it.
+
+Paper: UniTok, https://arxiv.org/abs/2502.20321.  Letters used throughout the package: B batch, K sub-codebooks,
+V codes in each sub-codebook, L image positions (height/16 * width/16, row-major), C hidden size of the tower.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, CLIPTextConfig, LlamaConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+
+@strict
+class UniTokVisionConfig(PreTrainedConfig):
+    """The vision tower: a ViTamin encoder, the multi-codebook quantizer, and the projections around it.
+
+    The defaults are the released `large` model; `UniTokConfig.preset` names the others.
+
+    Args:
+        image_size: height and width in pixels of the images it is made for; a multiple of 16.
+        stem_width, stage_dims, stage_depths: channels of the stem, and channels and blocks of the two MBConv stages.
+        hidden_size, num_hidden_layers, num_attention_heads: C, transformer blocks and heads after the stages.
+        mlp_ratio: GeGLU width over `hidden_size`.
+        num_codebooks, codebook_size: K and V.
+        quantizer_dim: dims of a token before quantization, split evenly over the K sub-codebooks.
+        quant_proj: "attention" (the paper's attention projection) or "linear".
+        causal_projection: whether the attention projections are causal (the first release, February 2025) or full
+            (the release of April 2025).
+        projection_dim: dims of the CLIP-style image embedding.
+        vq_beta: weight of the commitment term of the VQ loss.
+        entropy_temperature: softmax temperature of the entropy loss.
+        drop_path_rate: stochastic depth in the transformer blocks, while training.
+    """
+
+    model_type = "unitok_vision_model"
+    base_config_key = "vision_config"
+    patch_size = 16
+
+    image_size: int = 256
+    num_channels: int = 3
+    stem_width: int = 160
+    stage_dims: list[int] | tuple[int, ...] = (160, 320)
+    stage_depths: list[int] | tuple[int, ...] = (2, 4)
+    hidden_size: int = 1024
+    num_hidden_layers: int = 31
+    num_attention_heads: int = 16
+    mlp_ratio: float | int = 2.0
+    num_codebooks: int = 8
+    codebook_size: int = 4096
+    quantizer_dim: int = 64
+    quant_proj: str = "attention"
+    causal_projection: bool = False
+    projection_dim: int = 768
+    vq_beta: float | int = 0.25
+    entropy_temperature: float | int = 0.01
+    drop_path_rate: float | int = 0.0
+    initializer_range: float = 0.02
+
+    def validate_architecture(self):
+        if self.image_size <= 0 or self.image_size % self.patch_size:
+            raise ValueError(f"image_size ({self.image_size}) is not a multiple of the stride ({self.patch_size}).")
+        if self.quantizer_dim % self.num_codebooks:
+            raise ValueError(
+                f"quantizer_dim ({self.quantizer_dim}) is not a multiple of num_codebooks ({self.num_codebooks})."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})."
+            )
+        if not 0 < self.codebook_size <= 2**16:
+            raise ValueError(f"codebook_size ({self.codebook_size}) is not between 1 and 65536: codes are uint16.")
+        if len(self.stage_dims) != 2 or len(self.stage_depths) != 2:
+            raise ValueError(
+                f"A ViTamin has two convolution stages, got stage_dims {self.stage_dims} "
+                f"and stage_depths {self.stage_depths}."
+            )
+        if self.quant_proj not in ("attention", "linear"):
+            raise ValueError(f"quant_proj is 'attention' or 'linear', got {self.quant_proj!r}.")
+
+    @property
+    def num_positions(self) -> int:
+        """L: the tokens of one image of `image_size`."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@strict
+class UniTokConfig(PreTrainedConfig):
+    """The whole tokenizer: vision tower, decoder (the tower's mirror image), and an optional CLIP text tower.
+
+    Args:
+        vision_config: a `UniTokVisionConfig` (or its dict).
+        text_config: a `CLIPTextConfig` (or its dict), or None for a tokenizer without a text tower.
+        decoder_layers: transformer blocks of the decoder; None for as many as the encoder has.
+    """
+
+    model_type = "unitok"
+    sub_configs_defaults = {
+        "vision_config": UniTokVisionConfig,
+        "text_config": SubConfigSpec(config_class=CLIPTextConfig, optional=True),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    decoder_layers: int | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.decoder_layers is None:
+            self.decoder_layers = self.vision_config.num_hidden_layers
+
+    def validate_architecture(self):
+        if self.text_config is not None and self.text_config.projection_dim != self.vision_config.projection_dim:
+            raise ValueError(
+                f"The text tower's projection_dim ({self.text_config.projection_dim}) is not the vision tower's "
+                f"({self.vision_config.projection_dim})."
+            )
+
+    @classmethod
+    def preset(cls, name: str, **vision_overrides) -> "UniTokConfig":
+        """One of the known sizes: `large` and `base` (the paper's), `tiny` (64 px, trains on a laptop).
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"Unknown preset {name!r}; known: {', '.join(PRESETS)}.")
+        vision, text = PRESETS[name]
+        return cls(vision_config={**vision, **vision_overrides}, text_config=dict(text))
+
+
+_CLIP_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 768,
+    "num_attention_heads": 12,
+    "hidden_act": "gelu",
+}
+PRESETS = {
+    "large": ({}, _CLIP_TEXT),
+    "base": (
+        {
+            "stem_width": 128,
+            "stage_dims": (128, 256),
+            "hidden_size": 768,
+            "num_hidden_layers": 14,
+            "num_attention_heads": 12,
+        },
+        _CLIP_TEXT,
+    ),
+    "tiny": (
+        {
+            "image_size": 64,
+            "stem_width": 32,
+            "stage_dims": (32, 64),
+            "stage_depths": (1, 2),
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "codebook_size": 512,
+            "projection_dim": 128,
+        },
+        {
+            "vocab_size": 512,
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "projection_dim": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 32,
+            "hidden_act": "gelu",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+    ),
+}
+
+
+@strict
+class UniTokDepthConfig(PreTrainedConfig):
+    """The depth transformer that predicts the K codes of one image position, one after the other.
+
+    Its layers are Llama's, with RoPE positions 0..K-1.
+
+    Args:
+        hidden_size: None for the LLM's own; a linear layer bridges the two where they differ.
+        intermediate_size: None for the LLM's own where the hidden sizes agree, else 4 times `hidden_size`.
+        num_attention_heads, num_key_value_heads: None for heads of 64 dims (one head below 64), all with own keys.
+    """
+
+    model_type = "unitok_depth"
+    base_config_key = "depth_config"
+
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 3
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    rms_norm_eps: float | int = 1e-5
+    rope_theta: float | int = 10000.0
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+
+    def llama_config(self, num_codebooks: int) -> LlamaConfig:
+        """The `LlamaConfig` from which the layers are built."""
+        return LlamaConfig(
+            vocab_size=1,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            rms_norm_eps=self.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            max_position_embeddings=num_codebooks,
+            hidden_act=self.hidden_act,
+        )
+
+
+@strict
+class UniTokMLLMConfig(PreTrainedConfig):
+    """The unified multimodal LLM: any causal LM, the visual tokenizer, the embedder and the depth transformer.
+
+    Args:
+        text_config: the LLM's own config (or its dict, with `model_type`); any causal LM of transformers.
+        visual_config: a `UniTokConfig` (or its dict).
+        depth_config: a `UniTokDepthConfig` (or its dict); sizes left out follow the LLM.
+        embedder_dim, embedder_heads: width and heads of the embedder's causal attention projection.
+        boi_token_id, eoi_token_id: the tokens that open and close an image.
+        image_token_id: the placeholder at image positions; never looked up, so it may lie beyond the LLM's vocabulary.
+        image_loss_z_weight: weight of the mean squared maximal logit in the image loss.
+    """
+
+    model_type = "unitok_mllm"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "visual_config": UniTokConfig,
+        "depth_config": UniTokDepthConfig,
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    visual_config: dict | PreTrainedConfig | None = None
+    depth_config: dict | PreTrainedConfig | None = None
+    embedder_dim: int = 1024
+    embedder_heads: int = 16
+    boi_token_id: int = 3
+    eoi_token_id: int = 4
+    image_token_id: int = 32000
+    image_loss_z_weight: float | int = 5e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        depth, text = self.depth_config, self.text_config
+        same_width = depth.hidden_size in (None, text.hidden_size)
+        if depth.hidden_size is None:
+            depth.hidden_size = text.hidden_size
+        if depth.intermediate_size is None:
+            depth.intermediate_size = text.intermediate_size if same_width else 4 * depth.hidden_size
+        if depth.num_attention_heads is None:
+            depth.num_attention_heads = max(1, depth.hidden_size // 64)
+        if depth.num_key_value_heads is None:
+            depth.num_key_value_heads = depth.num_attention_heads
+
+    def validate_architecture(self):
+        if self.embedder_dim % self.embedder_heads:
+            raise ValueError(
+                f"embedder_dim ({self.embedder_dim}) is not a multiple of embedder_heads ({self.embedder_heads})."
+            )
+        if len({self.boi_token_id, self.eoi_token_id, self.image_token_id}) != 3:
+            raise ValueError(
+                f"boi_token_id ({self.boi_token_id}), eoi_token_id ({self.eoi_token_id}) and "
+                f"image_token_id ({self.image_token_id}) must differ."
+            )
+
+    @property
+    def num_image_positions(self) -> int:
+        """L: the positions that one image takes in the sequence."""
+        return self.visual_config.vision_config.num_positions
+
+
+__all__ = ["UniTokConfig", "UniTokDepthConfig", "UniTokMLLMConfig", "UniTokVisionConfig"]

@@ -1,0 +1,310 @@
+"""Converts original UniTok checkpoints into folders that the Auto classes load.
+
+A tokenizer `.pth` is `{"args": {...}, "trainer": {"unitok": {name: tensor}}}`; an original MLLM is a Llama folder with
+`model.multi_embedder.*` and `ar_head.*` beside the LLM's own keys.  Widths and depths are read off the tensors.  Every
+tensor is used or listed in the report; pickles are read with `weights_only=True` and never executed without a flag.
+"""
+
+import json
+import pickle
+import re
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, PreTrainedModel
+
+from .configuration_unitok import UniTokConfig, UniTokDepthConfig, UniTokMLLMConfig, UniTokVisionConfig
+from .image_processing_unitok import UniTokImageProcessor
+from .modeling_unitok import UniTokModel
+from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
+from .processing_unitok import UniTokMLLMProcessor
+
+
+StateDict = dict[str, torch.Tensor]
+
+# Original key -> our key, for the keys that move one to one.
+TOKENIZER_KEYS = (
+    (r"^(encoder|quant_proj|post_quant_proj|fc_norm|projection)\.", r"vision_model.\1."),
+    (r"^text_encoder\.token_embedding\.weight$", "text_model.text_model.embeddings.token_embedding.weight"),
+    (r"^text_encoder\.positional_embedding$", "text_model.text_model.embeddings.position_embedding.weight"),
+    (r"^text_encoder\.ln_final\.", "text_model.text_model.final_layer_norm."),
+    (r"^text_encoder\.text_projection$", "text_model.text_projection.weight"),
+    (r"^text_encoder\.transformer\.resblocks\.(\d+)\.", r"text_model.text_model.encoder.layers.\1."),
+    (r"(text_model\..*)\.ln_(\d)\.", r"\1.layer_norm\2."),
+    (r"(text_model\..*)\.attn\.", r"\1.self_attn."),
+    (r"(text_model\..*)\.mlp\.c_fc\.", r"\1.mlp.fc1."),
+    (r"(text_model\..*)\.mlp\.c_proj\.", r"\1.mlp.fc2."),
+)
+MLLM_KEYS = (
+    (r"^model\.multi_embedder\.attn_projection\.", "embedder.projection."),
+    (r"^model\.multi_embedder\.mm_projector\.0\.", "embedder.norm."),
+    (r"^model\.multi_embedder\.mm_projector\.1\.", "embedder.fc1."),
+    (r"^model\.multi_embedder\.mm_projector\.3\.", "embedder.fc2."),
+    (r"^ar_head\.linear_head\.", "depth_head.head."),
+    (r"^ar_head\.(layers|norm)\.", r"depth_head.\1."),
+    (r"^(model|lm_head)\.", r"language_model.\1."),
+)
+ALWAYS_ZERO = re.compile(r"(^encoder\.pos_embed|\.zero_k_bias)$")
+UNUSED = re.compile(r"(^model\.vision_tokenizer\.|\.rotary_emb\.inv_freq$)")
+
+
+class ConversionError(ValueError):
+    """The source is not what it should be; the message says why."""
+
+
+@dataclass
+class ConversionReport:
+    """What became of the source's tensors: `used` of them, and the names of those that were left out and why."""
+
+    used: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.used} tensors used, {len(self.left_out)} left out"]
+        return "\n".join(lines + [f"  {name}: {why}" for name, why in self.left_out.items()])
+
+
+def read_pickle(path: Path, allow_pickle: bool = False) -> object:
+    """Reads a torch checkpoint without executing it.
+
+    Raises:
+        ConversionError: it is no torch checkpoint, or only loads by executing a pickle and `allow_pickle` is False.
+    """
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if allow_pickle:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        raise ConversionError(
+            f"{path} is no torch checkpoint of plain tensors. If you trust it, allow its pickle to be executed "
+            f"with --allow-pickle. ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ConversionError(f"{path} is no torch checkpoint: {str(error).splitlines()[0]}") from error
+
+
+def _rename(key: str, patterns: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in patterns:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _stack(state: StateDict, prefix: str, suffix: str) -> torch.Tensor:
+    """`prefix.0.suffix`, `prefix.1.suffix`, ... removed from `state` and stacked in the order of their numbers."""
+    names = [name for name in state if name.startswith(f"{prefix}.") and name.endswith(f".{suffix}")]
+    if not names:
+        raise ConversionError(f"The checkpoint has no {prefix}.*.{suffix}.")
+    names.sort(key=lambda name: int(name.removeprefix(f"{prefix}.").split(".")[0]))
+    return torch.stack([state.pop(name) for name in names])
+
+
+def _count_layers(state: StateDict, prefix: str) -> int:
+    return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
+
+
+def _take_zeros(state: StateDict, report: ConversionReport) -> None:
+    """Removes the tensors that are zero by construction; a non-zero one is an error, since nothing here adds it."""
+    for name in [name for name in state if ALWAYS_ZERO.search(name)]:
+        if state.pop(name).any():
+            raise ConversionError(f"{name} is not zero as in every released checkpoint; this model cannot hold it.")
+        report.left_out[name] = "zero by construction"
+
+
+def _load_exactly(model: PreTrainedModel, state: StateDict) -> None:
+    """Loads the state dict; missing, unexpected or misshapen tensors are errors that name them."""
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ConversionError(f"The checkpoint does not fit: {error}") from error
+    if missing or unexpected:
+        raise ConversionError(
+            f"The checkpoint lacks {missing or 'nothing'}, and has unknown {unexpected or 'nothing'}."
+        )
+
+
+def tokenizer_config(args: dict, state: StateDict) -> UniTokConfig:
+    """The config that a tokenizer checkpoint's tensors and arguments amount to."""
+    hidden_size = state["encoder.norm.weight"].shape[0]
+    stages = "encoder.patch_embed.backbone.stages"
+    codebook_size, codebook_dim = state["quantizer.codebooks.0.codebook.weight"].shape
+    num_codebooks = _count_layers(state, "quantizer.codebooks.")
+    if not str(args.get("model", "")).startswith("vitamin"):
+        raise ConversionError(f"Only ViTamin tokenizers are known, not {args.get('model')!r}.")
+    vision = UniTokVisionConfig(
+        image_size=args["img_size"],
+        stem_width=state["encoder.patch_embed.backbone.stem.conv1.weight"].shape[0],
+        stage_dims=[state[f"{stages}.{i}.0.conv3_1x1.weight"].shape[0] for i in range(2)],
+        stage_depths=[_count_layers(state, f"{stages}.{i}.") for i in range(2)],
+        hidden_size=hidden_size,
+        num_hidden_layers=_count_layers(state, "encoder.blocks."),
+        num_attention_heads=hidden_size // 64,  # of every ViTamin
+        num_codebooks=num_codebooks,
+        codebook_size=codebook_size,
+        quantizer_dim=num_codebooks * codebook_dim,
+        quant_proj="attention" if "quant_proj.attn.qkv.weight" in state else "linear",
+        causal_projection=bool(args.get("causal_projection", False)),
+        projection_dim=state["projection.weight"].shape[0],
+        vq_beta=args.get("vq_beta", 0.25),
+    )
+    text = None
+    if "text_encoder.text_projection" in state:
+        layers = "text_encoder.transformer.resblocks."
+        text_width, projection_dim = state["text_encoder.text_projection"].shape
+        text = CLIPTextConfig(
+            vocab_size=state["text_encoder.token_embedding.weight"].shape[0],
+            hidden_size=text_width,
+            intermediate_size=state[f"{layers}0.mlp.c_fc.weight"].shape[0],
+            projection_dim=projection_dim,
+            num_hidden_layers=_count_layers(state, layers),
+            num_attention_heads=args["text_heads"],
+            max_position_embeddings=state["text_encoder.positional_embedding"].shape[0],
+            hidden_act="gelu",
+        )
+    return UniTokConfig(vision_config=vision, text_config=text, decoder_layers=_count_layers(state, "decoder.blocks."))
+
+
+def tokenizer_state_dict(state: StateDict, report: ConversionReport) -> StateDict:
+    """Our names and layouts for an original tokenizer's tensors."""
+    state = dict(state)
+    report.used += len(state)
+    _take_zeros(state, report)
+    report.used -= len(report.left_out)
+    converted = {
+        "vision_model.quantizer.codebooks": _stack(state, "quantizer.codebooks", "codebook.weight"),
+        "vision_model.quantizer.usage": _stack(state, "quantizer.codebooks", "vocab_usage"),
+    }
+    for name, tensor in state.items():
+        new_name = _rename(name, TOKENIZER_KEYS)
+        if ".self_attn.in_proj_" in new_name:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                converted[new_name.replace("in_proj_", f"{letter}_proj.")] = part
+        else:
+            converted[new_name] = tensor.T if new_name == "text_model.text_projection.weight" else tensor
+    return converted
+
+
+def load_original_tokenizer(
+    source: Path, allow_pickle: bool = False, causal: bool = False
+) -> tuple[UniTokModel, ConversionReport]:
+    """A `UniTokModel` in eval mode from an original `.pth`, and what became of its tensors.
+
+    Args:
+        source: the file.
+        allow_pickle: execute the file's pickle if it does not load otherwise.
+        causal: the checkpoint is of the first release (February 2025), whose attention projections are causal.
+
+    Raises:
+        ConversionError: it is no such checkpoint.
+    """
+    checkpoint = read_pickle(source, allow_pickle)
+    try:
+        args, state = checkpoint["args"], checkpoint["trainer"]["unitok"]
+        args = dict(vars(args) if isinstance(args, Namespace) else args)
+        config = tokenizer_config(args | {"causal_projection": causal}, state)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ConversionError(
+            f"{source} is no UniTok tokenizer checkpoint ({{'args', 'trainer': {{'unitok': ...}}}}): {error!r}"
+        ) from error
+    report = ConversionReport()
+    model = UniTokModel(config).eval()
+    _load_exactly(model, tokenizer_state_dict(state, report))
+    return model, report
+
+
+def _image_processor(config: UniTokVisionConfig, mode: str) -> UniTokImageProcessor:
+    return UniTokImageProcessor(mode=mode, size={"height": config.image_size, "width": config.image_size})
+
+
+def convert_tokenizer(
+    source: Path, folder: Path, allow_pickle: bool = False, causal: bool = False
+) -> ConversionReport:
+    """Writes an original tokenizer `.pth` as a folder with config, safetensors and image processor."""
+    model, report = load_original_tokenizer(source, allow_pickle, causal)
+    model.save_pretrained(folder)
+    _image_processor(model.config.vision_config, "reconstruct").save_pretrained(folder)
+    return report
+
+
+def _read_shards(source: Path, allow_pickle: bool) -> StateDict:
+    safetensors, pickles = sorted(source.glob("*.safetensors")), sorted(source.glob("pytorch_model*.bin"))
+    if not safetensors and not pickles:
+        raise ConversionError(f"{source} has neither *.safetensors nor pytorch_model*.bin files.")
+    state: StateDict = {}
+    for path in safetensors or pickles:
+        state |= load_file(path) if safetensors else read_pickle(path, allow_pickle)
+    return state
+
+
+def mllm_state_dict(state: StateDict, visual: UniTokModel, report: ConversionReport) -> StateDict:
+    """Our names and layouts for an original MLLM's tensors, with those of its visual tokenizer."""
+    state = dict(state)
+    for name in [name for name in state if UNUSED.search(name)]:
+        del state[name]
+        report.left_out[name] = "a copy of the visual tokenizer, or computed from the config"
+    zeros_before = len(report.left_out)
+    report.used += len(state)
+    _take_zeros(state, report)
+    report.used -= len(report.left_out) - zeros_before
+    codebooks = "model.multi_embedder.quantizer.codebooks"
+    converted = {
+        "embedder.quantizer.codebooks": _stack(state, codebooks, "codebook.weight"),
+        "embedder.quantizer.usage": _stack(state, codebooks, "vocab_usage"),
+        "depth_head.embeddings.weight": _stack(state, "ar_head.codebooks", "weight").flatten(0, 1),
+    }
+    converted |= {_rename(name, MLLM_KEYS): tensor for name, tensor in state.items()}
+    return converted | {f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}
+
+
+def convert_mllm(source: Path, tokenizer: Path, folder: Path, allow_pickle: bool = False) -> ConversionReport:
+    """Writes an original MLLM folder and its tokenizer `.pth` as one folder that does everything.
+
+    Raises:
+        ConversionError: either is not what it should be.
+    """
+    visual, report = load_original_tokenizer(tokenizer, allow_pickle)
+    state = _read_shards(source, allow_pickle)
+    config = json.loads((source / "config.json").read_text())
+    text_config = AutoConfig.for_model("llama", **{k: v for k, v in config.items() if k != "model_type"})
+    text_tokenizer = AutoTokenizer.from_pretrained(source)
+    processor = UniTokMLLMProcessor(
+        image_processor=_image_processor(visual.config.vision_config, "understand"),
+        tokenizer=text_tokenizer,
+        boi_token=text_tokenizer.convert_ids_to_tokens(3),
+        eoi_token=text_tokenizer.convert_ids_to_tokens(4),
+    )
+    try:
+        report = ConversionReport(report.used, report.left_out)
+        embedder_dim = state["model.multi_embedder.attn_projection.proj.weight"].shape[0]
+        depth_config = UniTokDepthConfig(
+            num_hidden_layers=_count_layers(state, "ar_head.layers."),
+            hidden_size=text_config.hidden_size,
+            intermediate_size=text_config.intermediate_size,
+            num_attention_heads=text_config.num_attention_heads,
+            num_key_value_heads=text_config.num_key_value_heads,
+            rms_norm_eps=text_config.rms_norm_eps,
+        )
+        converted = mllm_state_dict(state, visual, report)
+    except KeyError as error:
+        raise ConversionError(f"{source} is no UniTok MLLM: it has no {error}.") from error
+    model = UniTokMLLMForConditionalGeneration(
+        UniTokMLLMConfig(
+            text_config=text_config,
+            visual_config=visual.config,
+            depth_config=depth_config,
+            embedder_dim=embedder_dim,
+            boi_token_id=processor.boi_token_id,
+            eoi_token_id=processor.eoi_token_id,
+            image_token_id=processor.image_token_id,
+        )
+    ).eval()
+    _load_exactly(model, converted)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return report
+
+
+__all__ = ["ConversionError", "ConversionReport", "convert_mllm", "convert_tokenizer", "load_original_tokenizer"]

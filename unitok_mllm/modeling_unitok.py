@@ -1,0 +1,501 @@
+"""The UniTok visual tokenizer and its vision tower (https://arxiv.org/abs/2502.20321).
+
+    pixels -> encoder -> quant_proj -> quantizer -> codes
+    codes -> post_quant_proj -> semantic embeddings -> mean, norm, projection -> CLIP-style image embedding
+                                                    -> decoder -> pixels
+
+`UniTokVisionModel` is everything up to the image embedding; `UniTokModel` adds the decoder and a CLIP text tower.
+The encoder is timm's ViTamin.
+
+Differences from the reference code: the K sub-codebooks are one (K, V, D) parameter; nearest 2x upsampling followed by
+a 3x3 convolution is computed in its exact four-phase form; the text tower is transformers' own CLIP text model.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.layers import HybridEmbed, LayerNorm2d
+from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vitamin import GeGluMlp, MbConvStages, VitCfg
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint_sequential
+from transformers import Cache, CLIPTextModelWithProjection, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_unitok import UniTokConfig, UniTokVisionConfig
+from .quantization_unitok import UniTokMultiCodebookQuantizer
+
+
+# UniTok's GeGLU uses the tanh form of GELU, where timm's ViTamin uses the exact one.
+GEGLU_ACTIVATION = "gelu_tanh"
+
+
+@dataclass
+class UniTokOutput(ModelOutput):
+    """What `UniTokModel.forward` returns: all that a training loss may need, each under its name.
+
+    Attributes:
+        reconstruction: (B, 3, H, W), not clamped.
+        codes: (B, K, L), int64.
+        vq_loss, entropy_loss: scalars, float32; `entropy_loss` only where it was asked for.
+        codebook_usage: scalar, percent.
+        image_embeds, text_embeds: (B, projection_dim), of unit length; `text_embeds` only with `input_ids`.
+        logit_scale: scalar, what the cosine similarities are multiplied by; only with a text tower.
+        reconstruction_embeds: (B, projection_dim), the embedding of the reconstruction; only where it was asked for.
+    """
+
+    reconstruction: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    vq_loss: torch.Tensor | None = None
+    entropy_loss: torch.Tensor | None = None
+    codebook_usage: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    logit_scale: torch.Tensor | None = None
+    reconstruction_embeds: torch.Tensor | None = None
+
+
+class UniTokProjectionAttention(nn.Module):
+    """The attention of an attention projection: works at the wider of its two widths.
+
+    Widening concatenates the heads; narrowing averages them, and average-pools a head's dims to `out_dim` where these
+    differ.  Keys have no bias.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, num_heads: int, causal: bool):
+        super().__init__()
+        width = max(in_dim, out_dim)
+        if width % num_heads:
+            raise ValueError(
+                f"The attention projection's width ({width}) is not a multiple of its heads ({num_heads})."
+            )
+        self.out_dim, self.num_heads, self.causal = out_dim, num_heads, causal
+        self.narrowing = in_dim > out_dim
+        self.qkv = nn.Linear(in_dim, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(out_dim, out_dim)
+
+    def forward(self, hidden_states: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        batch, length, _ = hidden_states.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(hidden_states, self.qkv.weight, bias)
+        query, key, value = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            key, value = cache.update(key, value, 0)
+        is_causal = self.causal and length > 1
+        hidden_states = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)  # (B, heads, L, dims)
+        if self.narrowing:
+            hidden_states = F.adaptive_avg_pool1d(hidden_states.mean(dim=1), self.out_dim)
+        else:
+            hidden_states = hidden_states.transpose(1, 2).flatten(2)
+        return self.proj(hidden_states)
+
+
+class UniTokAttentionProjection(nn.Module):
+    """Changes the width of tokens with the help of their neighbours: a linear and an attention branch, then a GeGLU.
+
+    Args:
+        in_dim, out_dim: the two widths.
+        num_heads: heads of the attention branch.
+        causal: whether a token sees only itself and those before it.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, num_heads: int, causal: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(in_dim)
+        self.attn = UniTokProjectionAttention(in_dim, out_dim, num_heads, causal)
+        self.norm3 = nn.LayerNorm(in_dim)
+        self.proj = nn.Linear(in_dim, out_dim)
+        self.norm2 = nn.LayerNorm(out_dim)
+        self.mlp = GeGluMlp(out_dim, 2 * out_dim, act_layer=GEGLU_ACTIVATION)
+
+    def forward(self, hidden_states: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """(B, L, in_dim) -> (B, L, out_dim).
+
+        With a `cache` (and a causal projection) the tokens follow those seen before: a whole prefix at first, then one
+        token at a time.
+        """
+        attended = self.attn(self.norm1(hidden_states), cache)
+        hidden_states = self.proj(self.norm3(hidden_states)) + attended
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+def quantizer_projection(config: UniTokVisionConfig, in_dim: int, out_dim: int) -> nn.Module:
+    """The projection before or after the quantizer, of the kind that the config asks for."""
+    if config.quant_proj == "linear":
+        return nn.Linear(in_dim, out_dim)
+    return UniTokAttentionProjection(in_dim, out_dim, config.num_attention_heads, config.causal_projection)
+
+
+def vitamin_encoder(config: UniTokVisionConfig) -> VisionTransformer:
+    """timm's ViTamin of any size, without class token, position embedding or head: pixels to (B, L, C)."""
+    stages = MbConvStages(
+        VitCfg(
+            embed_dim=(*config.stage_dims, config.hidden_size),
+            depths=(*config.stage_depths, 1),
+            stem_width=config.stem_width,
+        ),
+        in_chans=config.num_channels,
+    )
+    stages.num_features = config.hidden_size
+    return VisionTransformer(
+        img_size=config.image_size,
+        patch_size=1,
+        in_chans=config.num_channels,
+        num_classes=0,
+        global_pool="",
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.mlp_ratio,
+        class_token=False,
+        pos_embed="none",
+        fc_norm=False,
+        dynamic_img_size=True,
+        drop_path_rate=config.drop_path_rate,
+        weight_init="skip",
+        embed_layer=partial(
+            HybridEmbed, backbone=stages, proj=False, feature_size=config.image_size // config.patch_size
+        ),
+        mlp_layer=GeGluMlp,
+        act_layer=GEGLU_ACTIVATION,
+    )
+
+
+class UniTokUpsampleConv(nn.Module):
+    """Nearest 2x upsampling, then a 3x3 convolution, computed on the small map.
+
+    Each of the four output phases sees only 2x2 input pixels, so four 2x2 kernels (sums of the 3x3 kernel's rows and
+    columns) give the same values with 4/9 of the arithmetic.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, _, height, width = hidden_states.shape
+        first, middle, last = self.conv.weight.unbind(2)
+        weight = torch.stack([first, middle + last, first + middle, last], 2)  # two row phases of two rows
+        first, middle, last = weight.unbind(3)
+        weight = torch.stack([first, middle + last, first + middle, last], 3)
+        weight = weight.unflatten(2, (2, 2)).unflatten(4, (2, 2))  # (out, in, row phase, 2, column phase, 2)
+        weight = weight.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
+        phases = F.conv2d(hidden_states, weight, self.conv.bias.repeat(4), padding=1).unflatten(1, (2, 2, -1))
+        rows = [
+            torch.stack([phases[:, r, c, :, r : r + height, c : c + width] for c in (0, 1)], dim=-1) for r in (0, 1)
+        ]
+        return torch.stack(rows, dim=3).reshape(batch, -1, 2 * height, 2 * width)
+
+
+class UniTokMBConvBlock(nn.Module):
+    """Inverted MBConv block of the decoder: 1x1 to 4x the output channels, depthwise 3x3, 1x1, around a shortcut.
+
+    With `upsample` the map doubles between the first two convolutions.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, upsample: bool = False):
+        super().__init__()
+        width = 4 * out_channels
+        if upsample:
+            self.shortcut = UniTokUpsampleConv(in_channels, out_channels)
+        elif in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        else:
+            self.shortcut = nn.Identity()
+        self.pre_norm = LayerNorm2d(in_channels, eps=1e-6)
+        self.conv1_1x1 = nn.Conv2d(in_channels, width, 1)
+        self.up = UniTokUpsampleConv(width, width) if upsample else nn.Identity()
+        self.conv2_kxk = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.conv3_1x1 = nn.Conv2d(width, out_channels, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        shortcut = self.shortcut(hidden_states)
+        hidden_states = self.up(F.gelu(self.conv1_1x1(self.pre_norm(hidden_states))))
+        return shortcut + self.conv3_1x1(F.gelu(self.conv2_kxk(hidden_states)))
+
+
+class UniTokDecoderStem(nn.Module):
+    """The last step to pixels: upsample 2x, LayerNorm and GELU, a 3x3 convolution to RGB."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.conv1 = UniTokUpsampleConv(channels, channels)
+        self.norm1 = LayerNorm2d(channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv2(F.gelu(self.norm1(self.conv1(hidden_states))))
+
+
+class UniTokDecoder(nn.Module):
+    """The encoder's mirror image: transformer blocks on the tokens, then four 2x upsamplings to pixels."""
+
+    def __init__(self, config: UniTokConfig):
+        super().__init__()
+        vision = config.vision_config
+        self.gradient_checkpointing = False
+        self.blocks = nn.Sequential(
+            *[
+                Block(
+                    vision.hidden_size,
+                    vision.num_attention_heads,
+                    mlp_ratio=vision.mlp_ratio,
+                    qkv_bias=True,
+                    drop_path=vision.drop_path_rate * i / max(1, config.decoder_layers - 1),
+                    norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                    act_layer=partial(nn.GELU, approximate="tanh"),
+                    mlp_layer=GeGluMlp,
+                )
+                for i in range(config.decoder_layers)
+            ]
+        )
+        self.norm = nn.LayerNorm(vision.hidden_size, eps=1e-6)
+        narrow, wide = vision.stage_dims
+        shallow, deep = vision.stage_depths
+        self.up_conv1 = UniTokUpsampleConv(vision.hidden_size, wide)
+        self.up_conv2 = nn.Sequential(*[UniTokMBConvBlock(wide, wide, upsample=i == 0) for i in range(deep)])
+        self.up_conv3 = nn.Sequential(
+            *[UniTokMBConvBlock(wide if i == 0 else narrow, narrow, upsample=i == 0) for i in range(shallow)]
+        )
+        self.up_conv4 = UniTokDecoderStem(narrow, vision.num_channels)
+
+    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """(B, h * w, C) -> (B, 3, 16 h, 16 w)."""
+        if self.gradient_checkpointing and self.training:
+            hidden_states = checkpoint_sequential(self.blocks, len(self.blocks), hidden_states, use_reentrant=False)
+        else:
+            hidden_states = self.blocks(hidden_states)
+        hidden_states = self.norm(hidden_states).transpose(1, 2).unflatten(2, grid_size)
+        hidden_states = self.up_conv3(self.up_conv2(self.up_conv1(hidden_states)))
+        return self.up_conv4(hidden_states)
+
+
+class UniTokPreTrainedModel(PreTrainedModel):
+    """Initialisation and loading shared by the tower and the whole tokenizer."""
+
+    config: UniTokConfig
+    base_model_prefix = "unitok"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["Block", "MbConvLNBlock", "UniTokMBConvBlock", "UniTokAttentionProjection"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+            init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        elif isinstance(module, UniTokMultiCodebookQuantizer):
+            init.normal_(module.codebooks, std=module.codebooks.shape[-1] ** -0.5)  # about unit length
+            init.zeros_(module.usage)
+        elif isinstance(module, UniTokProjectionAttention):
+            init.zeros_(module.q_bias)
+            init.zeros_(module.v_bias)
+        elif isinstance(module, UniTokModel) and module.logit_scale is not None:
+            init.constant_(module.logit_scale, math.log(1 / 0.07))
+
+
+class UniTokVisionModel(UniTokPreTrainedModel):
+    """The vision tower: pixels to codes and semantic embeddings.
+
+    It serves wherever transformers takes a vision tower, LLaVA included (`vision_feature_layer=-1`,
+    `vision_feature_select_strategy="full"`), and loads from a whole tokenizer's folder too.
+    """
+
+    config: UniTokVisionConfig
+    config_class = UniTokVisionConfig
+    base_model_prefix = "vision_model"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^text_model\.", r"^logit_scale$"]
+
+    def __init__(self, config: UniTokVisionConfig):
+        super().__init__(config)
+        self.gradient_checkpointing = False
+        self.encoder = vitamin_encoder(config)
+        self.quant_proj = quantizer_projection(config, config.hidden_size, config.quantizer_dim)
+        self.quantizer = UniTokMultiCodebookQuantizer(
+            config.num_codebooks,
+            config.codebook_size,
+            config.quantizer_dim,
+            beta=config.vq_beta,
+            entropy_temperature=config.entropy_temperature,
+        )
+        self.post_quant_proj = quantizer_projection(config, config.quantizer_dim, config.hidden_size)
+        self.fc_norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.projection = nn.Linear(config.hidden_size, config.projection_dim)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.patch_embed
+
+    def grid_size(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of tokens of these pixels.
+
+        Raises:
+            ValueError: not (B, 3, H, W), or a side that is not a multiple of 16.
+        """
+        channels, stride = self.config.num_channels, self.config.patch_size
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(f"Expected pixel_values of shape (B, {channels}, H, W), got {tuple(pixel_values.shape)}.")
+        height, width = pixel_values.shape[2:]
+        if height % stride or width % stride or not height or not width:
+            raise ValueError(f"The image size {height}x{width} is not a multiple of the stride {stride}.")
+        return height // stride, width // stride
+
+    def encode_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, L, quantizer_dim), the features before quantization."""
+        self.grid_size(pixel_values)
+        self.encoder.set_grad_checkpointing(self.gradient_checkpointing and self.training)
+        return self.quant_proj(self.encoder(pixel_values.to(self.dtype)))
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> codes (B, K, L), int64, L row-major."""
+        return self.quantizer.encode(self.encode_features(pixel_values))
+
+    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (B, K, L) -> semantic embeddings (B, L, C)."""
+        return self.post_quant_proj(self.quantizer.decode(codes))
+
+    def pool(self, semantic_embeds: torch.Tensor) -> torch.Tensor:
+        """Semantic embeddings (B, L, C) -> image embedding (B, projection_dim), of unit length."""
+        return F.normalize(self.projection(self.fc_norm(semantic_embeds.mean(dim=1))), dim=-1)
+
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Embeds images through their codes, with a straight-through gradient.
+
+        Args:
+            pixel_values: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            `last_hidden_state`: the semantic embeddings (B, L, C); `pooler_output`: the image embedding
+            (B, projection_dim) of unit length; `hidden_states`: a tuple that holds just `last_hidden_state`.
+        """
+        quantized = self.quantizer(self.encode_features(pixel_values))
+        semantic_embeds = self.post_quant_proj(quantized.features)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=semantic_embeds,
+            pooler_output=self.pool(semantic_embeds),
+            hidden_states=(semantic_embeds,),
+        )
+
+
+class UniTokModel(UniTokPreTrainedModel):
+    """The visual tokenizer: images to codes and back, and images and texts to one embedding space."""
+
+    config_class = UniTokConfig
+
+    def __init__(self, config: UniTokConfig):
+        super().__init__(config)
+        self.vision_model = UniTokVisionModel._from_config(config.vision_config)
+        self.decoder = UniTokDecoder(config)
+        self.text_model = self.logit_scale = None
+        if config.text_config is not None:
+            self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images to codes.
+
+        Args:
+            pixel_values: (B, 3, H, W) in [-1, 1]; H and W any multiples of 16.
+
+        Returns:
+            (B, K, L), int64, L = H/16 * W/16, row-major.
+
+        Raises:
+            ValueError: another shape, or a side that is not a multiple of 16.
+        """
+        return self.vision_model.encode(pixel_values)
+
+    def decode(self, codes: torch.Tensor, image_size: tuple[int, int] | None = None) -> torch.Tensor:
+        """Codes to images.
+
+        Args:
+            codes: (B, K, L), integers in [0, V).
+            image_size: (H, W) in pixels; None for a square image.
+
+        Returns:
+            (B, 3, H, W), clamped to [-1, 1].
+
+        Raises:
+            ValueError: L does not fit the image size, or is no square number and no size was given.
+        """
+        grid_size = self._grid_of_codes(codes, image_size)
+        return self.decoder(self.vision_model.embed_codes(codes), grid_size).clamp(-1, 1)
+
+    def _grid_of_codes(self, codes: torch.Tensor, image_size: tuple[int, int] | None) -> tuple[int, int]:
+        length, stride = codes.shape[-1], self.config.vision_config.patch_size
+        if image_size is None:
+            side = math.isqrt(length)
+            if side * side != length:
+                raise ValueError(f"{length} positions do not make a square: give image_size=(height, width).")
+            return side, side
+        height, width = image_size
+        if height % stride or width % stride or (height // stride) * (width // stride) != length:
+            raise ValueError(f"An image of {height}x{width} with stride {stride} does not have {length} positions.")
+        return height // stride, width // stride
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> image embeddings (B, projection_dim), of unit length."""
+        return self.vision_model(pixel_values).pooler_output
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T) token ids, each row with an end-of-text token -> (B, projection_dim), of unit length.
+
+        Raises:
+            ValueError: the tokenizer has no text tower.
+        """
+        if self.text_model is None:
+            raise ValueError("This tokenizer has no text tower (its config's text_config is None).")
+        return F.normalize(self.text_model(input_ids, attention_mask=attention_mask).text_embeds, dim=-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        with_entropy: bool = False,
+        with_reconstruction_embeds: bool = False,
+        **kwargs,
+    ) -> UniTokOutput:
+        """The training pass: reconstruction and embeddings, and every named input of a loss (see `UniTokOutput`).
+
+        Args:
+            pixel_values: (B, 3, H, W) in [-1, 1].
+            input_ids, attention_mask: (B, T), the captions; None for no text.
+            with_entropy: also compute the quantizer's entropy loss.
+            with_reconstruction_embeds: also embed the reconstruction (for cross-task consistency).
+        """
+        vision = self.vision_model
+        grid_size = vision.grid_size(pixel_values)
+        quantized = vision.quantizer(vision.encode_features(pixel_values), with_entropy=with_entropy)
+        semantic_embeds = vision.post_quant_proj(quantized.features)
+        reconstruction = self.decoder(semantic_embeds, grid_size)
+        return UniTokOutput(
+            reconstruction=reconstruction,
+            codes=quantized.codes,
+            vq_loss=quantized.vq_loss,
+            entropy_loss=quantized.entropy_loss,
+            codebook_usage=vision.quantizer.codebook_usage,
+            image_embeds=vision.pool(semantic_embeds),
+            text_embeds=None if input_ids is None else self.get_text_features(input_ids, attention_mask),
+            logit_scale=None if self.logit_scale is None else self.logit_scale.clamp(0, math.log(100)).exp(),
+            reconstruction_embeds=self.get_image_features(reconstruction) if with_reconstruction_embeds else None,
+        )
+
+
+__all__ = ["UniTokModel", "UniTokOutput", "UniTokPreTrainedModel", "UniTokVisionModel"]

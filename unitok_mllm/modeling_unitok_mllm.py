@@ -1,0 +1,315 @@
+"""The unified multimodal LLM of UniTok (https://arxiv.org/abs/2502.20321, section 3.3): one causal LM that reads images
+and draws them.
+
+    reading   bos ... boi IMG*L eoi ... question ... answer eos
+    drawing   bos caption boi IMG*L eoi eos
+
+An image, read or drawn, enters the LLM as the embeddings of its codes.  The state before each IMG position of a drawn
+image predicts that position's K codes through the depth transformer; every other target is plain text.
+
+Differences from the reference code: the LLM is any causal LM of transformers, held whole; the embedder's causal
+attention keeps a key/value cache while drawing, so that a drawn code group sees the groups before it, as in training.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_unitok import UniTokDepthConfig, UniTokMLLMConfig
+from .depth_unitok import UniTokDepthTransformer
+from .generation_unitok import UniTokGenerationMixin
+from .modeling_unitok import UniTokAttentionProjection, UniTokModel, UniTokPreTrainedModel
+from .quantization_unitok import UniTokMultiCodebookQuantizer
+
+
+@dataclass
+class UniTokMLLMOutput(ModelOutput):
+    """What `UniTokMLLMForConditionalGeneration.forward` returns.
+
+    Attributes:
+        loss: scalar, the mean of the two below weighted by their numbers of targets; only with `labels` or
+            `image_targets`.
+        text_loss: scalar, mean cross-entropy of the text targets; 0 where there are none.
+        image_loss: scalar, mean cross-entropy of all codes of the target images, plus the z-loss; 0 where there are
+            none.
+        logits: (B, T or logits_to_keep, vocabulary), the LLM's.
+        image_logits: (N, L, K, V), of the N target images; only with `image_targets`.
+        cache: the LLM's key/value cache.
+        hidden_states: the LLM's, where asked for.
+    """
+
+    loss: torch.Tensor | None = None
+    text_loss: torch.Tensor | None = None
+    image_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    image_logits: torch.Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class UniTokEmbedder(nn.Module):
+    """Codes to LLM inputs, for reading and for drawing alike.
+
+    Frozen code vectors, a causal attention projection, then a LayerNorm and two linear layers around a GELU.
+    """
+
+    def __init__(self, config: UniTokMLLMConfig):
+        super().__init__()
+        vision, llm_width = config.visual_config.vision_config, config.text_config.hidden_size
+        self.quantizer = UniTokMultiCodebookQuantizer(
+            vision.num_codebooks, vision.codebook_size, vision.quantizer_dim
+        ).requires_grad_(False)
+        self.projection = UniTokAttentionProjection(
+            vision.quantizer_dim, config.embedder_dim, config.embedder_heads, causal=True
+        )
+        self.norm = nn.LayerNorm(config.embedder_dim, eps=1e-6)
+        self.fc1 = nn.Linear(config.embedder_dim, llm_width)
+        self.fc2 = nn.Linear(llm_width, llm_width)
+
+    def forward(self, codes: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """Codes (N, K, L) -> (N, L, D). With a `cache`, the codes go on from those already seen, one at a time."""
+        features = self.quantizer.decode(codes).to(self.fc1.weight.dtype)
+        return self.fc2(F.gelu(self.fc1(self.norm(self.projection(features, cache)))))
+
+
+class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixin):
+    """A causal LM, the visual tokenizer, the embedder and the depth transformer: one folder does everything.
+
+    The visual tokenizer is frozen: it takes no gradient and stays in eval mode.
+    """
+
+    config_class = UniTokMLLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    output_modalities = ("image", "text")
+    accepts_loss_kwargs = False
+    _no_split_modules = [*UniTokPreTrainedModel._no_split_modules, "LlamaDecoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: UniTokMLLMConfig):
+        super().__init__(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.visual = UniTokModel._from_config(config.visual_config)
+        self.embedder = UniTokEmbedder(config)
+        self.depth_head = UniTokDepthTransformer(config)
+        self.visual.requires_grad_(False)
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls,
+        language_model: PreTrainedModel,
+        visual: UniTokModel,
+        depth_config: UniTokDepthConfig | dict | None = None,
+        **config_kwargs,
+    ) -> "UniTokMLLMForConditionalGeneration":
+        """Joins a causal LM and a visual tokenizer, whose modules it takes over, with a fresh embedder and depth head.
+
+        Args:
+            language_model: any causal LM of transformers, weights included.
+            visual: a trained tokenizer; its codebooks become the embedder's.
+            depth_config: sizes of the depth transformer.
+            config_kwargs: other arguments of `UniTokMLLMConfig`.
+        """
+        config = UniTokMLLMConfig(
+            text_config=language_model.config,
+            visual_config=visual.config,
+            depth_config=depth_config.to_dict() if isinstance(depth_config, UniTokDepthConfig) else depth_config,
+            **config_kwargs,
+        )
+        model = cls(config)
+        model.language_model = language_model
+        model.visual = visual.requires_grad_(False).eval()
+        model.embedder.quantizer.load_state_dict(visual.vision_model.quantizer.state_dict())
+        return model
+
+    def train(self, mode: bool = True) -> "UniTokMLLMForConditionalGeneration":
+        super().train(mode)
+        self.visual.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) in [-1, 1] -> codes (N, K, L)."""
+        return self.visual.encode(pixel_values)
+
+    @torch.no_grad()
+    def decode_images(self, codes: torch.Tensor, image_size: tuple[int, int] | None = None) -> torch.Tensor:
+        """Codes (N, K, L) -> (N, 3, H, W) in [-1, 1]; see `UniTokModel.decode`."""
+        return self.visual.decode(codes, image_size)
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        is_prompt: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The LLM's inputs: token embeddings, and at the image placeholders those of the images' codes.
+
+        Args:
+            input_ids: (B, T).
+            pixel_values: (N, 3, H, W), all the batch's images in the order of their placeholders; or
+            image_codes: (N, K, L), their codes.
+            is_prompt: False to skip the check that a batch without images has no placeholders.
+
+        Returns:
+            Embeddings (B, T, D), and the codes (N, K, L) or None.
+
+        Raises:
+            ValueError: both kinds of images were given, or the placeholders are not N * L.
+        """
+        if pixel_values is not None:
+            if image_codes is not None:
+                raise ValueError("Give either pixel_values or image_codes, not both.")
+            image_codes = self.encode_images(pixel_values)
+        is_image = input_ids == self.config.image_token_id
+        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        if image_codes is None:
+            if is_prompt and is_image.any():
+                raise ValueError(f"The text has {int(is_image.sum())} image placeholders, but no images were given.")
+            if self.training:  # every rank must use every trainable parameter
+                unused = self.embedder(input_ids.new_zeros(1, self.embedder.quantizer.num_codebooks, 1))
+                inputs_embeds = inputs_embeds + 0.0 * unused.sum().to(inputs_embeds.dtype)
+            return inputs_embeds, None
+        image_embeds = self.embedder(image_codes).to(inputs_embeds.dtype)
+        expected = image_embeds.shape[0] * image_embeds.shape[1]
+        if (found := int(is_image.sum())) != expected:
+            raise ValueError(
+                f"The text has {found} image placeholders, but {len(image_codes)} images of "
+                f"{image_codes.shape[-1]} positions need {expected}."
+            )
+        return inputs_embeds.masked_scatter(is_image[..., None], image_embeds), image_codes
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        image_targets: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> UniTokMLLMOutput:
+        """One pass over text and images.
+
+        Args:
+            input_ids: (B, T), `image_token_id` at image positions; or `inputs_embeds`, (B, T, D), without images.
+            attention_mask: (B, T), 0 at padding.
+            pixel_values or image_codes: all the batch's images, see `embed`.
+            image_targets: (N,), bool: which of the images are to be drawn; None for none of them.
+            labels: (B, T), the ids at text targets, -100 elsewhere; image positions are never text targets.
+            logits_to_keep: how many of the last positions' logits to return (0: all), without labels.
+
+        Raises:
+            ValueError: see `embed`; or `image_targets` that are not N, or begin a sequence.
+        """
+        if inputs_embeds is None:
+            is_prompt = cache is None or cache.get_seq_length() == 0
+            inputs_embeds, image_codes = self.embed(input_ids, pixel_values, image_codes, is_prompt)
+        elif pixel_values is not None or image_codes is not None or image_targets is not None:
+            raise ValueError("Images go with input_ids, not with inputs_embeds.")
+        with_loss = labels is not None or image_targets is not None
+        output_hidden_states = kwargs.pop("output_hidden_states", False)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=False if with_loss else use_cache,
+            logits_to_keep=0 if with_loss else logits_to_keep,
+            output_hidden_states=with_loss or output_hidden_states,
+            return_dict=True,
+            **{key: value for key, value in kwargs.items() if key != "return_dict"},
+        )
+        result = UniTokMLLMOutput(
+            logits=outputs.logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
+        )
+        if not with_loss:
+            return result
+        text_sum, text_count = self._text_loss(outputs.logits, input_ids, labels)
+        image_logits, targets = self._image_logits(outputs.hidden_states[-1], input_ids, image_codes, image_targets)
+        image_mean, image_count = self._image_loss(image_logits, targets)
+        result.loss = (text_sum + image_count * image_mean) / (text_count + image_count).clamp_min(1)
+        result.text_loss = text_sum / text_count.clamp_min(1)
+        result.image_loss = image_mean
+        if targets is not None:
+            result.image_logits = image_logits.unflatten(0, (-1, image_codes.shape[-1]))
+        return result
+
+    def _text_loss(self, logits, input_ids, labels) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the cross-entropies of the text targets, and their number."""
+        if labels is None:
+            return 0.0 * logits.float().sum(), logits.new_zeros((), dtype=torch.long)
+        if input_ids is not None:
+            labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
+        targets = labels[:, 1:].flatten()
+        text_sum = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
+        return text_sum, (targets != -100).sum()
+
+    def _image_logits(self, hidden_states, input_ids, image_codes, image_targets):
+        """Depth logits (N * L, K, V) of the N target images and their codes (N * L, K).
+
+        Without target images, the logits of a stand-in and None, so that every parameter is used all the same.
+        """
+        num_images = 0 if image_codes is None else len(image_codes)
+        if image_targets is not None and image_targets.shape != (num_images,):
+            raise ValueError(
+                f"image_targets has shape {tuple(image_targets.shape)}, but there are {num_images} images."
+            )
+        if image_targets is None or not image_targets.any():
+            stand_in = image_codes.new_zeros if image_codes is not None else hidden_states.new_zeros
+            codes = stand_in((1, self.depth_head.num_codebooks), dtype=torch.long)
+            return self.depth_head(hidden_states[:1, 0], codes), None
+        image_targets = image_targets.to(device=hidden_states.device, dtype=torch.bool)
+        is_target = input_ids == self.config.image_token_id
+        is_target[is_target.clone()] = image_targets.repeat_interleave(image_codes.shape[-1])
+        if is_target[:, 0].any():
+            raise ValueError(
+                "A target image begins its sequence: the first code group has nothing to be predicted from."
+            )
+        targets = image_codes[image_targets].transpose(1, 2).flatten(0, 1)  # (N * L, K)
+        return self.depth_head(hidden_states[:, :-1][is_target[:, 1:]], targets), targets
+
+    def _image_loss(self, image_logits, targets) -> tuple[torch.Tensor, int]:
+        """Mean cross-entropy over all codes plus the z-loss, and the number of codes."""
+        logits = image_logits.float()
+        if targets is None:
+            return 0.0 * logits.sum(), 0
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        z_loss = logits.amax(dim=-1).square().mean()
+        return cross_entropy + self.config.image_loss_z_weight * z_loss, targets.numel()
+
+
+__all__ = ["UniTokEmbedder", "UniTokMLLMForConditionalGeneration", "UniTokMLLMOutput"]

@@ -1,0 +1,163 @@
+"""Text and images to model inputs, and model outputs to text and pictures.
+
+Each "<image>" in a text becomes what the model sees: the opening token, one placeholder for each image position, the
+closing token.  A chat template puts conversations into that form.
+"""
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+
+
+GENERATION_SUFFIX = " Generate an image based on this description."
+UNCONDITIONAL_PROMPT = "<unconditional>"
+
+# vicuna_v1 of the released model: turns end with " " and "</s>", the answers (marked as such) are what is learned.
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+_CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text'] }}{{ ' ' }}"
+    "{% set messages = messages[1:] %}{% else %}{{ SYSTEM }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' }}{% else %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ ' ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endgeneration %}"
+    "{% else %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ ' ' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def vicuna_chat_template(system: str = VICUNA_SYSTEM) -> str:
+    """The vicuna_v1 chat template with this system line (which ends with its separator) as the default."""
+    return _CHAT_TEMPLATE.replace("SYSTEM", repr(system))
+
+
+class UniTokMLLMProcessor(ProcessorMixin):
+    """An image processor and a text tokenizer for `UniTokMLLMForConditionalGeneration`.
+
+    Args:
+        image_processor: a `UniTokImageProcessor`; its size fixes how many positions an image has.
+        tokenizer: the LLM's tokenizer. An image token it lacks is added (the LLM needs no row for it).
+        chat_template: a Jinja template; None for vicuna_v1.
+        boi_token, eoi_token: the tokens that open and close an image; they must be in the vocabulary.
+        image_token: the placeholder, in texts and at image positions.
+
+    Raises:
+        ValueError: `boi_token` or `eoi_token` is not in the vocabulary.
+    """
+
+    text_kwargs = {"padding": True, "padding_side": "left"}
+    common_kwargs = {"return_tensors": "pt"}
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template: str | None = None,
+        boi_token: str = "<0x00>",
+        eoi_token: str = "<0x01>",
+        image_token: str = "<image>",
+        **kwargs,
+    ):
+        for name, token in (("boi_token", boi_token), ("eoi_token", eoi_token)):
+            if token not in tokenizer.get_vocab():
+                raise ValueError(
+                    f"{name} {token!r} is not in the tokenizer's vocabulary; add it to tokenizer and LLM."
+                )
+        if image_token not in tokenizer.get_vocab():
+            tokenizer.add_tokens([image_token], special_tokens=True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        self.boi_token, self.eoi_token, self.image_token = boi_token, eoi_token, image_token
+        self.boi_token_id, self.eoi_token_id, self.image_token_id = tokenizer.convert_tokens_to_ids(
+            [boi_token, eoi_token, image_token]
+        )
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or vicuna_chat_template())
+
+    def config_token_ids(self) -> dict[str, int]:
+        """The token ids that a `UniTokMLLMConfig` of this processor's model needs."""
+        return {
+            "boi_token_id": self.boi_token_id,
+            "eoi_token_id": self.eoi_token_id,
+            "image_token_id": self.image_token_id,
+        }
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """What one image is in the text: opening token, L placeholders, closing token."""
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        stride = self.image_processor.patch_size
+        positions = (height // stride) * (width // stride)
+        return self.boi_token + self.image_token * positions + self.eoi_token
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        super().validate_inputs(images=images, text=text, **kwargs)
+        if text is not None and isinstance(images, list) and images and isinstance(images[0], (list, tuple)):
+            expected, given = [sample.count(self.image_token) for sample in text], [len(group) for group in images]
+            if expected != given:
+                raise ValueError(f"The texts have {expected} {self.image_token} tokens, but got {given} images.")
+
+    def __call__(self, images=None, text=None, generation_mode: str = "text", **kwargs) -> BatchFeature:
+        """Makes model inputs.
+
+        Args:
+            images: all images of the texts in order, flat or one list for each text; whatever the image processor
+                takes.
+            text: one text or several, with "<image>" where an image goes. In image mode, a description each.
+            generation_mode: "text": `input_ids`, `attention_mask` and `pixel_values` for an answer.
+                "image": prompts that end where the image begins, and `unconditional_input_ids` and
+                `unconditional_attention_mask` for guidance.
+            kwargs: options of the tokenizer and the image processor.
+
+        Raises:
+            ValueError: another mode, no text in image mode, images and placeholders that do not pair up, or a
+                `max_length` that would cut through an image.
+        """
+        if generation_mode == "text":
+            return super().__call__(images=images, text=text, **kwargs)
+        if generation_mode != "image":
+            raise ValueError(f"generation_mode is 'text' or 'image', got {generation_mode!r}.")
+        if text is None:
+            raise ValueError("generation_mode='image' needs a text.")
+        texts = [text] if isinstance(text, str) else list(text)
+        inputs = super().__call__(images=images, text=[self.image_prompt(t) for t in texts], **kwargs)
+        unconditional = super().__call__(text=[UNCONDITIONAL_PROMPT + self.boi_token], **kwargs)
+        return BatchFeature(
+            {**inputs, **{f"unconditional_{name}": unconditional[name] for name in ("input_ids", "attention_mask")}}
+        )
+
+    def image_prompt(self, description: str) -> str:
+        """The prompt whose continuation is an image of what `description` says."""
+        return description + GENERATION_SUFFIX + self.boi_token
+
+    def image_sample(self, description: str | None) -> str:
+        """A training text: an image drawn from its description, or from the null prompt where that is None."""
+        prompt = UNCONDITIONAL_PROMPT if description is None else description + GENERATION_SUFFIX
+        return prompt + self.image_token + self.tokenizer.eos_token
+
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: torch.Tensor,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs,
+    ) -> list[str] | list[Image.Image]:
+        """Token ids (B, T) to texts, or with `generation_mode="image"` decoded pixels (B, 3, H, W) to pictures."""
+        if generation_mode == "image":
+            return self.image_processor.post_process(generated_outputs)
+        return super().post_process_multimodal_output(
+            generated_outputs, skip_special_tokens=skip_special_tokens, generation_mode=generation_mode, **kwargs
+        )
+
+
+__all__ = ["GENERATION_SUFFIX", "UNCONDITIONAL_PROMPT", "UniTokMLLMProcessor", "vicuna_chat_template"]

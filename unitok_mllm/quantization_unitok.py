@@ -1,0 +1,180 @@
+"""Multi-codebook quantization (UniTok, https://arxiv.org/abs/2502.20321, section 3.2).
+
+A token of `dim` dims is cut into K chunks; each chunk is looked up in a sub-codebook of its own by cosine similarity.
+The search, the losses and the usage statistics are computed in float32 whatever the model's dtype.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class UniTokQuantizerOutput(ModelOutput):
+    """What `UniTokMultiCodebookQuantizer.forward` returns.
+
+    Attributes:
+        features: (B, L, dim), the chosen code vectors side by side, gradients passed straight through to the input.
+        codes: (B, K, L), int64.
+        vq_loss: scalar, float32: codebook term plus beta times the commitment term, averaged over sub-codebooks.
+        entropy_loss: scalar, float32, or None where it was not asked for.
+    """
+
+    features: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    vq_loss: torch.Tensor | None = None
+    entropy_loss: torch.Tensor | None = None
+
+
+class UniTokMultiCodebookQuantizer(nn.Module):
+    """K independent sub-codebooks of V unit vectors, searched in one batched product.
+
+    Args:
+        num_codebooks: K.
+        codebook_size: V.
+        dim: dims of a whole token; each sub-codebook holds vectors of dim / K.
+        beta: weight of the commitment term.
+        entropy_temperature: softmax temperature of the entropy loss.
+
+    Attributes:
+        codebooks: parameter, (K, V, dim / K), not normalised.
+        usage: buffer, (K, V), float32: an exponential average over training steps (and over all processes) of the
+            share of tokens that chose each code. It moves only in training mode, and not where the codebooks are
+            frozen.
+
+    Raises:
+        ValueError: `dim` is not a multiple of K.
+    """
+
+    USAGE_DECAY = 0.99
+
+    def __init__(
+        self,
+        num_codebooks: int,
+        codebook_size: int,
+        dim: int,
+        beta: float = 0.25,
+        entropy_temperature: float = 0.01,
+    ):
+        super().__init__()
+        if dim % num_codebooks:
+            raise ValueError(f"dim ({dim}) is not a multiple of num_codebooks ({num_codebooks}).")
+        self.num_codebooks, self.codebook_size, self.dim = num_codebooks, codebook_size, dim
+        self.beta, self.entropy_temperature = beta, entropy_temperature
+        self.codebooks = nn.Parameter(torch.randn(num_codebooks, codebook_size, dim // num_codebooks))
+        self.register_buffer("usage", torch.zeros(num_codebooks, codebook_size))
+
+    def extra_repr(self) -> str:
+        return f"num_codebooks={self.num_codebooks}, codebook_size={self.codebook_size}, dim={self.dim}"
+
+    def _unit_codebooks(self) -> torch.Tensor:
+        return F.normalize(self.codebooks.float(), dim=-1)
+
+    def _unit_chunks(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, L, dim) -> (K, B * L, dim / K), float32, unit length."""
+        chunks = features.float().reshape(-1, self.num_codebooks, self.dim // self.num_codebooks)
+        return F.normalize(chunks, dim=-1).transpose(0, 1)
+
+    def _join_chunks(self, chunks: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
+        """(K, B * L, dim / K) -> (B, L, dim)."""
+        return chunks.transpose(0, 1).reshape(*batch_shape, self.dim)
+
+    @staticmethod
+    def _gather(codebooks: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of each codebook: (K, V, d) and (K, N) -> (K, N, d)."""
+        return codebooks.gather(1, indices[..., None].expand(-1, -1, codebooks.shape[-1]))
+
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
+        """The codes nearest to the features: (B, L, dim) -> (B, K, L), int64."""
+        with torch.autocast(features.device.type, enabled=False):
+            scores = torch.bmm(self._unit_chunks(features), self._unit_codebooks().transpose(1, 2))
+        return self._to_codes(scores.argmax(dim=-1), features.shape[:-1])
+
+    def _to_codes(self, indices: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
+        """(K, B * L) -> (B, K, L)."""
+        return indices.reshape(self.num_codebooks, *batch_shape).transpose(0, 1)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """The features that codes stand for: (B, K, L) -> (B, L, dim), in the codebooks' dtype.
+
+        Raises:
+            ValueError: `codes` is not an integer tensor (B, K, L).
+            IndexError: a code lies outside [0, V) (on a CPU; a GPU raises a device-side assertion).
+        """
+        if codes.dim() != 3 or codes.shape[1] != self.num_codebooks or codes.is_floating_point():
+            raise ValueError(
+                f"Expected integer codes of shape (B, {self.num_codebooks}, L), "
+                f"got {codes.dtype} of shape {tuple(codes.shape)}."
+            )
+        indices = codes.long().transpose(0, 1).flatten(1)  # (K, B * L)
+        if (
+            codes.device.type == "cpu"
+            and codes.numel()
+            and not 0 <= indices.min() <= indices.max() < self.codebook_size
+        ):
+            raise IndexError(
+                f"Codes go from {indices.min()} to {indices.max()}, "
+                f"but each sub-codebook has codes 0 to {self.codebook_size - 1}."
+            )
+        with torch.autocast(codes.device.type, enabled=False):
+            vectors = F.normalize(self._gather(self.codebooks, indices).float(), dim=-1)
+        return self._join_chunks(vectors, (codes.shape[0], codes.shape[2])).to(self.codebooks.dtype)
+
+    def forward(self, features: torch.Tensor, with_entropy: bool = False) -> UniTokQuantizerOutput:
+        """Quantizes features with a straight-through gradient, and returns the losses that train the codebooks.
+
+        Args:
+            features: (B, L, dim), any float dtype.
+            with_entropy: also compute the entropy loss, whose memory grows with B * L * K * V.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            chunks, codebooks = self._unit_chunks(features), self._unit_codebooks()
+            scores = torch.bmm(chunks, codebooks.transpose(1, 2)) if with_entropy else None
+            with torch.no_grad():
+                search = scores if with_entropy else torch.bmm(chunks, codebooks.transpose(1, 2))
+                indices = search.argmax(dim=-1)  # (K, B * L)
+            vectors = self._gather(codebooks, indices)
+            vq_loss = F.mse_loss(vectors, chunks.detach()) + self.beta * F.mse_loss(vectors.detach(), chunks)
+            entropy_loss = self._entropy_loss(scores) if with_entropy else None
+            quantized = chunks + (vectors - chunks).detach()
+        if self.training and self.codebooks.requires_grad:
+            self._update_usage(indices)
+        return UniTokQuantizerOutput(
+            features=self._join_chunks(quantized, features.shape[:-1]).to(features.dtype),
+            codes=self._to_codes(indices, features.shape[:-1]),
+            vq_loss=vq_loss,
+            entropy_loss=entropy_loss,
+        )
+
+    def _entropy_loss(self, scores: torch.Tensor) -> torch.Tensor:
+        """Mean entropy of each token's soft choice less the entropy of the mean choice; scores (K, N, V)."""
+        squared_distance = 2 - 2 * scores  # of unit vectors
+        log_probs = F.log_softmax(-squared_distance / self.entropy_temperature, dim=-1)
+        probs = log_probs.exp()
+        mean = probs.mean(dim=1)
+        token_entropy = -(probs * log_probs).sum(dim=-1).mean()
+        mean_entropy = -(mean * mean.clamp_min(1e-10).log()).sum(dim=-1).mean()
+        return token_entropy - mean_entropy
+
+    @torch.no_grad()
+    def _update_usage(self, indices: torch.Tensor) -> None:
+        counts = torch.zeros_like(self.usage).scatter_add_(
+            1, indices, torch.ones_like(indices, dtype=self.usage.dtype)
+        )
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+        share = counts / counts.sum(dim=1, keepdim=True)
+        decay = torch.where(self.usage.sum() > 0, self.USAGE_DECAY, 0.0)  # the first step sets the average
+        self.usage.copy_(decay * self.usage + (1 - decay) * share)
+
+    @property
+    def codebook_usage(self) -> torch.Tensor:
+        """Scalar: percent of codes in use, those chosen above 1% of an even share, over all sub-codebooks."""
+        return 100 * (self.usage > 0.01 / self.codebook_size).float().mean()
+
+
+__all__ = ["UniTokMultiCodebookQuantizer", "UniTokQuantizerOutput"]
