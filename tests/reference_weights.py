@@ -9,6 +9,7 @@ import zlib
 
 import numpy as np
 
+
 ZERO = ("zero_k_bias", "vocab_usage", "pos_embed")
 TABLE = re.compile(r"(codebook|codebooks\.\d+|token_embedding|embed_tokens)\.weight$|positional_embedding$")
 

@@ -13,6 +13,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor, UniTokImageProcessorPil, load_image
 
+
 FIXTURE = Path(__file__).parent / "fixtures" / "preprocess_china.npz"
 MODES = ("understand", "reconstruct", "classify")
 TURNS = {  # EXIF orientation -> what a camera did to the upright picture

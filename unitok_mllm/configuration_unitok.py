@@ -206,6 +206,8 @@ class UniTokDepthConfig(PreTrainedConfig):
         """The `LlamaConfig` from which the layers are built."""
         return LlamaConfig(
             vocab_size=1,
+            bos_token_id=None,
+            eos_token_id=None,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.num_hidden_layers,

@@ -24,6 +24,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+
 # mode -> (filter, how far the resized picture exceeds the target before the centre crop; None: pad instead of crop)
 MODES = {
     "understand": (PILImageResampling.BILINEAR, None),

@@ -57,8 +57,8 @@ class UniTokMLLMProcessor(ProcessorMixin):
         ValueError: `boi_token` or `eoi_token` is not in the vocabulary.
     """
 
-    text_kwargs = {"padding": True, "padding_side": "left"}
-    common_kwargs = {"return_tensors": "pt"}
+    text_kwargs = {"padding": True, "return_tensors": "pt"}
+    images_kwargs = {"return_tensors": "pt"}
 
     def __init__(
         self,
@@ -79,6 +79,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
             tokenizer.add_tokens([image_token], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.padding_side = "left"  # prompts of unequal length end together
         self.boi_token, self.eoi_token, self.image_token = boi_token, eoi_token, image_token
         self.boi_token_id, self.eoi_token_id, self.image_token_id = tokenizer.convert_tokens_to_ids(
             [boi_token, eoi_token, image_token]
