@@ -94,6 +94,7 @@ class UniTokConfig(PreTrainedConfig):
     """
 
     model_type = "unitok"
+    base_config_key = "visual_config"
     sub_configs_defaults = {
         "vision_config": UniTokVisionConfig,
         "text_config": SubConfigSpec(config_class=CLIPTextConfig, optional=True),

@@ -389,9 +389,14 @@ class UniTokVisionModel(UniTokPreTrainedModel):
 
 
 class UniTokModel(UniTokPreTrainedModel):
-    """The visual tokenizer: images to codes and back, and images and texts to one embedding space."""
+    """The visual tokenizer: images to codes and back, and images and texts to one embedding space.
+
+    It loads from a folder of its own, or from that of an MLLM that holds it.
+    """
 
     config_class = UniTokConfig
+    base_model_prefix = "visual"
+    _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^embedder\.", r"^depth_head\."]
 
     def __init__(self, config: UniTokConfig):
         super().__init__(config)
