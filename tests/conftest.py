@@ -22,11 +22,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # reference_weights
 
 FIXTURES = Path(__file__).parent / "fixtures"
 IMAGE_SIZE = 48  # 3 x 3 positions
+THREADS = torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed_and_threads(request):
+    """Tiny tensors are slower on several threads, many times so on a busy machine."""
     set_seed(0)
+    torch.set_num_threads(THREADS if request.node.get_closest_marker("slow") else 1)
 
 
 @pytest.fixture
@@ -103,6 +106,20 @@ def mllm(llama_config, visual_tokenizer, processor) -> UniTokMLLMForConditionalG
         embedder_heads=2,
         **processor.config_token_ids(),
     ).eval()
+
+
+def enliven(model: torch.nn.Module, factor: float = 5) -> torch.nn.Module:
+    """Multiplies the freshly drawn matrices around the tokenizer, so that outputs depend visibly on every input."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and not name.startswith("visual."):
+                parameter.mul_(factor)
+    return model
+
+
+@pytest.fixture
+def lively_mllm(mllm) -> UniTokMLLMForConditionalGeneration:
+    return enliven(mllm)
 
 
 @pytest.fixture

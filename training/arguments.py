@@ -8,13 +8,15 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from unitok_mllm.processing_unitok import VICUNA_SYSTEM
+
 
 @dataclass
 class TokenizerArguments:
     """What the tokenizer's training needs beyond the Trainer's own arguments."""
 
     preset: str = field(default="tiny", metadata={"help": "a preset of UniTokConfig: large, base or tiny"})
-    text_tokenizer: str = field(default="", metadata={"help": "folder of the text tokenizer; made if it is empty"})
+    text_tokenizer: str = field(default="", metadata={"help": "folder of the text tokenizer"})
     l1_weight: float = field(default=0.2, metadata={"help": "weight of mean |reconstruction - image|"})
     l2_weight: float = field(default=1.0, metadata={"help": "weight of the mean squared error"})
     vq_weight: float = field(default=1.0, metadata={"help": "weight of the quantizer's loss"})
@@ -36,7 +38,13 @@ class MLLMArguments:
     train_codebooks: bool = field(default=False, metadata={"help": "train the embedder's copy of the codebooks too"})
     caption_dropout: float = field(default=0.1, metadata={"help": "share of captions replaced by the null prompt"})
     generation_share: float = field(default=0.3, metadata={"help": "share of samples that draw instead of answer"})
-    chat_template: str = field(default="", metadata={"help": "a Jinja chat template; empty for vicuna_v1"})
+    text_loss_weight: float = field(
+        default=0.0,
+        metadata={"help": "weight of the text loss against the image loss; 0: by their numbers of targets"},
+    )
+    system_line: str = field(default=VICUNA_SYSTEM, metadata={"help": "system line of the vicuna_v1 chat template"})
+    boi_token: str = field(default="<0x00>", metadata={"help": "the token that opens an image"})
+    eoi_token: str = field(default="<0x01>", metadata={"help": "the token that closes an image"})
 
 
 def parse_yaml_and_command_line(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:

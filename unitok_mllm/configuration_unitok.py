@@ -58,11 +58,11 @@ class UniTokVisionConfig(PreTrainedConfig):
     def validate_architecture(self):
         if self.image_size <= 0 or self.image_size % self.patch_size:
             raise ValueError(f"image_size ({self.image_size}) is not a multiple of the stride ({self.patch_size}).")
-        if self.quantizer_dim % self.num_codebooks:
+        if self.num_codebooks <= 0 or self.quantizer_dim % self.num_codebooks:
             raise ValueError(
                 f"quantizer_dim ({self.quantizer_dim}) is not a multiple of num_codebooks ({self.num_codebooks})."
             )
-        if self.hidden_size % self.num_attention_heads:
+        if self.num_attention_heads <= 0 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of "
                 f"num_attention_heads ({self.num_attention_heads})."
@@ -268,7 +268,7 @@ class UniTokMLLMConfig(PreTrainedConfig):
             depth.num_key_value_heads = depth.num_attention_heads
 
     def validate_architecture(self):
-        if self.embedder_dim % self.embedder_heads:
+        if self.embedder_heads <= 0 or self.embedder_dim % self.embedder_heads:
             raise ValueError(
                 f"embedder_dim ({self.embedder_dim}) is not a multiple of embedder_heads ({self.embedder_heads})."
             )

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, PreTrainedModel
+from transformers import initialization as init
 
 from .configuration_unitok import UniTokConfig, UniTokDepthConfig, UniTokMLLMConfig, UniTokVisionConfig
 from .image_processing_unitok import UniTokImageProcessor
@@ -67,6 +69,10 @@ class ConversionReport:
         return "\n".join(lines + [f"  {name}: {why}" for name, why in self.left_out.items()])
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
 def read_pickle(path: Path, allow_pickle: bool = False) -> object:
     """Reads a torch checkpoint without executing it.
 
@@ -77,14 +83,17 @@ def read_pickle(path: Path, allow_pickle: bool = False) -> object:
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if allow_pickle:
-            return torch.load(path, map_location="cpu", weights_only=False)
-        raise ConversionError(
-            f"{path} is no torch checkpoint of plain tensors. If you trust it, allow its pickle to be executed "
-            f"with --allow-pickle. ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ConversionError(f"{path} is no torch checkpoint: {str(error).splitlines()[0]}") from error
+        if not allow_pickle:
+            raise ConversionError(
+                f"{path} is no torch checkpoint of plain tensors. If you trust it, allow its pickle to be executed "
+                f"with --allow-pickle. ({_first_line(error)})"
+            ) from error
+    except Exception as error:  # whatever the bytes of another kind of file make the unpickler do
+        raise ConversionError(f"{path} is no torch checkpoint: {_first_line(error)}") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise ConversionError(f"{path} is no torch checkpoint: {_first_line(error)}") from error
 
 
 def _rename(key: str, patterns: tuple[tuple[str, str], ...]) -> str:
@@ -93,12 +102,16 @@ def _rename(key: str, patterns: tuple[tuple[str, str], ...]) -> str:
     return key
 
 
-def _stack(state: StateDict, prefix: str, suffix: str) -> torch.Tensor:
-    """`prefix.0.suffix`, `prefix.1.suffix`, ... removed from `state` and stacked in the order of their numbers."""
-    names = [name for name in state if name.startswith(f"{prefix}.") and name.endswith(f".{suffix}")]
-    if not names:
-        raise ConversionError(f"The checkpoint has no {prefix}.*.{suffix}.")
-    names.sort(key=lambda name: int(name.removeprefix(f"{prefix}.").split(".")[0]))
+def _stack(state: StateDict, prefix: str, suffix: str, count: int) -> torch.Tensor:
+    """`prefix.0.suffix` to `prefix.(count - 1).suffix`, removed from `state` and stacked."""
+    names = [f"{prefix}.{i}.{suffix}" for i in range(count)]
+    for name in names:
+        if name not in state:
+            raise ConversionError(f"The checkpoint lacks {name}.")
+        if state[name].shape != state[names[0]].shape:
+            raise ConversionError(
+                f"{name} has the shape {tuple(state[name].shape)}, {names[0]} has {tuple(state[names[0]].shape)}."
+            )
     return torch.stack([state.pop(name) for name in names])
 
 
@@ -154,8 +167,11 @@ def tokenizer_config(args: dict, state: StateDict) -> UniTokConfig:
     if "text_encoder.text_projection" in state:
         layers = "text_encoder.transformer.resblocks."
         text_width, projection_dim = state["text_encoder.text_projection"].shape
+        vocab_size = state["text_encoder.token_embedding.weight"].shape[0]
         text = CLIPTextConfig(
-            vocab_size=state["text_encoder.token_embedding.weight"].shape[0],
+            vocab_size=vocab_size,
+            bos_token_id=vocab_size - 2,
+            eos_token_id=vocab_size - 1,
             hidden_size=text_width,
             intermediate_size=state[f"{layers}0.mlp.c_fc.weight"].shape[0],
             projection_dim=projection_dim,
@@ -173,9 +189,11 @@ def tokenizer_state_dict(state: StateDict, report: ConversionReport) -> StateDic
     report.used += len(state)
     _take_zeros(state, report)
     report.used -= len(report.left_out)
+    codebooks = "quantizer.codebooks"
+    num_codebooks = _count_layers(state, f"{codebooks}.")
     converted = {
-        "vision_model.quantizer.codebooks": _stack(state, "quantizer.codebooks", "codebook.weight"),
-        "vision_model.quantizer.usage": _stack(state, "quantizer.codebooks", "vocab_usage"),
+        "vision_model.quantizer.codebooks": _stack(state, codebooks, "codebook.weight", num_codebooks),
+        "vision_model.quantizer.usage": _stack(state, codebooks, "vocab_usage", num_codebooks),
     }
     for name, tensor in state.items():
         new_name = _rename(name, TOKENIZER_KEYS)
@@ -205,12 +223,15 @@ def load_original_tokenizer(
         args, state = checkpoint["args"], checkpoint["trainer"]["unitok"]
         args = dict(vars(args) if isinstance(args, Namespace) else args)
         config = tokenizer_config(args | {"causal_projection": causal}, state)
-    except (KeyError, TypeError, IndexError) as error:
+    except ConversionError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ConversionError(
             f"{source} is no UniTok tokenizer checkpoint ({{'args', 'trainer': {{'unitok': ...}}}}): {error!r}"
         ) from error
     report = ConversionReport()
-    model = UniTokModel(config).eval()
+    with init.no_init_weights():
+        model = UniTokModel(config).eval()
     _load_exactly(model, tokenizer_state_dict(state, report))
     return model, report
 
@@ -235,7 +256,10 @@ def _read_shards(source: Path, allow_pickle: bool) -> StateDict:
         raise ConversionError(f"{source} has neither *.safetensors nor pytorch_model*.bin files.")
     state: StateDict = {}
     for path in safetensors or pickles:
-        state |= load_file(path) if safetensors else read_pickle(path, allow_pickle)
+        try:
+            state |= load_file(path) if safetensors else read_pickle(path, allow_pickle)
+        except (SafetensorError, TypeError) as error:
+            raise ConversionError(f"{path} does not hold named tensors: {error}") from error
     return state
 
 
@@ -249,11 +273,11 @@ def mllm_state_dict(state: StateDict, visual: UniTokModel, report: ConversionRep
     report.used += len(state)
     _take_zeros(state, report)
     report.used -= len(report.left_out) - zeros_before
-    codebooks = "model.multi_embedder.quantizer.codebooks"
+    codebooks, num_codebooks = "model.multi_embedder.quantizer.codebooks", visual.config.vision_config.num_codebooks
     converted = {
-        "embedder.quantizer.codebooks": _stack(state, codebooks, "codebook.weight"),
-        "embedder.quantizer.usage": _stack(state, codebooks, "vocab_usage"),
-        "depth_head.embeddings.weight": _stack(state, "ar_head.codebooks", "weight").flatten(0, 1),
+        "embedder.quantizer.codebooks": _stack(state, codebooks, "codebook.weight", num_codebooks),
+        "embedder.quantizer.usage": _stack(state, codebooks, "vocab_usage", num_codebooks),
+        "depth_head.embeddings.weight": _stack(state, "ar_head.codebooks", "weight", num_codebooks - 1).flatten(0, 1),
     }
     converted |= {_rename(name, MLLM_KEYS): tensor for name, tensor in state.items()}
     return converted | {f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}
@@ -266,15 +290,19 @@ def convert_mllm(source: Path, tokenizer: Path, folder: Path, allow_pickle: bool
         ConversionError: either is not what it should be.
     """
     visual, report = load_original_tokenizer(tokenizer, allow_pickle)
+    if not (source / "config.json").is_file():
+        raise ConversionError(f"{source} has no config.json.")
     state = _read_shards(source, allow_pickle)
     config = json.loads((source / "config.json").read_text())
     text_config = AutoConfig.for_model("llama", **{k: v for k, v in config.items() if k != "model_type"})
     text_tokenizer = AutoTokenizer.from_pretrained(source)
+    boi_token, eoi_token = text_tokenizer.convert_ids_to_tokens([3, 4])
+    text_tokenizer.add_tokens([boi_token, eoi_token], special_tokens=True)  # a text's "<0x00>" is no byte token yet
     processor = UniTokMLLMProcessor(
         image_processor=_image_processor(visual.config.vision_config, "understand"),
         tokenizer=text_tokenizer,
-        boi_token=text_tokenizer.convert_ids_to_tokens(3),
-        eoi_token=text_tokenizer.convert_ids_to_tokens(4),
+        boi_token=boi_token,
+        eoi_token=eoi_token,
     )
     try:
         report = ConversionReport(report.used, report.left_out)
@@ -290,17 +318,15 @@ def convert_mllm(source: Path, tokenizer: Path, folder: Path, allow_pickle: bool
         converted = mllm_state_dict(state, visual, report)
     except KeyError as error:
         raise ConversionError(f"{source} is no UniTok MLLM: it has no {error}.") from error
-    model = UniTokMLLMForConditionalGeneration(
-        UniTokMLLMConfig(
-            text_config=text_config,
-            visual_config=visual.config,
-            depth_config=depth_config,
-            embedder_dim=embedder_dim,
-            boi_token_id=processor.boi_token_id,
-            eoi_token_id=processor.eoi_token_id,
-            image_token_id=processor.image_token_id,
-        )
-    ).eval()
+    model_config = UniTokMLLMConfig(
+        text_config=text_config,
+        visual_config=visual.config,
+        depth_config=depth_config,
+        embedder_dim=embedder_dim,
+        **processor.config_token_ids(),
+    )
+    with init.no_init_weights():
+        model = UniTokMLLMForConditionalGeneration(model_config).eval()
     _load_exactly(model, converted)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -77,15 +77,20 @@ class UniTokGenerationMixin(GenerationMixin):
         """Repeats whole samples, each with all its images (the library would repeat each image in place)."""
         images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
         if images and expand_size > 1:
-            counts = (input_ids == self.config.image_token_id).sum(dim=1) // self.config.num_image_positions
-            images = {
-                name: torch.cat([group for group in value.split(counts.tolist()) for _ in range(expand_size)])
-                for name, value in images.items()
-            }
+            for name, value in images.items():
+                counts = self.images_per_sample(input_ids, len(value), self._num_positions(name, value))
+                images[name] = torch.cat([group for group in value.split(counts) for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | images
+
+    def _num_positions(self, name: str, value: torch.Tensor) -> int:
+        """L of these pixels (N, 3, H, W) or codes (N, K, L)."""
+        if name == "image_codes":
+            return value.shape[-1]
+        height, width = self.visual.vision_model.grid_size(value)
+        return height * width
 
     @torch.no_grad()
     def generate_image_codes(
@@ -135,6 +140,10 @@ class UniTokGenerationMixin(GenerationMixin):
             raise ValueError(f"guidance_scale must be at least 1 (1: no guidance), got {guidance_scale}.")
         if num_return_sequences < 1:
             raise ValueError(f"num_return_sequences must be at least 1, got {num_return_sequences}.")
+        if num_positions is None:
+            num_positions = self.config.num_image_positions
+        if num_positions < 1:
+            raise ValueError(f"num_positions must be at least 1, got {num_positions}.")
         if not (input_ids[:, -1] == self.config.boi_token_id).all():
             raise ValueError(
                 f"Each prompt must end with the token that opens an image ({self.config.boi_token_id}): make prompts "
@@ -142,7 +151,6 @@ class UniTokGenerationMixin(GenerationMixin):
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        num_positions = num_positions or self.config.num_image_positions
         warpers = self._warpers(temperature, top_k, top_p)
         noise = None
         if do_sample:

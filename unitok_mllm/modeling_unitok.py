@@ -407,6 +407,8 @@ class UniTokModel(UniTokPreTrainedModel):
             self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.post_init()
+        # post_init collects what the tower ignores in this model's folders; here these keys are not foreign
+        self._keys_to_ignore_on_load_unexpected -= self.vision_model._keys_to_ignore_on_load_unexpected
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.get_input_embeddings()
@@ -465,7 +467,11 @@ class UniTokModel(UniTokPreTrainedModel):
         """
         if self.text_model is None:
             raise ValueError("This tokenizer has no text tower (its config's text_config is None).")
-        return F.normalize(self.text_model(input_ids, attention_mask=attention_mask).text_embeds, dim=-1)
+        hidden_states = self.text_model.text_model(input_ids, attention_mask=attention_mask).last_hidden_state
+        # The library's own pooling takes the largest id of a text for its end wherever eos_token_id is 2.
+        ends = (input_ids == self.config.text_config.eos_token_id).int().argmax(dim=1)
+        pooled = hidden_states[torch.arange(len(ends), device=ends.device), ends]
+        return F.normalize(self.text_model.text_projection(pooled), dim=-1)
 
     @can_return_tuple
     def forward(

@@ -54,21 +54,29 @@ class UniTokMLLMOutput(ModelOutput):
 class UniTokEmbedder(nn.Module):
     """Codes to LLM inputs, for reading and for drawing alike.
 
-    Frozen code vectors, a causal attention projection, then a LayerNorm and two linear layers around a GELU.
+    Frozen code vectors (a buffer: whatever trains the whole module leaves them alone), a causal attention projection,
+    then a LayerNorm and two linear layers around a GELU.
     """
 
     def __init__(self, config: UniTokMLLMConfig):
         super().__init__()
         vision, llm_width = config.visual_config.vision_config, config.text_config.hidden_size
-        self.quantizer = UniTokMultiCodebookQuantizer(
-            vision.num_codebooks, vision.codebook_size, vision.quantizer_dim
-        ).requires_grad_(False)
+        self.quantizer = UniTokMultiCodebookQuantizer(vision.num_codebooks, vision.codebook_size, vision.quantizer_dim)
+        codebooks = self.quantizer.codebooks.detach()
+        del self.quantizer.codebooks
+        self.quantizer.register_buffer("codebooks", codebooks)
         self.projection = UniTokAttentionProjection(
             vision.quantizer_dim, config.embedder_dim, config.embedder_heads, causal=True
         )
         self.norm = nn.LayerNorm(config.embedder_dim, eps=1e-6)
         self.fc1 = nn.Linear(config.embedder_dim, llm_width)
         self.fc2 = nn.Linear(llm_width, llm_width)
+
+    def unfreeze_codebooks(self) -> None:
+        """Makes the code vectors a parameter, for a training to come; a saved folder loads frozen again."""
+        codebooks = self.quantizer.codebooks
+        del self.quantizer.codebooks
+        self.quantizer.codebooks = nn.Parameter(codebooks)
 
     def forward(self, codes: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Codes (N, K, L) -> (N, L, D). With a `cache`, the codes go on from those already seen, one at a time."""
@@ -102,6 +110,8 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         self.depth_head = UniTokDepthTransformer(config)
         self.visual.requires_grad_(False)
         self.post_init()
+        # post_init collects what `visual` ignores in foreign folders; in a folder of this model no key is foreign
+        self._keys_to_ignore_on_load_unexpected -= self.visual._keys_to_ignore_on_load_unexpected
 
     @classmethod
     def from_parts(
@@ -114,7 +124,7 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         """Joins a causal LM and a visual tokenizer, whose modules it takes over, with a fresh embedder and depth head.
 
         Args:
-            language_model: any causal LM of transformers, weights included.
+            language_model: any causal LM of transformers, weights and generation config included.
             visual: a trained tokenizer; its codebooks become the embedder's.
             depth_config: sizes of the depth transformer.
             config_kwargs: other arguments of `UniTokMLLMConfig`.
@@ -127,13 +137,14 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         )
         model = cls(config)
         model.language_model = language_model
+        model.generation_config = language_model.generation_config
         model.visual = visual.requires_grad_(False).eval()
         model.embedder.quantizer.load_state_dict(visual.vision_model.quantizer.state_dict())
         return model
 
     def train(self, mode: bool = True) -> "UniTokMLLMForConditionalGeneration":
         super().train(mode)
-        self.visual.eval()
+        self.visual.requires_grad_(False).eval()  # loading makes every parameter trainable, then calls `eval`
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -180,7 +191,8 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
             Embeddings (B, T, D), and the codes (N, K, L) or None.
 
         Raises:
-            ValueError: both kinds of images were given, or the placeholders are not N * L.
+            ValueError: both kinds of images were given, or the placeholders of each row are not L for each of its
+                images.
         """
         if pixel_values is not None:
             if image_codes is not None:
@@ -196,13 +208,22 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
                 inputs_embeds = inputs_embeds + 0.0 * unused.sum().to(inputs_embeds.dtype)
             return inputs_embeds, None
         image_embeds = self.embedder(image_codes).to(inputs_embeds.dtype)
-        expected = image_embeds.shape[0] * image_embeds.shape[1]
-        if (found := int(is_image.sum())) != expected:
-            raise ValueError(
-                f"The text has {found} image placeholders, but {len(image_codes)} images of "
-                f"{image_codes.shape[-1]} positions need {expected}."
-            )
+        self.images_per_sample(input_ids, *image_embeds.shape[:2])
         return inputs_embeds.masked_scatter(is_image[..., None], image_embeds), image_codes
+
+    def images_per_sample(self, input_ids: torch.Tensor, num_images: int, num_positions: int) -> list[int]:
+        """How many of the images belong to each row of `input_ids` (B, T).
+
+        Raises:
+            ValueError: the rows' placeholders are not `num_positions` for each of `num_images` images.
+        """
+        placeholders = (input_ids == self.config.image_token_id).sum(dim=1)
+        if (placeholders % num_positions).any() or placeholders.sum() != num_images * num_positions:
+            raise ValueError(
+                f"The texts have {placeholders.tolist()} image placeholders, "
+                f"but {num_images} images need {num_positions} each."
+            )
+        return (placeholders // num_positions).tolist()
 
     @can_return_tuple
     def forward(
@@ -259,7 +280,9 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         if not with_loss:
             return result
         text_sum, text_count = self._text_loss(outputs.logits, input_ids, labels)
-        image_logits, targets = self._image_logits(outputs.hidden_states[-1], input_ids, image_codes, image_targets)
+        image_logits, targets = self._image_logits(
+            outputs.hidden_states[-1], input_ids, attention_mask, image_codes, image_targets
+        )
         image_mean, image_count = self._image_loss(image_logits, targets)
         result.loss = (text_sum + image_count * image_mean) / (text_count + image_count).clamp_min(1)
         result.text_loss = text_sum / text_count.clamp_min(1)
@@ -278,7 +301,7 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         text_sum = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
         return text_sum, (targets != -100).sum()
 
-    def _image_logits(self, hidden_states, input_ids, image_codes, image_targets):
+    def _image_logits(self, hidden_states, input_ids, attention_mask, image_codes, image_targets):
         """Depth logits (N * L, K, V) of the N target images and their codes (N * L, K).
 
         Without target images, the logits of a stand-in and None, so that every parameter is used all the same.
@@ -295,7 +318,8 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         image_targets = image_targets.to(device=hidden_states.device, dtype=torch.bool)
         is_target = input_ids == self.config.image_token_id
         is_target[is_target.clone()] = image_targets.repeat_interleave(image_codes.shape[-1])
-        if is_target[:, 0].any():
+        is_token = torch.ones_like(is_target) if attention_mask is None else attention_mask.bool()
+        if (is_target & ~F.pad(is_token[:, :-1], (1, 0))).any():
             raise ValueError(
                 "A target image begins its sequence: the first code group has nothing to be predicted from."
             )

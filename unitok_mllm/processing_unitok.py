@@ -75,8 +75,8 @@ class UniTokMLLMProcessor(ProcessorMixin):
                 raise ValueError(
                     f"{name} {token!r} is not in the tokenizer's vocabulary; add it to tokenizer and LLM."
                 )
-        if image_token not in tokenizer.get_vocab():
-            tokenizer.add_tokens([image_token], special_tokens=True)
+        # ids of known tokens stay; as special tokens they are found in a text, which Llama's byte tokens are not
+        tokenizer.add_tokens([boi_token, eoi_token, image_token], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         tokenizer.padding_side = "left"  # prompts of unequal length end together
@@ -101,12 +101,31 @@ class UniTokMLLMProcessor(ProcessorMixin):
         positions = (height // stride) * (width // stride)
         return self.boi_token + self.image_token * positions + self.eoi_token
 
+    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
+        if isinstance(images, list) and all(isinstance(group, list) and not group for group in images):
+            images = None
+        if text == []:
+            raise ValueError("text is an empty list.")
+        options = {**kwargs, **kwargs.get("text_kwargs", {})}
+        bos = self.tokenizer.bos_token
+        if text and bos and options.get("add_special_tokens", True) and bos in self.tokenizer("").tokens():
+            text = [sample.removeprefix(bos) for sample in text]  # a chat template may have written it already
+        return images, text, *others
+
     def validate_inputs(self, images=None, text=None, **kwargs):
         super().validate_inputs(images=images, text=text, **kwargs)
         if text is not None and isinstance(images, list) and images and isinstance(images[0], (list, tuple)):
             expected, given = [sample.count(self.image_token) for sample in text], [len(group) for group in images]
             if expected != given:
                 raise ValueError(f"The texts have {expected} {self.image_token} tokens, but got {given} images.")
+
+    def _check_special_mm_tokens(self, text, text_inputs, modalities):
+        super()._check_special_mm_tokens(text, text_inputs, modalities)
+        for token, token_id in ((self.boi_token, self.boi_token_id), (self.eoi_token, self.eoi_token_id)):
+            for sample, ids in zip(text, text_inputs["input_ids"]):
+                if list(ids).count(token_id) < sample.count(token):
+                    raise ValueError(f"The max_length cuts off a {token} of the text: it would cut through an image.")
 
     def __call__(self, images=None, text=None, generation_mode: str = "text", **kwargs) -> BatchFeature:
         """Makes model inputs.
@@ -121,7 +140,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
             kwargs: options of the tokenizer and the image processor.
 
         Raises:
-            ValueError: another mode, no text in image mode, images and placeholders that do not pair up, or a
+            ValueError: another mode, no text (in image mode) or an empty list of texts, images and placeholders that do not pair up, or a
                 `max_length` that would cut through an image.
         """
         if generation_mode == "text":

@@ -162,9 +162,8 @@ class UniTokMultiCodebookQuantizer(nn.Module):
 
     @torch.no_grad()
     def _update_usage(self, indices: torch.Tensor) -> None:
-        counts = torch.zeros_like(self.usage).scatter_add_(
-            1, indices, torch.ones_like(indices, dtype=self.usage.dtype)
-        )
+        counts = torch.zeros_like(self.usage, dtype=torch.float32)
+        counts.scatter_add_(1, indices, torch.ones_like(indices, dtype=torch.float32))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
         share = counts / counts.sum(dim=1, keepdim=True)

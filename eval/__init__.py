@@ -1,0 +1,1 @@
+"""Measurements of a trained model, each one command; numbers are written down with the settings behind them."""

@@ -1,0 +1,428 @@
+"""Measures a model on easy-VQA's test split: what its codes keep, what it answers, what it draws.
+
+python -m eval.easy_vqa --model unitok_mllm/checkpoints/tiny --output runs/easy_vqa.json
+
+Each part is written to the JSON as soon as it is done, with its settings; `--resume` goes on from there. Drawings are
+judged by `eval.judge`, which is trained first where its weights are missing. The picture next to the JSON shows them.
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers.image_utils import PILImageResampling
+
+import unitok_mllm
+from eval._common import write_atomically
+from eval.judge import (
+    IMAGE_SIZE,
+    Judge,
+    judge_accuracy,
+    judge_images,
+    load_judge,
+    load_labels,
+    load_pixels,
+    make_judge,
+)
+from training.easy_vqa import COLORS, KINDS, SHAPES, load, question_kind
+from training.losses import psnr
+from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
+from unitok_mllm.image_processing_unitok import MODES
+
+
+MAX_ANSWER_TOKENS = 16
+MISTAKES_KEPT = 20
+PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Raises:
+        ValueError: a value out of its range, or a folder that is no model.
+    """
+
+    model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder of model and processor"})
+    output: str = field(default="runs/easy_vqa.json", metadata={"help": "where the numbers go"})
+    judge: str = field(default="runs/judge.safetensors", metadata={"help": "the judge's weights; made if missing"})
+    batch_size: int = field(default=64, metadata={"help": "questions, or images, at a time"})
+    limit: int | None = field(default=None, metadata={"help": "only the first so many test images"})
+    samples: int = field(default=8, metadata={"help": "drawings of each of the 24 pairs of colour and shape"})
+    guidance: float = field(default=3.0, metadata={"help": "guidance scale of the drawings; 1: none"})
+    temperature: float = field(default=1.0, metadata={"help": "temperature of the drawings"})
+    top_k: int = field(default=0, metadata={"help": "draw from the k likeliest codes; 0: from all"})
+    seed: int = field(default=0, metadata={"help": "of the first drawing; each has its own, counting up"})
+    skip: str = field(default="", metadata={"help": "parts to leave out: reconstruction,vqa,text_to_image"})
+    resume: bool = field(default=False, metadata={"help": "keep parts of the output that have the same settings"})
+    device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
+
+    def __post_init__(self):
+        if not (Path(self.model) / "config.json").is_file():
+            raise ValueError(f"there is no model folder {self.model} (a folder with a config.json)")
+        for name in ("batch_size", "limit", "samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.guidance < 1 or self.temperature <= 0 or self.top_k < 0 or self.seed < 0:
+            raise ValueError("guidance must be at least 1, temperature above 0, top_k and seed at least 0")
+        if unknown := set(self.skipped) - set(PARTS):
+            raise ValueError(f"cannot skip {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+
+    @property
+    def skipped(self) -> list[str]:
+        return self.skip.split(",") if self.skip else []
+
+
+def normalize_answer(text: str) -> str:
+    """An answer as it is compared: lower case, without white space around it or a period at its end."""
+    return text.strip().lower().removesuffix(".").rstrip()
+
+
+def batches(rows: list[int], size: int, title: str) -> Iterator[list[int]]:
+    """Cuts rows into batches, under a progress bar that counts rows."""
+    with tqdm(total=len(rows), desc=title) as bar:
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+            bar.update(len(rows[start : start + size]))
+
+
+def conversation(question: str) -> list[dict]:
+    """One user turn for the processor's chat template: an image (any: all take as many positions) and a question."""
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+
+
+@torch.no_grad()
+def answer_questions(
+    model: UniTokMLLMForConditionalGeneration,
+    processor: UniTokMLLMProcessor,
+    questions: list[str],
+    image_codes: torch.Tensor,
+    batch_size: int = 64,
+) -> list[str]:
+    """Greedy answers, as the model words them, to N questions about an image each.
+
+    Args:
+        image_codes: (N, K, L), the codes of the questions' images.
+        batch_size: how many at a time; questions of like length go together.
+    """
+    prompts = {
+        question: processor.apply_chat_template(
+            conversation(question), add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"][0]
+        for question in dict.fromkeys(questions)
+    }
+    answers = [""] * len(questions)
+    order = sorted(range(len(questions)), key=lambda i: len(prompts[questions[i]]))
+    for rows in batches(order, batch_size, "answering"):
+        ids = [prompts[questions[i]] for i in rows]
+        pad = {"batch_first": True, "padding_side": "left"}
+        input_ids = pad_sequence(ids, padding_value=processor.tokenizer.pad_token_id, **pad)
+        generated = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=pad_sequence([torch.ones_like(row) for row in ids], **pad).to(model.device),
+            image_codes=image_codes[rows].to(model.device),
+            do_sample=False,
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+        texts = processor.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(rows, texts):
+            answers[i] = text
+    return answers
+
+
+def count_right(answers: list[str], truths: list[str]) -> dict[str, dict[str, float | int]]:
+    """Accuracy, as a share of 1, over all questions and for each kind of question that there is."""
+    asked, right = Counter(), Counter()
+    for answer, truth in zip(answers, truths, strict=True):
+        for kind in ("all", question_kind(truth)):
+            asked[kind] += 1
+            right[kind] += normalize_answer(answer) == normalize_answer(truth)
+    return {
+        kind: {"accuracy": right[kind] / asked[kind], "right": right[kind], "questions": asked[kind]}
+        for kind in ("all", *KINDS)
+        if asked[kind]
+    }
+
+
+def draw(
+    model: UniTokMLLMForConditionalGeneration,
+    processor: UniTokMLLMProcessor,
+    captions: list[str],
+    seeds: list[int],
+    batch_size: int = 64,
+    **options,
+) -> torch.Tensor:
+    """One image for each caption, its seed deciding alone, whatever the batch: codes (N, K, L), on the CPU.
+
+    Args:
+        options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`.
+    """
+    codes = []
+    for rows in batches(list(range(len(captions))), batch_size, "drawing"):
+        inputs = processor(text=[captions[i] for i in rows], generation_mode="image").to(model.device)
+        codes.append(model.generate(**inputs, generation_mode="image", seed=[seeds[i] for i in rows], **options).cpu())
+    return torch.cat(codes)
+
+
+def contact_sheet(pictures: list[Image.Image], is_right: list[bool], samples: int) -> Image.Image:
+    """All drawings: a row for each colour, `samples` columns for each shape; what the judge calls wrong is framed.
+
+    `pictures` and `is_right` go by PAIRS, then by sample.
+    """
+    cell, left, top = IMAGE_SIZE + 6, 60, 24
+    sheet = Image.new("RGB", (left + cell * samples * len(SHAPES), top + cell * len(COLORS)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, color in enumerate(COLORS):
+        pen.text((left - 10, top + cell * (i + 0.5)), color, fill="black", anchor="rm")
+    for j, shape in enumerate(SHAPES):
+        pen.text((left + cell * samples * (j + 0.5), top / 2), shape, fill="black", anchor="mm")
+    for n, (picture, right) in enumerate(zip(pictures, is_right, strict=True)):
+        row, column = divmod(n, samples * len(SHAPES))
+        x, y = left + column * cell, top + row * cell
+        if not right:
+            pen.rectangle((x, y, x + cell - 1, y + cell - 1), fill="red")
+        sheet.paste(picture.resize((IMAGE_SIZE, IMAGE_SIZE)), (x + 3, y + 3))
+    return sheet
+
+
+class Evaluation:
+    """A loaded model, the test images, and one method for each part, which returns what the JSON says of it."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        device = settings.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        self.model = AutoModelForImageTextToText.from_pretrained(settings.model).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(settings.model)
+        self.samples = load("test")[: settings.limit]
+
+    @cached_property
+    def pixel_values(self) -> torch.Tensor:
+        """The test images as the model takes them, (N, 3, H, W) in [-1, 1]."""
+        return self.processor.image_processor([str(s.image) for s in self.samples])["pixel_values"]
+
+    def in_batches(self, function: Callable, rows: torch.Tensor, title: str) -> torch.Tensor:
+        """The function's value of all rows, computed on the model's device, gathered on the CPU."""
+        size, device = self.settings.batch_size, self.model.device
+        return torch.cat([function(chunk.to(device)).cpu() for chunk in tqdm(rows.split(size), desc=title)])
+
+    @cached_property
+    def codes(self) -> torch.Tensor:
+        """The test images' codes, (N, K, L)."""
+        return self.in_batches(self.model.encode_images, self.pixel_values, "encoding")
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """(N, K, L) -> (N, 3, H, W) in [-1, 1], float32."""
+        return self.in_batches(self.model.decode_images, codes, "decoding").float()
+
+    @cached_property
+    def judge(self) -> Judge:
+        path = Path(self.settings.judge)
+        if path.is_file():
+            return load_judge(path)
+        print(f"There is no judge at {path} yet: training one, which takes a minute or two.")
+        return make_judge(path)
+
+    @staticmethod
+    def for_judge(pixels: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) -> (N, 3, 64, 64)."""
+        if pixels.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):
+            return pixels
+        return F.interpolate(pixels, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
+
+    def reconstruction(self) -> dict:
+        """PSNR (dB, peak to peak 2) of the decoded codes, and the percentage of codes that the images use."""
+        image_psnr = psnr(self.decode(self.codes), self.pixel_values)
+        mean_squared_error = (4 / 10 ** (image_psnr.double() / 10)).mean()
+        codebook_size = self.model.config.visual_config.vision_config.codebook_size
+        usage = [100 * len(codes.unique()) / codebook_size for codes in self.codes.unbind(dim=1)]
+        image_processor = self.processor.image_processor
+        resample = MODES[image_processor.mode][0] if image_processor.resample is None else image_processor.resample
+        return {
+            "images": len(self.samples),
+            "image_size": list(self.pixel_values.shape[2:]),
+            "preprocessing": image_processor.mode,
+            "resize_filter": PILImageResampling(resample).name.lower(),
+            "psnr_mean_of_images_db": image_psnr.mean().item(),
+            "psnr_of_mean_error_db": (10 * torch.log10(4 / mean_squared_error)).item(),
+            "codebook_usage_percent": sum(usage) / len(usage),
+            "codebook_usage_percent_each": usage,
+        }
+
+    def vqa(self) -> dict:
+        """Accuracy over all questions by exact match after `normalize_answer`; the prompt is recorded."""
+        rows = [(i, *pair) for i, sample in enumerate(self.samples) for pair in sample.questions]
+        numbers, questions, truths = zip(*rows)
+        answers = answer_questions(
+            self.model, self.processor, list(questions), self.codes[list(numbers)], self.settings.batch_size
+        )
+        mistakes = [
+            {"image": self.samples[i].image.name, "question": question, "answer": truth, "given": answer}
+            for (i, question, truth), answer in zip(rows, answers)
+            if normalize_answer(answer) != normalize_answer(truth)
+        ]
+        prompt = self.processor.apply_chat_template(conversation("{question}"), add_generation_prompt=True)
+        return {
+            "images": len(self.samples),
+            "accuracy": count_right(answers, truths),
+            "prompt": prompt,
+            "first_mistakes": mistakes[:MISTAKES_KEPT],
+        }
+
+    def text_to_image(self) -> dict:
+        """The share of drawings in which the judge sees what was asked for, and how far the judge is to be trusted."""
+        settings = self.settings
+        drawings = [(pair, j) for pair in range(len(PAIRS)) for j in range(settings.samples)]
+        captions = [f"a {' '.join(PAIRS[pair])}" for pair, _ in drawings]
+        codes = draw(
+            self.model,
+            self.processor,
+            captions,
+            seeds=[settings.seed + j * len(PAIRS) + pair for pair, j in drawings],
+            batch_size=settings.batch_size,
+            guidance_scale=settings.guidance,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+        )
+        pixels = self.decode(codes)
+        labels = torch.tensor([divmod(pair, len(SHAPES)) for pair, _ in drawings])
+        verdicts = torch.stack(judge_images(self.judge, self.for_judge(pixels)), dim=1)
+        is_right = (verdicts == labels).all(dim=1)
+        sheet_path = Path(settings.output).with_suffix(".png")
+        png = io.BytesIO()
+        pictures = self.processor.image_processor.post_process(pixels)
+        contact_sheet(pictures, is_right.tolist(), settings.samples).save(png, format="png")
+        write_atomically(sheet_path, png.getvalue())
+
+        test_labels = load_labels(self.samples)
+        return {
+            "prompt": self.processor.image_prompt("a {color} {shape}"),
+            **judge_accuracy(self.judge, self.for_judge(pixels), labels),
+            "both_by_pair": {
+                " ".join(pair): share.item()
+                for pair, share in zip(PAIRS, is_right.view(len(PAIRS), -1).float().mean(1))
+            },
+            "judge_on_test_images": judge_accuracy(self.judge, load_pixels(self.samples), test_labels),
+            "judge_on_reconstructions": judge_accuracy(
+                self.judge, self.for_judge(self.decode(self.codes)), test_labels
+            ),
+            "sheet": str(sheet_path),
+        }
+
+
+# Each part and the settings, beside the model's weights, that its numbers hang on.
+PARTS = {
+    "reconstruction": ("limit",),
+    "vqa": ("limit",),
+    "text_to_image": ("limit", "samples", "guidance", "temperature", "top_k", "seed", "judge"),
+}
+
+
+def folder_digest(folder: str) -> str:
+    """SHA-256 over the weights, configurations and templates in a model's folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_finished(output: str, wanted: dict[str, dict]) -> dict[str, dict]:
+    """The parts in an earlier output whose settings are those wanted now."""
+    if not Path(output).is_file():
+        return {}
+    parts = json.loads(Path(output).read_text())["parts"]
+    return {name: part for name, part in parts.items() if part["settings"] == wanted.get(name)}
+
+
+def evaluate(settings: Settings) -> dict:
+    """Runs the parts that are wanted and not there yet; writes and returns what is known after the last."""
+    digest = folder_digest(settings.model)
+    wanted = {
+        name: {"model": settings.model, "model_sha256": digest, **{key: getattr(settings, key) for key in keys}}
+        for name, keys in PARTS.items()
+    }
+    report = {
+        "benchmark": "easy-VQA, test split",
+        "settings": asdict(settings),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "unitok_mllm": unitok_mllm.__version__,
+            "easy-vqa": importlib.metadata.version("easy-vqa"),
+        },
+        "parts": read_finished(settings.output, wanted) if settings.resume else {},
+    }
+    missing = [name for name in PARTS if name not in settings.skipped and name not in report["parts"]]
+    if not missing:
+        return report
+    evaluation = Evaluation(settings)
+    report |= {"device": str(evaluation.model.device), "dtype": str(evaluation.model.dtype)}
+    for name in missing:
+        start = time.perf_counter()
+        part = getattr(evaluation, name)()
+        seconds = round(time.perf_counter() - start, 1)
+        report["parts"][name] = {"settings": wanted[name], "seconds": seconds, **part}
+        write_atomically(settings.output, json.dumps(report, indent=2).encode())
+    return report
+
+
+def table(report: dict) -> str:
+    """The report in a few lines, for people."""
+    lines, parts = [], report["parts"]
+    if part := parts.get("reconstruction"):
+        lines += [
+            f"reconstruction of {part['images']} images ({part['seconds']} s)",
+            f"  PSNR, mean of images     {part['psnr_mean_of_images_db']:6.2f} dB",
+            f"  PSNR of the mean error   {part['psnr_of_mean_error_db']:6.2f} dB",
+            f"  codes in use             {part['codebook_usage_percent']:6.2f} %",
+        ]
+    if part := parts.get("vqa"):
+        lines.append(f"answers about {part['images']} images ({part['seconds']} s)")
+        for kind, value in part["accuracy"].items():
+            lines.append(f"  {kind:23}  {value['accuracy']:6.2%}   {value['right']} of {value['questions']}")
+    if part := parts.get("text_to_image"):
+        lines.append(f"{part['images']} drawings, {part['sheet']} ({part['seconds']} s)  both   color   shape")
+        for name, value in (
+            ("drawings", part),
+            ("judge, test images", part["judge_on_test_images"]),
+            ("judge, reconstructions", part["judge_on_reconstructions"]),
+        ):
+            lines.append(f"  {name:23}  {value['both']:6.2%}  {value['color']:6.2%}  {value['shape']:6.2%}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(args=argv)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    try:
+        report = evaluate(settings)
+    except KeyboardInterrupt:
+        sys.exit(f"Interrupted. Finished parts are in {settings.output}; --resume goes on from there.")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()

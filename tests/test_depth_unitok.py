@@ -1,0 +1,95 @@
+import pytest
+import torch
+from transformers import LlamaModel
+
+from unitok_mllm import UniTokMLLMConfig
+from unitok_mllm.depth_unitok import UniTokDepthTransformer
+
+
+N, K, V, LLM_WIDTH = 5, 4, 32, 64
+
+
+@pytest.fixture(params=[{}, {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1}])
+def config(request, llama_config, tokenizer_config):
+    """The LLM's own width, and a width of its own."""
+    depth_config = {"num_hidden_layers": 2, **request.param}
+    return UniTokMLLMConfig(
+        text_config=llama_config,
+        visual_config=tokenizer_config,
+        depth_config=depth_config,
+        embedder_dim=40,
+        embedder_heads=2,
+    )
+
+
+@pytest.fixture
+def depth(config):
+    return UniTokDepthTransformer(config).eval()
+
+
+@pytest.fixture
+def states():
+    return torch.randn(N, LLM_WIDTH)
+
+
+@pytest.fixture
+def codes():
+    return torch.randint(V, (N, K))
+
+
+def changed(a, b):
+    """The numbers of the codes whose logits differ anywhere."""
+    return [k for k in range(K) if not torch.equal(a[:, k], b[:, k])]
+
+
+@torch.no_grad()
+def test_logits_are_those_of_a_llama_fed_the_state_and_the_embedded_codes(depth, config, states, codes):
+    llama = LlamaModel(config.depth_config.llama_config(K)).eval()
+    llama.load_state_dict({k: v for k, v in depth.state_dict().items() if k.startswith(("layers", "norm"))}, False)
+    inputs = [depth.in_proj(states)]
+    inputs += [depth.embeddings.weight[k * V : (k + 1) * V][codes[:, k]] for k in range(K - 1)]
+    expected = depth.head(llama(inputs_embeds=torch.stack(inputs, dim=1)).last_hidden_state)
+    torch.testing.assert_close(depth(states, codes), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("branches", [1, 2])
+def test_cached_steps_give_the_teacher_forced_logits(depth, codes, branches):
+    states, seen, order = torch.randn(branches * N, LLM_WIDTH), [], []
+
+    def choose(logits, k):
+        seen.append(logits)
+        order.append(k)
+        return codes[:, k]
+
+    assert torch.equal(depth.generate(states, choose), codes)
+    assert order == list(range(K))
+    expected = depth(states, codes.repeat(branches, 1))
+    torch.testing.assert_close(torch.stack(seen, dim=1), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", range(K))
+def test_a_code_changes_only_the_logits_after_it_and_the_last_none(depth, states, codes, k):
+    other = codes.clone()
+    other[:, k] = (other[:, k] + 1) % V
+    assert changed(depth(states, codes), depth(states, other)) == list(range(k + 1, K))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", range(K - 1))
+def test_each_code_is_embedded_by_a_table_of_its_own(depth, states, k):
+    same = torch.full((N, K), 7)
+    before = depth(states, same)
+    depth.embeddings.weight[k * V + 7] += 1
+    assert changed(before, depth(states, same)) == list(range(k + 1, K))
+
+
+@torch.no_grad()
+def test_rows_are_independent_and_the_state_reaches_every_code(depth, states, codes):
+    before = depth(states, codes)
+    states[2] += 1
+    after = depth(states, codes)
+    assert changed(before[2:3], after[2:3]) == list(range(K))
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(after[others], before[others], rtol=1e-6, atol=1e-6)

@@ -1,0 +1,299 @@
+import pytest
+import torch
+from PIL import Image
+
+from unitok_mllm.generation_unitok import sample_codes
+
+
+K, L, V = 4, 9, 32
+BOI, IMAGE = 3, 5
+TEXTS = ["a red circle", "blue", "what is the yellow shape over there? a red circle"]
+QUESTIONS = ["<image> what is the shape? <image> and this?", "yes", "a <image>"]  # 2, 0 and 1 of three images
+
+
+@pytest.fixture
+def pictures(images):
+    return list((images + 1) / 2)
+
+
+@pytest.fixture
+def ask(lively_mllm, processor, pictures):
+    """New tokens, always six, for some of the questions; returns a list of lists."""
+
+    def ask(which=(0, 1, 2), **options):
+        images = [[pictures[:2], [], pictures[2:3]][i] for i in which]
+        inputs = processor(text=[QUESTIONS[i] for i in which], images=images if any(images) else None)
+        options = {"do_sample": False, "min_new_tokens": 6, "max_new_tokens": 6} | options
+        return lively_mllm.generate(**inputs, **options)[:, inputs.input_ids.shape[1] :].tolist()
+
+    return ask
+
+
+@pytest.fixture
+def draw(lively_mllm, processor):
+    """Codes (N, K, L) for descriptions."""
+
+    def draw(texts=TEXTS, images=None, **options):
+        inputs = processor(text=texts, images=images, generation_mode="image")
+        return lively_mllm.generate(**inputs, **{"generation_mode": "image", "seed": 0, **options})
+
+    return draw
+
+
+@torch.no_grad()
+def teacher_forced_logits(model, prompt, codes, prefix="", history=None):
+    """The depth head's logits (N, L, K, V) for drawn codes behind their prompts; `prefix` picks the branch."""
+    ids, mask = prompt[f"{prefix}input_ids"], prompt[f"{prefix}attention_mask"]
+    ids, mask = ids.repeat(len(codes) // len(ids), 1), mask.repeat(len(codes) // len(mask), 1)
+    past = codes[:0] if history is None else history
+    return model(
+        input_ids=torch.cat([ids, ids.new_full((len(codes), L), IMAGE)], dim=1),
+        attention_mask=torch.cat([mask, mask.new_ones(len(codes), L)], dim=1),
+        image_codes=torch.cat([past, codes]),
+        image_targets=torch.arange(len(past) + len(codes)) >= len(past),
+    ).image_logits
+
+
+# Text
+
+
+def test_unequal_questions_in_a_batch_get_the_answers_they_get_alone(ask):
+    together = ask()
+    assert together == [ask([i])[0] for i in range(3)]
+    assert len({tuple(answer) for answer in together}) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 1, "num_return_sequences": 3},
+    ],
+)
+def test_beams_and_return_sequences_keep_images_with_their_question(ask, options):
+    together = ask(**options)
+    assert together == [answer for i in range(3) for answer in ask([i], **options)]
+    assert together == ask(**options, use_cache=False)
+    if options.get("do_sample"):
+        assert together == [answer for answer in ask() for _ in range(3)]
+
+
+def test_the_answer_depends_on_the_image_and_on_sampling_options(ask, pictures):
+    answer = ask()
+    pictures[0], pictures[2] = pictures[2], pictures[0]
+    other = ask()
+    assert (answer[0] != other[0], answer[1] == other[1], answer[2] != other[2]) == (True, True, True)
+    sampled = ask(do_sample=True, temperature=3.0, top_k=50, top_p=0.95, repetition_penalty=1.1)
+    assert sampled != other
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_answering_with_too_few_or_too_many_images_raises(lively_mllm, processor, images, count, num_beams):
+    inputs = processor(text="<image> or <image>", images=list(images[:2] / 2 + 0.5))
+    inputs["pixel_values"] = images[:count]
+    with pytest.raises(ValueError, match=rf"have \[18.*\] image placeholders, but {count}.* images need 9 each"):
+        lively_mllm.generate(**inputs, num_beams=num_beams, max_new_tokens=2)
+
+
+def test_images_of_another_size_stay_with_their_question(lively_mllm, processor, pictures):
+    small = {"images_kwargs": {"size": {"height": 32, "width": 32}}}  # 4 positions where the config says 9
+    options = {"num_beams": 2, "min_new_tokens": 5, "max_new_tokens": 5}
+    together = processor(text=["<image>a<image>", "b<image>"], images=pictures[:3], **small)
+    alone = processor(text="<image>a<image>", images=pictures[:2], **small)
+    assert (alone.input_ids == IMAGE).sum() == 8
+    expected = lively_mllm.generate(**alone, **options)[0, -5:]
+    assert torch.equal(lively_mllm.generate(**together, **options)[0, -5:], expected)
+
+
+# Images
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_greedy_codes_are_the_teacher_forced_argmax_under_guidance(lively_mllm, processor, draw, guidance_scale):
+    codes = draw(do_sample=False, guidance_scale=guidance_scale)
+    prompt = processor(text=TEXTS, generation_mode="image")
+    cond = teacher_forced_logits(lively_mllm, prompt, codes)
+    uncond = teacher_forced_logits(lively_mllm, prompt, codes, "unconditional_")
+    guided = uncond + guidance_scale * (cond - uncond)
+    assert torch.equal(guided.argmax(dim=-1).transpose(1, 2), codes)
+    assert not torch.equal(draw(do_sample=False, guidance_scale=3.0), codes)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_cache_batch_and_order_do_not_change_a_picture(draw, guidance_scale, do_sample):
+    options = {"guidance_scale": guidance_scale, "do_sample": do_sample}
+    codes = draw(**options, seed=[5, 6, 7])
+    assert codes.shape == (3, K, L) and codes.dtype == torch.long
+    assert torch.equal(draw(**options, seed=[5, 6, 7], use_cache=False), codes)
+    assert torch.equal(draw(TEXTS[::-1], **options, seed=[7, 6, 5]), codes.flip(0))
+    for text, seed, expected in zip(TEXTS, (5, 6, 7), codes):
+        assert torch.equal(draw([text], **options, seed=seed)[0], expected)
+    assert torch.equal(draw(**options, seed=[5, 6, 7], num_positions=4), codes[..., :4])
+
+
+@pytest.mark.parametrize("guidance_scale, branches", [(1, 1), (1.0, 1), (3.0, 2)])
+def test_each_image_token_takes_one_step_of_everything(lively_mllm, draw, guidance_scale, branches):
+    calls = {"llm": [], "embedder": [], "depth": []}
+    parts = {"llm": lively_mllm.get_decoder().layers[0], "depth": lively_mllm.depth_head.layers[1]}
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda _, args, name=name: calls[name].append(tuple(args[0].shape[:2])))
+    lively_mllm.embedder.register_forward_pre_hook(lambda _, args: calls["embedder"].append(tuple(args[0].shape)))
+    draw(guidance_scale=guidance_scale)
+    rows, prompt_length = 3 * branches, calls["llm"][0][1]
+    assert calls["llm"] == [(rows, prompt_length)] + [(rows, 1)] * (L - 1) and prompt_length > 20
+    assert calls["embedder"] == [(3, K, 1)] * (L - 1)
+    assert calls["depth"] == [(rows, 1)] * (K * L)
+
+
+def test_guidance_1_ignores_the_unconditional_prompt(lively_mllm, processor, draw):
+    prompt = processor(text=TEXTS, generation_mode="image")
+    ids = prompt["input_ids"]
+    plain = lively_mllm.generate(ids, attention_mask=prompt["attention_mask"], generation_mode="image", seed=0)
+    assert torch.equal(plain, draw(guidance_scale=1.0))
+
+
+def test_a_long_unconditional_prompt_pads_the_descriptions_instead(lively_mllm, processor, draw):
+    prompt = processor(text=TEXTS, generation_mode="image")
+    short = {name: value[1:2, -12:] for name, value in prompt.items() if not name.startswith("uncond")}
+    assert short["input_ids"].shape[1] < prompt["unconditional_input_ids"].shape[1]
+    options = {"generation_mode": "image", "do_sample": False, "guidance_scale": 5.0}
+    unconditional = {name: value for name, value in prompt.items() if name.startswith("uncond")}
+    codes = lively_mllm.generate(**short, **unconditional, **options)
+    cond = teacher_forced_logits(lively_mllm, short, codes)
+    uncond = teacher_forced_logits(lively_mllm, prompt, codes, "unconditional_")
+    assert torch.equal((uncond + 5 * (cond - uncond)).argmax(dim=-1).transpose(1, 2), codes)
+
+
+def test_seeds_belong_to_the_prompt_and_the_sample(draw):
+    codes = draw(seed=[1, 2, 1], num_return_sequences=5).unflatten(0, (3, 5))
+    fewer = draw(seed=[1, 2, 1], num_return_sequences=3, guidance_scale=1).unflatten(0, (3, 3))
+    assert torch.equal(fewer, codes[:, :3])
+    assert torch.equal(draw(TEXTS[1:2], seed=2, num_return_sequences=2), codes[1, :2])
+    assert torch.equal(draw(seed=4), draw(seed=[4, 4, 4]))
+    assert len({tuple(sample.flatten().tolist()) for sample in codes.flatten(0, 1)}) == 15
+
+
+def test_without_a_seed_the_global_generator_decides(draw):
+    torch.manual_seed(3)
+    first, second = draw(seed=None), draw(seed=None)
+    torch.manual_seed(3)
+    assert torch.equal(draw(seed=None), first) and not torch.equal(first, second)
+    state = torch.get_rng_state()
+    draw(seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@torch.no_grad()
+def test_temperature_divides_the_logits(lively_mllm, draw):
+    codes = draw(temperature=2.0)
+    assert not torch.equal(draw(), codes)
+    for parameter in lively_mllm.depth_head.head.parameters():
+        parameter.div_(2)
+    assert torch.equal(draw(), codes)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_narrowest_sampling_is_greedy(draw, options, guidance_scale):
+    greedy = draw(do_sample=False, guidance_scale=guidance_scale)
+    assert torch.equal(draw(**options, guidance_scale=guidance_scale), greedy)
+    assert not torch.equal(draw(guidance_scale=guidance_scale), greedy)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}])
+def test_top_k_and_top_p_keep_to_the_likeliest_codes(lively_mllm, processor, draw, options):
+    codes = draw(num_return_sequences=4, **options)
+    prompt = processor(text=[text for text in TEXTS for _ in range(4)], generation_mode="image")
+    probs = teacher_forced_logits(lively_mllm, prompt, codes).softmax(dim=-1)
+    drawn = probs.gather(-1, codes.transpose(1, 2)[..., None])
+    above = torch.where(probs > drawn, probs, 0)
+    if "top_k" in options:
+        assert (above > 0).sum(dim=-1).max() == 2
+    else:
+        assert 0.3 < above.sum(dim=-1).max() < 0.5
+
+
+def test_sample_codes_inverts_the_distribution_and_never_draws_the_impossible():
+    logits = torch.randn(V) * 2
+    impossible = [0, 1, 13, 30, 31]
+    logits[impossible] = -torch.inf
+    n = 20_000
+    noise = (torch.arange(n) + 0.5) / n
+    counts = sample_codes(logits.expand(n, V), noise).bincount(minlength=V)
+    assert (counts - n * logits.softmax(dim=-1)).abs().max() < 1.1
+    assert counts[impossible].sum() == 0
+    ends = torch.tensor([0.0, 1 - 2**-24])
+    assert sample_codes(logits.expand(2, V), ends).tolist() == [2, 29]
+
+
+def test_an_image_in_the_prompt_changes_the_picture(lively_mllm, processor, draw, images, pictures):
+    texts = ["like <image> but blue", "red", "<image> and <image>"]
+    options = {"do_sample": False, "guidance_scale": 1.0}
+    codes = draw(texts, images=pictures[:3], **options)
+    prompt = processor(text=texts, images=pictures[:3], generation_mode="image")
+    assert (prompt["input_ids"] == IMAGE).sum(dim=1).tolist() == [L, 0, 2 * L]
+    alone = [draw(texts[:1], pictures[:1], **options), draw(texts[1:2], **options)]
+    alone += [draw(texts[2:], pictures[1:3], **options)]
+    assert torch.equal(codes, torch.cat(alone))
+    swapped = draw(texts, images=[pictures[3], *pictures[1:3]], **options)
+    assert (swapped != codes).flatten(1).any(dim=1).tolist() == [True, False, False]
+
+    history = lively_mllm.encode_images(prompt["pixel_values"][:1])
+    first = processor(text=texts[:1], images=pictures[:1], generation_mode="image")
+    logits = teacher_forced_logits(lively_mllm, first, codes[:1], history=history)
+    assert torch.equal(logits.argmax(dim=-1).transpose(1, 2), codes[:1])
+    repeated = draw(texts, images=pictures[:3], num_return_sequences=2, guidance_scale=2.0, top_k=1)
+    guided = draw(texts, images=pictures[:3], guidance_scale=2.0, do_sample=False)
+    assert torch.equal(repeated, guided.repeat_interleave(2, dim=0))
+
+
+BAD_OPTIONS = [
+    ({"guidance_scale": 0.5}, "guidance_scale must be at least 1 .*got 0.5"),
+    ({"guidance_scale": -2.0}, "guidance_scale must be at least 1 .*got -2.0"),
+    ({"temperature": 0.0}, "temperature must be above 0 .*got 0.0"),
+    ({"top_k": -1}, "top_k must be at least 0 .*got -1"),
+    ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+    ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+    ({"seed": [1, 2]}, "2 seeds for 3 prompts"),
+    ({"num_return_sequences": 0}, "num_return_sequences must be at least 1, got 0"),
+    ({"num_positions": 0}, "num_positions must be at least 1, got 0"),
+    ({"input_ids": torch.tensor([[1, 20, BOI, 4]] * 3)}, r"must end with the token that opens an image \(3\)"),
+    ({"guidance_scale": 2.0, "unconditional_input_ids": None}, "needs unconditional_input_ids"),
+    (
+        {"guidance_scale": 2.0, "unconditional_input_ids": torch.tensor([[1, BOI]] * 2)},
+        "2 unconditional prompts for a batch of 3",
+    ),
+    ({"generation_mode": "video"}, "generation_mode is 'text' or 'image', got 'video'"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD_OPTIONS, ids=[str(message) for _, message in BAD_OPTIONS])
+def test_options_out_of_range_raise(mllm, processor, options, message):
+    inputs = dict(processor(text=TEXTS, generation_mode="image"))
+    if "input_ids" in options:
+        del inputs["attention_mask"]
+    if "unconditional_input_ids" in options:
+        del inputs["unconditional_attention_mask"]
+    with pytest.raises(ValueError, match=message):
+        mllm.generate(**{**inputs, "generation_mode": "image", **options})
+
+
+def test_progress_is_shown_on_stderr_and_only_if_asked_for(draw, capsys):
+    draw()
+    assert capsys.readouterr() == ("", "")
+    draw(progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == "" and "drawing" in shown.err
+
+
+def test_drawn_codes_become_pictures(lively_mllm, processor, draw):
+    pixels = lively_mllm.decode_images(draw())
+    assert pixels.min() >= -1 and pixels.max() <= 1
+    pictures = processor.post_process_multimodal_output(pixels, generation_mode="image")
+    assert [type(picture) for picture in pictures] == [Image.Image] * 3
+    restored = processor.image_processor(pictures).pixel_values
+    assert (restored - pixels).abs().max() <= 1 / 255 + 1e-6

@@ -1,0 +1,418 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import GenerationConfig, LlamaForCausalLM, logging
+from transformers.testing_utils import CaptureLogger
+
+from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokModel
+
+
+K, L, V = 4, 9, 32
+BOS, EOS, BOI, EOI, IMAGE = 1, 2, 3, 4, 5
+PICTURE = [BOI, *[IMAGE] * L, EOI]
+
+
+class Sample(NamedTuple):
+    ids: list[int]
+    num_text_targets: int  # the last tokens
+    image_targets: tuple[bool, ...]
+
+
+SAMPLES = {
+    "text": Sample([BOS, 20, 21, 22, 40, 41, EOS], 3, ()),
+    "read": Sample([BOS, *PICTURE, 30, *PICTURE, 32, 42, 43, 44, EOS], 4, (False, False)),
+    "write": Sample([BOS, 50, 51, *PICTURE, EOS], 2, (True,)),
+    "mixed": Sample([BOS, *PICTURE, 60, 61, *PICTURE, EOS], 1, (False, True)),
+}
+BATCHES = [("text",), ("read",), ("write",), ("mixed",), ("text", "read"), tuple(SAMPLES)]
+
+
+def make_batch(names, side="left"):
+    """Model inputs of some samples; each has image codes of its own, the same in every batch."""
+    length = max(len(SAMPLES[name].ids) for name in names)
+    rows, masks, labels, codes, targets = [], [], [], [], []
+    for name in names:
+        ids, num_text_targets, image_targets = SAMPLES[name]
+        pad = (length - len(ids), 0) if side == "left" else (0, length - len(ids))
+        rows.append(F.pad(torch.tensor(ids), pad))
+        masks.append(F.pad(torch.ones(len(ids), dtype=torch.long), pad))
+        answer = torch.tensor([-100] * (len(ids) - num_text_targets) + ids[-num_text_targets:])
+        labels.append(F.pad(answer, pad, value=-100))
+        generator = torch.Generator().manual_seed(len(ids))
+        codes.append(torch.randint(V, (len(image_targets), K, L), generator=generator))
+        targets += image_targets
+    batch = {"input_ids": torch.stack(rows), "attention_mask": torch.stack(masks), "labels": torch.stack(labels)}
+    if targets:
+        batch |= {"image_codes": torch.cat(codes), "image_targets": torch.tensor(targets)}
+    return batch
+
+
+def counts(names):
+    """The numbers of text targets and of target codes."""
+    samples = [SAMPLES[name] for name in names]
+    return sum(s.num_text_targets for s in samples), sum(K * L * sum(s.image_targets) for s in samples)
+
+
+def clone(tensors):
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def differing(before, after):
+    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", BATCHES, ids="+".join)
+def test_loss_is_the_token_weighted_mean_of_text_and_image_loss(lively_mllm, names):
+    batch = make_batch(names)
+    output = lively_mllm(**batch)
+    text_count, image_count = counts(names)
+
+    next_labels = batch["labels"][:, 1:]
+    log_probs = output.logits[:, :-1].double().log_softmax(dim=-1)
+    text_sum = -sum(log_probs[b, t, next_labels[b, t]] for b, t in (next_labels != -100).nonzero().tolist())
+    torch.testing.assert_close(output.text_loss.double(), text_sum / text_count, rtol=1e-5, atol=0)
+
+    image_loss = torch.zeros(()).double()
+    if image_count:
+        logits = output.image_logits.double()  # (N, L, K, V)
+        targets = batch["image_codes"][batch["image_targets"]].transpose(1, 2)  # (N, L, K)
+        cross_entropy = -logits.log_softmax(dim=-1).gather(-1, targets[..., None]).mean()
+        image_loss = cross_entropy + 5e-5 * (logits.max(dim=-1).values ** 2).mean()
+    torch.testing.assert_close(output.image_loss.double(), image_loss, rtol=1e-5, atol=0)
+    total = (text_sum + image_count * image_loss) / (text_count + image_count)
+    torch.testing.assert_close(output.loss.double(), total, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_gives_each_sample_what_it_gets_alone(lively_mllm, side):
+    batch = make_batch(SAMPLES, side)
+    together = lively_mllm(**batch)
+    total, image_logits = 0.0, []
+    for b, name in enumerate(SAMPLES):
+        alone = lively_mllm(**make_batch([name]))
+        total += alone.loss * sum(counts([name]))
+        kept = batch["attention_mask"][b].bool()
+        torch.testing.assert_close(together.logits[b, kept], alone.logits[0], rtol=1e-4, atol=1e-4)
+        if alone.image_logits is not None:
+            image_logits.append(alone.image_logits)
+    torch.testing.assert_close(together.image_logits, torch.cat(image_logits), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together.loss, total / sum(counts(SAMPLES)), rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_labels_at_image_positions_are_no_text_targets(lively_mllm):
+    batch = make_batch(SAMPLES)
+    expected = lively_mllm(**batch)
+    batch["labels"] = torch.where(batch["input_ids"] == IMAGE, IMAGE, batch["labels"])
+    assert torch.equal(lively_mllm(**batch).text_loss, expected.text_loss)
+
+
+@torch.no_grad()
+def test_the_depth_head_reads_the_state_before_each_position(lively_mllm):
+    batch = make_batch(SAMPLES)
+    output = lively_mllm(**batch, output_hidden_states=True)
+    states, starts = output.hidden_states[-1], []
+    for b, row in enumerate(batch["input_ids"].tolist()):
+        starts += [(b, t) for t in range(len(row)) if row[t] == IMAGE and row[t - 1] == BOI]
+    drawn = [i for i, is_target in enumerate(batch["image_targets"]) if is_target]
+    assert len(starts) == 5 and drawn == [2, 4]
+    for n, i in enumerate(drawn):
+        b, start = starts[i]
+        codes = batch["image_codes"][i].T  # (L, K)
+        expected = torch.cat(
+            [lively_mllm.depth_head(states[b, start + p - 1][None], codes[p][None]) for p in range(L)]
+        )
+        torch.testing.assert_close(output.image_logits[n], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_image_changes_what_follows_it_and_nothing_before(lively_mllm):
+    batch = make_batch(["read"])
+    before = lively_mllm(**batch).logits[0]
+    batch["image_codes"][1] = batch["image_codes"][1].roll(1, dims=0)
+    difference = (lively_mllm(**batch).logits[0] - before).abs().amax(dim=-1)
+    second_image = len(PICTURE) + 3  # its first position
+    assert difference[:second_image].max() == 0 and difference[second_image:].min() > 0.01
+
+
+@torch.no_grad()
+def test_pixels_and_their_codes_are_one_input(lively_mllm, images):
+    batch = make_batch(["mixed", "read"])
+    batch["image_codes"] = lively_mllm.encode_images(images)
+    from_codes = lively_mllm(**batch)
+    del batch["image_codes"]
+    from_pixels = lively_mllm(**batch, pixel_values=images)
+    assert torch.equal(from_codes.logits, from_pixels.logits)
+    assert torch.equal(from_codes.image_logits, from_pixels.image_logits)
+    flipped = lively_mllm(**batch, pixel_values=images.flip(0))
+    assert not torch.allclose(flipped.logits[:, -4:], from_pixels.logits[:, -4:], atol=0.01)
+
+
+CODES = torch.zeros(2, K, L, dtype=torch.long)
+ONE_PICTURE = torch.tensor([[BOS, *PICTURE, EOS]])
+BAD_INPUTS = {
+    "both pixels and codes": ({"pixel_values": torch.zeros(1, 3, 48, 48), "image_codes": CODES[:1]}, "not both"),
+    "too many images": ({"image_codes": CODES}, r"have \[9\] image placeholders, but 2 images need 9 each"),
+    "images of another size": ({"image_codes": CODES[:1, :, :4]}, r"have \[9\] .* 1 images need 4 each"),
+    "too few images": ({"input_ids": torch.tensor([PICTURE * 3]), "image_codes": CODES}, r"have \[27\] .* 2 images"),
+    "an image over two samples": (
+        {
+            "input_ids": torch.tensor([[BOI, *[IMAGE] * 12], [BOI, *[IMAGE] * 6, 20, 20, 20, 20, 20, 20]]),
+            "image_codes": CODES,
+        },
+        r"have \[12, 6\] image placeholders, but 2 images need 9 each",
+    ),
+    "no images": ({}, "9 image placeholders, but no images were given"),
+    "no placeholders": ({"input_ids": torch.tensor([[BOS, 20]]), "image_codes": CODES}, r"have \[0\] .* 2 images"),
+    "too many targets": (
+        {"image_codes": CODES[:1], "image_targets": torch.tensor([True, False])},
+        r"image_targets has shape \(2,\), but there are 1 images",
+    ),
+    "targets without images": (
+        {"input_ids": torch.tensor([[BOS, 20]]), "image_targets": torch.tensor([True])},
+        r"image_targets has shape \(1,\), but there are 0 images",
+    ),
+    "a target begins its sequence": (
+        {"input_ids": torch.tensor([[IMAGE] * L]), "image_codes": CODES[:1], "image_targets": torch.tensor([True])},
+        "begins its sequence",
+    ),
+    "a target begins after padding": (
+        {
+            "input_ids": torch.tensor([[0, 0] + [IMAGE] * L]),
+            "attention_mask": torch.tensor([[0, 0] + [1] * L]),
+            "image_codes": CODES[:1],
+            "image_targets": torch.tensor([True]),
+        },
+        "begins its sequence",
+    ),
+    "images with embeddings": (
+        {"input_ids": None, "inputs_embeds": torch.zeros(1, 4, 64), "image_codes": CODES},
+        "not with inputs_embeds",
+    ),
+}
+
+
+@pytest.mark.parametrize("inputs, message", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_inputs_that_do_not_fit_together_raise(mllm, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        mllm(**{"input_ids": ONE_PICTURE, **inputs})
+
+
+@pytest.mark.parametrize("names", BATCHES, ids="+".join)
+def test_a_training_step_moves_all_that_is_trained_and_nothing_frozen(mllm, images, names):
+    batch = make_batch(names)
+    if (codes := batch.get("image_codes")) is not None and len(codes) <= len(images):
+        batch["pixel_values"] = images[: len(codes)]
+        del batch["image_codes"]
+    mllm.train()
+    trained = clone((n, p) for n, p in mllm.named_parameters() if p.requires_grad)
+    frozen = clone((n, t) for n, t in mllm.state_dict().items() if n not in trained)
+    optimizer = torch.optim.AdamW([p for p in mllm.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+    assert {name for name, grad in gradients(mllm, batch).items() if grad is None} == set()
+    optimizer.step()
+
+    assert not differing(frozen, mllm.state_dict()) and not mllm.visual.training
+    assert {n for n in frozen if not n.startswith("visual.")} == {
+        "embedder.quantizer.codebooks",
+        "embedder.quantizer.usage",
+    }
+    unused = set()  # with gradients all the same, of value 0
+    if names in BATCHES[:2] + BATCHES[4:5]:
+        unused |= {name for name in trained if name.startswith("depth_head.")}
+    if names == ("text",):
+        unused |= {name for name in trained if name.startswith("embedder.")}
+    assert differing(trained, mllm.state_dict()) == set(trained) - unused
+
+
+def test_codebooks_train_once_unfrozen_and_are_saved(mllm, tmp_path):
+    mllm.train().embedder.unfreeze_codebooks()
+    parameters = dict(mllm.named_parameters())
+    gradient = gradients(mllm, make_batch(["read"]))["embedder.quantizer.codebooks"]
+    assert gradient.abs().sum(dim=(1, 2)).min() > 0
+    torch.optim.SGD(parameters.values(), lr=1.0).step()
+    mllm.save_pretrained(tmp_path)
+    loaded = UniTokMLLMForConditionalGeneration.from_pretrained(tmp_path)
+    codebooks = mllm.embedder.quantizer.codebooks
+    assert torch.equal(loaded.embedder.quantizer.codebooks, codebooks)
+    assert not torch.equal(loaded.visual.vision_model.quantizer.codebooks, codebooks)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("frozen_llm", [False, True])
+def test_gradient_checkpointing_leaves_the_gradients_as_they_are(lively_mllm, use_reentrant, frozen_llm):
+    lively_mllm.train()
+    lively_mllm.language_model.requires_grad_(not frozen_llm)
+    batch = make_batch(SAMPLES)
+    expected = gradients(lively_mllm, batch)
+    calls = []
+    for part in ("language_model.model", "depth_head"):
+        mlp = lively_mllm.get_submodule(f"{part}.layers.0.mlp")
+        mlp.register_forward_pre_hook(lambda *_, part=part: calls.append(part))
+    lively_mllm.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    actual = gradients(lively_mllm, batch)
+    assert {part: calls.count(part) for part in calls} == {"language_model.model": 2, "depth_head": 2}
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_trains_and_draws(mllm, images, dtype, autocast):
+    batch = make_batch(SAMPLES)
+    expected = mllm(**batch).loss
+    mllm.train()
+    if not autocast:
+        mllm.to(dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        output = mllm(**batch)
+        torch.testing.assert_close(output.loss, expected, rtol=0.02, atol=0)
+        assert output.loss.dtype == torch.float32
+        output.loss.backward()
+        mllm.eval()
+        prompt = torch.tensor([[BOS, *PICTURE, 20, BOI]])
+        codes = mllm.generate(prompt, pixel_values=images[:1], generation_mode="image", seed=0)
+        assert codes.shape == (1, K, L) and mllm.decode_images(codes).isfinite().all()
+    assert all(p.grad.isfinite().all() for p in mllm.parameters() if p.requires_grad)
+
+
+def test_from_parts_takes_over_weights_codebooks_and_generation_config(llama_config, visual_tokenizer):
+    llm = LlamaForCausalLM(llama_config)
+    llm.generation_config = GenerationConfig(eos_token_id=[2, 77], pad_token_id=0, max_new_tokens=7)
+    weights = clone(llm.state_dict().items())
+    model = UniTokMLLMForConditionalGeneration.from_parts(
+        llm, visual_tokenizer, embedder_dim=40, embedder_heads=2, image_token_id=IMAGE
+    )
+    assert not differing(weights, model.language_model.state_dict())
+    assert torch.equal(model.embedder.quantizer.codebooks, visual_tokenizer.vision_model.quantizer.codebooks)
+    assert model.generation_config.eos_token_id == [2, 77] and model.generation_config.max_new_tokens == 7
+    assert not any(p.requires_grad for p in model.visual.parameters())
+
+
+LOAD_AND_RUN = """
+import sys
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+)
+import unitok_mllm
+
+folder, picture = sys.argv[1:3]
+torch.set_num_threads(1)
+processor = AutoProcessor.from_pretrained(folder)
+inputs = processor(text="<image> what is it?", images=Image.open(picture))
+assert torch.equal(AutoImageProcessor.from_pretrained(folder)(picture).pixel_values, inputs.pixel_values)
+prompt = processor(text="a red circle", generation_mode="image")
+results = {}
+for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    model = auto.from_pretrained(folder)
+    assert type(model) is unitok_mllm.UniTokMLLMForConditionalGeneration and not model.training
+    codes = model.generate(**prompt, generation_mode="image", guidance_scale=3.0, seed=1)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    results[auto.__name__] = (model(**inputs).logits.detach(), codes, trainable)
+torch.save(results, sys.argv[3])
+"""
+
+
+def test_a_saved_folder_gives_the_same_bits_in_a_fresh_process(lively_mllm, processor, tmp_path):
+    picture, results, root = tmp_path / "picture.png", tmp_path / "results.pt", Path(__file__).parents[1]
+    Image.effect_noise((40, 60), 80).convert("RGB").save(picture)
+    for part in (lively_mllm, processor):
+        part.save_pretrained(tmp_path / "folder")
+    command = [sys.executable, "-c", LOAD_AND_RUN, tmp_path / "folder", picture, results]
+    subprocess.run(command, cwd=root, check=True)
+
+    inputs = processor(text="<image> what is it?", images=Image.open(picture))
+    prompt = processor(text="a red circle", generation_mode="image")
+    logits = lively_mllm(**inputs).logits
+    codes = lively_mllm.generate(**prompt, generation_mode="image", guidance_scale=3.0, seed=1)
+    trainable = [name for name, parameter in lively_mllm.named_parameters() if parameter.requires_grad]
+    loaded = torch.load(results)
+    assert len(loaded) == 3
+    for name, values in loaded.items():
+        assert torch.equal(values[0], logits) and torch.equal(values[1], codes) and values[2] == trainable, name
+
+
+def test_the_tokenizer_loads_out_of_the_folder_alone(mllm, images, tmp_path):
+    mllm.save_pretrained(tmp_path)
+    tokenizer, info = UniTokModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(tokenizer.encode(images), mllm.encode_images(images))
+
+
+def test_tied_embeddings_stay_tied_and_are_saved_once(llama_config, visual_tokenizer, processor, tmp_path):
+    llama_config.tie_word_embeddings = True
+    model = UniTokMLLMForConditionalGeneration.from_parts(
+        LlamaForCausalLM(llama_config),
+        visual_tokenizer,
+        embedder_dim=40,
+        embedder_heads=2,
+        **processor.config_token_ids(),
+    ).eval()
+    model.save_pretrained(tmp_path)
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "lm_head" in name]
+    loaded, info = UniTokMLLMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    batch = make_batch(SAMPLES)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_missing_and_unknown_weights_are_reported_by_name(mllm, tmp_path):
+    mllm.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["depth_head.tail.weight"] = weights.pop("depth_head.head.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as log:
+        _, info = UniTokMLLMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"depth_head.head.weight"}
+    assert set(info["unexpected_keys"]) == {"depth_head.tail.weight"}
+    assert "depth_head.head.weight" in log.out and "depth_head.tail.weight" in log.out
+
+
+def test_lora_trains_saves_reloads_and_merges_with_embedder_and_depth_head(lively_mllm, tmp_path):
+    lively_mllm.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(
+        target_modules=r"language_model\..*\.(q_proj|v_proj)",
+        modules_to_save=["embedder", "depth_head"],
+        init_lora_weights=False,
+    )
+    model = get_peft_model(lively_mllm, lora).train()
+    frozen = clone((n, t) for n, t in model.state_dict().items() if "lora_" not in n and "modules_to_save" not in n)
+    codebooks = clone((n, t) for n, t in model.state_dict().items() if "quantizer" in n)
+    trained = clone((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    assert {n.split(".")[2] for n in trained} == {"language_model", "embedder", "depth_head"}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for names in (["text"], SAMPLES):
+        assert {name for name, grad in gradients(model, make_batch(names)).items() if grad is None} == set()
+    optimizer.step()
+    assert differing(trained, model.state_dict()) == set(trained)
+    assert not differing(frozen, model.state_dict()) and not differing(codebooks, model.state_dict())
+
+    model.eval().save_pretrained(tmp_path / "adapter")
+    prompt = {"input_ids": torch.tensor([[BOS, 20, 21, BOI]]), "generation_mode": "image", "seed": 3}
+    batch = make_batch(SAMPLES)
+    logits, codes = model(**batch).image_logits, model.generate(**prompt)
+    base = UniTokMLLMForConditionalGeneration.from_pretrained(tmp_path / "base")
+    assert not torch.allclose(base(**batch).image_logits, logits, atol=0.01)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.equal(loaded(**batch).image_logits, logits) and torch.equal(loaded.generate(**prompt), codes)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(**batch).image_logits, logits, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,265 @@
+import copy
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import processors
+from transformers import AutoProcessor, LlamaTokenizer, pipeline
+
+from unitok_mllm import UniTokImageProcessor, UniTokMLLMProcessor
+
+
+BOS, EOS, BOI, EOI, IMAGE, L = 1, 2, 3, 4, 5, 9
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+PICTURE = [BOI, *[IMAGE] * L, EOI]
+
+
+def user(*parts):
+    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
+    return {"role": "user", "content": content}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+@pytest.fixture
+def picture():
+    return Image.effect_noise((30, 50), 90).convert("RGB")
+
+
+@pytest.fixture
+def with_tokenizer(text_tokenizer):
+    """A processor around a changed copy of the text tokenizer."""
+
+    def build(change=lambda tokenizer: None, **kwargs):
+        tokenizer = copy.deepcopy(text_tokenizer)
+        change(tokenizer)
+        image_processor = UniTokImageProcessor(size={"height": 48, "width": 48})
+        return UniTokMLLMProcessor(image_processor, tokenizer, boi_token="<boi>", eoi_token="<eoi>", **kwargs)
+
+    return build
+
+
+def remove_bos(tokenizer):
+    tokenizer.bos_token = None
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+
+
+@pytest.mark.parametrize(
+    "messages, generation_prompt, expected",
+    [
+        ([user(0, "what?")], True, f"{SYSTEM} USER: <image>\nwhat? ASSISTANT:"),
+        ([{"role": "user", "content": "why"}], False, f"{SYSTEM} USER: why "),
+        (
+            [user("a", 0, 0, "b"), assistant("yes"), user("c"), {"role": "assistant", "content": "no"}],
+            False,
+            f"{SYSTEM} USER: a<image>\n<image>\nb ASSISTANT: yes</s>USER: c ASSISTANT: no</s>",
+        ),
+        ([{"role": "system", "content": "Be brief."}, user("c")], True, "Be brief. USER: c ASSISTANT:"),
+        (
+            [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, user("c"), assistant("d")],
+            True,
+            "Be brief. USER: c ASSISTANT: d</s>ASSISTANT:",
+        ),
+    ],
+)
+def test_the_chat_template_is_vicunas(processor, messages, generation_prompt, expected):
+    assert processor.apply_chat_template(messages, add_generation_prompt=generation_prompt) == expected
+
+
+BOS_TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("chat_template", [None, BOS_TEMPLATE], ids=["vicuna", "writes BOS"])
+@pytest.mark.parametrize("change, count", [(lambda tokenizer: None, 1), (remove_bos, 0)], ids=["BOS", "no BOS"])
+def test_exactly_one_bos_by_every_route(with_tokenizer, chat_template, change, count):
+    if count == 0 and chat_template is not None:
+        chat_template = chat_template.replace("{{ bos_token }}", "")
+    processor = with_tokenizer(change, chat_template=chat_template)
+    messages = [user("red"), assistant("yes")]
+    rendered = processor.apply_chat_template(messages)
+    routes = {
+        "text": processor(text="red").input_ids,
+        "texts": processor(text=["red", "<s>red", "blue circle"][: 3 if count else 1]).input_ids,
+        "chat": processor.apply_chat_template(messages, tokenize=True),
+        "chats": processor.apply_chat_template([messages, messages[:1]], tokenize=True),
+        "rendered chat": processor(text=rendered).input_ids,
+        "without special tokens": processor(text="<s>" * count + "red", add_special_tokens=False).input_ids,
+        "as text kwargs": processor(text="<s>" * count + "red", text_kwargs={"add_special_tokens": False}).input_ids,
+        "image prompt": processor(text="red", generation_mode="image").input_ids,
+        "null prompt": processor(text="red", generation_mode="image").unconditional_input_ids,
+        "image sample": processor(text=processor.image_sample(None).replace("<image>", "")).input_ids,
+    }
+    for route, ids in routes.items():
+        for row in torch.as_tensor(ids).tolist():
+            row = [token for token in row if token != 0]
+            assert row.count(BOS) == count and row[:count] == [BOS] * count, route
+
+
+def test_llamas_byte_tokens_open_and_close_images():
+    vocab = {
+        token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<0x00>", "<0x01>", "▁", "r", "e", "d", "▁r"])
+    }
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=[("▁", "r")], add_bos_token=True)
+    image_processor = UniTokImageProcessor(size={"height": 48, "width": 48})
+    processor = UniTokMLLMProcessor(image_processor, tokenizer)
+    inputs = processor(text=["red <image>", "red"], images=Image.new("RGB", (20, 20)))
+    assert processor.image_token_id == 10 and tokenizer.pad_token == "<unk>"
+    picture = [3, *[10] * L, 4]
+    assert inputs.input_ids[0].tolist()[-len(picture) :] == picture
+    assert inputs.input_ids[1].tolist()[-4:] == [1, 9, 7, 8]
+    assert [row.count(1) for row in inputs.input_ids.tolist()] == [1, 1]
+
+
+def test_the_assistant_mask_is_the_answers_and_their_ends(processor, picture):
+    first = [user(picture, "what is it?"), assistant("a red circle"), user("and", picture, picture), assistant("yes")]
+    second = [user("what?"), assistant("no")]
+    inputs = processor.apply_chat_template(
+        [first, second], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    mask = torch.as_tensor(inputs["assistant_masks"]).bool()
+    assert mask.shape == inputs["input_ids"].shape and len(inputs["pixel_values"]) == 3
+    answers = [processor.decode(ids[m]) for ids, m in zip(inputs["input_ids"], mask)]
+    assert answers == [" a red circle</s> yes</s>", " no</s>"]
+    assert not (mask & (inputs["input_ids"] == IMAGE)).any()
+
+
+def test_each_image_becomes_its_positions_between_boi_and_eoi(processor, picture):
+    ids = processor(text=["<image>red<image>", "red", "<image>"], images=[picture] * 3).input_ids
+    red = processor.tokenizer.convert_tokens_to_ids(["red"])
+    assert [row[row != 0].tolist() for row in ids] == [
+        [BOS, *PICTURE, *red, *PICTURE],
+        [BOS, *red],
+        [BOS, *PICTURE],
+    ]
+    wide = {"images_kwargs": {"size": {"height": 32, "width": 64}}}
+    assert (processor(text="<image>", images=picture, **wide).input_ids == IMAGE).sum() == 2 * 4
+
+
+@pytest.mark.parametrize(
+    "texts, counts, message",
+    [
+        ("<image>", 0, "Found 1 <image> tokens in the text but no images"),
+        ("<image>", 2, "Found total 1 <image> tokens and 2 images"),
+        ("<image><image>", 1, "Found total 2 <image> tokens and 1 images"),
+        ("red", 1, "Found total 0 <image> tokens and 1 images"),
+        (["<image>", "<image>"], [2, 0], r"The texts have \[1, 1\] <image> tokens, but got \[2, 0\] images"),
+        (["red", "<image>"], [1, 0], r"The texts have \[0, 1\] <image> tokens, but got \[1, 0\] images"),
+        (["<image>"], [1, 1], "Found total 1 <image> tokens and 2 images"),
+    ],
+)
+def test_images_that_do_not_pair_up_with_their_placeholders_raise(processor, picture, texts, counts, message):
+    images = [[picture] * n for n in counts] if isinstance(counts, list) else [picture] * counts or None
+    for mode in ("text", "image"):
+        with pytest.raises(ValueError, match=message):
+            processor(text=texts, images=images, generation_mode=mode)
+
+
+def test_truncation_cuts_text_but_never_an_image(processor, picture):
+    text = "<image> what is the blue shape?"
+    whole = processor(text=text, images=picture).input_ids
+    cut = processor(text=text, images=picture, truncation=True, max_length=14).input_ids
+    assert torch.equal(cut, whole[:, :14])
+    for max_length in (2, 6, 10, 11):  # before, within and right behind the placeholders
+        with pytest.raises(ValueError, match="max_length"):
+            processor(text=text, images=picture, truncation=True, max_length=max_length)
+    with pytest.raises(ValueError, match="max_length"):
+        processor(text="a red circle", generation_mode="image", truncation=True, max_length=6)
+
+
+def test_prompts_are_the_beginnings_of_the_training_samples(processor, picture):
+    description = "a red circle"
+    prompt = processor(text=description, generation_mode="image")
+    for ids, sample in (
+        (prompt.input_ids[0], processor.image_sample(description)),
+        (prompt.unconditional_input_ids[0], processor.image_sample(None)),
+    ):
+        trained = processor(text=sample, images=picture).input_ids[0].tolist()
+        assert ids[-1] == BOI and trained == [*ids.tolist(), *[IMAGE] * L, EOI, EOS]
+    suffix = " Generate an image based on this description."
+    assert processor.decode(prompt.input_ids[0]) == f"<s>{description}{suffix}<boi>"
+    assert processor.decode(prompt.unconditional_input_ids[0]) == "<s><unconditional><boi>"
+    history = processor(text=["<image> in blue", "red"], images=[[picture], []], generation_mode="image")
+    assert history.input_ids[:, -1].tolist() == [BOI, BOI] and history.pixel_values.shape[0] == 1
+    assert history.unconditional_input_ids.shape[0] == 1
+
+
+def test_text_alone_needs_no_images(processor, picture):
+    what, one = processor.tokenizer.convert_tokens_to_ids(["what", "?"]), processor(text="what?")
+    assert set(one) == {"input_ids", "attention_mask"} and one.input_ids.tolist() == [[BOS, *what]]
+    for images in ([], [[]]):
+        assert torch.equal(processor(text=["what?"], images=images).input_ids, one.input_ids)
+    padded = processor(text=["what?", "what is the blue shape?"])
+    assert padded.attention_mask.sum(dim=1).tolist() == [3, padded.attention_mask.shape[1]]
+    assert torch.equal(padded.input_ids[0, -3:], one.input_ids[0])  # padded on the left
+    assert set(processor(images=picture)) == {"pixel_values"}
+
+
+def test_calls_that_mean_nothing_raise(processor):
+    for kwargs, message in (
+        ({}, "at least one input"),
+        ({"text": []}, "empty list"),
+        ({"text": [], "generation_mode": "image"}, "empty list"),
+        ({"text": "red", "generation_mode": "video"}, "'text' or 'image', got 'video'"),
+        ({"generation_mode": "image"}, "needs a text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(**kwargs)
+
+
+@pytest.mark.parametrize("missing", ["boi_token", "eoi_token"])
+def test_tokens_that_are_not_in_the_vocabulary_raise(processor, missing):
+    tokens = {"boi_token": "<boi>", "eoi_token": "<eoi>", missing: "<0x07>"}
+    with pytest.raises(ValueError, match=f"{missing} '<0x07>' is not in the tokenizer's vocabulary"):
+        UniTokMLLMProcessor(processor.image_processor, processor.tokenizer, **tokens)
+
+
+def test_an_image_token_that_the_tokenizer_lacks_is_added_behind_its_vocabulary(with_tokenizer, picture):
+    processor = with_tokenizer(image_token="<picture>")
+    assert processor.config_token_ids() == {"boi_token_id": 3, "eoi_token_id": 4, "image_token_id": 300}
+    assert (processor(text="red <picture>", images=picture).input_ids == 300).sum() == L
+
+
+@pytest.mark.parametrize("chat_template", [None, BOS_TEMPLATE], ids=["vicuna", "other"])
+def test_saving_and_loading_keep_tokens_template_and_sizes(with_tokenizer, picture, tmp_path, chat_template):
+    processor = with_tokenizer(image_token="<picture>", chat_template=chat_template)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is UniTokMLLMProcessor and loaded.chat_template == processor.chat_template
+    assert loaded.config_token_ids() == processor.config_token_ids()
+    assert loaded.image_processor.size == processor.image_processor.size
+    for kwargs in (
+        {"text": ["<picture> red", "<picture> a blue circle"], "images": [picture] * 2},
+        {"text": ["<picture> red", "blue"], "images": picture, "generation_mode": "image"},
+    ):
+        before, after = processor(**kwargs), loaded(**kwargs)
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_outputs_become_texts_or_pictures(processor):
+    ids = processor(text=["a red circle", "yes"]).input_ids
+    assert processor.post_process_multimodal_output(ids) == ["a red circle", "yes"]
+    kept = processor.post_process_multimodal_output(ids, skip_special_tokens=False)
+    assert kept[0] == "<s>a red circle" and kept[1].endswith("<pad><s>yes")
+    pixels = torch.full((2, 3, 16, 16), -1.0)
+    pixels[1, 0] = 5
+    pictures = processor.post_process_multimodal_output(pixels, generation_mode="image")
+    assert [p.getpixel((3, 3)) for p in pictures] == [(0, 0, 0), (255, 0, 0)]
+    with pytest.raises(ValueError, match="audio"):
+        processor.post_process_multimodal_output(ids, generation_mode="audio")
+
+
+def test_the_librarys_pipeline_chats_about_images(lively_mllm, processor, picture, tmp_path):
+    lively_mllm.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    pipe = pipeline("image-text-to-text", model=str(tmp_path))
+    messages = [user(picture, "what is it?")]
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    answer = pipe(text=messages, generate_kwargs=options, return_full_text=False)[0]["generated_text"]
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    ids = lively_mllm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    assert answer == processor.post_process_multimodal_output(ids)[0]

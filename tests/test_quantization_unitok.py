@@ -1,0 +1,213 @@
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn import functional as F
+
+from unitok_mllm import UniTokMultiCodebookQuantizer
+
+
+K, V, D = 3, 7, 4
+B, L = 2, 5
+
+
+@pytest.fixture
+def quantizer():
+    return UniTokMultiCodebookQuantizer(K, V, K * D)
+
+
+@pytest.fixture
+def features():
+    return torch.randn(B, L, K * D)
+
+
+def unit_chunk(features, k):
+    """(B, L, D): the k-th chunk, of unit length."""
+    return F.normalize(features[..., k * D : (k + 1) * D], dim=-1)
+
+
+def unit_codebook(quantizer, k):
+    return F.normalize(quantizer.codebooks[k], dim=-1)
+
+
+def naive_codes(quantizer, features):
+    """The nearest code of each chunk by Euclidean distance, one position and sub-codebook at a time."""
+    codes = torch.empty(B, K, L, dtype=torch.long)
+    for b in range(B):
+        for k in range(K):
+            for position in range(L):
+                distances = (unit_codebook(quantizer, k) - unit_chunk(features, k)[b, position]).norm(dim=-1)
+                codes[b, k, position] = distances.argmin()
+    return codes
+
+
+def test_codes_and_vectors_agree_with_a_loop_over_codebooks(quantizer, features):
+    codes = naive_codes(quantizer, features)
+    output = quantizer(features)
+    assert torch.equal(quantizer.encode(features), codes) and torch.equal(output.codes, codes)
+    expected = torch.cat([unit_codebook(quantizer, k)[codes[:, k]] for k in range(K)], dim=-1)
+    torch.testing.assert_close(quantizer.decode(codes), expected)
+    torch.testing.assert_close(output.features, expected)
+
+
+def test_encode_gives_back_decoded_codes(quantizer):
+    codes = torch.randint(V, (B, K, L))
+    assert torch.equal(quantizer.encode(quantizer.decode(codes)), codes)
+    assert torch.equal(quantizer.decode(codes.to(torch.uint16)), quantizer.decode(codes))
+
+
+def test_gradient_passes_straight_through_to_the_unit_chunks(quantizer, features):
+    weight = torch.randn_like(features)
+    features.requires_grad_()
+    (through,) = torch.autograd.grad((quantizer(features).features * weight).sum(), features)
+    chunks = torch.cat([unit_chunk(features, k) for k in range(K)], dim=-1)
+    (direct,) = torch.autograd.grad((chunks * weight).sum(), features)
+    torch.testing.assert_close(through, direct)
+
+
+def test_every_sub_codebook_is_trained_by_the_vq_loss_and_by_nothing_else(quantizer, features):
+    output = quantizer(features.requires_grad_())
+    (gradient,) = torch.autograd.grad(output.features.sum(), quantizer.codebooks, retain_graph=True, allow_unused=True)
+    assert gradient is None
+    output.vq_loss.backward()
+    row_norms = quantizer.codebooks.grad.norm(dim=-1)
+    chosen = torch.zeros(K, V, dtype=torch.bool).scatter_(1, output.codes.transpose(0, 1).flatten(1), True)
+    assert torch.equal(row_norms > 0, chosen) and chosen.any(dim=1).all()
+
+
+@pytest.mark.parametrize("beta", [0.25, 2.0])
+def test_vq_loss_equals_its_formula(features, beta):
+    quantizer = UniTokMultiCodebookQuantizer(K, V, K * D, beta=beta)
+    codes = quantizer.encode(features)
+    expected = sum(
+        (1 + beta) * (unit_codebook(quantizer, k)[codes[:, k]] - unit_chunk(features, k)).square().mean()
+        for k in range(K)
+    )
+    torch.testing.assert_close(quantizer(features).vq_loss, expected / K)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.5])
+def test_entropy_loss_equals_its_formula(features, temperature):
+    quantizer = UniTokMultiCodebookQuantizer(K, V, K * D, entropy_temperature=temperature)
+    expected = 0.0
+    for k in range(K):
+        chunks = unit_chunk(features, k).flatten(0, 1).double()
+        distances = torch.cdist(chunks, unit_codebook(quantizer, k).double()).square()
+        probs = (-distances / temperature).softmax(dim=-1)
+        token_entropy = torch.special.entr(probs).sum(dim=-1).mean()
+        expected += (token_entropy - torch.special.entr(probs.mean(dim=0)).sum()) / K
+    output = quantizer(features, with_entropy=True)
+    torch.testing.assert_close(output.entropy_loss.double(), expected, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(output.entropy_loss, quantizer.codebooks)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+    assert quantizer(features).entropy_loss is None
+
+
+def test_usage_is_a_moving_average_of_how_often_codes_are_chosen(quantizer):
+    first, second = torch.randn(2, B, L, K * D)
+    shares = []
+    for features in (first, second):
+        codes = naive_codes(quantizer, features)
+        shares.append(torch.stack([codes[:, k].flatten().bincount(minlength=V) / (B * L) for k in range(K)]))
+    quantizer.train()(first)
+    torch.testing.assert_close(quantizer.usage, shares[0])
+    assert quantizer.codebook_usage == 100 * (shares[0] > 0).float().mean()
+    quantizer(second)
+    torch.testing.assert_close(quantizer.usage, 0.99 * shares[0] + 0.01 * shares[1])
+
+
+@pytest.mark.parametrize("state", ["eval", "frozen"])
+def test_usage_stands_still_in_eval_mode_and_with_frozen_codebooks(quantizer, features, state):
+    quantizer.train()(features)
+    before = quantizer.usage.clone()
+    quantizer.eval() if state == "eval" else quantizer.requires_grad_(False)
+    quantizer(torch.randn(B, L, K * D), with_entropy=True)
+    assert torch.equal(quantizer.usage, before)
+
+
+def test_usage_of_a_bfloat16_model_counts_beyond_what_bfloat16_can(quantizer):
+    codes = torch.zeros(1, K, 1200, dtype=torch.long)
+    codes[:, :, 1000:] = 1
+    features = quantizer.decode(codes)
+    quantizer.bfloat16().train()(features)
+    torch.testing.assert_close(
+        quantizer.usage[:, :2].float(), torch.tensor([[1000 / 1200, 200 / 1200]] * K), rtol=0.01, atol=0
+    )
+
+
+def share_usage(rank, port, codebooks, features, queue):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(features))
+    quantizer = UniTokMultiCodebookQuantizer(K, V, K * D).train()
+    with torch.no_grad():
+        quantizer.codebooks.copy_(torch.from_numpy(codebooks))
+    quantizer(torch.from_numpy(features[rank]))
+    queue.put(quantizer.usage.numpy())
+    dist.destroy_process_group()
+
+
+def test_usage_of_two_processes_equals_that_of_one_with_the_whole_batch(quantizer):
+    features = torch.randn(2, 3, L, K * D)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("fork")  # a spawned process would import everything anew
+    queue = context.SimpleQueue()
+    arguments = (port, quantizer.codebooks.detach().numpy(), features.numpy(), queue)
+    processes = mp.start_processes(share_usage, arguments, nprocs=2, join=False, start_method="fork")
+    usages = [torch.from_numpy(queue.get()) for _ in range(2)]
+    while not processes.join():
+        pass
+    quantizer.train()(features.flatten(0, 1))
+    assert quantizer.usage.sum() == K
+    for usage in usages:
+        torch.testing.assert_close(usage, quantizer.usage)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_features_give_the_codes_of_the_same_values_in_float32(dtype):
+    quantizer = UniTokMultiCodebookQuantizer(K, 512, K * D)  # many near ties, which a search in half precision loses
+    features = torch.randn(8, 64, K * D).to(dtype)
+    codes = quantizer.encode(features.float())
+    reference = quantizer(features.float(), with_entropy=True)
+    for device_dtype in (None, dtype):
+        with torch.autocast("cpu", dtype=device_dtype, enabled=device_dtype is not None):
+            output = quantizer(features, with_entropy=True)
+            assert torch.equal(quantizer.encode(features), codes) and torch.equal(output.codes, codes)
+            decoded = quantizer.decode(codes)
+        assert output.features.dtype == dtype and output.vq_loss.dtype == torch.float32
+        assert torch.equal(decoded, quantizer.decode(codes))
+        torch.testing.assert_close(output.vq_loss, reference.vq_loss)
+        torch.testing.assert_close(output.entropy_loss, reference.entropy_loss)
+
+
+@pytest.mark.parametrize(
+    "codes, error, message",
+    [
+        (torch.full((B, K, L), V), IndexError, "Codes go from 7 to 7, but each sub-codebook has codes 0 to 6"),
+        (torch.full((B, K, L), -1), IndexError, "Codes go from -1 to -1"),
+        (torch.zeros(B, K, L), ValueError, r"integer codes of shape \(B, 3, L\), got torch.float32 .*\(2, 3, 5\)"),
+        (torch.zeros(B, L, K).long(), ValueError, r"got torch.int64 of shape \(2, 5, 3\)"),
+        (torch.zeros(K, L).long(), ValueError, r"of shape \(3, 5\)"),
+    ],
+)
+def test_impossible_codes_raise(quantizer, codes, error, message):
+    with pytest.raises(error, match=message):
+        quantizer.decode(codes)
+
+
+def test_dims_that_do_not_split_evenly_raise():
+    with pytest.raises(ValueError, match=r"dim \(10\) is not a multiple of num_codebooks \(3\)"):
+        UniTokMultiCodebookQuantizer(3, V, 10)
+
+
+def test_a_quantizer_made_on_the_meta_device_works_once_loaded(quantizer, features):
+    quantizer.train()(features)
+    with torch.device("meta"):
+        other = UniTokMultiCodebookQuantizer(K, V, K * D)
+    assert other.codebooks.is_meta and other.usage.is_meta
+    other.load_state_dict(quantizer.state_dict(), assign=True)
+    assert torch.equal(other.encode(features), quantizer.encode(features))
+    assert other.codebook_usage == quantizer.codebook_usage > 0

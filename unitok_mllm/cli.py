@@ -1,0 +1,348 @@
+"""The command line `unitok-mllm`: demo, reconstruct, ask, generate, convert.
+
+Results go to stdout, progress to stderr.  What a user can get wrong ends in one line `error: ...` and exit code 2;
+any other exception is a bug and shows its traceback.  Heavy modules are imported where they are needed.
+"""
+
+import json
+import math
+import os
+import random
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .modeling_unitok import UniTokModel
+
+SHIPPED_MODEL = Path(__file__).parent / "checkpoints" / "tiny"
+
+
+class OneLineErrors(TyperGroup):
+    """Runs a command; errors that a user can mend become one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            message = error.format_message()
+        except (ValueError, OSError) as error:
+            message = str(error)
+        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        raise typer.Exit(2)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One LLM that reads images and draws them.",
+)
+
+ModelFolder = Annotated[
+    Path, typer.Option("--model", help="Model folder.", show_default="the model shipped in the package")
+]
+Guidance = Annotated[
+    float, typer.Option(min=1, help="Classifier-free guidance scale: how closely to follow the prompt; 1 is none.")
+]
+
+
+def load(folder: Path, *, tokenizer_only: bool = False) -> tuple[Any, Any]:
+    """The model of a folder (float32 on a CPU, bfloat16 on a GPU) and its processor.
+
+    Args:
+        folder: an MLLM's.
+        tokenizer_only: load the visual tokenizer and its image processor alone, from its own or an MLLM's folder.
+
+    Raises:
+        ValueError, OSError: no such model, or one that does not load whole.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no model in {folder}: it has no config.json")
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    from .modeling_unitok import UniTokModel
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    known = ("unitok", "unitok_mllm") if tokenizer_only else ("unitok_mllm",)
+    model_class = UniTokModel if tokenizer_only else AutoModelForImageTextToText
+    processor_class = AutoImageProcessor if tokenizer_only else AutoProcessor
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    try:
+        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+        if model_type not in known:
+            raise ValueError(f"its model type is {model_type!r}, this command needs {' or '.join(known)}")
+        model, info = model_class.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        if bad := {key: sorted(names) for key, names in info.items() if names}:
+            raise ValueError(f"its weights do not fit its config: {str(bad)[:300]}")
+        processor = processor_class.from_pretrained(folder)
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+        raise ValueError(f"cannot load the model in {folder}: {error}") from error
+    return model.to(device).eval(), processor
+
+
+def reconstruct_images(
+    model: "UniTokModel", processor: Any, images: list["Image.Image"]
+) -> tuple[list["Image.Image"], list["Image.Image"], int]:
+    """Images to codes and back: what the model saw, what came back (both of its own size), and codes per image."""
+    import torch
+
+    pixel_values = processor(images=images, mode="understand")["pixel_values"].to(model.device)
+    with torch.inference_mode():
+        codes = model.encode(pixel_values)
+        pixels = model.decode(codes, tuple(pixel_values.shape[-2:]))
+    return processor.post_process(pixel_values), processor.post_process(pixels), codes[0].numel()
+
+
+def answer_questions(
+    model: Any, processor: Any, questions: list[tuple["Image.Image", str]], max_new_tokens: int
+) -> list[str]:
+    """The model's greedy answers to (image, question) pairs, in one batch."""
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+        for image, question in questions
+    ]
+    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
+    inputs = inputs.to(model.device)
+    outputs = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    answers = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+def draw_images(model: Any, processor: Any, prompts: list[str], count: int, **options: Any) -> list["Image.Image"]:
+    """`count` images for each prompt, side by side, in one batch; `options` are those of `generate_image_codes`."""
+    inputs = processor(text=prompts, generation_mode="image").to(model.device)
+    codes = model.generate(**inputs, generation_mode="image", num_return_sequences=count, progress=True, **options)
+    return processor.post_process_multimodal_output(model.decode_images(codes), generation_mode="image")
+
+
+def psnr(original: "Image.Image", reconstruction: "Image.Image") -> float:
+    """Peak signal-to-noise ratio of two RGB pictures of one size, in dB."""
+    import numpy as np
+
+    difference = np.asarray(original, dtype=np.float64) - np.asarray(reconstruction, dtype=np.float64)
+    error = np.square(difference).mean()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def picture_area(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Where on the model's canvas a picture of `size` (width, height) lies between its padding: a crop box."""
+    scale = min(canvas[0] / size[0], canvas[1] / size[1])
+    width, height = (max(1, round(side * scale)) for side in size)
+    left, top = (canvas[0] - width) // 2, (canvas[1] - height) // 2
+    return left, top, left + width, top + height
+
+
+def check_output(path: Path) -> None:
+    """Finds out before any work whether `path` can become a PNG file."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"cannot write {path}: the name must end in .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: {path.parent} is not a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission")
+
+
+def save_new(picture: "Image.Image", path: Path) -> Path:
+    """Saves under `path`, or where that exists under the first free of `NAME-1.png`, `NAME-2.png`, ..."""
+    number, free = 0, path
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    picture.save(free)
+    return free
+
+
+@app.callback(invoke_without_command=True)
+def main_options(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False):
+    if version:
+        from . import __version__
+
+        typer.echo(f"unitok-mllm {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def demo(
+    model: ModelFolder = SHIPPED_MODEL,
+    output: Annotated[Path, typer.Option(help="The picture; numbered on where it exists.")] = Path("unitok-demo.png"),
+    images: Annotated[int, typer.Option(min=1, max=100, help="How many test images to read.")] = 6,
+    guidance: Guidance = 5.0,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the test images and the samples drawn.")] = 0,
+) -> None:
+    """Read test images of easy-VQA, answer questions, draw from prompts: all in one picture."""
+    check_output(output)
+    try:
+        import easy_vqa
+    except ModuleNotFoundError as error:
+        raise ValueError("the demo needs easy-vqa: pip install 'unitok_mllm[demo]'") from error
+    from .image_processing_unitok import load_image
+    from .sheet import COLORS, SHAPES, Answer, Reading, choose_questions, make_sheet, summary
+
+    mllm, processor = load(model)
+    chosen = choose_questions(easy_vqa, images, seed)
+    pictures = [load_image(path) for path in chosen]
+    typer.echo(f"reading {images} images", err=True)
+    originals, reconstructions, num_codes = reconstruct_images(mllm.visual, processor.image_processor, pictures)
+    asked = [(picture, question) for picture, rows in zip(pictures, chosen.values()) for question, _ in rows]
+    typer.echo(f"answering {len(asked)} questions", err=True)
+    answers = iter(answer_questions(mllm, processor, asked, max_new_tokens=8))
+    readings = [
+        Reading(*pair, psnr(*pair), [Answer(question, next(answers), truth) for question, truth in rows])
+        for *pair, rows in zip(originals, reconstructions, chosen.values())
+    ]
+    prompts = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
+    samples = draw_images(mllm, processor, prompts, 2, guidance_scale=guidance, seed=seed)
+    drawings = list(zip(prompts, zip(samples[::2], samples[1::2])))
+
+    size = f"{mllm.num_parameters() / 1e6:.0f} M parameters"
+    subtitle = f"{model.resolve().name}, {size}.  Images and questions: easy-VQA's test split, picked by seed {seed}."
+    path = save_new(make_sheet("UniTok: one model reads images and draws them", subtitle, readings, drawings), output)
+    typer.echo(f"{summary(readings, drawings, num_codes)}\npicture: {path}")
+
+
+@app.command()
+def reconstruct(
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", exists=True, dir_okay=False, help="Image files, any format.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for NAME_reconstruction.png; made if missing.")] = Path("."),
+    model: ModelFolder = SHIPPED_MODEL,
+) -> None:
+    """Turn images into codes and back, and save original and reconstruction side by side.
+
+    The whole picture is seen, fitted into the model's image size. PSNR leaves the padding around it out.
+    --model takes a visual tokenizer's folder or an MLLM's.
+    """
+    from PIL import Image
+
+    from .image_processing_unitok import load_image
+
+    tokenizer, processor = load(model, tokenizer_only=True)
+    output.mkdir(parents=True, exist_ok=True)
+    for source in images:
+        picture = load_image(source)
+        (original,), (result,), num_codes = reconstruct_images(tokenizer, processor, [picture])
+        area = picture_area(picture.size, original.size)
+        original, result = original.crop(area), result.crop(area)
+        pair = Image.new("RGB", (2 * original.width, original.height))
+        pair.paste(original, (0, 0))
+        pair.paste(result, (original.width, 0))
+        path = save_new(pair, output / f"{source.stem}_reconstruction.png")
+        typer.echo(f"{path}  PSNR {psnr(original, result):.2f} dB, {num_codes} codes")
+
+
+@app.command()
+def ask(
+    image: Annotated[
+        Path, typer.Argument(metavar="IMAGE", exists=True, dir_okay=False, help="Image file, any format.")
+    ],
+    question: Annotated[
+        str, typer.Argument(metavar="QUESTION", help='What to ask, such as "what color is the shape?".')
+    ],
+    model: ModelFolder = SHIPPED_MODEL,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+) -> None:
+    """Ask a question about an image; the answer alone goes to stdout."""
+    if not question.strip():
+        raise ValueError("the question is empty")
+    from .image_processing_unitok import load_image
+
+    picture = load_image(image)
+    mllm, processor = load(model)
+    typer.echo(answer_questions(mllm, processor, [(picture, question)], max_new_tokens)[0])
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='What to draw, such as "a red circle".')],
+    output: Annotated[Path, typer.Option(help="PNG file; numbered on where it exists.")] = Path("unitok-drawing.png"),
+    count: Annotated[int, typer.Option(min=1, help="How many samples to draw.")] = 1,
+    guidance: Guidance = 5.0,
+    temperature: Annotated[float, typer.Option(help="Above 0; less is more predictable.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest codes; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest codes of this total probability.")] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="For the same picture again.", show_default="a new one each time")
+    ] = None,
+    model: ModelFolder = SHIPPED_MODEL,
+) -> None:
+    """Draw images from a prompt; the paths of the files go to stdout."""
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    if not all(math.isfinite(number) for number in (guidance, temperature, top_p)):
+        raise ValueError("guidance, temperature and top-p must be finite numbers")
+    check_output(output)
+    mllm, processor = load(model)
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+        typer.echo(f"seed {seed}", err=True)
+    options = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    for picture in draw_images(mllm, processor, [prompt], count, **options):
+        typer.echo(save_new(picture, output))
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", exists=True, help="An original tokenizer .pth, or an MLLM folder.")
+    ],
+    to: Annotated[Path, typer.Option(help="Folder to write: new, or empty.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="The tokenizer .pth of an MLLM folder.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Execute the file's pickle if need be: only if you trust it.")
+    ] = False,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="The tokenizer is of the first release (February 2025).")
+    ] = False,
+) -> None:
+    """Convert an original checkpoint into a folder that the Auto classes and these commands load."""
+    if source.is_dir() != (tokenizer is not None):
+        raise ValueError("--tokenizer goes with an MLLM folder, and with that alone")
+    if source.is_dir() and causal:
+        raise ValueError("--causal goes with a tokenizer file alone")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ValueError(f"cannot write {to}: it exists and is not an empty folder")
+    if not to.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {to}: {to.parent} is not a folder")
+    from transformers.utils import logging
+
+    from .convert_unitok import convert_mllm, convert_tokenizer
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.absolute().parent) as workspace:
+        folder = Path(workspace) / "converted"
+        if tokenizer is None:
+            report = convert_tokenizer(source, folder, allow_pickle, causal)
+        else:
+            report = convert_mllm(source, tokenizer, folder, allow_pickle)
+        if to.exists():
+            to.rmdir()
+        folder.rename(to)
+    typer.echo(report)
+
+
+def main() -> None:
+    """The entry point of `unitok-mllm`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

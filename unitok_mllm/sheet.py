@@ -1,0 +1,191 @@
+"""What `unitok-mllm demo` asks, and the picture it writes, laid out with Pillow alone."""
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+COLORS = ("red", "blue", "green", "yellow", "teal", "brown", "gray", "black")
+SHAPES = ("circle", "rectangle", "triangle")
+QUESTIONS_PER_IMAGE = 3
+
+BACKGROUND, CARD, RULE = "#f4f5f7", "#ffffff", "#e1e4e8"
+INK, FAINT, GREEN, RED = "#1c2127", "#69727d", "#1a9850", "#d73027"
+MARGIN, PADDING, GAP = 64, 20, 28
+PICTURE = 128  # side of every picture on the sheet, in pixels
+PAIR_GAP = 8
+DRAWING_COLUMNS = 6
+CELL = 2 * PICTURE + PAIR_GAP
+CELL_HEIGHT = PICTURE + 44
+WIDTH = 2 * MARGIN + DRAWING_COLUMNS * CELL + (DRAWING_COLUMNS - 1) * GAP
+CARD_WIDTH = (WIDTH - 2 * MARGIN - GAP) // 2
+LINE_HEIGHT = 60  # of a question and its answer
+CARD_HEIGHT = QUESTIONS_PER_IMAGE * LINE_HEIGHT + 2 * PADDING
+
+
+@dataclass
+class Answer:
+    """A question, what the model answered, and the benchmark's own answer."""
+
+    question: str
+    answer: str
+    truth: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.answer == self.truth
+
+
+@dataclass
+class Reading:
+    """An image as the model sees it, as it comes back from its codes (PSNR in dB), and the answers about it."""
+
+    original: Image.Image
+    reconstruction: Image.Image
+    psnr: float
+    answers: list[Answer]
+
+
+Drawing = tuple[str, tuple[Image.Image, Image.Image]]  # a prompt and two samples of it
+
+
+def choose_questions(easy_vqa: Any, num_images: int, seed: int) -> dict[str, list[tuple[str, str]]]:
+    """Random test images of the easy-VQA package, each with a few of its (question, answer) pairs.
+
+    The questions are random too, but of different kinds (answered by a colour, a shape, yes or no) where there are.
+    """
+    paths, rng = easy_vqa.get_test_image_paths(), random.Random(seed)
+    chosen = {number: [] for number in rng.sample(sorted(paths), num_images)}
+    for question, answer, number in zip(*easy_vqa.get_test_questions()):
+        if number in chosen:
+            chosen[number].append((question, answer))
+    result = {}
+    for number, rows in chosen.items():
+        rng.shuffle(rows)
+        seen, ranked = Counter(), []
+        for row in rows:
+            kind = "color" if row[1] in COLORS else "shape" if row[1] in SHAPES else "yes/no"
+            ranked.append((seen[kind], row))
+            seen[kind] += 1
+        ranked.sort(key=lambda pair: pair[0])
+        result[paths[number]] = [row for _, row in ranked[:QUESTIONS_PER_IMAGE]]
+    return result
+
+
+def count_right(readings: list[Reading]) -> str:
+    """ "17 of 18"."""
+    answers = [answer for reading in readings for answer in reading.answers]
+    return f"{sum(answer.is_right for answer in answers)} of {len(answers)}"
+
+
+def summary(readings: list[Reading], drawings: list[Drawing], num_codes: int) -> str:
+    """The demo's outcome in words, a line for each answer; `num_codes` are those of one image."""
+    lines = [f"answers: {count_right(readings)} right"]
+    for answer in (answer for reading in readings for answer in reading.answers):
+        correction = "" if answer.is_right else f" [{answer.truth}]"
+        lines.append(f"  {'right' if answer.is_right else 'WRONG'}  {answer.question} {answer.answer}{correction}")
+    mean_psnr = sum(reading.psnr for reading in readings) / len(readings)
+    lines.append(f"reconstructions: {len(readings)}, {num_codes} codes each, mean PSNR {mean_psnr:.1f} dB")
+    lines.append(f"drawings: {sum(len(samples) for _, samples in drawings)}")
+    return "\n".join(lines)
+
+
+def make_sheet(title: str, subtitle: str, readings: list[Reading], drawings: list[Drawing]) -> Image.Image:
+    """One picture of all that the model did.
+
+    Args:
+        title, subtitle: its two first lines.
+        readings: the images read, two cards a row.
+        drawings: prompts, each with its two samples.
+    """
+    card_rows, drawing_rows = -(-len(readings) // 2), -(-len(drawings) // DRAWING_COLUMNS)
+    cards_top = MARGIN + 190
+    drawings_heading = cards_top + card_rows * (CARD_HEIGHT + GAP) + 32
+    drawings_top = drawings_heading + 76
+    sheet = Image.new("RGB", (WIDTH, drawings_top + drawing_rows * (CELL_HEIGHT + GAP) + MARGIN - GAP), BACKGROUND)
+
+    _text(sheet, (MARGIN, MARGIN), title, 46)
+    _text(sheet, (MARGIN, MARGIN + 62), subtitle, 22, FAINT)
+    _heading(sheet, cards_top - 64, "It reads", f"{count_right(readings)} answers agree with the benchmark's")
+    for index, reading in enumerate(readings):
+        row, column = divmod(index, 2)
+        _card(sheet, MARGIN + column * (CARD_WIDTH + GAP), cards_top + row * (CARD_HEIGHT + GAP), reading)
+    _heading(sheet, drawings_heading, "It draws", "the first two samples of each prompt, none picked by hand")
+    for index, (prompt, pictures) in enumerate(drawings):
+        row, column = divmod(index, DRAWING_COLUMNS)
+        left, top = MARGIN + column * (CELL + GAP), drawings_top + row * (CELL_HEIGHT + GAP)
+        for i, picture in enumerate(pictures):
+            _picture(sheet, left + i * (PICTURE + PAIR_GAP), top, picture)
+        _text(sheet, (left + CELL // 2, top + PICTURE + 14), prompt, 20, anchor="ma")
+    return sheet
+
+
+def _card(sheet: Image.Image, left: int, top: int, reading: Reading) -> None:
+    ImageDraw.Draw(sheet).rounded_rectangle(
+        (left, top, left + CARD_WIDTH, top + CARD_HEIGHT), radius=14, fill=CARD, outline=RULE
+    )
+    x, y = left + PADDING, top + PADDING + 12
+    for picture, caption in ((reading.original, "original"), (reading.reconstruction, "from its codes")):
+        _picture(sheet, x, y, picture)
+        _text(sheet, (x + PICTURE // 2, y + PICTURE + 10), caption, 16, FAINT, anchor="ma")
+        x += PICTURE + PAIR_GAP
+    x += PADDING
+    for i, answer in enumerate(reading.answers):
+        middle = top + PADDING + i * LINE_HEIGHT + LINE_HEIGHT // 2
+        _mark(sheet, x, middle - 12, answer.is_right)
+        text_left = x + 40
+        room = left + CARD_WIDTH - PADDING - text_left
+        _text(sheet, (text_left, middle - 6), answer.question, 19, INK, "ls", room)
+        color, correction = (GREEN, "") if answer.is_right else (RED, f"benchmark: {answer.truth}")
+        room -= _font(18).getlength(correction) + 16
+        end = _text(sheet, (text_left, middle + 19), answer.answer or "(nothing)", 22, color, "ls", room)
+        _text(sheet, (end + 16, middle + 19), correction, 18, FAINT, anchor="ls")
+
+
+def _heading(sheet: Image.Image, top: int, text: str, note: str) -> None:
+    end = _text(sheet, (MARGIN, top + 32), text, 32, anchor="ls")
+    _text(sheet, (end + 18, top + 32), note, 20, FAINT, anchor="ls")
+    ImageDraw.Draw(sheet).line((MARGIN, top + 48, WIDTH - MARGIN, top + 48), fill=RULE, width=2)
+
+
+def _picture(sheet: Image.Image, left: int, top: int, picture: Image.Image) -> None:
+    sheet.paste(picture.resize((PICTURE, PICTURE), Image.Resampling.LANCZOS), (left, top))
+    ImageDraw.Draw(sheet).rectangle((left - 1, top - 1, left + PICTURE, top + PICTURE), outline=RULE)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def _text(
+    sheet: Image.Image,
+    position: tuple[float, float],
+    text: str,
+    size: int,
+    color: str = INK,
+    anchor: str = "la",
+    room: float = WIDTH,
+) -> float:
+    """One line of text, cut to `room` pixels; returns where it ends if it began at `position`."""
+    font, text = _font(size), " ".join(text.split())
+    if font.getlength(text) > room:
+        while text and font.getlength(text + "...") > room:
+            text = text[:-1]
+        text += "..."
+    ImageDraw.Draw(sheet).text(position, text, fill=color, font=font, anchor=anchor)
+    return position[0] + font.getlength(text)
+
+
+def _mark(sheet: Image.Image, left: int, top: int, is_right: bool, size: int = 24) -> None:
+    """A tick on green or a cross on red, drawn large and shrunk for smooth edges."""
+    mark = Image.new("RGBA", (96, 96))
+    draw = ImageDraw.Draw(mark)
+    draw.ellipse((1, 1, 94, 94), fill=GREEN if is_right else RED)
+    strokes = [[(26, 50), (42, 66), (70, 34)]] if is_right else [[(32, 32), (64, 64)], [(64, 32), (32, 64)]]
+    for stroke in strokes:
+        draw.line(stroke, fill="white", width=10, joint="curve")
+    mark = mark.resize((size, size), Image.Resampling.LANCZOS)
+    sheet.paste(mark, (left, top), mark)
