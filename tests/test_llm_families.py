@@ -65,7 +65,8 @@ def test_every_llm_reads_and_draws_as_part_of_the_whole(language_model, model, p
     expected = language_model(**text).logits
     assert torch.equal(model(**text).logits, expected)
     options = {"do_sample": False, "min_new_tokens": 6, "max_new_tokens": 6}
-    assert torch.equal(model.generate(**text, **options), language_model.generate(**text, **options))
+    bare = language_model.generate(**text, **options, suppress_tokens=[IMAGE])  # what no answer holds
+    assert torch.equal(model.generate(**text, **options), bare)
 
     chat = processor(text=["<image> what is <image>?", "a <image>"], images=pictures)
     answers = model.generate(**chat, **options)

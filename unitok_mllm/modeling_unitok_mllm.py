@@ -11,6 +11,7 @@ Differences from the reference code: the LLM is any causal LM of transformers, h
 attention keeps a key/value cache while drawing, so that a drawn code group sees the groups before it, as in training.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -137,7 +138,10 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         )
         model = cls(config)
         model.language_model = language_model
-        model.generation_config = language_model.generation_config
+        generation_config = copy.deepcopy(language_model.generation_config)
+        suppressed = generation_config.suppress_tokens or []
+        generation_config.suppress_tokens = [*suppressed, config.image_token_id]  # a placeholder is no answer
+        model.generation_config = generation_config
         model.visual = visual.requires_grad_(False).eval()
         model.embedder.quantizer.load_state_dict(visual.vision_model.quantizer.state_dict())
         return model
