@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.utils import logging
 
 from training.text_tokenizer import train_text_tokenizer
 from unitok_mllm import (
@@ -26,9 +27,11 @@ THREADS = torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
-def _seed_and_threads(request):
-    """Tiny tensors are slower on several threads, many times so on a busy machine."""
+def _same_start(request):
+    """One seed, the library's warnings on (the command line turns them off), and one thread: on tiny tensors several
+    are slower, many times so on a busy machine."""
     set_seed(0)
+    logging.set_verbosity_warning()
     torch.set_num_threads(THREADS if request.node.get_closest_marker("slow") else 1)
 
 

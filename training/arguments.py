@@ -38,6 +38,7 @@ class MLLMArguments:
     train_codebooks: bool = field(default=False, metadata={"help": "train the embedder's copy of the codebooks too"})
     caption_dropout: float = field(default=0.1, metadata={"help": "share of captions replaced by the null prompt"})
     generation_share: float = field(default=0.3, metadata={"help": "share of samples that draw instead of answer"})
+    image_variants: int = field(default=1, metadata={"help": "versions of each image, mirrored and shifted"})
     text_loss_weight: float = field(
         default=0.0,
         metadata={"help": "weight of the text loss against the image loss; 0: by their numbers of targets"},

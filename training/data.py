@@ -3,6 +3,7 @@
 from functools import cache
 
 import torch
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm import trange
 
@@ -14,25 +15,45 @@ IGNORE = -100
 
 
 @torch.no_grad()
-def encode_mirrored(visual: UniTokModel, pixel_values: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
-    """The codes of images and of their mirror images: (N, 3, H, W) -> (2, N, K, L)."""
-    both = []
-    for pixels in (pixel_values, pixel_values.flip(-1)):
-        starts = trange(0, len(pixels), batch_size, desc="encoding images")
-        both.append(torch.cat([visual.encode(pixels[i : i + batch_size]) for i in starts]))
-    return torch.stack(both)
+def encode_variants(
+    visual: UniTokModel, pixel_values: torch.Tensor, num_variants: int, max_shift: int = 4, batch_size: int = 250
+) -> torch.Tensor:
+    """The codes of images and of variants of them, each mirrored half of the time and shifted by a few pixels.
+
+    Args:
+        pixel_values: (N, 3, H, W) in [-1, 1].
+        num_variants: how many for each image; the first is the image itself.
+        max_shift: of a variant, in pixels, to each side; the border is repeated.
+
+    Returns:
+        (num_variants, N, K, L).
+    """
+    height, width = pixel_values.shape[2:]
+    padded = F.pad(pixel_values, [max_shift] * 4, mode="replicate")
+    variants = []
+    for variant in trange(num_variants, desc="encoding images"):
+        codes = []
+        for batch in padded.split(batch_size):
+            top = left = max_shift
+            if variant:
+                top, left = torch.randint(2 * max_shift + 1, (2,)).tolist()
+                batch = batch.flip(-1) if torch.rand(()) < 0.5 else batch
+            codes.append(visual.encode(batch[:, :, top : top + height, left : left + width]))
+        variants.append(torch.cat(codes))
+    return torch.stack(variants)
 
 
 class EasyVQAForMLLM(Dataset):
     """Every question of easy-VQA's train split, and its images to draw from their captions.
 
-    An image is mirrored half of the time: neither answers nor captions speak of left and right.
+    An image may come mirrored and shifted: neither answers nor captions speak of places.
 
     Args:
         processor: makes the texts; its padding does not matter here.
         visual: makes the codes, once, at the start.
         generation_share: share of the samples that are drawn.
         caption_dropout: share of the captions replaced by the null prompt that guidance uses.
+        num_variants: versions of each image, see `encode_variants`.
     """
 
     def __init__(
@@ -41,13 +62,14 @@ class EasyVQAForMLLM(Dataset):
         visual: UniTokModel,
         generation_share: float,
         caption_dropout: float,
+        num_variants: int,
     ):
         if not 0 <= generation_share < 1:
             raise ValueError(f"generation_share must be at least 0 and below 1, got {generation_share}.")
         self.processor, self.caption_dropout = processor, caption_dropout
         self.samples = easy_vqa.load("train")
         pixel_values = processor.image_processor([str(sample.image) for sample in self.samples])["pixel_values"]
-        self.codes = encode_mirrored(visual, pixel_values)
+        self.codes = encode_variants(visual, pixel_values, num_variants)
         self.any_image = str(self.samples[0].image)
         self.questions = [(i, *pair) for i, sample in enumerate(self.samples) for pair in sample.questions]
         self.num_drawn = round(len(self.questions) * generation_share / (1 - generation_share))
@@ -65,11 +87,11 @@ class EasyVQAForMLLM(Dataset):
         else:
             number, question, answer = self.questions[index]
             input_ids, labels = self.reading_text(question, answer)
-        mirrored = int(torch.rand(()) < 0.5)
+        variant = torch.randint(len(self.codes), ())
         return {
             "input_ids": input_ids,
             "labels": labels,
-            "image_codes": self.codes[mirrored, number],
+            "image_codes": self.codes[variant, number],
             "image_target": draws,
         }
 

@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(training_arguments.seed)
     visual = UniTokModel.from_pretrained(arguments.visual_model).eval()
     processor = build_processor(arguments, visual.config.vision_config.image_size)
-    dataset = EasyVQAForMLLM(processor, visual, arguments.generation_share, arguments.caption_dropout)
+    dataset = EasyVQAForMLLM(
+        processor, visual, arguments.generation_share, arguments.caption_dropout, arguments.image_variants
+    )
     model = UniTokMLLMForConditionalGeneration.from_parts(
         build_language_model(arguments),
         visual,
