@@ -170,7 +170,7 @@ def test_finished_parts_outlive_an_interruption_and_are_not_measured_again(argum
         evaluation.main([*arguments, "--resume", "--guidance", "1"])
     third = json.loads(output.read_text())["parts"]
     assert first == {name: second[name] for name in first} == {name: third[name] for name in first}
-    assert (second["text_to_image"]["settings"]["guidance"], third["text_to_image"]["settings"]["guidance"]) == (2, 1)
+    assert (second["text_to_image"]["settings"]["guidance"], third["text_to_image"]["settings"]["guidance"]) == (3, 1)
     with Image.open(tmp_path / "out.png") as sheet:
         assert sheet.size[0] > sheet.size[1] / 3
     assert "24 drawings" in capsys.readouterr().out

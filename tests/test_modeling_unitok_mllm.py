@@ -264,7 +264,7 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(lively_mllm, us
     for part in ("language_model.model", "depth_head"):
         mlp = lively_mllm.get_submodule(f"{part}.layers.0.mlp")
         mlp.register_forward_pre_hook(lambda *_, part=part: calls.append(part))
-    lively_mllm.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    lively_mllm.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     actual = gradients(lively_mllm, batch)
     assert {part: calls.count(part) for part in calls} == {"language_model.model": 2, "depth_head": 2}
     assert actual.keys() == expected.keys()

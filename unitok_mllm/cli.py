@@ -181,7 +181,7 @@ def demo(
     model: ModelFolder = SHIPPED_MODEL,
     output: Annotated[Path, typer.Option(help="The picture; numbered on where it exists.")] = Path("unitok-demo.png"),
     images: Annotated[int, typer.Option(min=1, max=100, help="How many test images to read.")] = 6,
-    guidance: Guidance = 2.0,
+    guidance: Guidance = 3.0,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the test images and the samples drawn.")] = 0,
 ) -> None:
     """Read test images of easy-VQA, answer questions, draw from prompts: all in one picture."""
@@ -206,7 +206,7 @@ def demo(
         for *pair, rows in zip(originals, reconstructions, chosen.values())
     ]
     prompts = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
-    samples = draw_images(mllm, processor, prompts, 2, guidance_scale=guidance, temperature=0.7, seed=seed)
+    samples = draw_images(mllm, processor, prompts, 2, guidance_scale=guidance, temperature=0.7, top_k=20, seed=seed)
     drawings = list(zip(prompts, zip(samples[::2], samples[1::2])))
 
     size = f"{mllm.num_parameters() / 1e6:.0f} M parameters"
@@ -272,9 +272,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='What to draw, such as "a red circle".')],
     output: Annotated[Path, typer.Option(help="PNG file; numbered on where it exists.")] = Path("unitok-drawing.png"),
     count: Annotated[int, typer.Option(min=1, help="How many samples to draw.")] = 1,
-    guidance: Guidance = 2.0,
+    guidance: Guidance = 3.0,
     temperature: Annotated[float, typer.Option(help="Above 0; less is more predictable.")] = 0.7,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest codes; 0 for all.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest codes; 0 for all.")] = 20,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest codes of this total probability.")] = 1.0,
     seed: Annotated[
         int | None, typer.Option(min=0, help="For the same picture again.", show_default="a new one each time")
