@@ -1,0 +1,94 @@
+"""Two styles of the Unicode emoji, from the npm packages `emoji-datasource-google` and `emoji-datasource-twitter`.
+
+1911 base emoji each, 64x64 pixels: Noto (Apache 2.0) and Twemoji (graphics CC-BY 4.0). A tenth of the names is held
+out in the `twitter` style: those pictures are never trained on, though the same names are, in the other style.
+
+https://github.com/iamcal/emoji-data
+"""
+
+import io
+import json
+import random
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+
+VERSION = "16.0.0"
+STYLES = ("google", "twitter")
+HELD_OUT_STYLE, HELD_OUT_SHARE = "twitter", 0.1
+QUESTION = "what is this?"
+
+
+@dataclass
+class Emoji:
+    """One picture of an emoji.
+
+    Attributes:
+        file: its name in the package, "1f339.png".
+        name: in lower case, "rose".
+        style: "google" or "twitter".
+        held_out: never to be trained on.
+    """
+
+    file: str
+    name: str
+    style: str
+    held_out: bool
+
+    @property
+    def caption(self) -> str:
+        return f"{self.name} emoji, {self.style} style"
+
+    @property
+    def image(self) -> str:
+        """Its path in the folder that `write_images` makes."""
+        return f"images/{self.style}/{self.file}"
+
+
+def package(style: str, folder: Path) -> Path:
+    """The package's archive in the folder, fetched there with `npm pack` where it is missing.
+
+    Raises:
+        FileNotFoundError: it is missing and there is no npm.
+    """
+    path = folder / f"emoji-datasource-{style}-{VERSION}.tgz"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "pack", "--silent", f"emoji-datasource-{style}@{VERSION}"]
+        try:
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path} is not there, and there is no npm to fetch it with.") from error
+    return path
+
+
+def load(packages: Path) -> list[Emoji]:
+    """Every base emoji with a name of its own, style by style, in the order of the package's table."""
+    with tarfile.open(package(STYLES[0], packages)) as archive:
+        rows = json.load(archive.extractfile("package/emoji.json"))
+    named = {row["name"].lower(): row["image"] for row in rows if all(row[f"has_img_{style}"] for style in STYLES)}
+    held_out = set(random.Random(0).sample(sorted(named), round(HELD_OUT_SHARE * len(named))))
+    return [
+        Emoji(file, name, style, style == HELD_OUT_STYLE and name in held_out)
+        for style in STYLES
+        for name, file in named.items()
+    ]
+
+
+def write_images(emoji: list[Emoji], packages: Path, folder: Path) -> None:
+    """Writes every emoji as PNG on white, to `folder / emoji.image`."""
+    for style in STYLES:
+        wanted = {f"package/img/{style}/64/{e.file}": folder / e.image for e in emoji if e.style == style}
+        with tarfile.open(package(style, packages)) as archive:
+            for member in archive:
+                if path := wanted.pop(member.name, None):
+                    picture = Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGBA")
+                    white = Image.new("RGBA", picture.size, "white")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.alpha_composite(white, picture).convert("RGB").save(path)
+        if wanted:
+            raise FileNotFoundError(f"The {style} package lacks {len(wanted)} pictures, {next(iter(wanted))} first.")
