@@ -4,15 +4,30 @@ python -m training.train_tokenizer training/configs/tokenizer_tiny.yaml
 torchrun --nproc_per_node 2 -m training.train_tokenizer training/configs/tokenizer_tiny.yaml
 """
 
+from dataclasses import dataclass, field
+
 import torch
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, TrainingArguments
 
 from training import easy_vqa
-from training.arguments import TokenizerArguments, parse_yaml_and_command_line
+from training.arguments import parse_yaml_and_command_line
 from training.losses import psnr, tokenizer_losses, weighted_total
 from training.trainer import NamedLossesTrainer
 from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
+
+
+@dataclass
+class TokenizerArguments:
+    """What the tokenizer's training needs beyond the Trainer's own arguments."""
+
+    preset: str = field(default="tiny", metadata={"help": "a preset of UniTokConfig: large, base or tiny"})
+    text_tokenizer: str = field(default="", metadata={"help": "folder of the text tokenizer"})
+    l1_weight: float = field(default=0.2, metadata={"help": "weight of mean |reconstruction - image|"})
+    l2_weight: float = field(default=1.0, metadata={"help": "weight of the mean squared error"})
+    vq_weight: float = field(default=1.0, metadata={"help": "weight of the quantizer's loss"})
+    entropy_weight: float = field(default=0.0, metadata={"help": "weight of the quantizer's entropy loss"})
+    contrastive_weight: float = field(default=1.0, metadata={"help": "weight of the image-text contrastive loss"})
 
 
 class CaptionedImages(Dataset):
