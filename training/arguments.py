@@ -24,6 +24,12 @@ def parse_yaml_and_command_line(dataclass_types: tuple, argv: list[str] | None =
     known = {action.dest for action in parser._actions}
     if unknown := sorted(values.keys() - known):
         parser.error(f"{argv[0]} has unknown keys: {', '.join(unknown)}")
-    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # or bf16 is refused where there is no GPU
+    defaults = {
+        "use_cpu": not torch.accelerator.is_available(),  # or bf16 is refused where there is no GPU
+        "remove_unused_columns": False,  # batches go to the model as they are
+        "label_names": [],
+        "num_train_epochs": 1,
+    }
+    parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
     parser.set_defaults(**values)
     return parser.parse_args_into_dataclasses(args=argv[1:])

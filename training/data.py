@@ -1,138 +1,418 @@
-"""Data of the MLLM's training: questions about images and images from captions, mixed."""
+"""The MLLM's training data: conversations, captions and texts from files, mixed by weight.
 
-from functools import cache
+A source is one entry of a config's `datasets`:
 
+    type: conversations            # LLaVA's format: {"image": path or list of paths, "conversations": [{"from", "value"}]}
+    path: data/train.json          # .json (a list), .jsonl or .parquet
+    images: data                   # a folder, or tar shards "shards/{00..15}.tar"; without it, the file's own folder
+    weight: 2.0                    # share of the samples; without it, the number of its rows
+
+    type: captions                 # {"image", "caption"}
+    path: data/train_captions.jsonl
+    codes: data/codes              # what `training.extract_codes` wrote; no image is opened then
+    task: draw                     # draw the image from its caption, or `read`: the caption from the image
+    prompt: Describe the image.    # for `read`: asked through the chat template; without it, image and caption alone
+    mode: reconstruct              # of the image processor, for `images`; without it, `understand`
+
+    type: text                     # {"text"}
+    path: data/text.jsonl
+"""
+
+import glob
+import io
+import json
+import logging
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
 import torch
-from torch.nn import functional as F
+from braceexpand import braceexpand
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
-from tqdm import trange
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from training import easy_vqa
-from unitok_mllm import UniTokMLLMProcessor, UniTokModel
+from training.codes import CodeStore
+from unitok_mllm import UniTokMLLMProcessor
 
 
+logger = logging.getLogger(__name__)
 IGNORE = -100
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-@torch.no_grad()
-def encode_variants(
-    visual: UniTokModel, pixel_values: torch.Tensor, num_variants: int, max_shift: int = 4, batch_size: int = 250
-) -> torch.Tensor:
-    """The codes of images and of variants of them, each mirrored half of the time and shifted by a few pixels.
+class UnusableSample(ValueError):
+    """A sample that cannot be trained on; another one takes its place."""
+
+
+def read_rows(path: Path) -> list[dict] | datasets.Dataset:
+    """The rows of a .json list, or of a .jsonl or .parquet file (memory-mapped).
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it has another ending.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no data file {path}.")
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    readers = {".jsonl": datasets.Dataset.from_json, ".parquet": datasets.Dataset.from_parquet}
+    if path.suffix not in readers:
+        raise ValueError(f"Data comes as .json, .jsonl or .parquet, not as {path}.")
+    return readers[path.suffix](str(path))
+
+
+class ImageStore:
+    """Pictures by name, from a folder or from tar files (whose tables of contents are read once).
 
     Args:
-        pixel_values: (N, 3, H, W) in [-1, 1].
-        num_variants: how many for each image; the first is the image itself.
-        max_shift: of a variant, in pixels, to each side; the border is repeated.
+        location: a folder, or a pattern of tar files with `*` or `{00..15}`.
 
-    Returns:
-        (num_variants, N, K, L).
+    Raises:
+        FileNotFoundError: there is no such folder, or no file of that pattern.
     """
-    height, width = pixel_values.shape[2:]
-    padded = F.pad(pixel_values, [max_shift] * 4, mode="replicate")
-    variants = []
-    for variant in trange(num_variants, desc="encoding images"):
-        codes = []
-        for batch in padded.split(batch_size):
-            top = left = max_shift
-            if variant:
-                top, left = torch.randint(2 * max_shift + 1, (2,)).tolist()
-                batch = batch.flip(-1) if torch.rand(()) < 0.5 else batch
-            codes.append(visual.encode(batch[:, :, top : top + height, left : left + width]))
-        variants.append(torch.cat(codes))
-    return torch.stack(variants)
+
+    def __init__(self, location: str):
+        self.location, self.members = location, {}
+        if not location.endswith(".tar"):
+            if not Path(location).is_dir():
+                raise FileNotFoundError(f"There is no image folder {location}.")
+            return
+        shards = sorted(path for pattern in braceexpand(location) for path in glob.glob(pattern))
+        if not shards:
+            raise FileNotFoundError(f"There is no shard {location}.")
+        for shard in shards:
+            with tarfile.open(shard) as archive:
+                self.members |= {m.name: (shard, m.offset_data, m.size) for m in archive if m.isfile()}
+
+    def __getitem__(self, name: str) -> Image.Image:
+        """The picture, decoded.
+
+        Raises:
+            UnusableSample: it is missing or broken.
+        """
+        try:
+            if not self.members:
+                image = Image.open(Path(self.location) / name)
+            else:
+                shard, offset, size = self.members[name]
+                with open(shard, "rb") as file:
+                    file.seek(offset)
+                    image = Image.open(io.BytesIO(file.read(size)))
+            image.load()
+            return image
+        except KeyError:
+            raise UnusableSample(f"no image {name} in {self.location}") from None
+        except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UnusableSample(f"image {name} of {self.location}: {error}") from error
 
 
-class EasyVQAForMLLM(Dataset):
-    """Every question of easy-VQA's train split, and its images to draw from their captions.
-
-    An image may come mirrored and shifted: neither answers nor captions speak of places.
+class SampleTexts:
+    """Token ids and targets of the three kinds of samples, just as the processor writes them for inference.
 
     Args:
-        processor: makes the texts; its padding does not matter here.
-        visual: makes the codes, once, at the start.
-        generation_share: share of the samples that are drawn.
-        caption_dropout: share of the captions replaced by the null prompt that guidance uses.
-        num_variants: versions of each image, see `encode_variants`.
+        processor: its chat template must mark the assistant's words with `{% generation %}`.
+        max_length: tokens of the longest sample; longer ones are cut, but never through an image.
     """
+
+    def __init__(self, processor: UniTokMLLMProcessor, max_length: int):
+        size, stride = processor.image_processor.size, processor.image_processor.patch_size
+        self.num_positions = (size["height"] // stride) * (size["width"] // stride)
+        self.processor, self.max_length = processor, max_length
+        self.image = processor.boi_token + self.num_positions * processor.image_token + processor.eoi_token
+        self.chat_template = processor.chat_template.replace(processor.image_token, self.image)
+        if "{% generation %}" not in self.chat_template:
+            raise ValueError("The chat template does not mark what the assistant says with {% generation %}.")
+
+    def conversation(self, messages: list[dict]) -> dict[str, torch.Tensor]:
+        """Turns in the library's format; the assistant's are learned, pictures in them included."""
+        special_tokens = self.processor.tokenizer.special_tokens_map
+        (text,), (spans,) = render_jinja_template(
+            [messages], chat_template=self.chat_template, return_assistant_tokens_mask=True, **special_tokens
+        )
+        return self._encode(text, spans)
+
+    def drawing(self, caption: str | None) -> dict[str, torch.Tensor]:
+        """An image from its caption, or from guidance's null prompt where that is None."""
+        prompt, end = self.processor.image_sample(caption).rsplit(self.processor.image_token, 1)
+        return self._encode(prompt + self.image + end, [(len(prompt), len(prompt + self.image + end))])
+
+    def reading(self, caption: str) -> dict[str, torch.Tensor]:
+        """A caption after its image, without a word between."""
+        text = self.image + caption + self.processor.tokenizer.eos_token
+        return self._encode(text, [(len(self.image), len(text))])
+
+    def plain(self, text: str) -> dict[str, torch.Tensor]:
+        """Text alone, all of it learned."""
+        text += self.processor.tokenizer.eos_token
+        return self._encode(text, [(0, len(text))])
+
+    def _encode(self, text: str, target_spans: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """Ids, labels, and for each image whether it lies in a target span.
+
+        Raises:
+            UnusableSample: the cut to `max_length` goes through an image, or nothing is left to learn.
+        """
+        tokenizer, bos = self.processor.tokenizer, self.processor.tokenizer.bos_token
+        if bos and text.startswith(bos) and bos in tokenizer("").tokens():
+            text = text.removeprefix(bos)
+            target_spans = [(start - len(bos), end - len(bos)) for start, end in target_spans]
+        encoding = tokenizer(text, return_offsets_mapping=True)
+        starts, ends = np.array(encoding["offset_mapping"]).T
+        is_target = np.zeros(len(starts), dtype=bool)
+        for start, end in target_spans:
+            is_target |= (starts < end) & (ends > start)
+        input_ids, is_target = torch.tensor(encoding["input_ids"]), torch.from_numpy(is_target)
+        is_image = input_ids == self.processor.image_token_id
+        if len(input_ids) > self.max_length:
+            if is_image[self.max_length - 1 :].any():
+                raise UnusableSample(f"max_length {self.max_length} would cut through an image of {text[:80]!r}")
+            input_ids, is_target, is_image = (t[: self.max_length] for t in (input_ids, is_target, is_image))
+        labels = input_ids.masked_fill(~is_target | is_image, IGNORE)
+        if (labels[1:] == IGNORE).all():
+            raise UnusableSample(f"nothing to learn in {text[:80]!r}")
+        whole, rest = divmod(int(is_image.sum()), self.num_positions)
+        if rest:
+            raise UnusableSample(f"{self.processor.image_token} in the text {text[:80]!r}")
+        image_targets = is_target[is_image].view(whole, self.num_positions)[:, 0]
+        return {"input_ids": input_ids, "labels": labels, "image_targets": image_targets}
+
+
+@dataclass
+class Source:
+    """One entry of `datasets`, see the module's text."""
+
+    path: str
+    type: str = "conversations"
+    images: str = ""
+    codes: str = ""
+    task: str = "read"
+    prompt: str = ""
+    mode: str = "understand"
+    weight: float | None = None
+
+    def __post_init__(self):
+        if self.type not in ("conversations", "captions", "text"):
+            raise ValueError(f"type is conversations, captions or text, got {self.type!r} for {self.path}.")
+        if self.task not in ("read", "draw"):
+            raise ValueError(f"task is read or draw, got {self.task!r} for {self.path}.")
+        if self.weight is not None and self.weight <= 0:
+            raise ValueError(f"weight must be above 0, got {self.weight} for {self.path}.")
+        self.rows = read_rows(Path(self.path))
+        if not len(self.rows):
+            raise ValueError(f"{self.path} has no rows.")
+        self.store = None
+        if self.codes:
+            self.store = CodeStore(self.codes)
+        elif self.type != "text":
+            self.store = ImageStore(self.images or str(Path(self.path).parent))
+
+    def sample(self, index: int, texts: SampleTexts, caption_dropout: float, rng: np.random.Generator) -> dict:
+        """Row `index` as a sample: `input_ids`, `labels` (T,), `image_targets` (N,) and a list of N `images`.
+
+        An image is codes (K, L), one of its extracted variants, or pixels (3, H, W).
+
+        Raises:
+            UnusableSample: a picture is broken, or see `SampleTexts`.
+        """
+        row = self.rows[index]
+        if self.type == "text":
+            return texts.plain(row["text"]) | {"images": []}
+        names = row.get("image") or []
+        names = [names] if isinstance(names, str) else names
+        if self.type == "conversations":
+            encoded = texts.conversation(to_messages(row["conversations"], texts.processor.image_token, len(names)))
+        elif self.task == "draw":
+            encoded = texts.drawing(None if rng.random() < caption_dropout else row["caption"])
+        elif self.prompt:
+            question = [{"type": "image"}, {"type": "text", "text": self.prompt}]
+            answer = [{"type": "text", "text": row["caption"]}]
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            encoded = texts.conversation(turns)
+        else:
+            encoded = texts.reading(row["caption"])
+        if len(encoded["image_targets"]) != len(names):
+            raise UnusableSample(f"{len(encoded['image_targets'])} images in the text, but files {names}")
+        return encoded | {"images": [self._image(name, texts.processor, rng) for name in names]}
+
+    def _image(self, name: str, processor: UniTokMLLMProcessor, rng: np.random.Generator) -> torch.Tensor:
+        if isinstance(self.store, CodeStore):
+            try:
+                variants = self.store[name]
+            except KeyError as error:
+                raise UnusableSample(str(error)) from error
+            return variants[rng.integers(len(variants))]
+        return processor.image_processor(self.store[name], mode=self.mode, return_tensors="pt")["pixel_values"][0]
+
+
+def to_messages(turns: list[dict], image_token: str, num_images: int) -> list[dict]:
+    """LLaVA's turns in the library's format; `image_token` in a turn's text becomes an image.
+
+    Raises:
+        UnusableSample: a turn is from no one known, or the images are not `num_images`.
+    """
+    messages = []
+    for turn in turns:
+        if turn["from"] not in ROLES:
+            raise UnusableSample(f"a turn is from {turn['from']!r}; known: {', '.join(ROLES)}")
+        content = []
+        for i, text in enumerate(turn["value"].split(image_token)):
+            content += [{"type": "image"}] * (i > 0)
+            text = text.removeprefix("\n") if i else text
+            content += [{"type": "text", "text": text}] if text else []
+        messages.append({"role": ROLES[turn["from"]], "content": content})
+    marked = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if marked != num_images:
+        raise UnusableSample(f"{marked} {image_token} in the turns, but {num_images} image files")
+    return messages
+
+
+class MLLMDataset(Dataset):
+    """Several sources mixed by weight. Sample `i` depends on the seed and on `i` alone, so that neither a resumed run
+    nor the number of processes or workers changes what is learned from.
+
+    Each source is gone through in a shuffled order, and in another one when it begins again.
+
+    Args:
+        sources: at least one.
+        num_samples: how many; None for as many as all sources have rows.
+        caption_dropout: share of the captions replaced by the null prompt, where images are drawn.
+        max_unusable_share: of the samples tried in a worker; more of them stop the run (ten are always forgiven).
+    """
+
+    FORGIVEN = 10
 
     def __init__(
         self,
-        processor: UniTokMLLMProcessor,
-        visual: UniTokModel,
-        generation_share: float,
-        caption_dropout: float,
-        num_variants: int,
+        sources: list[Source],
+        texts: SampleTexts,
+        num_samples: int | None = None,
+        seed: int = 0,
+        caption_dropout: float = 0.1,
+        max_unusable_share: float = 0.01,
     ):
-        if not 0 <= generation_share < 1:
-            raise ValueError(f"generation_share must be at least 0 and below 1, got {generation_share}.")
-        self.processor, self.caption_dropout = processor, caption_dropout
-        self.samples = easy_vqa.load("train")
-        pixel_values = processor.image_processor([str(sample.image) for sample in self.samples])["pixel_values"]
-        self.codes = encode_variants(visual, pixel_values, num_variants)
-        self.any_image = str(self.samples[0].image)
-        self.questions = [(i, *pair) for i, sample in enumerate(self.samples) for pair in sample.questions]
-        self.num_drawn = round(len(self.questions) * generation_share / (1 - generation_share))
-        self.reading_text, self.drawing_text = cache(self._reading_text), cache(self._drawing_text)
+        if not sources:
+            raise ValueError("There is nothing to train on: `datasets` is empty.")
+        weights = np.array([len(s.rows) if s.weight is None else s.weight for s in sources], dtype=float)
+        num_samples = num_samples or sum(len(s.rows) for s in sources)
+        self.sources, self.texts, self.seed = sources, texts, seed
+        self.caption_dropout, self.max_unusable_share = caption_dropout, max_unusable_share
+        bounds = np.round(num_samples * np.cumsum(weights) / weights.sum()).astype(int)
+        counts = np.diff(bounds, prepend=0)
+        self.choices = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sources)), counts))
+        self.ranks = np.empty(num_samples, dtype=int)  # the how-manieth sample of its source
+        for number, count in enumerate(counts):
+            self.ranks[self.choices == number] = np.arange(count)
+        self.orders: dict[int, tuple[int, np.ndarray]] = {}
+        self.tried = self.unusable = 0
 
     def __len__(self) -> int:
-        return len(self.questions) + self.num_drawn
+        return len(self.choices)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | bool]:
-        draws = index >= len(self.questions)
-        if draws:
-            number = (index - len(self.questions)) % len(self.samples)
-            dropped = torch.rand(()) < self.caption_dropout
-            input_ids, labels = self.drawing_text(None if dropped else self.samples[number].caption)
-        else:
-            number, question, answer = self.questions[index]
-            input_ids, labels = self.reading_text(question, answer)
-        variant = torch.randint(len(self.codes), ())
-        return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "image_codes": self.codes[variant, number],
-            "image_target": draws,
+    def _row(self, number: int, rank: int) -> int:
+        """The row that is `rank`-th in the shuffled passes over a source."""
+        passes, place = divmod(rank, len(self.sources[number].rows))
+        known, order = self.orders.get(number, (None, None))
+        if known != passes:
+            rng = np.random.default_rng((self.seed, 1, number, passes))
+            order = rng.permutation(len(self.sources[number].rows))
+            self.orders[number] = passes, order
+        return int(order[place])
+
+    def __getitem__(self, index: int) -> dict:
+        """See `Source.sample`; an unusable row is named in the log and the row after it taken.
+
+        Raises:
+            ValueError: too many rows are unusable.
+        """
+        number = self.choices[index]
+        source, row = self.sources[number], self._row(number, int(self.ranks[index]))
+        rng = np.random.default_rng((self.seed, 2, index))
+        while True:
+            self.tried += 1
+            try:
+                return source.sample(row, self.texts, self.caption_dropout, rng)
+            except UnusableSample as error:
+                self.unusable += 1
+                logger.warning("skipping row %d of %s: %s", row, source.path, error)
+                if self.unusable > max(self.FORGIVEN, self.max_unusable_share * self.tried):
+                    raise ValueError(
+                        f"{self.unusable} of {self.tried} samples are unusable, the last one row {row} of "
+                        f"{source.path}: {error}"
+                    ) from error
+                row = (row + 1) % len(source.rows)
+
+
+@dataclass
+class MLLMCollator:
+    """Joins samples into a batch, padded on the right, or packed: several samples in a row.
+
+    A packed batch has `position_ids` that begin again with each sample and no `attention_mask`; transformers keeps
+    attention within each sample then.
+
+    Args:
+        pad_token_id: fills rows up.
+        code_shape: (K, L).
+        pack_to: tokens of a packed row; 0 for one row for each sample.
+        one_row: pack everything into one row without padding, as flash attention wants it.
+    """
+
+    pad_token_id: int
+    code_shape: tuple[int, int]
+    pack_to: int = 0
+    one_row: bool = False
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        """Returns a batch of `input_ids`, `labels` (B, T), with `attention_mask` or `position_ids`;
+        `image_codes` (N, K, L) and `image_targets` (N,) where there are images; those of them that came as pixels in
+        `pixel_values` (M, 3, H, W), their places in `pixel_places` (M,); and `num_tokens` without padding."""
+        rows = self._rows(samples)
+        samples = [sample for row in rows for sample in row]
+        batch = {
+            "input_ids": self._pad([torch.cat([s["input_ids"] for s in row]) for row in rows], self.pad_token_id),
+            "num_tokens": torch.tensor(sum(len(s["input_ids"]) for s in samples)),
         }
+        width = batch["input_ids"].shape[1]
+        lengths = torch.tensor([sum(len(s["input_ids"]) for s in row) for row in rows])
+        if self.pack_to or self.one_row:
+            for sample in samples:
+                sample["labels"] = sample["labels"].clone()
+                sample["labels"][0] = IGNORE  # nothing in its own sample predicts it
+            positions = [[*(torch.arange(len(s["input_ids"])) for s in row)] for row in rows]
+            filled = [torch.cat([*p, torch.arange(width - n)]) for p, n in zip(positions, lengths.tolist())]
+            batch["position_ids"] = torch.stack(filled)
+        else:
+            batch["attention_mask"] = (torch.arange(width)[None] < lengths[:, None]).long()
+        batch["labels"] = self._pad([torch.cat([s["labels"] for s in row]) for row in rows], IGNORE)
+        images = [image for sample in samples for image in sample["images"]]
+        if images:
+            is_pixels = torch.tensor([image.is_floating_point() for image in images])
+            blank = torch.zeros(self.code_shape, dtype=torch.long)
+            batch["image_codes"] = torch.stack([blank if p else i for i, p in zip(images, is_pixels.tolist())])
+            batch["image_targets"] = torch.cat([s["image_targets"] for s in samples])
+            if is_pixels.any():
+                batch["pixel_places"] = is_pixels.nonzero().squeeze(1)
+                batch["pixel_values"] = torch.stack([images[i] for i in batch["pixel_places"].tolist()])
+        return batch
 
-    def _reading_text(self, question: str, answer: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids of a turn of question and answer, and labels: the answer alone, as the chat template marks it."""
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        assistant = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        inputs = self.processor.apply_chat_template(
-            [user, assistant],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            processor_kwargs={"images": [self.any_image]},
-        )
-        input_ids, is_answer = inputs["input_ids"][0], torch.as_tensor(inputs["assistant_masks"])[0].bool()
-        if not is_answer.any():
-            raise ValueError(f"Nothing to learn from question {question!r} with answer {answer!r}.")
-        return input_ids, input_ids.masked_fill(~is_answer, IGNORE)
+    def _rows(self, samples: list[dict]) -> list[list[dict]]:
+        if self.one_row:
+            return [samples]
+        if not self.pack_to:
+            return [[sample] for sample in samples]
+        rows, room = [], []
+        for sample in sorted(samples, key=lambda s: -len(s["input_ids"])):
+            length = len(sample["input_ids"])
+            fitting = next((i for i, free in enumerate(room) if free >= length), None)
+            if fitting is None:
+                rows.append([])
+                room.append(self.pack_to)
+                fitting = -1
+            rows[fitting].append(sample)
+            room[fitting] -= length
+        return rows
 
-    def _drawing_text(self, caption: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids of a caption (None: the null prompt) and its image, and labels: the image's frame and the end."""
-        processor = self.processor
-        input_ids = processor(images=self.any_image, text=processor.image_sample(caption))["input_ids"][0]
-        is_target = torch.isin(
-            input_ids,
-            torch.tensor([processor.boi_token_id, processor.eoi_token_id, processor.tokenizer.eos_token_id]),
-        )
-        return input_ids, input_ids.masked_fill(~is_target, IGNORE)
-
-
-def collate(samples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pads on the right, and lines the images up in the order of their samples."""
-
-    def pad(name: str, value: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence([s[name] for s in samples], batch_first=True, padding_value=value)
-
-    lengths = torch.tensor([len(s["input_ids"]) for s in samples])
-    return {
-        "input_ids": pad("input_ids", pad_token_id),
-        "attention_mask": (torch.arange(lengths.max())[None] < lengths[:, None]).long(),
-        "labels": pad("labels", IGNORE),
-        "image_codes": torch.stack([s["image_codes"] for s in samples]),
-        "image_targets": torch.tensor([s["image_target"] for s in samples]),
-    }
+    @staticmethod
+    def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)

@@ -1,44 +1,209 @@
-"""The losses of the tokenizer's training; each returns, or is returned under, its own name."""
+"""The losses of the tokenizer's training (UniTok, https://arxiv.org/abs/2502.20321, section 3.1).
+
+Each function returns a scalar, or `(total, {name: value})` with unweighted values under the names they are logged by.
+All are computed in float32, and as means over a process's images, so that the average over processes of a loss (and of
+its gradients, which is what DistributedDataParallel takes) is the loss of the whole batch; only the quantizer's entropy
+loss is of each process's own tokens.
+"""
+
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.nn import functional as F
 
+from training.augment import diff_augment
 from unitok_mllm.modeling_unitok import UniTokOutput
 
 
-def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
-    """CLIP's symmetric InfoNCE over a batch, https://arxiv.org/abs/2103.00020.
-
-    Args:
-        image_embeds, text_embeds: (B, D), of unit length, row i of one belonging to row i of the other.
-        logit_scale: scalar, what the similarities are multiplied by.
-    """
-    logits = logit_scale.float() * image_embeds.float() @ text_embeds.float().T
-    targets = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+TERMS = ("l1", "l2", "perceptual", "vq", "entropy", "contrastive", "consistency", "gan")
+DISCRIMINATOR_TERMS = ("discriminator", "discriminator_consistency")
+RECONSTRUCTION_TERMS = ("l1", "l2", "perceptual")
 
 
-def tokenizer_losses(output: UniTokOutput, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Every unweighted loss that the output allows for, under the names that the weights go by."""
-    reconstruction, pixels = output.reconstruction.float(), pixel_values.float()
-    losses = {
-        "l1": F.l1_loss(reconstruction, pixels),
-        "l2": F.mse_loss(reconstruction, pixels),
-        "vq": output.vq_loss,
-    }
-    if output.entropy_loss is not None:
-        losses["entropy"] = output.entropy_loss
-    if output.text_embeds is not None:
-        losses["contrastive"] = contrastive_loss(output.image_embeds, output.text_embeds, output.logit_scale)
-    return losses
+@dataclass
+class LossArguments:
+    """The weight of each term, when it starts (as a share of the training), and the networks that some need."""
 
+    l1_weight: float = field(default=0.2, metadata={"help": "mean |reconstruction - image|"})
+    l1_start: float = 0.0
+    l2_weight: float = field(default=1.0, metadata={"help": "mean squared error"})
+    l2_start: float = 0.0
+    perceptual_weight: float = field(default=0.0, metadata={"help": "LPIPS, or a timm backbone's features"})
+    perceptual_start: float = 0.0
+    vq_weight: float = field(default=1.0, metadata={"help": "the quantizer's loss"})
+    vq_start: float = 0.0
+    entropy_weight: float = field(default=0.0, metadata={"help": "the quantizer's entropy loss"})
+    entropy_start: float = 0.0
+    contrastive_weight: float = field(default=1.0, metadata={"help": "CLIP's loss between images and captions"})
+    contrastive_start: float = 0.0
+    consistency_weight: float = field(
+        default=0.0, metadata={"help": "distance of the reconstruction's image embedding to the original's"}
+    )
+    consistency_start: float = 0.0
+    gan_weight: float = field(default=0.0, metadata={"help": "hinge GAN, times the adaptive weight"})
+    gan_start: float = 0.375
+    gan_warmup: float = field(default=0.03, metadata={"help": "over which its weight grows and the blur fades"})
+    gan_blur: float = field(default=2.0, metadata={"help": "the blur's sigma in pixels when it starts"})
+    gan_consistency_weight: float = field(default=4.0, metadata={"help": "balanced consistency regularisation"})
+    perceptual_backbone: str = field(default="lpips", metadata={"help": "lpips, or a timm model"})
+    perceptual_pretrained: bool = True
+    perceptual_checkpoint: str = field(default="", metadata={"help": "file of the weights; empty for the hub's"})
+    discriminator_backbone: str = field(default="vit_small_patch14_dinov2.lvd142m", metadata={"help": "a timm model"})
+    discriminator_depths: list[int] = field(default_factory=lambda: [0, 2, 5, 8, 11])
+    discriminator_pretrained: bool = True
+    discriminator_checkpoint: str = field(default="", metadata={"help": "file of the weights; empty for the hub's"})
 
-def weighted_total(losses: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
-    """The sum of the losses, each times the weight of its name."""
-    return sum(weights[name] * value for name, value in losses.items())
+    def __post_init__(self):
+        for name in TERMS:
+            weight, start = vars(self)[f"{name}_weight"], vars(self)[f"{name}_start"]
+            if weight < 0 or not 0 <= start < 1:
+                raise ValueError(f"{name}: the weight ({weight}) is at least 0, the start ({start}) in [0, 1).")
+
+    def gan_progress(self, progress: float) -> float:
+        """How far the GAN's warm-up has come at a share of the training: 0 at its start, 1 from its end on."""
+        if not self.gan_warmup:
+            return float(progress >= self.gan_start)
+        return min(1.0, max(0.0, (progress - self.gan_start) / self.gan_warmup))
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """The weight of each term at a share of the training; 0 before its start."""
+        weights = {name: vars(self)[f"{name}_weight"] * (progress >= vars(self)[f"{name}_start"]) for name in TERMS}
+        return weights | {"gan": weights["gan"] * self.gan_progress(progress)}
 
 
 def psnr(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio of each image in dB; both (B, 3, H, W) in [-1, 1] -> (B,), float32."""
     error = (reconstruction.float().clamp(-1, 1) - pixels.float()).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(4 / error)
+
+
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class GatherRows(torch.autograd.Function):
+    """The rows of all processes, in order; (N, D) -> (processes * N, D).
+
+    What every process has to say about a row, summed, is the gradient of its owner.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        gathered = rows.new_empty(_num_processes() * len(rows), rows.shape[1])
+        dist.all_gather_single(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(_num_processes())[dist.get_rank()]
+
+
+def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+    """CLIP's symmetric InfoNCE (https://arxiv.org/abs/2103.00020) over the batches of all processes.
+
+    Each process compares its own rows with everybody's; gradients flow back to where the rows came from.
+
+    Args:
+        image_embeds, text_embeds: (B, D), of unit length, row i of one belonging to row i of the other; the same B on
+            every process.
+        logit_scale: scalar, what the similarities are multiplied by.
+    """
+    images, texts = image_embeds.float(), text_embeds.float()
+    all_images, all_texts, first = images, texts, 0
+    if _num_processes() > 1:
+        all_images, all_texts = GatherRows.apply(images), GatherRows.apply(texts)
+        first = len(images) * dist.get_rank()
+    scale = logit_scale.float()
+    targets = torch.arange(first, first + len(images), device=images.device)
+    image_loss = F.cross_entropy(scale * images @ all_texts.T, targets)
+    return (image_loss + F.cross_entropy(scale * texts @ all_images.T, targets)) / 2
+
+
+def consistency_loss(reconstruction_embeds: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
+    """1 - cosine between the embeddings of reconstructions and (as fixed targets) of originals; (B, D), unit length."""
+    return 1 - (reconstruction_embeds.float() * image_embeds.detach().float()).sum(dim=-1).mean()
+
+
+def tokenizer_losses(
+    output: UniTokOutput,
+    pixel_values: torch.Tensor,
+    weights: dict[str, float],
+    perceptual: nn.Module | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Every term but the GAN's.
+
+    A term whose parts are in the output is computed whatever its weight, so that each parameter takes part in every
+    step; the perceptual one, which has none, only from its start on.
+
+    Args:
+        pixel_values: (B, 3, H, W) in [-1, 1].
+        weights: of each term, see `LossArguments.weights`.
+        perceptual: distance of (reconstruction, pixels), see `perceptual_distance`.
+    """
+    reconstruction, pixels = output.reconstruction.float(), pixel_values.float()
+    losses = {
+        "l1": F.l1_loss(reconstruction, pixels),
+        "l2": F.mse_loss(reconstruction, pixels),
+        "vq": output.vq_loss,
+    }
+    if weights["perceptual"]:
+        with torch.autocast(pixels.device.type, enabled=False):
+            losses["perceptual"] = perceptual(reconstruction, pixels)
+    if output.entropy_loss is not None:
+        losses["entropy"] = output.entropy_loss
+    if output.text_embeds is not None:
+        losses["contrastive"] = contrastive_loss(output.image_embeds, output.text_embeds, output.logit_scale)
+    if output.reconstruction_embeds is not None:
+        losses["consistency"] = consistency_loss(output.reconstruction_embeds, output.image_embeds)
+    return sum(weights[name] * value for name, value in losses.items()), losses
+
+
+def adaptive_gan_weight(
+    reconstruction_loss: torch.Tensor, gan_loss: torch.Tensor, last_layer: torch.Tensor
+) -> torch.Tensor:
+    """How many times larger the reconstruction's gradient at the decoder's last layer is than the GAN's.
+
+    After VQGAN (https://arxiv.org/abs/2012.09841, section 3.1), over the batches of all processes.
+
+    Returns:
+        A scalar without gradient, in [0.015, 1e4].
+    """
+    gradients = torch.stack(
+        [
+            torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()
+            for loss in (reconstruction_loss, gan_loss)
+        ]
+    )
+    if _num_processes() > 1:
+        dist.all_reduce(gradients)
+        gradients /= _num_processes()
+    reconstruction_norm, gan_norm = gradients.flatten(1).norm(dim=1)
+    return (reconstruction_norm / (gan_norm + 1e-6)).clamp(0.015, 1e4)
+
+
+def discriminator_losses(
+    discriminator: nn.Module,
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    draws: torch.Tensor,
+    consistency_weight: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Hinge loss on augmented images, and balanced consistency regularisation (https://arxiv.org/abs/2002.04724).
+
+    Args:
+        discriminator: images -> logits (B, N).
+        real, fake: (B, 3, H, W) in [-1, 1], without gradient.
+        draws: (B, 7), the augmentation, the same for real and fake.
+        consistency_weight: of the mean squared difference that the augmentation makes to the logits.
+    """
+    augmented = [diff_augment(images, draws) for images in (real, fake)]
+    real_plain, fake_plain, real_logits, fake_logits = (
+        discriminator(torch.cat([real, fake, *augmented])).float().chunk(4)
+    )
+    hinge = (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
+    consistency = F.mse_loss(real_logits, real_plain) + F.mse_loss(fake_logits, fake_plain)
+    return hinge + consistency_weight * consistency, dict(zip(DISCRIMINATOR_TERMS, (hinge, consistency)))

@@ -1,121 +1,332 @@
-"""Trains the unified MLLM on a mix of visual question answering and text-to-image.
+"""Trains the unified MLLM, in any of its stages: what is trained, on what, and how fast is all in the config.
 
     python -m training.train_mllm training/configs/mllm_tiny.yaml
-    torchrun --nproc_per_node 2 -m training.train_mllm training/configs/mllm_tiny.yaml
+    torchrun --nproc_per_node 2 -m training.train_mllm training/configs/mllm_tiny.yaml \
+        --deepspeed training/configs/deepspeed/zero2.json
 
-The folder `<output_dir>/release` is what `AutoModelForImageTextToText` and `AutoProcessor` load.
+The same command goes on from the newest whole checkpoint in `output_dir`. The folder `<output_dir>/release` is what
+`AutoModelForImageTextToText` and `AutoProcessor` load; with LoRA, `<output_dir>/adapter` holds the adapter alone.
 """
 
-import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
+import deepspeed
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from training.arguments import parse_yaml_and_command_line
-from training.data import EasyVQAForMLLM, collate
-from training.trainer import NamedLossesTrainer
-from unitok_mllm import UniTokImageProcessor, UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor, UniTokModel
+from training.data import MLLMCollator, MLLMDataset, SampleTexts, Source
+from training.merge_lora import merge_lora
+from training.mllm_trainer import (
+    MLLMTrainer,
+    SamplesCallback,
+    plain_name,
+    put_visual_back,
+    set_visual_aside,
+    whole_checkpoints,
+)
+from training.release import save_release, write_folder
+from unitok_mllm import (
+    UniTokImageProcessor,
+    UniTokMLLMConfig,
+    UniTokMLLMForConditionalGeneration,
+    UniTokMLLMProcessor,
+    UniTokModel,
+)
 from unitok_mllm.processing_unitok import VICUNA_SYSTEM, vicuna_chat_template
+
+
+logger = logging.getLogger(__name__)
+PARTS = ["embedder", "depth_head", "language_model"]
 
 
 @dataclass
 class MLLMArguments:
     """What the MLLM's training needs beyond the Trainer's own arguments."""
 
-    visual_model: str = field(default="", metadata={"help": "folder of a trained UniTok tokenizer"})
-    text_tokenizer: str = field(default="", metadata={"help": "folder of the text tokenizer"})
+    model: str = field(default="", metadata={"help": "folder or hub name of an MLLM to go on from; or the parts below"})
+    visual_model: str = field(default="", metadata={"help": "folder of a UniTok tokenizer; with model: replaces its own"})
     llm: str = field(default="", metadata={"help": "folder or hub name of a causal LM to start from"})
     llm_config: dict | None = field(default=None, metadata={"help": "without llm: the config of a fresh causal LM"})
+    llm_gguf_file: str = field(default="", metadata={"help": "the file in llm, where its weights come as GGUF"})
+    text_tokenizer: str = field(default="", metadata={"help": "folder of the text tokenizer, where llm has none"})
+    llm_dtype: str = field(default="float32", metadata={"help": "dtype that the LLM is loaded in"})
     depth_config: dict | None = field(default=None, metadata={"help": "sizes of the depth transformer"})
     embedder_dim: int = field(default=1024, metadata={"help": "width of the embedder's attention projection"})
     embedder_heads: int = field(default=16, metadata={"help": "its heads"})
-    train_codebooks: bool = field(default=False, metadata={"help": "train the embedder's copy of the codebooks too"})
-    caption_dropout: float = field(default=0.1, metadata={"help": "share of captions replaced by the null prompt"})
-    generation_share: float = field(default=0.3, metadata={"help": "share of samples that draw instead of answer"})
-    image_variants: int = field(default=1, metadata={"help": "versions of each image, mirrored and shifted"})
-    text_loss_weight: float = field(
-        default=0.0,
-        metadata={"help": "weight of the text loss against the image loss; 0: by their numbers of targets"},
-    )
     system_line: str = field(default=VICUNA_SYSTEM, metadata={"help": "system line of the vicuna_v1 chat template"})
     boi_token: str = field(default="<0x00>", metadata={"help": "the token that opens an image"})
     eoi_token: str = field(default="<0x01>", metadata={"help": "the token that closes an image"})
 
+    trainable: list[str] = field(
+        default_factory=lambda: list(PARTS),
+        metadata={"help": "what is trained: embedder, depth_head, language_model, or prefixes of parameter names"},
+    )
+    train_codebooks: bool = field(default=False, metadata={"help": "train the embedder's copy of the codebooks too"})
+    learning_rates: dict | None = field(default=None, metadata={"help": "learning rates of parts, by prefix"})
+    lora: dict | None = field(default=None, metadata={"help": "peft's LoraConfig for the LLM's linear layers: {r: 16}"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the LLM in 4 bits (bitsandbytes); needs lora"})
 
-class MLLMTrainer(NamedLossesTrainer):
-    """Logs both losses of the MLLM; with a `text_loss_weight` above 0, that share replaces the token counts' one."""
+    datasets: list[dict] = field(default_factory=list, metadata={"help": "sources, see training/data.py; in the YAML"})
+    eval_datasets: list[dict] = field(default_factory=list, metadata={"help": "sources for the evaluation loss"})
+    num_samples: int = field(default=0, metadata={"help": "samples of the whole run; 0: as many as all sources have"})
+    max_length: int = field(default=2048, metadata={"help": "tokens of the longest sample, and of a packed row"})
+    packing: bool = field(default=False, metadata={"help": "several samples in a row, without attention across"})
+    caption_dropout: float = field(default=0.1, metadata={"help": "share of captions replaced by the null prompt"})
+    max_unusable_share: float = field(default=0.01, metadata={"help": "more broken samples than that stop the run"})
+    text_loss_weight: float = field(
+        default=0.0,
+        metadata={"help": "weight of the text loss against the image loss; 0: by their numbers of targets"},
+    )
+    image_loss_share: float = field(default=1.0, metadata={"help": "share of image positions in the image loss"})
 
-    def __init__(self, *args, text_loss_weight: float = 0.0, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.text_loss_weight = text_loss_weight
+    sample_prompts: list[str] = field(default_factory=list, metadata={"help": "drawn at each evaluation"})
+    sample_questions: list[dict] = field(
+        default_factory=list, metadata={"help": "{image, question}, answered at each evaluation; in the YAML"}
+    )
+    sample_options: dict | None = field(default=None, metadata={"help": "of the drawing: guidance_scale, top_k ..."})
+    release_dtype: str = field(default="float16", metadata={"help": "dtype that the final weights are stored in"})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa or flash_attention_2, of the LLM"})
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        output = model(**inputs)
-        self.record({"text_loss": output.text_loss, "image_loss": output.image_loss})
-        loss, weight = output.loss, self.text_loss_weight
-        if weight:
-            loss = weight * output.text_loss + (1 - weight) * output.image_loss
-        return (loss, output) if return_outputs else loss
+    def __post_init__(self):
+        if not self.model and not (self.visual_model and (self.llm or self.llm_config)):
+            raise ValueError("Give either model, or visual_model with llm or llm_config.")
+        if self.load_in_4bit and not self.lora:
+            raise ValueError("load_in_4bit needs lora: weights of 4 bits take no gradient.")
+        if self.lora and "language_model" in self.trainable:
+            raise ValueError("lora freezes the LLM's own weights: take language_model out of trainable.")
+
+
+@contextmanager
+def whole_weights(training_arguments: TrainingArguments) -> Iterator[None]:
+    """Models loaded inside are not sharded, even under ZeRO-3."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if training_arguments.deepspeed:
+            set_hf_deepspeed_config(training_arguments.hf_deepspeed_config)
 
 
 def build_processor(arguments: MLLMArguments, image_size: int) -> UniTokMLLMProcessor:
+    if arguments.model:
+        return UniTokMLLMProcessor.from_pretrained(arguments.model)
+    gguf = {"gguf_file": arguments.llm_gguf_file} if arguments.llm_gguf_file and not arguments.text_tokenizer else {}
     return UniTokMLLMProcessor(
         UniTokImageProcessor(size={"height": image_size, "width": image_size}),
-        AutoTokenizer.from_pretrained(arguments.text_tokenizer),
+        AutoTokenizer.from_pretrained(arguments.text_tokenizer or arguments.llm, **gguf),
         chat_template=vicuna_chat_template(arguments.system_line),
         boi_token=arguments.boi_token,
         eoi_token=arguments.eoi_token,
     )
 
 
+def loading_options(arguments: MLLMArguments) -> dict:
+    options = {"dtype": getattr(torch, arguments.llm_dtype), "attn_implementation": arguments.attn_implementation}
+    if arguments.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["lm_head", "visual", "embedder", "depth_head"],
+        )
+    return options
+
+
 def build_language_model(arguments: MLLMArguments) -> PreTrainedModel:
-    if arguments.llm:
-        return AutoModelForCausalLM.from_pretrained(arguments.llm, dtype=torch.float32)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**arguments.llm_config))
+    if not arguments.llm:
+        config = AutoConfig.for_model(**arguments.llm_config)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=arguments.attn_implementation)
+    gguf = {"gguf_file": arguments.llm_gguf_file} if arguments.llm_gguf_file else {}
+    return AutoModelForCausalLM.from_pretrained(arguments.llm, **gguf, **loading_options(arguments))
 
 
-def save_release(model: PreTrainedModel, processor: UniTokMLLMProcessor, folder: Path) -> None:
-    """Saves weights in half precision with everything that loading needs; they load in float32 unless told otherwise."""
-    model.half().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    config_path = folder / "config.json"
-    config = json.loads(config_path.read_text().replace('"float16"', '"float32"'))
-    config_path.write_text(json.dumps(config, indent=2) + "\n")
+def build_model(
+    arguments: MLLMArguments, training_arguments: TrainingArguments
+) -> tuple[UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor]:
+    """The model to start from, its tokenizer whole and set aside, and its processor."""
+    with whole_weights(training_arguments):
+        visual = UniTokModel.from_pretrained(arguments.visual_model or arguments.model).eval()
+        own_visual = UniTokModel(UniTokMLLMConfig.from_pretrained(arguments.model).visual_config) if arguments.model else None
+    processor = build_processor(arguments, visual.config.vision_config.image_size)
+    if arguments.model:
+        model = UniTokMLLMForConditionalGeneration.from_pretrained(
+            arguments.model, visual=own_visual, **loading_options(arguments)
+        )
+        model.visual = visual.requires_grad_(False)
+        model.config.visual_config = visual.config
+        if arguments.visual_model:
+            model.embedder.quantizer.load_state_dict(visual.vision_model.quantizer.state_dict())
+    else:
+        model = UniTokMLLMForConditionalGeneration.from_parts(
+            build_language_model(arguments),
+            visual,
+            depth_config=arguments.depth_config,
+            embedder_dim=arguments.embedder_dim,
+            embedder_heads=arguments.embedder_heads,
+            **processor.config_token_ids(),
+        )
+    if arguments.train_codebooks:
+        model.embedder.unfreeze_codebooks()
+    set_visual_aside(model)
+    return model, processor
+
+
+def freeze_all_but(model: torch.nn.Module, trainable: list[str]) -> None:
+    """Leaves only the parameters under these prefixes trainable.
+
+    Raises:
+        ValueError: a prefix fits no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in trainable:
+        if not any(f"{name}.".startswith(f"{prefix}.") for name in names):
+            raise ValueError(f"trainable has {prefix!r}, which fits no parameter of the model.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(f"{name}.".startswith(f"{prefix}.") for prefix in trainable))
+
+
+def add_lora(
+    model: UniTokMLLMForConditionalGeneration,
+    processor: UniTokMLLMProcessor,
+    arguments: MLLMArguments,
+    training_arguments: TrainingArguments,
+) -> PeftModel:
+    """LoRA on every linear layer of the LLM but its output; the other trainable parts are trained and saved whole.
+
+    The adapter names the folder of its base; a base joined from parts is saved to `<output_dir>/base` for it.
+
+    Raises:
+        ValueError: the parts to join are not whole: sharded by ZeRO-3, or in 4 bits.
+    """
+    base = arguments.model
+    if not base or arguments.visual_model:
+        base = f"{training_arguments.output_dir}/base"
+        if is_deepspeed_zero3_enabled() or arguments.load_in_4bit:
+            raise ValueError("lora under ZeRO-3 or in 4 bits needs `model` alone: the folder of a whole MLLM.")
+        if training_arguments.should_save:
+            put_visual_back(model)
+            save_release(model, processor, Path(base), torch.float32)
+            set_visual_aside(model)
+    output = model.get_output_embeddings()
+    linear = [n for n, m in model.language_model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
+    endings = "|".join(sorted({re.escape(name.rsplit(".", 1)[-1]) for name in linear}))
+    config = LoraConfig(
+        target_modules=rf"language_model\..*\.({endings})",
+        modules_to_save=list(arguments.trainable) or None,
+        base_model_name_or_path=base,
+        **arguments.lora,
+    )
+    return get_peft_model(model, config)
+
+
+def log_trained_parts(trainer: MLLMTrainer) -> None:
+    """Says what is trained, with how many parameters and at which rate."""
+    groups: dict[tuple[str, float], int] = {}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            name = plain_name(name)
+            key = name.split(".")[0], trainer.learning_rate_of(name)
+            groups[key] = groups.get(key, 0) + getattr(parameter, "ds_numel", parameter.numel())
+    for (part, learning_rate), count in groups.items():
+        logger.info("training %s: %.2f M parameters at learning rate %g", part, count / 1e6, learning_rate)
+
+
+def save_results(trainer: MLLMTrainer, processor: UniTokMLLMProcessor, arguments: MLLMArguments) -> None:
+    """`<output_dir>/release`, and with LoRA `<output_dir>/adapter`; every process must come here."""
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what ZeRO-3 has sharded
+    if not trainer.is_world_process_zero():
+        return
+    output_dir = Path(trainer.args.output_dir)
+    if not arguments.lora:
+        put_visual_back(trainer.mllm)
+        visual = {f"visual.{name}": value for name, value in trainer.mllm.visual.state_dict().items()}
+        dtype = getattr(torch, arguments.release_dtype)
+        save_release(trainer.mllm, processor, output_dir / "release", dtype, state_dict | visual)
+        return
+
+    def write_adapter(folder: Path) -> None:
+        trainer.model.save_pretrained(folder, state_dict=state_dict)
+        processor.save_pretrained(folder)
+
+    write_folder(output_dir / "adapter", write_adapter)
+    merge_lora(output_dir / "adapter", output_dir / "release", "", arguments.release_dtype)
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments, training_arguments = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), argv)
+    if training_arguments.num_train_epochs != 1:
+        raise ValueError("One run is one pass over num_samples samples: set that, and leave num_train_epochs at 1.")
+    logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.ERROR)
+    logger.info("training on %s, process 1 of %d", training_arguments.device, training_arguments.world_size)
+    if training_arguments.deepspeed and training_arguments.world_size > 1:
+        deepspeed.init_distributed()  # or ZeRO-3 would load the model as if there were one process
     torch.manual_seed(training_arguments.seed)
-    visual = UniTokModel.from_pretrained(arguments.visual_model).eval()
-    processor = build_processor(arguments, visual.config.vision_config.image_size)
-    dataset = EasyVQAForMLLM(
-        processor, visual, arguments.generation_share, arguments.caption_dropout, arguments.image_variants
+    output_dir = Path(training_arguments.output_dir)
+    model, processor = build_model(arguments, training_arguments)
+    vision = model.config.visual_config.vision_config
+    texts = SampleTexts(processor, arguments.max_length)
+
+    def dataset(sources: list[dict], num_samples: int, caption_dropout: float) -> MLLMDataset:
+        return MLLMDataset(
+            [Source(**source) for source in sources],
+            texts,
+            num_samples,
+            training_arguments.seed,
+            caption_dropout,
+            arguments.max_unusable_share,
+        )
+
+    flash = arguments.attn_implementation.startswith("flash")
+    collator = MLLMCollator(
+        pad_token_id=processor.tokenizer.pad_token_id,
+        code_shape=(vision.num_codebooks, vision.num_positions),
+        pack_to=arguments.max_length if arguments.packing else 0,
+        one_row=arguments.packing and flash,
     )
-    model = UniTokMLLMForConditionalGeneration.from_parts(
-        build_language_model(arguments),
-        visual,
-        depth_config=arguments.depth_config,
-        embedder_dim=arguments.embedder_dim,
-        embedder_heads=arguments.embedder_heads,
-        **processor.config_token_ids(),
+    freeze_all_but(model, arguments.trainable)
+    trained = add_lora(model, processor, arguments, training_arguments) if arguments.lora else model
+    samples = SamplesCallback(
+        processor, arguments.sample_prompts, arguments.sample_questions, arguments.sample_options or {}
     )
-    if arguments.train_codebooks:
-        model.embedder.unfreeze_codebooks()
     trainer = MLLMTrainer(
-        model=model,
+        model=trained,
         args=training_arguments,
-        train_dataset=dataset,
-        data_collator=partial(collate, pad_token_id=processor.tokenizer.pad_token_id),
+        train_dataset=dataset(arguments.datasets, arguments.num_samples, arguments.caption_dropout),
+        eval_dataset=dataset(arguments.eval_datasets, 0, 0.0) if arguments.eval_datasets else None,
+        data_collator=collator,
         processing_class=processor,
+        callbacks=[samples] if arguments.sample_prompts or arguments.sample_questions else [],
+        learning_rates=arguments.learning_rates,
         text_loss_weight=arguments.text_loss_weight,
+        image_loss_share=arguments.image_loss_share,
     )
-    trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
+    samples.bind(trainer)
+    log_trained_parts(trainer)
+    resume_from = training_arguments.resume_from_checkpoint or next(reversed(whole_checkpoints(output_dir)), None)
+    if resume_from:
+        logger.info("going on from %s", resume_from)
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        save_release(model, processor, Path(training_arguments.output_dir) / "release")
+    save_results(trainer, processor, arguments)
 
 
 if __name__ == "__main__":

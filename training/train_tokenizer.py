@@ -1,93 +1,229 @@
-"""Trains a UniTok visual tokenizer: L1, L2, VQ, optional entropy, and contrastive losses.
+"""Trains a UniTok visual tokenizer (https://arxiv.org/abs/2502.20321) with every term of its recipe.
 
 python -m training.train_tokenizer training/configs/tokenizer_tiny.yaml
-torchrun --nproc_per_node 2 -m training.train_tokenizer training/configs/tokenizer_tiny.yaml
+torchrun --nproc_per_node 8 -m training.train_tokenizer training/configs/tokenizer_large.yaml
+accelerate launch --num_machines 8 ... -m training.train_tokenizer training/configs/tokenizer_large.yaml
+
+`--resume true` goes on from the newest checkpoint. On folders and Hugging Face data sets the following losses are those
+that the run would have had without a break. A webdataset stream cannot be rewound: it starts anew, in another order
+(its seed is drawn from `seed` and the step), so that some images come again and others later.
 """
 
+import re
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
-from torch.utils.data import Dataset
-from transformers import AutoTokenizer, TrainingArguments
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from training import easy_vqa
 from training.arguments import parse_yaml_and_command_line
-from training.losses import psnr, tokenizer_losses, weighted_total
-from training.trainer import NamedLossesTrainer
-from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
+from training.discriminator import FeatureDiscriminator
+from training.image_text_data import ImageTextTransform, build_image_text_dataset
+from training.losses import LossArguments
+from training.perceptual import FrozenFeatures, perceptual_distance
+from training.tokenizer_trainer import (
+    TokenizerTrainer,
+    TokenizerTrainingArguments,
+    sample_seed,
+    whole_checkpoints,
+)
+from unitok_mllm import UniTokConfig, UniTokModel
+from unitok_mllm.convert_unitok import TOKENIZER_KEYS, ConversionReport
+from unitok_mllm.image_processing_unitok import UniTokImageProcessor
+
+
+OPEN_CLIP_KEYS = (
+    (r"^visual\.trunk\.fc_norm\.", "vision_model.fc_norm."),
+    (r"^visual\.trunk\.", "vision_model.encoder."),
+    (r"^visual\.head\.proj\.weight$", "vision_model.projection.weight"),
+    (r"^text\.", "text_encoder."),
+    *TOKENIZER_KEYS,
+)
+GRID_IMAGES = 16
 
 
 @dataclass
 class TokenizerArguments:
-    """What the tokenizer's training needs beyond the Trainer's own arguments."""
+    """What is trained, on what."""
 
     preset: str = field(default="tiny", metadata={"help": "a preset of UniTokConfig: large, base or tiny"})
-    text_tokenizer: str = field(default="", metadata={"help": "folder of the text tokenizer"})
-    l1_weight: float = field(default=0.2, metadata={"help": "weight of mean |reconstruction - image|"})
-    l2_weight: float = field(default=1.0, metadata={"help": "weight of the mean squared error"})
-    vq_weight: float = field(default=1.0, metadata={"help": "weight of the quantizer's loss"})
-    entropy_weight: float = field(default=0.0, metadata={"help": "weight of the quantizer's entropy loss"})
-    contrastive_weight: float = field(default=1.0, metadata={"help": "weight of the image-text contrastive loss"})
+    vision_overrides: dict = field(default_factory=dict, metadata={"help": "fields of its vision config that differ"})
+    init_from: str = field(default="", metadata={"help": "folder of a tokenizer to start from; replaces the preset"})
+    init_open_clip: str = field(
+        default="", metadata={"help": "an open_clip model, such as ViTamin-L-256, whose two towers to start from"}
+    )
+    init_open_clip_weights: str = field(default="", metadata={"help": "its weights: a file, or a tag of open_clip's"})
+    text_tokenizer: str = field(default="", metadata={"help": "folder or hub name of the text tokenizer"})
+    datasets: list[dict] = field(
+        default_factory=list,
+        metadata={
+            "help": "sources of images and captions (YAML only), see training.image_text_data; each may set "
+            "random_crop, horizontal_flip and max_shift"
+        },
+    )
+    eval_datasets: list[dict] = field(
+        default_factory=list,
+        metadata={"help": "sources whose first images the grids show; empty: those of `datasets`"},
+    )
+    image_mode: str = field(default="reconstruct", metadata={"help": "the image processor's mode"})
 
 
-class CaptionedImages(Dataset):
-    """easy-VQA's train images, preprocessed once, each mirrored half of the time, with their captions' ids."""
+def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionReport:
+    """Copies both towers of an open_clip ViTamin-CLIP into a tokenizer.
 
-    def __init__(self, processor: UniTokImageProcessor, text_tokenizer, config: UniTokConfig):
-        samples = easy_vqa.load("train")
-        self.pixel_values = processor([str(s.image) for s in samples])["pixel_values"]
-        end = text_tokenizer.eos_token
-        self.text = text_tokenizer(
-            [s.caption + end for s in samples],
-            padding="max_length",
-            padding_side="right",
-            max_length=config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        )["input_ids"]
+    CLIP's final norm and projection become those of the image embedding; the quantizer, its projections, the encoder's
+    last norm and the decoder, which CLIP lacks, stay as they are.  CLIP's position embedding has no place: UniTok's
+    encoder has none.  (Its GELU is also the tanh form in the transformer blocks, where open_clip's is exact.)
 
-    def __len__(self) -> int:
-        return len(self.pixel_values)
+    Args:
+        name: such as "ViTamin-L-256".
+        weights: a file, or one of open_clip's tags for this model.
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        pixels = self.pixel_values[index]
-        if torch.rand(()) < 0.5:
-            pixels = pixels.flip(-1)
-        return {"pixel_values": pixels, "input_ids": self.text[index]}
+    Returns:
+        How many of its tensors were used, and which were left out.
+
+    Raises:
+        ValueError: a tensor has no counterpart, or another shape.
+    """
+    import open_clip  # of the `train` extra; needed by those who choose it
+
+    source = open_clip.create_model(name, pretrained=weights or None, require_pretrained=True).state_dict()
+    target, report = model.state_dict(), ConversionReport()
+    with torch.no_grad():
+        model.vision_model.projection.bias.zero_()
+    for name, tensor in source.items():
+        if name == "visual.trunk.pos_embed":
+            report.left_out[name] = "UniTok's encoder has no position embedding"
+            continue
+        ours = name
+        for pattern, replacement in OPEN_CLIP_KEYS:
+            ours = re.sub(pattern, replacement, ours)
+        parts = {ours: tensor.T if ours == "text_model.text_projection.weight" else tensor}
+        if ".self_attn.in_proj_" in ours:
+            parts = {ours.replace("in_proj_", f"{x}_proj."): part for x, part in zip("qkv", tensor.chunk(3))}
+        for key, part in parts.items():
+            if key not in target or target[key].shape != part.shape:
+                have = tuple(target[key].shape) if key in target else "no such tensor"
+                raise ValueError(f"{name} {tuple(part.shape)} does not fit: the tokenizer has {have} ({key}).")
+            target[key].copy_(part)
+        report.used += 1
+    return report
 
 
-class TokenizerTrainer(NamedLossesTrainer):
-    """Adds up the weighted losses of a `UniTokModel`."""
+def build_model(arguments: TokenizerArguments) -> UniTokModel:
+    """A tokenizer from a folder, or a fresh one, with the towers of an open_clip model where asked for."""
+    if arguments.init_from:
+        return UniTokModel.from_pretrained(arguments.init_from, dtype=torch.float32)
+    model = UniTokModel(UniTokConfig.preset(arguments.preset, **arguments.vision_overrides))
+    if arguments.init_open_clip:
+        print(load_open_clip(model, arguments.init_open_clip, arguments.init_open_clip_weights))
+    return model
 
-    def __init__(self, *args, weights: dict[str, float], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.weights = weights
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        output = model(**inputs, with_entropy=self.weights["entropy"] > 0)
-        losses = tokenizer_losses(output, inputs["pixel_values"])
-        self.record(losses | {"psnr": psnr(output.reconstruction.detach(), inputs["pixel_values"]).mean()})
-        self.record({"codebook_usage": output.codebook_usage})
-        total = weighted_total(losses, self.weights)
-        return (total, output) if return_outputs else total
+def check_text_tokenizer(text_tokenizer: PreTrainedTokenizerBase, config: UniTokConfig) -> None:
+    """The text tower finds a text's end, and its embeddings, by the tokenizer's ids.
+
+    Raises:
+        ValueError: there is no text tower, they differ, or the tower has too few embeddings.
+    """
+    text = config.text_config
+    if text is None:
+        raise ValueError("The tokenizer to start from has no text tower, and captions come with the images.")
+    if text_tokenizer.eos_token_id != text.eos_token_id or len(text_tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"The text tokenizer has {len(text_tokenizer)} tokens and ends texts with {text_tokenizer.eos_token_id}; "
+            f"the text tower has {text.vocab_size} and looks for {text.eos_token_id}."
+        )
+
+
+def build_datasets(
+    sources: list[dict],
+    image_processor: UniTokImageProcessor,
+    text_tokenizer: PreTrainedTokenizerBase,
+    max_text_length: int,
+    seed: int,
+    first_step: int = 0,
+) -> tuple[Dataset, int | None]:
+    """All sources as one dataset, and the samples of an epoch where it is a stream.
+
+    Args:
+        first_step: where the training (again) starts; a stream's order depends on it.
+
+    Raises:
+        ValueError: no source, or streams beside others.
+    """
+    streams = [source.get("kind") == "webdataset" for source in sources]
+    if not sources or any(streams) and len(sources) > 1:
+        raise ValueError(f"datasets takes one webdataset source or any number of others, got {sources}.")
+    seed = sample_seed(seed, first_step) if streams[0] else seed
+    datasets = []
+    for source in sources:
+        source = dict(source)
+        changes = {k: source.pop(k) for k in ("random_crop", "horizontal_flip", "max_shift") if k in source}
+        transform = ImageTextTransform(image_processor, text_tokenizer, max_text_length, **changes)
+        datasets.append(build_image_text_dataset(source, transform, seed))
+    if streams[0]:
+        return datasets[0], sources[0]["samples_per_epoch"]
+    return ConcatDataset(datasets), None
+
+
+def build_networks(losses: LossArguments, image_size: int) -> dict[str, torch.nn.Module]:
+    """The networks that the terms with a weight need, as arguments of `TokenizerTrainer`."""
+    networks = {}
+    if losses.perceptual_weight:
+        networks["perceptual"] = perceptual_distance(
+            losses.perceptual_backbone, image_size, losses.perceptual_pretrained, losses.perceptual_checkpoint
+        )
+    if losses.gan_weight:
+        features = FrozenFeatures(
+            losses.discriminator_backbone,
+            image_size,
+            losses.discriminator_depths,
+            losses.discriminator_pretrained,
+            losses.discriminator_checkpoint,
+        )
+        networks["discriminator"] = FeatureDiscriminator(features)
+    return networks
+
+
+def first_images(dataset: Dataset, count: int) -> torch.Tensor:
+    """(count, 3, H, W) in [-1, 1], or fewer where there are fewer."""
+    indices = range(min(count, len(dataset))) if not isinstance(dataset, IterableDataset) else None
+    samples = islice(dataset, count) if indices is None else (dataset[i] for i in indices)
+    return torch.stack([sample["pixel_values"] for sample in samples])
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments, training_arguments = parse_yaml_and_command_line((TokenizerArguments, TrainingArguments), argv)
-    config = UniTokConfig.preset(arguments.preset)
-    image_size = config.vision_config.image_size
-    processor = UniTokImageProcessor(size={"height": image_size, "width": image_size})
-    text_tokenizer = AutoTokenizer.from_pretrained(arguments.text_tokenizer)
-    torch.manual_seed(training_arguments.seed)
-    trainer = TokenizerTrainer(
-        model=UniTokModel(config),
-        args=training_arguments,
-        train_dataset=CaptionedImages(processor, text_tokenizer, config),
-        processing_class=processor,
-        weights={name: getattr(arguments, f"{name}_weight") for name in ("l1", "l2", "vq", "entropy", "contrastive")},
+    arguments, losses, training = parse_yaml_and_command_line(
+        (TokenizerArguments, LossArguments, TokenizerTrainingArguments), argv
     )
-    trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
+    set_seed(training.seed)
+    with PartialState(cpu=training.use_cpu).local_main_process_first():  # what comes from a hub comes once
+        model = build_model(arguments)
+        text_tokenizer = AutoTokenizer.from_pretrained(arguments.text_tokenizer)
+        networks = build_networks(losses, model.config.vision_config.image_size)
+    check_text_tokenizer(text_tokenizer, model.config)
+    size = {"height": model.config.vision_config.image_size, "width": model.config.vision_config.image_size}
+    image_processor = UniTokImageProcessor(mode=arguments.image_mode, size=size)
+    data = image_processor, text_tokenizer, model.config.text_config.max_position_embeddings, training.seed
+    first_step = max(whole_checkpoints(training.output_dir), default=0)
+    train_dataset, samples_per_epoch = build_datasets(arguments.datasets, *data, first_step)
+    eval_dataset = build_datasets(arguments.eval_datasets, *data)[0] if arguments.eval_datasets else train_dataset
+    trainer = TokenizerTrainer(
+        model,
+        training,
+        losses,
+        train_dataset,
+        image_processor,
+        text_tokenizer,
+        samples_per_epoch,
+        eval_pixels=first_images(eval_dataset, GRID_IMAGES),
+        **networks,
+    )
+    trainer.train()
 
 
 if __name__ == "__main__":

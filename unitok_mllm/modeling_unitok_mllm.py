@@ -63,9 +63,9 @@ class UniTokEmbedder(nn.Module):
         super().__init__()
         vision, llm_width = config.visual_config.vision_config, config.text_config.hidden_size
         self.quantizer = UniTokMultiCodebookQuantizer(vision.num_codebooks, vision.codebook_size, vision.quantizer_dim)
-        codebooks = self.quantizer.codebooks.detach()
         del self.quantizer.codebooks
-        self.quantizer.register_buffer("codebooks", codebooks)
+        shape = vision.num_codebooks, vision.codebook_size, vision.quantizer_dim // vision.num_codebooks
+        self.quantizer.register_buffer("codebooks", torch.randn(shape))
         self.projection = UniTokAttentionProjection(
             vision.quantizer_dim, config.embedder_dim, config.embedder_heads, causal=True
         )
@@ -103,10 +103,18 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: UniTokMLLMConfig):
+    def __init__(
+        self,
+        config: UniTokMLLMConfig,
+        language_model: PreTrainedModel | None = None,
+        visual: UniTokModel | None = None,
+    ):
+        """Builds every part but the two that may be given, see `from_parts`."""
         super().__init__(config)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        self.visual = UniTokModel._from_config(config.visual_config)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model
+        self.visual = UniTokModel._from_config(config.visual_config) if visual is None else visual
         self.embedder = UniTokEmbedder(config)
         self.depth_head = UniTokDepthTransformer(config)
         self.visual.requires_grad_(False)
@@ -130,19 +138,20 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
             depth_config: sizes of the depth transformer.
             config_kwargs: other arguments of `UniTokMLLMConfig`.
         """
+        attention = {part: part.config._attn_implementation for part in (language_model, visual)}
         config = UniTokMLLMConfig(
             text_config=language_model.config,
             visual_config=visual.config,
             depth_config=depth_config.to_dict() if isinstance(depth_config, UniTokDepthConfig) else depth_config,
             **config_kwargs,
         )
-        model = cls(config)
-        model.language_model = language_model
+        for part, implementation in attention.items():
+            part.config._attn_implementation = implementation  # becoming part of a config resets it
+        model = cls(config, language_model, visual.eval())
         generation_config = copy.deepcopy(language_model.generation_config)
         suppressed = generation_config.suppress_tokens or []
         generation_config.suppress_tokens = [*suppressed, config.image_token_id]  # a placeholder is no answer
         model.generation_config = generation_config
-        model.visual = visual.requires_grad_(False).eval()
         model.embedder.quantizer.load_state_dict(visual.vision_model.quantizer.state_dict())
         return model
 
@@ -243,6 +252,7 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        image_loss_share: float = 1.0,
         **kwargs,
     ) -> UniTokMLLMOutput:
         """One pass over text and images.
@@ -254,10 +264,15 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
             image_targets: (N,), bool: which of the images are to be drawn; None for none of them.
             labels: (B, T), the ids at text targets, -100 elsewhere; image positions are never text targets.
             logits_to_keep: how many of the last positions' logits to return (0: all), without labels.
+            image_loss_share: the share of the target images' positions, drawn anew each time, that the depth
+                transformer is run on: its mean over them is an unbiased estimate of the whole image loss, for that
+                share of its time and memory. Below 1 there are no `image_logits`.
 
         Raises:
-            ValueError: see `embed`; or `image_targets` that are not N, or begin a sequence.
+            ValueError: see `embed`; or `image_targets` that are not N, or begin a sequence; or a share outside (0, 1].
         """
+        if not 0 < image_loss_share <= 1:
+            raise ValueError(f"image_loss_share must be above 0 and at most 1, got {image_loss_share}.")
         if inputs_embeds is None:
             is_prompt = cache is None or cache.get_seq_length() == 0
             inputs_embeds, image_codes = self.embed(input_ids, pixel_values, image_codes, is_prompt)
@@ -285,13 +300,14 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
             return result
         text_sum, text_count = self._text_loss(outputs.logits, input_ids, labels)
         image_logits, targets = self._image_logits(
-            outputs.hidden_states[-1], input_ids, attention_mask, image_codes, image_targets
+            outputs.hidden_states[-1], input_ids, attention_mask, image_codes, image_targets, image_loss_share
         )
-        image_mean, image_count = self._image_loss(image_logits, targets)
+        image_mean = self._image_loss(image_logits, targets)
+        image_count = 0 if targets is None else int(image_targets.sum()) * image_codes[0].numel()
         result.loss = (text_sum + image_count * image_mean) / (text_count + image_count).clamp_min(1)
         result.text_loss = text_sum / text_count.clamp_min(1)
         result.image_loss = image_mean
-        if targets is not None:
+        if targets is not None and image_loss_share == 1:
             result.image_logits = image_logits.unflatten(0, (-1, image_codes.shape[-1]))
         return result
 
@@ -305,8 +321,8 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         text_sum = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
         return text_sum, (targets != -100).sum()
 
-    def _image_logits(self, hidden_states, input_ids, attention_mask, image_codes, image_targets):
-        """Depth logits (N * L, K, V) of the N target images and their codes (N * L, K).
+    def _image_logits(self, hidden_states, input_ids, attention_mask, image_codes, image_targets, share):
+        """Depth logits (N * L, K, V) of the N target images and their codes (N * L, K), or of a share of the N * L.
 
         Without target images, the logits of a stand-in and None, so that every parameter is used all the same.
         """
@@ -328,16 +344,20 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
                 "A target image begins its sequence: the first code group has nothing to be predicted from."
             )
         targets = image_codes[image_targets].transpose(1, 2).flatten(0, 1)  # (N * L, K)
-        return self.depth_head(hidden_states[:, :-1][is_target[:, 1:]], targets), targets
+        states = hidden_states[:, :-1][is_target[:, 1:]]
+        if share < 1:
+            chosen = torch.randperm(len(targets), device=targets.device)[: max(1, round(share * len(targets)))]
+            states, targets = states[chosen], targets[chosen]
+        return self.depth_head(states, targets), targets
 
-    def _image_loss(self, image_logits, targets) -> tuple[torch.Tensor, int]:
-        """Mean cross-entropy over all codes plus the z-loss, and the number of codes."""
+    def _image_loss(self, image_logits, targets) -> torch.Tensor:
+        """Mean cross-entropy over all codes plus the z-loss."""
         logits = image_logits.float()
         if targets is None:
-            return 0.0 * logits.sum(), 0
+            return 0.0 * logits.sum()
         cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         z_loss = logits.amax(dim=-1).square().mean()
-        return cross_entropy + self.config.image_loss_z_weight * z_loss, targets.numel()
+        return cross_entropy + self.config.image_loss_z_weight * z_loss
 
 
 __all__ = ["UniTokEmbedder", "UniTokMLLMForConditionalGeneration", "UniTokMLLMOutput"]

@@ -123,6 +123,18 @@ def make_sheet(title: str, subtitle: str, readings: list[Reading], drawings: lis
     return sheet
 
 
+def contact_sheet(pictures: list[Image.Image], captions: list[str], columns: int = 8) -> Image.Image:
+    """Pictures in rows, each over its caption."""
+    columns, cell = min(columns, len(pictures)), PICTURE + 2 * GAP
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (GAP + columns * cell, GAP + rows * CELL_HEIGHT), BACKGROUND)
+    for i, (picture, caption) in enumerate(zip(pictures, captions)):
+        left, top = GAP + i % columns * cell, GAP + i // columns * CELL_HEIGHT
+        _picture(sheet, left, top, picture)
+        _text(sheet, (left, top + PICTURE + 8), caption, 14, room=cell - 8)
+    return sheet
+
+
 def _card(sheet: Image.Image, left: int, top: int, reading: Reading) -> None:
     ImageDraw.Draw(sheet).rounded_rectangle(
         (left, top, left + CARD_WIDTH, top + CARD_HEIGHT), radius=14, fill=CARD, outline=RULE

@@ -1,0 +1,268 @@
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE_SIZE
+from PIL import Image
+
+from training.data import (
+    IGNORE,
+    ImageStore,
+    MLLMCollator,
+    MLLMDataset,
+    SampleTexts,
+    Source,
+    UnusableSample,
+    to_messages,
+)
+
+
+L = (IMAGE_SIZE // 16) ** 2
+
+
+@pytest.fixture
+def texts(processor) -> SampleTexts:
+    return SampleTexts(processor, max_length=200)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pictures with captions, questions and texts."""
+    rng = np.random.default_rng(0)
+    captions, conversations = [], []
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        captions.append({"image": f"{i}.png", "caption": f"shape {i}"})
+        turns = [{"from": "human", "value": f"<image>\nwhat is {i}?"}, {"from": "gpt", "value": f"a {i}"}]
+        conversations.append({"image": f"{i}.png", "conversations": turns})
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+    (tmp_path / "conversations.json").write_text(json.dumps(conversations))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"blue {i}"}) + "\n" for i in range(4)))
+    return tmp_path
+
+
+def sources(folder) -> list[Source]:
+    return [
+        Source(path=f"{folder}/conversations.json"),
+        Source(path=f"{folder}/captions.jsonl", type="captions", task="draw"),
+        Source(path=f"{folder}/text.jsonl", type="text"),
+    ]
+
+
+# --- texts ---
+
+
+def test_a_conversation_is_what_the_processor_makes_of_it_at_inference(texts, processor):
+    messages = to_messages(
+        [
+            {"from": "human", "value": "<image>\nwhat is this?"},
+            {"from": "gpt", "value": "a circle"},
+            {"from": "human", "value": "and this? <image>"},
+            {"from": "gpt", "value": "red"},
+        ],
+        "<image>",
+        num_images=2,
+    )
+    sample = texts.conversation(messages)
+    inputs = processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"images": [Image.new("RGB", (40, 40))] * 2},
+    )
+    assert sample["input_ids"].tolist() == inputs["input_ids"][0].tolist()
+    is_answer = torch.as_tensor(inputs["assistant_masks"])[0].bool()
+    assert torch.equal(sample["labels"], sample["input_ids"].masked_fill(~is_answer, IGNORE))
+    assert sample["image_targets"].tolist() == [False, False]
+    eos = processor.tokenizer.eos_token
+    assert processor.decode(sample["labels"][sample["labels"] != IGNORE]).split(eos) == [" a circle", " red", ""]
+
+
+def test_a_picture_in_an_answer_is_drawn(texts, processor):
+    turns = [{"from": "human", "value": "draw a circle"}, {"from": "gpt", "value": "here: <image>"}]
+    sample = texts.conversation(to_messages(turns, "<image>", num_images=1))
+    assert sample["image_targets"].tolist() == [True]
+    learned = sample["labels"][sample["labels"] != IGNORE].tolist()
+    assert learned[-3:] == [processor.boi_token_id, processor.eoi_token_id, processor.tokenizer.eos_token_id]
+
+
+def test_a_drawing_is_the_processors_sample(texts, processor):
+    for caption in ("a red circle", None):
+        sample = texts.drawing(caption)
+        expected = processor(images=Image.new("RGB", (40, 40)), text=processor.image_sample(caption))["input_ids"][0]
+        assert sample["input_ids"].tolist() == expected.tolist()
+        frame = [processor.boi_token_id, processor.eoi_token_id, processor.tokenizer.eos_token_id]
+        assert sample["labels"][sample["labels"] != IGNORE].tolist() == frame
+        assert sample["image_targets"].tolist() == [True]
+
+
+def test_captions_and_texts_are_learned_to_their_ends(texts, processor):
+    eos = processor.tokenizer.eos_token
+    for sample in (texts.reading("a circle"), texts.plain("a circle")):
+        assert processor.decode(sample["labels"][sample["labels"] != IGNORE]) == f"a circle{eos}"
+    assert texts.reading("a")["image_targets"].tolist() == [False]
+    assert texts.plain("a")["image_targets"].tolist() == []
+
+
+def test_long_samples_are_cut_but_never_through_an_image(processor):
+    whole = SampleTexts(processor, 1000).reading("a circle " * 20)
+    first = L + 3  # bos, boi, L positions, eoi
+    cut = SampleTexts(processor, first + 5).reading("a circle " * 20)
+    assert torch.equal(cut["input_ids"], whole["input_ids"][: first + 5])
+    with pytest.raises(UnusableSample, match="nothing to learn"):
+        SampleTexts(processor, first).reading("a circle")
+    for max_length in (first - 1, first - 2, 3):
+        with pytest.raises(UnusableSample, match=f"max_length {max_length} would cut through an image"):
+            SampleTexts(processor, max_length).reading("a circle")
+
+
+def test_turns_and_images_that_do_not_pair_up_are_named():
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "x"}]
+    with pytest.raises(UnusableSample, match="1 <image> in the turns, but 2 image files"):
+        to_messages(turns, "<image>", num_images=2)
+    with pytest.raises(UnusableSample, match="from 'robot'"):
+        to_messages([{"from": "robot", "value": "x"}], "<image>", num_images=0)
+
+
+def test_a_template_that_marks_no_answers_is_refused(processor):
+    processor.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(ValueError, match="generation"):
+        SampleTexts(processor, 100)
+
+
+# --- sources and mixture ---
+
+
+def test_pictures_come_alike_from_a_folder_and_from_shards(folder, tmp_path):
+    for shard, numbers in enumerate(((0, 1, 2), (3, 4, 5))):
+        with tarfile.open(tmp_path / f"s{shard}.tar", "w") as archive:
+            for i in numbers:
+                archive.add(folder / f"{i}.png", arcname=f"{i}.png")
+    shards, plain = ImageStore(f"{tmp_path}/s{{0..1}}.tar"), ImageStore(str(folder))
+    for i in range(6):
+        assert np.array_equal(np.array(shards[f"{i}.png"]), np.array(plain[f"{i}.png"]))
+    with pytest.raises(UnusableSample, match="no image 9.png"):
+        shards["9.png"]
+    with pytest.raises(FileNotFoundError, match="no shard"):
+        ImageStore(f"{tmp_path}/x*.tar")
+
+
+def test_the_mixture_keeps_its_weights_and_goes_through_every_row(folder, texts):
+    mixed = sources(folder)
+    for source, weight in zip(mixed, (1, 2, 1)):
+        source.weight = weight
+    dataset = MLLMDataset(mixed, texts, num_samples=48)
+    assert np.bincount(dataset.choices).tolist() == [12, 24, 12]
+    drawn = [dataset._row(1, rank) for rank in range(24)]
+    for passes in range(4):
+        assert sorted(drawn[6 * passes : 6 * passes + 6]) == list(range(6))
+    assert drawn[:6] != drawn[6:12]
+    assert len(MLLMDataset(sources(folder), texts)) == 16
+
+
+def as_lists(sample: dict) -> dict:
+    return {k: [i.tolist() for i in v] if k == "images" else v.tolist() for k, v in sample.items()}
+
+
+def test_a_sample_depends_on_the_seed_and_its_number_alone(folder, texts):
+    forward = MLLMDataset(sources(folder), texts, num_samples=40, caption_dropout=0.5)
+    backward = MLLMDataset(sources(folder), texts, num_samples=40, caption_dropout=0.5)
+    later = {i: as_lists(backward[i]) for i in reversed(range(40))}
+    assert [as_lists(forward[i]) for i in range(40)] == [later[i] for i in range(40)]
+    other = MLLMDataset(sources(folder), texts, num_samples=40, caption_dropout=0.5, seed=1)
+    assert [as_lists(other[i]) for i in range(40)] != [later[i] for i in range(40)]
+
+
+def test_captions_are_dropped_for_the_null_prompt_of_guidance(folder, texts):
+    source = Source(path=f"{folder}/captions.jsonl", type="captions", task="draw")
+    dropped = [MLLMDataset([source], texts, 60, caption_dropout=share) for share in (0.0, 0.25, 1.0)]
+    null = texts.drawing(None)["input_ids"].tolist()
+    counts = [sum(dataset[i]["input_ids"].tolist() == null for i in range(60)) for dataset in dropped]
+    assert counts[0] == 0 and 5 <= counts[1] <= 25 and counts[2] == 60
+
+
+def test_a_broken_picture_is_named_and_passed_over_and_many_stop_the_run(folder, texts, caplog):
+    (folder / "2.png").write_bytes(b"not a picture")
+    source = Source(path=f"{folder}/captions.jsonl", type="captions", task="draw")
+    dataset = MLLMDataset([source], texts, 6, caption_dropout=0.0)
+    prompts = sorted(texts.processor.decode(dataset[i]["input_ids"][:12]) for i in range(6))
+    assert dataset.unusable == 1 and "image 2.png" in caplog.text
+    assert [p.split("shape ")[1][0] for p in prompts] == ["0", "1", "3", "3", "4", "5"]
+    for i in range(6):
+        (folder / f"{i}.png").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="11 of .* samples are unusable"):
+        dataset[0]
+
+
+def test_a_source_that_cannot_be_is_refused(folder):
+    for options, message in (
+        ({"type": "pictures"}, "type is conversations"),
+        ({"task": "paint"}, "task is read or draw"),
+        ({"weight": 0}, "weight must be above 0"),
+        ({"images": "/nowhere"}, "no image folder"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            Source(path=f"{folder}/conversations.json", **options)
+    with pytest.raises(FileNotFoundError, match="no data file"):
+        Source(path=f"{folder}/nothing.json")
+    with pytest.raises(TypeError, match="imges"):
+        Source(path=f"{folder}/conversations.json", imges="x")
+
+
+# --- batches ---
+
+
+@pytest.fixture
+def samples(folder, texts) -> list[dict]:
+    """Two of each kind, and a conversation about two pictures; pictures as codes and as pixels."""
+    dataset = MLLMDataset(sources(folder), texts, num_samples=6, caption_dropout=0.0)
+    samples = [dataset[i] for i in range(6)]
+    turns = [{"from": "human", "value": "<image><image> which?"}, {"from": "gpt", "value": "the first one"}]
+    two = texts.conversation(to_messages(turns, "<image>", num_images=2))
+    return [*samples, two | {"images": [torch.randint(32, (4, L)), torch.randint(32, (4, L))]}]
+
+
+def loss_of(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss and its gradients."""
+    batch = dict(batch)
+    batch.pop("num_tokens")
+    places = batch.pop("pixel_places")
+    batch["image_codes"][places] = model.encode_images(batch.pop("pixel_values"))
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("packing", [{"pack_to": 200}, {"pack_to": 400}, {"one_row": True}])
+def test_packed_and_padded_give_the_same_loss_and_gradients(samples, processor, lively_mllm, packing):
+    pad = processor.tokenizer.pad_token_id
+    padded = MLLMCollator(pad, (4, L))(samples)
+    packed = MLLMCollator(pad, (4, L), **packing)(samples)
+    assert len(packed["input_ids"]) < len(padded["input_ids"])
+    assert packed["num_tokens"] == padded["num_tokens"] == sum(len(s["input_ids"]) for s in samples)
+    (expected, gradients), (loss, others) = loss_of(lively_mllm, padded), loss_of(lively_mllm, packed)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item() + 1e-7)
+
+
+def test_a_packed_row_is_no_longer_than_asked_for(samples, processor):
+    batch = MLLMCollator(processor.tokenizer.pad_token_id, (4, L), pack_to=200)(samples)
+    assert batch["input_ids"].shape[1] <= 200
+    starts = (batch["position_ids"] == 0) & (batch["input_ids"] == processor.tokenizer.bos_token_id)
+    assert starts.sum() == len(samples)
+
+
+def test_pictures_as_pixels_and_as_codes_share_a_batch(samples, processor):
+    batch = MLLMCollator(processor.tokenizer.pad_token_id, (4, L))(samples)
+    places = batch["pixel_places"].tolist()
+    assert len(batch["image_codes"]) == len(places) + 2
+    pixels = [image for sample in samples for image in sample["images"] if image.is_floating_point()]
+    assert torch.equal(batch["pixel_values"], torch.stack(pixels))
+    codes = [i for i in range(len(batch["image_codes"])) if i not in places]
+    assert torch.equal(batch["image_codes"][codes], torch.stack(samples[-1]["images"]))

@@ -1,0 +1,314 @@
+"""The MLLM's training, run as people run it: each run a process (or two), with its own config and folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import IMAGE_SIZE, enliven
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from training.merge_lora import load_with_adapter
+from training.mllm_trainer import WHOLE, whole_checkpoints
+from training.release import save_release
+from training.train_mllm import main
+from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
+
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+DEEPSPEED = ROOT / "training/configs/deepspeed"
+
+
+@pytest.fixture
+def start(tmp_path, mllm, processor) -> Path:
+    """A saved MLLM to train on."""
+    save_release(enliven(mllm), processor, tmp_path / "start", torch.float32)
+    return tmp_path / "start"
+
+
+@pytest.fixture
+def data(tmp_path) -> dict[str, dict]:
+    """A source of each kind, by name."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    captions, conversations = [], []
+    for i in range(8):
+        picture = Image.fromarray(rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))
+        picture.save(folder / f"{i}.png")
+        captions.append({"image": f"{i}.png", "caption": f"a red circle {i}"})
+        turns = [{"from": "human", "value": "<image>\nwhat is this?"}, {"from": "gpt", "value": f"a blue shape {i}"}]
+        conversations.append({"image": f"{i}.png", "conversations": turns})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+    (folder / "conversations.json").write_text(json.dumps(conversations))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"what is red {i}"}) + "\n" for i in range(8)))
+    return {
+        "read": {"path": f"{folder}/conversations.json"},
+        "caption": {"path": f"{folder}/captions.jsonl", "type": "captions"},
+        "draw": {"path": f"{folder}/captions.jsonl", "type": "captions", "task": "draw"},
+        "text": {"path": f"{folder}/text.jsonl", "type": "text"},
+    }
+
+
+def write_config(path: Path, start: Path, sources: list[dict], **options) -> Path:
+    """A config for training `start` on the sources, in `<path without .yaml>/`."""
+    config = {
+        "model": str(start),
+        "datasets": sources,
+        "max_length": 250,
+        "output_dir": str(path.with_suffix("")),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "release_dtype": "float32",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    path.write_text(yaml.safe_dump(config | options))
+    return path
+
+
+def launch(config: Path, processes: int = 1, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "training.train_mllm"]
+    if processes > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command = [*torchrun, "--master_port", str(20000 + os.getpid() % 20000), "-m", "training.train_mllm"]
+    return subprocess.Popen(
+        [*command, str(config), *options], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def run(config: Path, processes: int = 1, *options: str) -> Path:
+    """Runs to the end; the folder of the results."""
+    process = launch(config, processes, *options)
+    output = process.communicate(timeout=500)[0].decode()
+    assert process.returncode == 0, output[-4000:]
+    return config.with_suffix("")
+
+
+def losses(folder: Path) -> list[tuple[float, float, float]]:
+    """(loss, text_loss, image_loss) of each step."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [(h["loss"], h.get("text_loss", 0.0), h.get("image_loss", 0.0)) for h in history if "loss" in h]
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """The names of the weights that differ."""
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+STAGES = {
+    "align": (["embedder"], ["caption"], {"embedder"}),
+    "pretrain": (
+        ["embedder", "depth_head", "language_model"],
+        ["caption", "draw", "text"],
+        {"embedder", "depth_head", "language_model"},
+    ),
+    "instruct": (["embedder", "language_model"], ["read"], {"embedder", "language_model"}),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_step_of_each_stage_changes_exactly_what_it_should(tmp_path, start, data, stage):
+    trainable, kinds, parts = STAGES[stage]
+    sources = [data[kind] for kind in kinds]
+    options = {"trainable": trainable, "num_samples": 12, "per_device_train_batch_size": 12, "caption_dropout": 0.0}
+    main([str(write_config(tmp_path / "run.yaml", start, sources, max_steps=1, **options))])
+    weights = load_file(start / "model.safetensors")
+    expected = {name for name in weights if name.split(".")[0] in parts} - {"embedder.quantizer.codebooks"}
+    expected.discard("embedder.quantizer.usage")
+    assert changed(start, tmp_path / "run/release") == expected
+
+
+def test_codebooks_are_trained_where_asked_for(tmp_path, start, data):
+    options = {"train_codebooks": True, "trainable": ["embedder.quantizer"], "max_steps": 1}
+    main([str(write_config(tmp_path / "run.yaml", start, [data["caption"]], **options))])
+    assert changed(start, tmp_path / "run/release") == {"embedder.quantizer.codebooks"}
+
+
+def test_each_part_has_its_learning_rate_and_vectors_no_decay(tmp_path, start, data, monkeypatch):
+    seen = []
+    from training.mllm_trainer import MLLMTrainer
+
+    create = MLLMTrainer.create_optimizer
+
+    def spy(self, model=None):
+        optimizer = create(self, model)
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        seen.extend((names[id(p)], g["lr"], g["weight_decay"], p.ndim) for g in optimizer.param_groups for p in g["params"])
+        return optimizer
+
+    monkeypatch.setattr(MLLMTrainer, "create_optimizer", spy)
+    rates = {"language_model": 1e-4, "embedder": 2e-3, "embedder.projection": 3e-3}
+    options = {"learning_rates": rates, "weight_decay": 0.1, "max_steps": 1}
+    main([str(write_config(tmp_path / "run.yaml", start, [data["draw"]], **options))])
+    assert seen
+    for name, learning_rate, decay, dims in seen:
+        fitting = [prefix for prefix in rates if name.startswith(prefix)]
+        assert learning_rate == (rates[max(fitting, key=len)] if fitting else 1e-3), name
+        assert decay == (0.1 if dims >= 2 else 0.0), name
+
+
+def test_packing_and_accumulation_change_no_loss(tmp_path, start, data):
+    """Eight samples a step: in one batch, in four batches of two, and packed."""
+    sources = list(data.values())
+    variants = {
+        "whole": {"per_device_train_batch_size": 8},
+        "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        "packed": {"per_device_train_batch_size": 8, "packing": True},
+        "checkpointed": {"per_device_train_batch_size": 8, "activation_checkpointing": True},
+    }
+    results = {}
+    for name, options in variants.items():
+        main([str(write_config(tmp_path / f"{name}.yaml", start, sources, max_steps=4, **options))])
+        results[name] = losses(tmp_path / name)
+    assert len(results["whole"]) == 4
+    for name in variants:
+        np.testing.assert_allclose(results[name], results["whole"], rtol=1e-4, err_msg=name)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, start, data):
+    sources = list(data.values())
+    options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2}
+    options |= {"image_loss_share": 0.5, "caption_dropout": 0.5}
+    whole = losses(run(write_config(tmp_path / "whole.yaml", start, sources, **options)))
+    config = write_config(tmp_path / "killed.yaml", start, sources, **options)
+    process = launch(config)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / f"killed/checkpoint-6/{WHOLE}").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/release").exists()
+    broken_off = tmp_path / "killed/checkpoint-99"  # as a kill in the middle of saving leaves it
+    broken_off.mkdir()
+    (broken_off / "model.safetensors").write_bytes(b"")
+    resumed = losses(run(config))
+    assert len(resumed) == 12
+    np.testing.assert_allclose(resumed, whole, rtol=1e-6)
+    assert [folder.name for folder in whole_checkpoints(tmp_path / "killed")] == ["checkpoint-9", "checkpoint-12"]
+    first, second = (load_file(tmp_path / f"{name}/release/model.safetensors") for name in ("whole", "killed"))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path, start, data):
+    sources = list(data.values())
+    options = {"max_steps": 6, "max_grad_norm": 1.0}
+    one = losses(run(write_config(tmp_path / "one.yaml", start, sources, **options)))
+    options["per_device_train_batch_size"] = 2
+    two = run(write_config(tmp_path / "two.yaml", start, sources, **options), 2)
+    np.testing.assert_allclose(losses(two), one, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_zero_gives_the_losses_of_one_process_and_a_model_that_loads(tmp_path, start, data, stage):
+    """Twenty steps; the text alone of every other step's second half leaves one process without any image."""
+    sources = [data["text"] | {"weight": 2.0}, data["read"], data["draw"]]
+    options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10}
+    one = run(write_config(tmp_path / "one.yaml", start, sources, **options))
+    options["per_device_train_batch_size"] = 2
+    config = write_config(tmp_path / "two.yaml", start, sources, **options)
+    two = run(config, 2, "--deepspeed", str(DEEPSPEED / f"{stage}.json"))
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-3)
+    expected = load_file(one / "release/model.safetensors")
+    model = UniTokMLLMForConditionalGeneration.from_pretrained(two / "release")
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-2, atol=1e-4)
+    resumed = run(config, 2, "--deepspeed", str(DEEPSPEED / f"{stage}.json"), "--resume_from_checkpoint", str(two / "checkpoint-10"))
+    np.testing.assert_allclose(losses(resumed), losses(one), rtol=1e-3)
+
+
+LORA = {"lora": {"r": 4, "lora_alpha": 8}, "trainable": ["embedder", "depth_head"], "learning_rate": 1e-2}
+
+
+def test_lora_trains_the_llm_beside_whole_parts_and_merges(tmp_path, start, data):
+    sources = [data["read"], data["draw"]]
+    config = write_config(tmp_path / "run.yaml", start, sources, max_steps=3, **LORA)
+    main([str(config)])
+    adapter, release = tmp_path / "run/adapter", tmp_path / "run/release"
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert {name.split(".")[2] for name in weights} == {"language_model", "embedder", "depth_head"}
+    assert not any("lm_head" in name or "visual" in name for name in weights)
+    lora = {name for name in weights if "lora_" in name}
+    assert len(lora) == 2 * 7 * 2  # A and B of seven layers in two blocks
+
+    names = changed(start, release)
+    linear = {f"{n}_proj.weight" for n in ("q", "k", "v", "o", "gate", "up", "down")}
+    in_llm = {name for name in names if name.startswith("language_model")}
+    assert in_llm and all(name.split(".", 5)[-1] in linear for name in in_llm) and len(in_llm) == 14
+    assert {name.split(".")[0] for name in names} == {"language_model", "embedder", "depth_head"}
+
+    reloaded, merged = load_with_adapter(adapter), UniTokMLLMForConditionalGeneration.from_pretrained(release)
+    processor = UniTokMLLMProcessor.from_pretrained(adapter)
+    assert isinstance(reloaded, PeftModel)
+    inputs = processor(images=Image.new("RGB", (60, 60), "red"), text="<image> what is this?")
+    with torch.no_grad():
+        logits = [model(**inputs).logits for model in (reloaded, merged)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    codes = reloaded.generate(**processor(text="red", generation_mode="image"), generation_mode="image", seed=0)
+    assert codes.shape == (1, 4, 9)
+
+
+def test_samples_are_drawn_and_answered_at_evaluations(tmp_path, start, data):
+    picture = str(Path(data["read"]["path"]).parent / "0.png")
+    options = {
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_datasets": [data["read"]],
+        "sample_prompts": ["a red circle", "a blue shape"],
+        "sample_questions": [{"image": picture, "question": "what is this?"}],
+        "report_to": "tensorboard",
+    }
+    main([str(write_config(tmp_path / "run.yaml", start, [data["draw"]], **options))])
+    samples = tmp_path / "run/samples"
+    assert {path.name for path in samples.iterdir()} == {f"step-{n}.{e}" for n in (2, 4) for e in ("png", "json")}
+    answers = json.loads((samples / "step-4.json").read_text())["answers"]
+    assert answers[0]["question"] == "what is this?" and isinstance(answers[0]["answer"], str)
+    assert Image.open(samples / "step-4.png").getcolors(100000)
+    history = json.loads((tmp_path / "run/trainer_state.json").read_text())["log_history"]
+    assert sum("eval_loss" in line for line in history) == 2
+    assert all(line["tokens_per_second"] > 0 and line["images_per_second"] > 0 for line in history if "loss" in line)
+    assert list((tmp_path / "run").glob("**/events.out.tfevents*"))
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
+    for options, message in (
+        ({"trainable": ["head"]}, "'head', which fits no parameter"),
+        ({"num_train_epochs": 2}, "num_samples"),
+        ({"lora": {"r": 4}}, "take language_model out"),
+        ({"load_in_4bit": True}, "needs lora"),
+        ({"datasets": []}, "nothing to train on"),
+        ({"model": ""}, "Give either model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([str(write_config(tmp_path / "run.yaml", start, [data["read"]]) if not options else
+                  write_config(tmp_path / "run.yaml", start, [data["read"]], **options))])
+
+
+def test_a_release_with_an_empty_weight_is_refused(tmp_path, mllm, processor):
+    weights = mllm.state_dict() | {"depth_head.head.weight": torch.zeros(0)}
+    with pytest.raises(ValueError, match="depth_head.head.weight is empty"):
+        save_release(mllm, processor, tmp_path / "release", state_dict=weights)
+    weights.pop("depth_head.head.weight")
+    with pytest.raises(ValueError, match="1 weights are missing, depth_head.head.weight"):
+        save_release(mllm, processor, tmp_path / "release", state_dict=weights)
+    assert not list(tmp_path.glob("**/model.safetensors"))

@@ -1,0 +1,489 @@
+import json
+import math
+import os
+import signal
+import socket
+from multiprocessing import set_forkserver_preload
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import multiprocessing, nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from training.arguments import parse_yaml_and_command_line
+from training.discriminator import FeatureDiscriminator
+from training.losses import TERMS, LossArguments, psnr
+from training.perceptual import FrozenFeatures, perceptual_distance
+from training.tokenizer_trainer import (
+    ResumableBatches,
+    SeededSamples,
+    TokenizerTrainer,
+    TokenizerTrainingArguments,
+    sample_seed,
+    whole_checkpoints,
+)
+from training.train_tokenizer import TokenizerArguments, build_datasets, check_text_tokenizer, load_open_clip, main
+from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
+
+
+set_forkserver_preload(["training.tokenizer_trainer"])
+CONFIGS = Path(__file__).parent.parent / "training" / "configs"
+SIZE = 32
+ALL_TERMS = {f"{name}_weight": 1.0 for name in TERMS} | {"gan_start": 0.0, "gan_warmup": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_of_another_test():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class Noise(Dataset):
+    """Random pictures with captions of one word, changed at every look."""
+
+    def __init__(self, length: int = 16):
+        generator = torch.Generator().manual_seed(0)
+        self.pixel_values = torch.rand(length, 3, SIZE, SIZE, generator=generator) * 2 - 1
+
+    def __len__(self) -> int:
+        return len(self.pixel_values)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        pixels = self.pixel_values[index] * torch.rand(())
+        return {"pixel_values": pixels, "input_ids": torch.tensor([1, 10 + index, 2, 0])}
+
+
+class Recorder(TokenizerTrainer):
+    """Keeps what is reported, by step, and can kill its own process."""
+
+    die_at = math.inf
+
+    def __init__(self, *args, **kwargs):
+        self.reports = {}
+        super().__init__(*args, **kwargs)
+
+    def _report(self, values: dict[str, float]) -> None:
+        values.pop("images_per_second", None)
+        self.reports[self.step] = self.reports.get(self.step, {}) | values
+        if self.step == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def small_model(**vision_overrides) -> UniTokModel:
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "stem_width": 8,
+        "stage_dims": (8, 16),
+    }
+    vision |= {"stage_depths": (1, 1), "codebook_size": 16, "image_size": SIZE}
+    config = UniTokConfig.preset("tiny", **vision | vision_overrides)
+    text = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1}
+    for name, value in text.items():
+        setattr(config.text_config, name, value)
+    return UniTokModel(config)
+
+
+def trainer_of(
+    folder: Path, losses: dict, model: UniTokModel | None = None, dataset=None, samples_per_epoch=None, **arguments
+) -> Recorder:
+    losses = LossArguments(**losses)
+    networks = {}
+    torch.manual_seed(1)
+    if losses.perceptual_weight:
+        networks["perceptual"] = perceptual_distance("test_resnet", SIZE, pretrained=False)
+    if losses.gan_weight:
+        networks["discriminator"] = FeatureDiscriminator(FrozenFeatures("test_vit", SIZE, (0, 4), pretrained=False))
+    defaults = {"max_steps": 1, "per_device_train_batch_size": 4, "warmup": 0.0, "use_cpu": True, "bf16": False}
+    defaults |= {"logging_steps": 1, "learning_rate": 1e-3, "output_dir": str(folder)}
+    arguments = TokenizerTrainingArguments(**defaults | arguments)
+    dataset = Noise() if dataset is None else dataset
+    model = small_model() if model is None else model
+    networks |= {"samples_per_epoch": samples_per_epoch, "eval_pixels": Noise(2).pixel_values}
+    return Recorder(model, arguments, losses, dataset, **networks)
+
+
+def copy_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_one_step_with_every_term_moves_every_trained_parameter_and_no_other(tmp_path):
+    trainer = trainer_of(tmp_path, ALL_TERMS)
+    before, judge = copy_of(trainer.tokenizer.module), copy_of(trainer.discriminator.module)
+    perceptual = copy_of(trainer.perceptual)
+    trainer.train()
+    still = {name for name, value in trainer.tokenizer.module.state_dict().items() if torch.equal(value, before[name])}
+    unused = {"text_model.text_model.embeddings.position_embedding.weight"}  # all its rows but the first four
+    assert still - unused == set()
+    for name, value in trainer.discriminator.module.state_dict().items():
+        assert torch.equal(value, judge[name]) == name.startswith("features."), name
+    assert all(torch.equal(value, perceptual[name]) for name, value in trainer.perceptual.state_dict().items())
+    report = trainer.reports[1]
+    assert report.keys() >= {*TERMS, "loss", "psnr", "codebook_usage", "learning_rate", "grad_norm", "eval_psnr"}
+    expected = sum(report[name] for name in TERMS) + (report["gan_adaptive_weight"] - 1) * report["gan"]
+    assert report["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_terms_without_weight_train_nothing_and_terms_start_late(tmp_path):
+    losses = {"contrastive_weight": 0.0, "perceptual_weight": 1.0, "perceptual_start": 0.5, "gan_weight": 1.0}
+    losses |= {"gan_start": 0.75}
+    trainer = trainer_of(tmp_path, losses, max_steps=4)
+    before, judge = copy_of(trainer.tokenizer.module), copy_of(trainer.discriminator.module)
+    trainer.train()
+    for name, value in trainer.tokenizer.module.state_dict().items():
+        frozen = name.startswith(("text_model.", "logit_scale", "vision_model.fc_norm.", "vision_model.projection."))
+        assert torch.equal(value, before[name]) == frozen, name
+    assert [{"perceptual", "gan", "discriminator"} & trainer.reports[step].keys() for step in (2, 3, 4)] == [
+        set(),
+        {"perceptual"},
+        {"perceptual", "gan", "discriminator"},
+    ]
+    assert any(not torch.equal(v, judge[k]) for k, v in trainer.discriminator.module.state_dict().items())
+
+
+def test_the_released_weights_are_the_average_buffers_too(tmp_path):
+    trainer = trainer_of(tmp_path, {}, ema_decay=0.75)
+    before = copy_of(trainer.tokenizer.module)
+    trainer.train()
+    after, released = trainer.tokenizer.module.state_dict(), AutoModel.from_pretrained(tmp_path / "release")
+    for name, value in released.state_dict().items():
+        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name])
+    assert released.vision_model.quantizer.usage.sum() > 0 and released.dtype == torch.float32
+    pixels = trainer.eval_pixels
+    shown = psnr(released.eval()(pixels).reconstruction, pixels).mean().item()
+    assert trainer.reports[1]["eval_psnr"] == pytest.approx(shown, rel=1e-4)
+    assert Image.open(tmp_path / "samples" / "step-1.png").size == (2 * SIZE + 6, 2 * SIZE + 6)
+
+
+def test_learning_rate_decay_and_optimizer_groups(tmp_path):
+    trainer = trainer_of(tmp_path, {}, max_steps=10, warmup=0.2, weight_decay=0.3)
+    trainer.train()
+    rates = [trainer.reports[step]["learning_rate"] / 1e-3 for step in range(1, 11)]
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)]
+    assert rates == pytest.approx([0.5, *cosine])
+    matrices, vectors = trainer.tokenizer.optimizer.param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0)
+    assert min(p.ndim for p in matrices["params"]) == 2 and max(p.ndim for p in vectors["params"]) == 1
+
+
+def test_accumulated_batches_are_one_batch(tmp_path):
+    losses = {"contrastive_weight": 0.0, "perceptual_weight": 1.0}  # a contrastive batch is never divided
+    whole = trainer_of(tmp_path / "1", losses, per_device_train_batch_size=8, adam_epsilon=1e-3)
+    whole.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    parts = trainer_of(tmp_path / "2", losses, gradient_accumulation_steps=2, adam_epsilon=1e-3)
+    parts.train()
+    for name in ("l1", "l2", "perceptual", "vq", "loss", "grad_norm"):
+        assert parts.reports[1][name] == pytest.approx(whole.reports[1][name], rel=1e-4), name
+    for (name, a), b in zip(whole.tokenizer.module.named_parameters(), parts.tokenizer.module.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6, msg=name)
+
+
+def test_gradient_checkpointing_changes_no_value(tmp_path):
+    plain = trainer_of(tmp_path / "1", ALL_TERMS, max_steps=2)
+    plain.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    saving = trainer_of(tmp_path / "2", ALL_TERMS, max_steps=2, gradient_checkpointing=True)
+    saving.train()
+    assert (
+        saving.tokenizer.module.vision_model.gradient_checkpointing
+        and saving.tokenizer.module.decoder.gradient_checkpointing
+    )
+    assert saving.reports[2] == pytest.approx(plain.reports[2], rel=1e-4)
+
+
+def test_the_quantizer_searches_in_float32_under_autocast(tmp_path):
+    trainer = trainer_of(tmp_path, {}, bf16=True)
+    quantizer, seen = trainer.tokenizer.module.vision_model.quantizer, []
+    quantizer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].detach(), output)))
+    codebooks = quantizer.codebooks.detach().clone()
+    trainer.train()
+    features, output = seen[0]
+    assert features.dtype == torch.bfloat16 and output.vq_loss.dtype == torch.float32
+    chunks = nn.functional.normalize(features.double().unflatten(2, (8, 8)), dim=-1)  # (B, L, K, dims)
+    scores = torch.einsum("blkd,kvd->bklv", chunks, nn.functional.normalize(codebooks.double(), dim=-1))
+    assert torch.equal(output.codes, scores.argmax(dim=-1))
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.tokenizer.module.parameters())
+
+
+@pytest.mark.parametrize("term", ["contrastive", "vq"])
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path, term):
+    trainer = trainer_of(tmp_path, {}, max_steps=4, logging_steps=4, save_steps=3)
+
+    def spoil(module, inputs, output):
+        if trainer.step == 1:
+            output[f"{'vq_loss' if term == 'vq' else 'text_embeds'}"].data.mul_(math.nan)
+
+    trainer.tokenizer.module.register_forward_hook(spoil)
+    with pytest.raises(FloatingPointError, match=rf"Not finite in step 1: {term}\.$"):
+        trainer.train()
+    assert not whole_checkpoints(tmp_path)  # it was found out before the first checkpoint
+
+
+def test_batches_are_permutations_dealt_out_and_reached_without_the_ones_before():
+    def batches(rank: int, first: int, count: int) -> list[list[tuple[int, int]]]:
+        sampler = iter(ResumableBatches(2, 14, 3, rank=rank, world=2, seed=5, first=first))
+        return [next(sampler) for _ in range(count)]
+
+    both = [batches(rank, 0, 4) for rank in range(2)]
+    for epoch in range(2):
+        seen = [pair for rank in both for batch in rank[2 * epoch : 2 * epoch + 2] for pair in batch]
+        assert {e for e, _ in seen} == {epoch} and len({i for _, i in seen}) == 12
+    assert both[0][0] != [(0, index) for _, index in both[0][2]]  # another order in each epoch
+    assert batches(1, 3, 1) == both[1][3:]
+
+
+def test_a_samples_randomness_is_that_of_its_epoch_and_index():
+    samples = SeededSamples(Noise(), seed=0)
+    state = torch.get_rng_state()
+    first, again, other = (samples[key]["pixel_values"] for key in ((0, 3), (0, 3), (1, 3)))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sample_seed(1, 23) != sample_seed(12, 3)
+
+
+class Stream(IterableDataset):
+    def __init__(self, length: int):
+        self.samples = Noise(length)
+
+    def __iter__(self):
+        return (self.samples[index] for index in range(len(self.samples)))
+
+
+def test_a_stream_is_begun_again_until_the_steps_are_done(tmp_path):
+    trainer = trainer_of(tmp_path / "1", {}, dataset=Stream(9), samples_per_epoch=12, max_steps=0)
+    batches = trainer._batches()
+    captions = [next(batches)["input_ids"][:, 1].tolist() for _ in range(3)]
+    assert captions == [[10, 11, 12, 13], [14, 15, 16, 17], [10, 11, 12, 13]]
+    trainer.train()
+    assert trainer.step == 3
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = trainer_of(tmp_path / "2", {}, dataset=Stream(3), samples_per_epoch=12)
+    with pytest.raises(ValueError, match="does not have the 4 images of a batch"):
+        trainer.train()
+
+
+RESUMED = ALL_TERMS | {"gan_warmup": 0.5}
+LONG = {"max_steps": 6, "save_steps": 2, "save_total_limit": 1, "dataloader_num_workers": 0}
+
+
+def _die_in_step_5(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    trainer = trainer_of(Path(folder), RESUMED, small_model(drop_path_rate=0.3), **LONG)
+    trainer.die_at = 5
+    trainer.train()
+
+
+def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
+    whole = trainer_of(tmp_path / "whole", RESUMED, small_model(drop_path_rate=0.3), **LONG)
+    whole.train()
+    with pytest.raises(multiprocessing.ProcessExitedException, match="SIGKILL"):
+        multiprocessing.start_processes(_die_in_step_5, (str(tmp_path / "killed"),), start_method="forkserver")
+    (tmp_path / "killed" / ".checkpoint-8.unfinished").mkdir()  # as if it had been killed while writing
+    assert whole_checkpoints(tmp_path / "killed") == {4: tmp_path / "killed" / "checkpoint-4"}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="has checkpoints: set resume"):
+        trainer_of(tmp_path / "killed", RESUMED, **LONG)
+    with pytest.raises(ValueError, match="4 images in a step, now there are 8"):
+        trainer_of(tmp_path / "killed", RESUMED, per_device_train_batch_size=8, resume=True, **LONG)
+    resumed = trainer_of(tmp_path / "killed", RESUMED, small_model(drop_path_rate=0.3), resume=True, **LONG)
+    assert resumed.step == 4
+    resumed.train()
+    assert resumed.reports == {step: whole.reports[step] for step in (5, 6)}
+    for name, module in whole._weights().items():
+        for a, b in zip(module.state_dict().values(), resumed._weights()[name].state_dict().values()):
+            assert torch.equal(a, b), name
+    assert list(whole_checkpoints(tmp_path / "killed")) == [6]
+
+
+TWO = {"max_steps": 3, "adam_epsilon": 1e-3}
+TWO_LOSSES = ALL_TERMS | {"gan_weight": 0.0, "entropy_weight": 0.0}  # whose draws and tokens are each process's own
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def _one_of_two(rank: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "localhost"}
+    trainer = trainer_of(Path(folder) / "nan", {}, max_steps=2, logging_steps=2)
+    if rank:
+        trainer.tokenizer.module.decoder.register_forward_hook(lambda module, inputs, output: output * math.nan)
+    with pytest.raises(FloatingPointError, match="Not finite in step 0: l1, l2"):
+        trainer.train()
+    trainer = trainer_of(Path(folder) / "two", TWO_LOSSES, **TWO)
+    trainer.train()
+    torch.save(trainer.reports, f"{folder}/{rank}.pt")
+
+
+def test_two_processes_train_like_one_and_stop_together(tmp_path):
+    one = trainer_of(tmp_path / "one", TWO_LOSSES, per_device_train_batch_size=8, **TWO)
+    one.train()
+    multiprocessing.start_processes(_one_of_two, (str(tmp_path), _free_port()), nprocs=2, start_method="forkserver")
+    for rank in range(2):
+        reports = torch.load(tmp_path / f"{rank}.pt")
+        for step in (1, 2, 3):
+            shown = {name: reports[step][name] for name in one.reports[step] if not name.startswith("eval")}
+            expected = {name: one.reports[step][name] for name in shown}
+            assert shown == pytest.approx(expected, rel=2e-3 if step > 1 else 1e-4), step
+    a, b = (UniTokModel.from_pretrained(tmp_path / name / "release") for name in ("one", "two"))
+    start = small_model()
+    for (name, x), y, z in zip(a.named_parameters(), b.parameters(), start.parameters()):
+        assert (x - y).norm() <= 0.02 * (x - z).norm() + 1e-6, name
+
+
+def test_networks_and_images_that_are_missing_are_named(tmp_path):
+    arguments = TokenizerTrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="gan_weight is 0.4, but its network is missing"):
+        TokenizerTrainer(small_model(), arguments, LossArguments(gan_weight=0.4), Noise())
+    with pytest.raises(ValueError, match="16 images are too few for one step of 64"):
+        TokenizerTrainer(small_model(), arguments, LossArguments(), Noise())
+    with pytest.raises(ValueError, match="save_steps must be at least 1, got 0"):
+        TokenizerTrainingArguments(output_dir="", save_steps=0)
+    with pytest.raises(ValueError, match="got comet"):
+        TokenizerTrainingArguments(output_dir="", report_to=["comet"])
+
+
+def small_open_clip(tmp_path: Path) -> nn.Module:
+    """open_clip's ViTamin-S with a small text tower, and every tensor random."""
+    config = open_clip.get_model_config("ViTamin-S")
+    config["text_cfg"] |= {"context_length": 9, "vocab_size": 60, "width": 64, "heads": 2, "layers": 2}
+    config["vision_cfg"]["timm_drop_path"] = 0.0
+    path = tmp_path / "ViTamin-S-small.json"
+    path.write_text(json.dumps(config))
+    open_clip.add_model_config(path)
+    clip = open_clip.create_model(path.stem).eval()
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            if parameter.ndim < 2:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return clip
+
+
+def test_towers_from_open_clip_give_open_clips_features(tmp_path):
+    clip = small_open_clip(tmp_path)
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    vision = {"image_size": 224, "stem_width": 64, "stage_dims": (64, 128), "stage_depths": (2, 4), "hidden_size": 384}
+    vision |= {"num_attention_heads": 6, "num_hidden_layers": len(clip.visual.trunk.blocks), "projection_dim": 384}
+    text = {"vocab_size": 60, "hidden_size": 64, "intermediate_size": 256, "projection_dim": 384}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 9, "hidden_act": "gelu"}
+    text |= {"bos_token_id": 58, "eos_token_id": 59}
+    model = UniTokModel(UniTokConfig(vision_config=vision, text_config=text, decoder_layers=1)).eval()
+    report = load_open_clip(model, "ViTamin-S-small", str(tmp_path / "clip.pt"))
+    assert report.used + len(report.left_out) == len(clip.state_dict())
+    assert list(report.left_out) == ["visual.trunk.pos_embed"]
+    assert model.logit_scale == clip.logit_scale
+
+    input_ids = torch.tensor([[58, 5, 6, 59, 0, 0, 0, 0, 0], [58, 7, 8, 9, 10, 59, 0, 0, 0]])
+    pixels = torch.rand(1, 3, 224, 224) * 2 - 1
+    trunk, encoder = clip.visual.trunk, model.vision_model.encoder
+    nn.init.zeros_(trunk.pos_embed)  # what UniTok lacks
+    with torch.no_grad():
+        texts = clip.encode_text(input_ids, normalize=True)
+        torch.testing.assert_close(model.get_text_features(input_ids), texts, rtol=1e-4, atol=1e-5)
+        encoder.norm = nn.Identity()  # what open_clip lacks
+        ours, exact_gelu = encoder(pixels), trunk.forward_features(pixels)
+        assert (ours - exact_gelu).norm() < 0.01 * exact_gelu.norm()
+        for block in trunk.blocks:
+            block.mlp.act = nn.GELU(approximate="tanh")
+        torch.testing.assert_close(ours, trunk.forward_features(pixels), rtol=1e-3, atol=1e-4)
+        pooled = nn.functional.normalize(model.vision_model.projection(model.vision_model.fc_norm(ours.mean(dim=1))))
+        torch.testing.assert_close(pooled, clip.encode_image(pixels, normalize=True), rtol=1e-3, atol=1e-4)
+
+    with pytest.raises(ValueError, match=r"visual\.trunk\..* does not fit: the tokenizer has"):
+        load_open_clip(small_model(), "ViTamin-S-small", str(tmp_path / "clip.pt"))
+
+
+@pytest.fixture
+def captioned_folder(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    lines = []
+    for i in range(9):
+        Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "caption": "a red circle"}) + "\n")
+    (folder / "train_captions.jsonl").write_text("".join(lines))
+    return folder / "train_captions.jsonl"
+
+
+def test_the_script_trains_on_a_folder_reports_and_releases(tmp_path, captioned_folder, text_tokenizer):
+    text_tokenizer.save_pretrained(tmp_path / "text")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"""
+vision_overrides: {{image_size: 32, hidden_size: 32, num_attention_heads: 2, num_hidden_layers: 1}}
+text_tokenizer: {tmp_path / "text"}
+datasets:
+  - {{kind: folder, path: {captioned_folder}, repeat: 2, horizontal_flip: true, max_shift: 1}}
+contrastive_weight: 0.1
+perceptual_weight: 1.0
+perceptual_backbone: test_resnet
+perceptual_pretrained: false
+gan_weight: 0.1
+gan_start: 0.5
+discriminator_backbone: test_vit
+discriminator_depths: [0, 3]
+discriminator_pretrained: false
+output_dir: {tmp_path / "run"}
+num_train_epochs: 1
+per_device_train_batch_size: 6
+logging_steps: 1
+report_to: [tensorboard]
+use_cpu: true
+""")
+    main([str(config), "--learning_rate", "1e-3"])
+    release = tmp_path / "run" / "release"
+    model = AutoModel.from_pretrained(release)
+    pixels = AutoImageProcessor.from_pretrained(release)(str(captioned_folder.parent / "0.png"))["pixel_values"]
+    assert model.decode(model.encode(pixels)).shape == (1, 3, 32, 32)
+    assert AutoTokenizer.from_pretrained(release).eos_token_id == model.config.text_config.eos_token_id
+    assert list(whole_checkpoints(tmp_path / "run")) == [3]  # 18 images in batches of 6
+    events = EventAccumulator(str(tmp_path / "run" / "tokenizer")).Reload()
+    assert {"l1", "perceptual", "gan", "discriminator", "psnr", "eval_psnr"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("l1")] == [1, 2, 3]
+    assert events.Tags()["images"] == ["reconstructions"]
+
+
+@pytest.mark.parametrize("size", ["tiny", "base", "large"])
+def test_configs_are_read_and_the_large_ones_hold_the_released_recipe(size):
+    arguments, losses, training = parse_yaml_and_command_line(
+        (TokenizerArguments, LossArguments, TokenizerTrainingArguments), [f"{CONFIGS}/tokenizer_{size}.yaml"]
+    )
+    assert arguments.preset == size and len(arguments.datasets) == (2 if size == "tiny" else 1)
+    if size != "tiny":
+        weights = {"l1": 0.2, "l2": 1, "perceptual": 1, "vq": 1, "gan": 0.4, "contrastive": 1}
+        assert losses.weights(0.5) == weights | {"entropy": 0, "consistency": 0}
+        assert (training.learning_rate, training.weight_decay, training.max_grad_norm) == (5e-4, 0.02, 10)
+        assert UniTokConfig.preset(size, **arguments.vision_overrides).vision_config.drop_path_rate == 0.1
+
+
+def test_sources_that_do_not_go_together_are_refused(text_tokenizer, captioned_folder):
+    data = UniTokImageProcessor(size={"height": 32, "width": 32}), text_tokenizer, 16, 0
+    folder = {"kind": "folder", "path": str(captioned_folder)}
+    stream = {"kind": "webdataset", "shards": "{00..01}.tar", "samples_per_epoch": 10}
+    for sources in ([], [folder, stream]):
+        with pytest.raises(ValueError, match="one webdataset source or any number of others"):
+            build_datasets(sources, *data)
+    dataset, samples = build_datasets([folder, folder], *data)
+    assert len(dataset) == 18 and samples is None
+
+
+def test_a_text_tokenizer_of_another_kind_is_refused(text_tokenizer):
+    config = UniTokConfig.preset("tiny")
+    check_text_tokenizer(text_tokenizer, config)
+    config.text_config.eos_token_id = 7
+    with pytest.raises(ValueError, match="ends texts with 2; the text tower has 512 and looks for 7"):
+        check_text_tokenizer(text_tokenizer, config)

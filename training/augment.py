@@ -1,0 +1,70 @@
+"""Differentiable augmentation of what the discriminator sees (DiffAugment, https://arxiv.org/abs/2006.10738).
+
+The draws are an argument, so that real and generated images of a step can be changed in exactly the same way.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+from torchvision.transforms.functional import gaussian_blur
+
+
+NUM_DRAWS = 7  # brightness, saturation, contrast, shift down and right, cutout's centre down and right
+TRANSLATION = 0.125  # largest shift, as a share of the side
+CUTOUT = 0.2  # side of the square that is blanked, as a share of the image's
+
+
+def draw_augmentation(batch_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """(batch_size, 7), uniform in [0, 1): what `diff_augment` does to each image."""
+    return torch.rand(batch_size, NUM_DRAWS, device=device)
+
+
+def diff_augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Changes colours, shifts, and blanks a square of each image; gradients pass through.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        draws: (B, 7) in [0, 1), from `draw_augmentation`.
+
+    Returns:
+        (B, 3, H, W), not clamped; what is shifted in or blanked is 0.
+    """
+    return _cutout(_translate(_change_colors(images, draws[:, :3]), draws[:, 3:5]), draws[:, 5:])
+
+
+def _change_colors(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    brightness, saturation, contrast = draws[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1) each
+    images = images + brightness - 0.5
+    grey = images.mean(dim=1, keepdim=True)
+    images = grey + (images - grey) * 2 * saturation
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return mean + (images - mean) * (contrast + 0.5)
+
+
+def _translate(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    batch, _, *sides = images.shape
+    most = [round(TRANSLATION * side) for side in sides]
+    padded = F.pad(images, (most[1], most[1], most[0], most[0]))
+    rows, columns = (
+        torch.arange(side, device=images.device) + (draws[:, i, None] * (2 * most[i] + 1)).long()
+        for i, side in enumerate(sides)
+    )  # (B, H) and (B, W): where each output pixel comes from
+    samples = torch.arange(batch, device=images.device)[:, None, None]
+    return padded[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _cutout(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    inside = []
+    for i, side in enumerate(images.shape[2:]):
+        size = round(CUTOUT * side)
+        offset = torch.arange(side, device=images.device) - (draws[:, i, None] * side).long() + size // 2
+        inside.append((offset >= 0) & (offset < size))
+    return images * ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
+
+
+def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian blur, differentiable; (B, 3, H, W), `sigma` in pixels, and 0 leaves the images as they are."""
+    if sigma <= 0:
+        return images
+    return gaussian_blur(images, kernel_size=2 * math.ceil(3 * sigma) + 1, sigma=sigma)

@@ -1,0 +1,146 @@
+"""Extracted codes of images on disk: `metadata.json` and shards, written by `training.extract_codes`.
+
+A shard is a parquet file with the columns `key` and `codes` (the bytes of little-endian uint16), or a tar file, as
+webdataset reads them, with a `<key>.npy` for each image.  The codes of an image are (variants, K, L), and its key is
+the path that the data gives it.
+"""
+
+import io
+import json
+import math
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import webdataset as wds
+
+
+SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
+CODE_TYPE = np.dtype("<u2")
+
+
+def shard_path(folder: Path, number: int, metadata: dict) -> Path:
+    """Where a shard lies; `metadata` tells its format."""
+    return folder / f"{number:06d}{SUFFIXES[metadata['format']]}"
+
+
+def write_metadata(folder: Path, metadata: dict) -> None:
+    """Writes `metadata.json`, or finds the same one there.
+
+    Args:
+        metadata: with `format`, `variants`, `num_codebooks` (K), `codebook_size` (V), `num_positions` (L) and
+            `num_shards` at least.
+
+    Raises:
+        ValueError: the folder's is another; the message names what differs.
+    """
+    path = folder / "metadata.json"
+    if path.is_file():
+        old = json.loads(path.read_text())
+        differing = [name for name in sorted({*old, *metadata}) if old.get(name) != metadata.get(name)]
+        if differing:
+            changes = ", ".join(f"{name} {old.get(name)} (now {metadata.get(name)})" for name in differing)
+            raise ValueError(f"{folder} holds codes of other settings: {changes}. Choose another folder.")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".metadata.{os.getpid()}.unfinished"
+    unfinished.write_text(json.dumps(metadata, indent=2) + "\n")
+    unfinished.replace(path)
+
+
+def write_shard(path: Path, codes: Mapping[str, torch.Tensor]) -> None:
+    """Writes a shard, whole or not at all.
+
+    Args:
+        path: ends in .parquet or .tar.
+        codes: (variants, K, L), integers in [0, 65536), by key.
+    """
+    arrays = {key: value.numpy().astype(CODE_TYPE) for key, value in codes.items()}
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    if path.suffix == ".tar":
+        with wds.TarWriter(str(unfinished), mtime=0, format="PAX_FORMAT") as writer:  # names of any length
+            for key, array in arrays.items():
+                writer.write({"__key__": key, "npy": array})
+    else:
+        columns = {"key": list(arrays), "codes": [array.tobytes() for array in arrays.values()]}
+        schema = pa.schema({"key": pa.string(), "codes": pa.binary()})
+        pq.write_table(pa.table(columns, schema=schema), unfinished)
+    unfinished.replace(path)
+
+
+class CodeStore(Mapping):
+    """The codes of a folder by key: (variants, K, L), int64, in [0, V). Parquet shards are memory-mapped.
+
+    `metadata` holds what the codes were made with, see `training.extract_codes`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no codes.
+        ValueError: shards are missing.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / "metadata.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"There are no codes in {folder}: it has no metadata.json.")
+        self.metadata = json.loads(path.read_text())
+        self.shape = tuple(self.metadata[name] for name in ("variants", "num_codebooks", "num_positions"))
+        shards = [shard_path(self.folder, i, self.metadata) for i in range(self.metadata["num_shards"])]
+        missing = [shard.name for shard in shards if not shard.is_file()]
+        if missing:
+            raise ValueError(
+                f"{folder} lacks {len(missing)} of its {len(shards)} shards, {missing[0]} first: "
+                "the extraction is not finished."
+            )
+        if self.metadata["format"] == "parquet":
+            self.rows = datasets.Dataset.from_parquet([str(shard) for shard in shards])
+            self.places = {key: i for i, key in enumerate(self.rows["key"][:])}
+        else:
+            self.places = {}
+            for shard in shards:
+                with tarfile.open(shard) as archive:
+                    members = {m.name.removesuffix(".npy"): (shard, m.offset_data, m.size) for m in archive}
+                self.places |= members
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.places
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """
+        Raises:
+            KeyError: no such image.
+            ValueError: its codes have another shape than the metadata says, or are V or above.
+        """
+        if key not in self.places:
+            raise KeyError(f"no codes of image {key} in {self.folder}, which has {len(self)} images")
+        codes = self._read(key)
+        if codes.shape != self.shape:
+            raise ValueError(f"The codes of {key} in {self.folder} are {codes.shape}, expected {self.shape}.")
+        if codes.max() >= self.metadata["codebook_size"]:
+            raise ValueError(
+                f"The codes of {key} in {self.folder} reach {codes.max()}, but there are "
+                f"{self.metadata['codebook_size']} in a codebook."
+            )
+        return torch.from_numpy(codes.astype(np.int64))
+
+    def _read(self, key: str) -> np.ndarray:
+        place = self.places[key]
+        if self.metadata["format"] == "parquet":
+            codes = np.frombuffer(self.rows[place]["codes"], CODE_TYPE)
+            return codes.reshape(self.shape) if codes.size == math.prod(self.shape) else codes
+        shard, offset, size = place
+        with shard.open("rb") as file:
+            file.seek(offset)
+            return np.load(io.BytesIO(file.read(size)), allow_pickle=False)

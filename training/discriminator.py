@@ -1,0 +1,50 @@
+"""The discriminator of the tokenizer's training: small heads on the frozen features of DINOv2, one at each depth.
+
+After StyleGAN-T (https://arxiv.org/abs/2301.09515, section 3.2), with GroupNorm for its batch statistics.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from training.perceptual import FrozenFeatures
+
+
+class ConvBlock(nn.Sequential):
+    """1-D convolution over the positions (circular), GroupNorm, leaky ReLU."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(
+            nn.Conv1d(channels, channels, kernel_size, padding=kernel_size // 2, padding_mode="circular"),
+            nn.GroupNorm(math.gcd(32, channels), channels),
+            nn.LeakyReLU(0.2),
+        )
+
+
+class ResidualBlock(ConvBlock):
+    """The block and its input, added so that the variance stays."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return (hidden_states + super().forward(hidden_states)) / math.sqrt(2)
+
+
+class FeatureDiscriminator(nn.Module):
+    """Tells real images from reconstructions, position by position, at each depth of a frozen backbone.
+
+    Args:
+        features: the backbone; only the heads are trained.
+    """
+
+    def __init__(self, features: FrozenFeatures):
+        super().__init__()
+        self.features = features
+        self.heads = nn.ModuleList(
+            nn.Sequential(ConvBlock(channels, 1), ResidualBlock(channels, 9), nn.Conv1d(channels, 1, 1))
+            for channels in features.channels
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> logits (B, N), N the positions of all depths; above 0 for real."""
+        features = self.features(images)
+        return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=2).flatten(1)

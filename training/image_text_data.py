@@ -1,0 +1,481 @@
+"""Images and captions for the visual tokenizer's training (UniTok, https://arxiv.org/abs/2502.20321).
+
+A source is a dict of a config's `datasets`:
+
+    kind: folder                   # a .jsonl, .json or .parquet of {"image", "caption"}, images relative to the file;
+    path: data/captions.jsonl      # or a folder with captions.jsonl; or one of images with a .txt beside each
+    repeat: 3                      # times an epoch
+
+    kind: hf                       # a data set of the hub, or a folder that `save_to_disk` wrote
+    path: owner/name
+    name: default                  # its configuration
+    split: train
+    image_column: image
+    caption_column: caption
+
+    kind: webdataset               # tar shards of jpg, png or webp, and txt; a stream
+    shards: "data/{00000..00099}.tar"
+    samples_per_epoch: 1000000     # over all processes, where `resampled`
+    resampled: true                # shards drawn with replacement; false: an epoch has each sample once
+    shuffle: 1000                  # samples of a worker's buffer
+
+Each may also set `random_crop`, `horizontal_flip` and `max_shift` (see `ImageTextTransform`).
+"""
+
+import bisect
+import logging
+import random
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from itertools import accumulate, islice
+from pathlib import Path
+
+import datasets
+import torch
+import webdataset as wds
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from torchvision.transforms import v2
+from transformers import PreTrainedTokenizerBase
+from webdataset.shardlists import expand_urls
+from webdataset.utils import pytorch_worker_info
+
+from training.data import read_rows
+from unitok_mllm.image_processing_unitok import DECODE_ERRORS, UniTokImageProcessor, load_image
+
+
+logger = logging.getLogger(__name__)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+CROP_SCALE = (0.9, 1.0)  # share of the picture's area that a random crop keeps; its caption tells of all of it
+CHANGES = ("random_crop", "horizontal_flip", "max_shift")  # of the transform, by a source
+OPTIONS = {  # of each kind; True: required
+    "folder": {"path": True, "repeat": False},
+    "hf": {
+        "path": True,
+        "name": False,
+        "split": False,
+        "image_column": False,
+        "caption_column": False,
+        "repeat": False,
+    },
+    "webdataset": {"shards": True, "samples_per_epoch": True, "resampled": False, "shuffle": False},
+}
+
+
+def sample_seed(*parts: int | str) -> int:
+    """One seed for several numbers or names, such as (seed, epoch, index)."""
+    return random.Random(repr(parts)).getrandbits(63)
+
+
+@contextmanager
+def random_numbers(seed: int) -> Iterator[None]:
+    """Within it, torch's random numbers on the CPU are those of `seed`; after it, they go on as if nothing had been."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def augmentation(image_processor: UniTokImageProcessor, horizontal_flip: bool, max_shift: int) -> nn.Module:
+    """Random changes of processed pixels (3, H, W).
+
+    Args:
+        horizontal_flip: mirror half of the time.
+        max_shift: pixels to either side, independently down and right; the border is repeated.
+    """
+    if max_shift < 0:
+        raise ValueError(f"max_shift must be at least 0 pixels, got {max_shift}.")
+    size = image_processor.size["height"], image_processor.size["width"]
+    steps = [v2.RandomHorizontalFlip()] if horizontal_flip else []
+    if max_shift:
+        steps.append(v2.RandomCrop(size, padding=max_shift, padding_mode="edge"))
+    return nn.Sequential(*steps)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An image file's bytes as an upright RGB picture, see `load_image`.
+
+    Raises:
+        ValueError: it is not an image, or broken.
+    """
+    try:
+        image = Image.open(BytesIO(data))
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image of {len(data)} bytes: {error}") from error
+    return load_image(image)
+
+
+@dataclass
+class ImageTextTransform:
+    """A picture and its caption -> what the tokenizer trains on.
+
+    Args:
+        max_text_length: T, the text tower's; longer captions are cut before their end token.
+        random_crop: for photographs: a part of the picture, of 90 to 100 % of its area and an aspect ratio within 3:4
+            and 4:3, in place of the processor's own fit.
+        horizontal_flip, max_shift: see `augmentation`.
+
+    Raises:
+        ValueError: the text tokenizer has no end or no padding token, or `max_shift` is negative.
+    """
+
+    image_processor: UniTokImageProcessor
+    text_tokenizer: PreTrainedTokenizerBase
+    max_text_length: int
+    random_crop: bool = False
+    horizontal_flip: bool = False
+    max_shift: int = 0
+
+    def __post_init__(self):
+        if self.text_tokenizer.eos_token_id is None or self.text_tokenizer.pad_token_id is None:
+            raise ValueError("The text tokenizer needs an end token (eos_token) and a padding token (pad_token).")
+        size = self.image_processor.size["height"], self.image_processor.size["width"]
+        self.crop = v2.RandomResizedCrop(size, scale=CROP_SCALE, interpolation=v2.InterpolationMode.LANCZOS)
+        self.augment = augmentation(self.image_processor, self.horizontal_flip, self.max_shift)
+
+    def __call__(self, image: Image.Image, caption: str | None, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            generator: one number is drawn from it.
+
+        Returns:
+            `pixel_values` (3, H, W), float32 in [-1, 1]; `input_ids` (T,), int64, padded on the right.
+
+        Raises:
+            ValueError: there is no caption, or the picture is broken or too elongated.
+        """
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"no caption, but {caption!r}")
+        image = load_image(image)
+        with random_numbers(int(torch.randint(2**63 - 1, (), generator=generator))):
+            if self.random_crop:
+                pixels = self.image_processor(self.crop(image), do_resize=False)["pixel_values"][0]
+            else:
+                pixels = self.image_processor(image)["pixel_values"][0]
+            pixels = self.augment(pixels)
+        return {"pixel_values": pixels, "input_ids": self.encode(caption)}
+
+    def encode(self, caption: str) -> torch.Tensor:
+        """(T,): the tokenizer's ids with its end token last, padded."""
+        end, length = self.text_tokenizer.eos_token_id, self.max_text_length
+        ids = self.text_tokenizer(caption, truncation=True, max_length=length)["input_ids"]
+        if ids[-1:] != [end]:
+            ids = [*ids[: length - 1], end]
+        return torch.tensor(ids + [self.text_tokenizer.pad_token_id] * (length - len(ids)))
+
+
+@dataclass
+class BrokenSamples:
+    """Counts what cannot be read, and stops a run that skips too much.
+
+    A DataLoader's workers and the processes of a run each have their own counts: each judges the share of what it has
+    seen itself.
+
+    Args:
+        max_share: broken samples of those seen that are put up with.
+        minimum: samples to see before judging.
+    """
+
+    max_share: float
+    minimum: int = 100
+    seen: int = 0
+    broken: int = 0
+    last: deque[str] = field(default_factory=lambda: deque(maxlen=5))
+
+    def count(self) -> None:
+        """Counts a sample; raises ValueError, as `judge` does, once enough have been seen."""
+        self.seen += 1
+        if self.seen >= self.minimum:
+            self.judge()
+
+    def count_broken(self, name: str, error: Exception | str) -> None:
+        """Names the sample in the log; raises what `count` raises."""
+        self.broken += 1
+        self.last.append(name)
+        logger.warning("skipping %s: %s", name, error)
+        self.count()
+
+    def judge(self) -> None:
+        """
+        Raises:
+            ValueError: too many are broken; it gives the counts and the last names.
+        """
+        if self.broken > self.max_share * self.seen:
+            raise ValueError(
+                f"{self.broken} of {self.seen} samples are broken, more than {self.max_share:.2%}. "
+                f"The last ones: {', '.join(self.last)}."
+            )
+
+
+class ImageFiles:
+    """Captioned images of a `folder` source.
+
+    Raises:
+        FileNotFoundError, ValueError: the path does not exist, or there is nothing in it.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.rows, self.images = Path(path), None, None
+        if self.path.is_dir() and (self.path / "captions.jsonl").is_file():
+            self.path = self.path / "captions.jsonl"
+        if self.path.is_dir():
+            self.images = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        else:
+            self.rows = read_rows(self.path)
+        if not len(self):
+            raise ValueError(f"{self.path} has no images.")
+
+    def __len__(self) -> int:
+        return len(self.images if self.rows is None else self.rows)
+
+    def name(self, index: int) -> str:
+        if self.images is not None:
+            return str(self.images[index])
+        return f"{self.rows[index].get('image')} in row {index} of {self.path}"
+
+    def load(self, index: int) -> tuple[Image.Image, str | None]:
+        """Raises ValueError where the image is broken or missing."""
+        if self.images is not None:
+            text = self.images[index].with_suffix(".txt")
+            return load_image(self.images[index]), text.read_text("utf-8") if text.is_file() else None
+        row = self.rows[index]
+        if not row.get("image"):
+            raise ValueError("no image")
+        return load_image(self.path.parent / row["image"]), row.get("caption")
+
+
+class DatasetImages:
+    """Captioned images of an `hf` source.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        split: str = "train",
+        image_column: str = "image",
+        caption_column: str = "caption",
+    ):
+        if (Path(path) / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(path)[split]
+        elif (Path(path) / "state.json").is_file():
+            rows = datasets.load_from_disk(path)
+        else:
+            rows = datasets.load_dataset(path, name, split=split)
+        columns = [image_column, caption_column]
+        if missing := set(columns) - set(rows.column_names):
+            raise ValueError(f"{path} has the columns {rows.column_names}, but no {', '.join(sorted(missing))}.")
+        self.rows = rows.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
+        self.path, self.columns = f"{path} ({split})", columns
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"row {index} of {self.path}"
+
+    def load(self, index: int) -> tuple[Image.Image, str | None]:
+        """Raises ValueError where the image is broken or missing."""
+        image, caption = map(self.rows[index].get, self.columns)
+        if image is None:
+            raise ValueError("no image")
+        return decode_image(image["bytes"]) if image["bytes"] else load_image(image["path"]), caption
+
+
+class EpochDataset(Dataset):
+    """Knows the epoch; a DataLoader's workers, persistent ones too, learn of a new one when they begin it."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """To be called before each epoch: it decides, with the seed, on all that is random."""
+        self._epoch.fill_(epoch)
+
+
+class ImageTextDataset(EpochDataset):
+    """The samples of `folder` and `hf` sources, one source after the other.
+
+    A sample depends on (seed, epoch, index) alone, so that neither workers nor processes nor a resumed run change it.
+    It is looked up by its index, in the epoch that was set; or by (epoch, index), by samplers that go through several
+    epochs.  In a broken sample's place comes the next one that can be read.
+
+    Args:
+        parts: sources with the transform of each; those that are repeated come several times.
+        max_broken_share: see `BrokenSamples`.
+    """
+
+    def __init__(
+        self,
+        parts: list[tuple[ImageFiles | DatasetImages, ImageTextTransform]],
+        seed: int,
+        max_broken_share: float = 0.01,
+    ):
+        super().__init__(seed)
+        self.parts = parts
+        self.ends = list(accumulate(len(source) for source, _ in parts))
+        self.broken = BrokenSamples(max_broken_share, minimum=min(100, len(self)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
+        """See `ImageTextTransform`.
+
+        Raises:
+            IndexError: there is no such index.
+            ValueError: too many samples are broken.
+        """
+        epoch, index = key if isinstance(key, tuple) else (self.epoch, key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} samples")
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, index))
+        for place in (*range(index, len(self)), *range(index)):
+            part = bisect.bisect_right(self.ends, place)
+            source, transform = self.parts[part]
+            row = place - self.ends[part] + len(source)
+            try:
+                sample = transform(*source.load(row), generator)
+            except ValueError as error:
+                self.broken.count_broken(source.name(row), error)
+                continue
+            self.broken.count()
+            return sample
+        raise ValueError(f"None of the {len(self)} samples can be read.")
+
+
+class ImageTextStream(EpochDataset, IterableDataset):
+    """The samples of a `webdataset` source, in an order drawn from (seed, epoch).
+
+    Each process and worker (torch's, or RANK and WORLD_SIZE in the environment) gets its own: with `resampled`, its
+    part of `samples_per_epoch` from shards that it draws itself; otherwise its own shards, and an epoch, over all of
+    them, has every sample exactly once (processes then end at slightly different times).
+
+    Args:
+        shards: paths or URLs, with `{00..99}` for many, or a list of them.
+        transform: see there; its numbers are drawn one after the other in each worker.
+        samples_per_epoch: over all processes.
+        shuffle: samples that a worker holds, undecoded, to draw from; 0 for the order of the shard.
+        max_broken_share: see `BrokenSamples`; a shard that breaks off counts as one.
+
+    Raises:
+        ValueError: `samples_per_epoch` is below 1.
+    """
+
+    def __init__(
+        self,
+        shards: str | list[str],
+        transform: ImageTextTransform,
+        seed: int,
+        samples_per_epoch: int,
+        resampled: bool = False,
+        shuffle: int = 1000,
+        max_broken_share: float = 0.01,
+    ):
+        super().__init__(seed)
+        if samples_per_epoch < 1:
+            raise ValueError(f"samples_per_epoch must be at least 1, got {samples_per_epoch}.")
+        self.shards = expand_urls(shards) if isinstance(shards, str) else shards
+        self.transform, self.samples_per_epoch = transform, samples_per_epoch
+        self.resampled, self.shuffle = resampled, shuffle
+        self.broken = BrokenSamples(max_broken_share)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """
+        Raises:
+            ValueError: too many samples are broken, or there are fewer shards than processes.
+            FileNotFoundError: a shard is missing.
+        """
+        rank, world_size, worker, workers = pytorch_worker_info()
+        seed = sample_seed(self.seed, self.epoch)
+        own_seed = sample_seed(self.seed, self.epoch, rank, worker)
+        if self.resampled:
+            shards = [wds.ResampledShards(self.shards, seed=own_seed, deterministic=True)]
+        elif len(self.shards) < world_size:
+            raise ValueError(f"{len(self.shards)} shards are too few for {world_size} processes: use resampled: true.")
+        else:
+            shards = [wds.SimpleShardList(self.shards, seed=seed), wds.split_by_node, wds.split_by_worker]
+        pipeline = wds.DataPipeline(
+            *shards,
+            wds.tarfile_to_samples(handler=self._skip_shard),
+            wds.shuffle(self.shuffle, initial=self.shuffle, seed=own_seed),
+        )
+        samples = self._transformed(pipeline, torch.Generator().manual_seed(own_seed))
+        if not self.resampled:
+            return samples
+        share, rest = divmod(self.samples_per_epoch, world_size * workers)
+        return islice(samples, share + (rank * workers + worker < rest))
+
+    def _skip_shard(self, error: Exception) -> bool:
+        if isinstance(error, FileNotFoundError):
+            raise error
+        self.broken.count_broken("the rest of a shard", " ".join(map(str, error.args)))
+        return True
+
+    def _transformed(self, samples: Iterator[dict], generator: torch.Generator) -> Iterator[dict[str, torch.Tensor]]:
+        for sample in samples:
+            try:
+                images = [sample[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in sample]
+                if not images:
+                    raise ValueError("no image")
+                caption = sample["txt"].decode() if "txt" in sample else None
+                transformed = self.transform(decode_image(images[0]), caption, generator)
+            except ValueError as error:
+                self.broken.count_broken(f"{sample['__key__']} of {sample['__url__']}", error)
+                continue
+            self.broken.count()
+            yield transformed
+        self.broken.judge()
+
+
+def build_image_text_dataset(
+    source: dict | list[dict], transform: ImageTextTransform, seed: int, max_broken_share: float = 0.01
+) -> ImageTextDataset | ImageTextStream:
+    """The samples of one or more sources, see the module's text.
+
+    Args:
+        source: several are joined one after the other; a webdataset one stands alone.
+        transform: a source's own options replace its.
+        max_broken_share: of the samples seen; more of them stop the run.
+
+    Raises:
+        ValueError: no source, an unknown kind or option, a missing option, or a webdataset source beside others.
+    """
+    sources = [source] if isinstance(source, dict) else source
+    kinds = [one.get("kind") for one in sources]
+    if not sources or "webdataset" in kinds and len(kinds) > 1:
+        raise ValueError(f"Sources may be one of kind webdataset, or any number of others, got {kinds}.")
+    parts = []
+    for one in sources:
+        kind = one.get("kind")
+        if kind not in OPTIONS:
+            raise ValueError(f"kind is {', '.join(OPTIONS)}, got {kind!r} in {one}.")
+        changes = {name: value for name, value in one.items() if name in CHANGES}
+        options = {name: value for name, value in one.items() if name not in changes and name != "kind"}
+        unknown = options.keys() - OPTIONS[kind].keys()
+        missing = {name for name, required in OPTIONS[kind].items() if required} - options.keys()
+        if unknown or missing:
+            raise ValueError(
+                f"A {kind} source takes {', '.join(OPTIONS[kind])}: {one} has {sorted(unknown)} beside these, "
+                f"and lacks {sorted(missing)}."
+            )
+        changed = replace(transform, **changes)
+        if kind == "webdataset":
+            return ImageTextStream(transform=changed, seed=seed, max_broken_share=max_broken_share, **options)
+        repeat = options.pop("repeat", 1)
+        if repeat < 1:
+            raise ValueError(f"repeat must be at least 1, got {repeat} in {one}.")
+        images = ImageFiles(**options) if kind == "folder" else DatasetImages(**options)
+        parts += [(images, changed)] * repeat
+    return ImageTextDataset(parts, seed, max_broken_share)

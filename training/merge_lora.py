@@ -1,0 +1,41 @@
+"""Adds a trained LoRA adapter, and the parts trained along with it, into the weights of its base model.
+
+python -m training.merge_lora runs/vqa/adapter runs/vqa/merged
+"""
+
+from pathlib import Path
+
+import torch
+import typer
+from peft import PeftConfig, PeftModel
+
+from training.release import save_release
+from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
+
+
+app = typer.Typer(help=__doc__, add_completion=False)
+
+
+def load_with_adapter(adapter: Path, base: str = "") -> PeftModel:
+    """The base model under its adapter, in float32; `base` as the adapter names it, unless given."""
+    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    return PeftModel.from_pretrained(UniTokMLLMForConditionalGeneration.from_pretrained(base), adapter).eval()
+
+
+@app.command()
+def merge_lora(
+    adapter: Path,
+    folder: Path,
+    base: str = typer.Option("", help="folder of the base model, instead of the one that the adapter names"),
+    dtype: str = typer.Option("float16", help="that the weights are stored in"),
+) -> None:
+    """Writes base + ADAPTER to FOLDER, for AutoModelForImageTextToText and AutoProcessor, without peft."""
+    if not (adapter / "adapter_config.json").is_file():
+        raise typer.BadParameter(f"{adapter} holds no adapter (adapter_config.json)")
+    model = load_with_adapter(adapter, base).merge_and_unload()
+    save_release(model, UniTokMLLMProcessor.from_pretrained(adapter), folder, getattr(torch, dtype))
+    print(f"merged into {folder}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,128 @@
+"""Perceptual distance between images: LPIPS (https://arxiv.org/abs/1801.03924), or features of any timm backbone."""
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import VGG16_Weights
+
+
+class FrozenFeatures(nn.Module):
+    """Feature maps of a frozen timm backbone at several depths.
+
+    Args:
+        name: any timm model that has `forward_intermediates`.
+        image_size: side in pixels of the images that come; a vision transformer sees them resized to the nearest
+            smaller multiple of its patch size (252 for 256 and patches of 14).
+        depths: indices of the blocks or stages; None for all.
+        pretrained: load the weights from timm's hub.
+        checkpoint: a file to load them from instead (timm's names, or any that timm itself converts).
+
+    Attributes:
+        channels: dims of a position at each depth.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image_size: int,
+        depths: tuple[int, ...] | None = None,
+        pretrained: bool = True,
+        checkpoint: str = "",
+    ):
+        super().__init__()
+        overlay = {"file": checkpoint} if checkpoint else None
+        self.backbone = timm.create_model(
+            name, pretrained=pretrained or bool(checkpoint), pretrained_cfg_overlay=overlay, num_classes=0
+        )
+        self.depths, self.image_size, self.class_token = depths, image_size, False
+        if isinstance(self.backbone, VisionTransformer):
+            patch = self.backbone.patch_embed.patch_size[0]
+            if image_size < patch:
+                raise ValueError(f"The image size {image_size} is below the patch size {patch} of {name}.")
+            self.image_size = image_size // patch * patch
+            self.backbone.set_input_size((self.image_size, self.image_size))
+            self.class_token = self.backbone.has_class_token
+        config = self.backbone.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+        with torch.no_grad():
+            features = self(torch.zeros(1, 3, image_size, image_size))
+        self.channels = [feature.shape[1] for feature in features]
+
+    def train(self, mode: bool = True) -> "FrozenFeatures":
+        """Stays in eval mode: it is frozen."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, L) for each depth; a class token is added to each patch token."""
+        if images.shape[-1] != self.image_size:
+            images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        images = ((images + 1) / 2 - self.mean) / self.std
+        options = {"return_prefix_tokens": True} if self.class_token else {}
+        features = self.backbone.forward_intermediates(
+            images, indices=self.depths, norm=False, intermediates_only=True, **options
+        )
+        if self.class_token:
+            return [maps.flatten(2) + prefix[:, 0, :, None] for maps, prefix in features]
+        return [maps.flatten(2) for maps in features]
+
+
+class FeatureDistance(nn.Module):
+    """LPIPS's distance without its learned weights: of the features at each depth, brought to unit length over the
+    channels, the squared difference is summed over channels, averaged over positions, and summed over depths."""
+
+    def __init__(self, features: FrozenFeatures):
+        super().__init__()
+        self.features = features
+
+    def forward(self, reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Both (B, 3, H, W) in [-1, 1] -> scalar."""
+        with torch.no_grad():
+            targets = self.features(pixels)
+        pairs = zip(self.features(reconstruction), targets, strict=True)
+        return sum((F.normalize(a) - F.normalize(b)).square().sum(dim=1).mean() for a, b in pairs)
+
+
+class VGGDistance(nn.Module):
+    """LPIPS itself, on VGG-16, from the `lpips` package (which brings the learned weights, but not VGG's).
+
+    Args:
+        pretrained: load VGG's ImageNet weights from torchvision's hub.
+        checkpoint: a file to load them from instead, with torchvision's names.
+
+    Raises:
+        ValueError: the file lacks tensors of VGG-16.
+    """
+
+    def __init__(self, pretrained: bool = True, checkpoint: str = ""):
+        import lpips  # of the `train` extra; needed by those who choose it
+
+        super().__init__()
+        self.lpips = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        if pretrained or checkpoint:
+            self._load_vgg(checkpoint)
+        self.requires_grad_(False)
+
+    def _load_vgg(self, checkpoint: str) -> None:
+        if checkpoint:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        else:
+            state = VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
+        names = {name: f"features.{name.partition('.')[2]}" for name in self.lpips.net.state_dict()}
+        if missing := sorted(set(names.values()) - state.keys()):
+            raise ValueError(f"{checkpoint} is no VGG-16 of torchvision: it lacks {', '.join(missing)}.")
+        self.lpips.net.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
+
+    def forward(self, reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Both (B, 3, H, W) in [-1, 1] -> scalar."""
+        return self.lpips(reconstruction, pixels).mean()
+
+
+def perceptual_distance(backbone: str, image_size: int, pretrained: bool = True, checkpoint: str = "") -> nn.Module:
+    """The module for a backbone's name: "lpips", or a timm model whose every depth is compared."""
+    if backbone == "lpips":
+        return VGGDistance(pretrained, checkpoint)
+    return FeatureDistance(FrozenFeatures(backbone, image_size, pretrained=pretrained, checkpoint=checkpoint))

@@ -1,0 +1,62 @@
+"""Folders that other people load: written whole or not at all, with every weight in them."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a folder beside `folder`, and puts it in `folder`'s place once it is done."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    write(unfinished)
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        unfinished.rename(folder)
+        shutil.rmtree(old)
+    else:
+        unfinished.rename(folder)
+
+
+def save_release(
+    model: UniTokMLLMForConditionalGeneration,
+    processor: UniTokMLLMProcessor,
+    folder: Path,
+    dtype: torch.dtype = torch.float16,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Saves the MLLM with everything that loading needs; the weights load in float32 unless told otherwise.
+
+    Args:
+        dtype: that the weights are stored in.
+        state_dict: the weights, where the model itself does not hold them whole (ZeRO-3).
+
+    Raises:
+        ValueError: a weight is missing, empty or not finite.
+    """
+    state_dict = dict(model.state_dict() if state_dict is None else state_dict)
+    if missing := model.state_dict().keys() - state_dict.keys():
+        raise ValueError(f"{len(missing)} weights are missing, {min(missing)} first.")
+    for name, value in state_dict.items():
+        if value.numel() == 0 or not value.isfinite().all():
+            raise ValueError(f"The weight {name} is {'not finite' if value.numel() else 'empty'}.")
+    stored: dict[tuple, torch.Tensor] = {}  # tied weights stay one
+    for name, value in state_dict.items():
+        if value.is_floating_point():
+            state_dict[name] = stored.setdefault((value.data_ptr(), value.shape), value.to("cpu", dtype))
+
+    def write(unfinished: Path) -> None:
+        model.save_pretrained(unfinished, state_dict=state_dict)
+        processor.save_pretrained(unfinished)
+        config = unfinished / "config.json"
+        config.write_text(re.sub(r'"dtype": "b?float16"', '"dtype": "float32"', config.read_text()))
+
+    write_folder(folder, write)

@@ -1,0 +1,537 @@
+"""The training loop of the visual tokenizer, on accelerate: one process, several, or several machines.
+
+A step is: for each accumulated batch, the tokenizer's forward and backward pass with every term of the loss, and, once
+the GAN has started, the discriminator's on the same images; then both optimizers, the schedules and the average of the
+weights, which is what is released.
+"""
+
+import math
+import random
+import re
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object, set_seed
+from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
+
+from training.augment import blur, diff_augment, draw_augmentation
+from training.discriminator import FeatureDiscriminator
+from training.losses import (
+    DISCRIMINATOR_TERMS,
+    RECONSTRUCTION_TERMS,
+    TERMS,
+    LossArguments,
+    adaptive_gan_weight,
+    discriminator_losses,
+    psnr,
+    tokenizer_losses,
+)
+from training.release import write_folder
+from unitok_mllm import UniTokModel
+from unitok_mllm.image_processing_unitok import UniTokImageProcessor
+
+
+TRACKERS = ("tensorboard", "wandb")
+MOST_PSNR = 100.0  # dB; an exact reconstruction would have infinitely many
+
+
+@dataclass
+class TokenizerTrainingArguments:
+    """The loop: how long, how fast, and what is written down."""
+
+    output_dir: str = field(
+        default="runs/tokenizer", metadata={"help": "for checkpoints, samples, trackers' files and the release"}
+    )
+    num_train_epochs: int = 1
+    max_steps: int = field(default=0, metadata={"help": "optimizer steps; above 0 it replaces num_train_epochs"})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "images of a process in a forward pass"})
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-4
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-6
+    weight_decay: float = field(default=0.02, metadata={"help": "of parameters with 2 or more dims"})
+    warmup: float = field(default=0.01, metadata={"help": "share of the steps, linear"})
+    final_learning_rate: float = field(default=0.1, metadata={"help": "share of the rate where the cosine ends"})
+    max_grad_norm: float = 10.0
+    ema_decay: float = 0.9999
+    discriminator_learning_rate: float = 2e-5
+    discriminator_beta1: float = 0.5
+    discriminator_beta2: float = 0.9
+    discriminator_weight_decay: float = 0.2
+    bf16: bool = field(default=True, metadata={"help": "autocast; weights, quantizer and losses stay float32"})
+    gradient_checkpointing: bool = False
+    use_cpu: bool = False
+    dataloader_num_workers: int = 0
+    seed: int = 0
+    logging_steps: int = 50
+    eval_steps: int = field(default=1000, metadata={"help": "steps between grids of originals and reconstructions"})
+    save_steps: int = 1000
+    save_total_limit: int = 2
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint, if there is one"})
+    report_to: list[str] = field(default_factory=list, metadata={"help": "tensorboard, wandb"})
+
+    def __post_init__(self):
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps")
+        for name in (*counts, "save_steps", "save_total_limit"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
+        if unknown := set(self.report_to) - set(TRACKERS):
+            raise ValueError(f"report_to may name {' and '.join(TRACKERS)}, got {', '.join(sorted(unknown))}.")
+
+
+class ResumableBatches(Sampler):
+    """The batches of one process from a position on, as lists of (epoch, index) pairs.
+
+    Each epoch is a permutation drawn from (seed, epoch) and cut into equal batches, dealt out to the processes in turn;
+    what does not fill one optimizer step of all processes is left out.  Any position is reached without loading what
+    lies before it.
+    """
+
+    def __init__(self, per_epoch: int, length: int, batch_size: int, rank: int, world: int, seed: int, first: int):
+        self.per_epoch, self.length, self.batch_size = per_epoch, length, batch_size
+        self.rank, self.world, self.seed, self.first = rank, world, seed, first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, position = divmod(self.first, self.per_epoch)
+        while True:
+            generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch))
+            order = torch.randperm(self.length, generator=generator).tolist()
+            for batch in range(position, self.per_epoch):
+                start = (batch * self.world + self.rank) * self.batch_size
+                yield [(epoch, index) for index in order[start : start + self.batch_size]]
+            epoch, position = epoch + 1, 0
+
+
+def sample_seed(*numbers: int) -> int:
+    """One seed for several non-negative numbers, such as (seed, epoch, index)."""
+    return random.Random(repr(numbers)).getrandbits(63)
+
+
+class SeededSamples(Dataset):
+    """A map-style dataset looked up by (epoch, index), torch's random numbers being drawn from (seed, epoch, index)."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(sample_seed(self.seed, *key))
+            return self.dataset[key[1]]
+
+
+class LossHistory:
+    """Named scalars of every step since the last log, kept on the device so that no step waits for it."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.steps: dict[str, list[int]] = defaultdict(list)
+
+    def record(self, step: int, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.values[name].append(value.detach().float())
+            self.steps[name].append(step)
+
+    def means(self) -> dict[str, float]:
+        """The means over steps and processes; every process must call it.
+
+        Raises:
+            FloatingPointError: a value was not finite, on any process; every process raises it, and it names the first
+                step that had any, and what was not finite in it.
+        """
+        names = sorted(self.values)
+        means = torch.stack([torch.stack(self.values[name]).mean() for name in names])
+        means = self.accelerator.reduce(means, "mean").tolist()  # NaN and infinity reach every process
+        if not all(map(math.isfinite, means)):
+            self._raise_culprit(names)
+        return dict(zip(names, means, strict=True))
+
+    def clear(self) -> None:
+        self.values.clear()
+        self.steps.clear()
+
+    def _raise_culprit(self, names: list[str]) -> None:
+        first_steps = []
+        for name in names:
+            bad = (step for step, value in zip(self.steps[name], self.values[name]) if not value.isfinite())
+            first_steps.append(next(bad, math.inf))
+        per_process = self.accelerator.gather(torch.tensor([first_steps], device=self.accelerator.device))
+        first_steps = per_process.amin(dim=0).tolist()
+        step = min(first_steps)
+        culprits = [name for name, first in zip(names, first_steps) if first == step]
+        terms = [name for name in culprits if name in (*TERMS, *DISCRIMINATOR_TERMS)]  # others follow from these
+        raise FloatingPointError(f"Not finite in step {int(step)}: {', '.join(terms or culprits)}.")
+
+
+def whole_checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """The checkpoints of a run by step; one that was broken off goes by another name."""
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
+    return {int(match[1]): path for match, path in matches if match}
+
+
+@dataclass
+class TrainedNetwork:
+    """A network with all that trains it; `wrapped` is what accelerate made of `module`, for passes that train it."""
+
+    module: nn.Module
+    wrapped: nn.Module
+    optimizer: AcceleratedOptimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+
+
+class TokenizerTrainer:
+    """Trains a `UniTokModel`.
+
+    Args:
+        model: trained in place; its weights stay float32.
+        arguments, losses: see there.
+        train_dataset: gives dicts of `pixel_values` (3, H, W) in [-1, 1] and `input_ids` (T,). A map-style one is
+            shuffled here; an iterable one must give each process its own share, in a random order, and is begun again
+            where it ends.
+        image_processor, text_tokenizer: released with the model.
+        samples_per_epoch: of an iterable dataset, over all processes.
+        perceptual: distance of (reconstruction, pixels), where the perceptual term has a weight.
+        discriminator: where the GAN term has a weight.
+        eval_pixels: (N, 3, H, W) in [-1, 1], for the grids; None for none.
+
+    Raises:
+        ValueError: a network is missing that a term needs; the data does not fill one step; `output_dir` has
+            checkpoints and `resume` is off; or the checkpoint is of another global batch size.
+    """
+
+    def __init__(
+        self,
+        model: UniTokModel,
+        arguments: TokenizerTrainingArguments,
+        losses: LossArguments,
+        train_dataset: Dataset,
+        image_processor: UniTokImageProcessor | None = None,
+        text_tokenizer: PreTrainedTokenizerBase | None = None,
+        samples_per_epoch: int | None = None,
+        perceptual: nn.Module | None = None,
+        discriminator: FeatureDiscriminator | None = None,
+        eval_pixels: torch.Tensor | None = None,
+    ):
+        self.arguments, self.losses = arguments, losses
+        self.train_dataset, self.eval_pixels = train_dataset, eval_pixels
+        self.image_processor, self.text_tokenizer = image_processor, text_tokenizer
+        self.output_dir = Path(arguments.output_dir)
+        self.accelerator = Accelerator(
+            cpu=arguments.use_cpu,
+            mixed_precision="bf16" if arguments.bf16 else "no",
+            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+            log_with=arguments.report_to or None,
+            project_dir=arguments.output_dir,
+        )
+        self._check_networks(model, perceptual, discriminator)
+        self._count_steps(samples_per_epoch)
+        self._freeze_what_no_term_trains(model)
+        if arguments.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        device = self.accelerator.device
+        self.perceptual = None if perceptual is None else perceptual.to(device)
+        self.ema = ModelEmaV3(model, decay=arguments.ema_decay).to(device)
+        betas = arguments.adam_beta1, arguments.adam_beta2
+        optimizer = adamw(model, arguments.learning_rate, betas, arguments.weight_decay, eps=arguments.adam_epsilon)
+        self.tokenizer = self._prepare(model.train(), optimizer, self.total_steps)
+        self.discriminator = None
+        if discriminator is not None:
+            betas = arguments.discriminator_beta1, arguments.discriminator_beta2
+            rate, decay = arguments.discriminator_learning_rate, arguments.discriminator_weight_decay
+            steps = self.total_steps - math.ceil(losses.gan_start * self.total_steps)
+            self.discriminator = self._prepare(discriminator, adamw(discriminator, rate, betas, decay), steps)
+        self.step = 0
+        self.history = LossHistory(self.accelerator)
+        set_seed(arguments.seed, device_specific=True)
+        if checkpoints := whole_checkpoints(self.output_dir):
+            if not arguments.resume:
+                raise ValueError(f"{self.output_dir} has checkpoints: set resume, or choose another output_dir.")
+            self._load_checkpoint(checkpoints[max(checkpoints)])
+
+    def _check_networks(self, model: UniTokModel, perceptual: nn.Module | None, discriminator: nn.Module | None):
+        present = {"perceptual": perceptual, "gan": discriminator, "contrastive": model.text_model}
+        for name, network in present.items():
+            if vars(self.losses)[f"{name}_weight"] and network is None:
+                raise ValueError(
+                    f"{name}_weight is {vars(self.losses)[f'{name}_weight']}, but its network is missing."
+                )
+
+    def _count_steps(self, samples_per_epoch: int | None) -> None:
+        arguments = self.arguments
+        self.images_per_step = (
+            arguments.per_device_train_batch_size
+            * arguments.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
+        length = len(self.train_dataset) if samples_per_epoch is None else samples_per_epoch
+        self.steps_per_epoch = length // self.images_per_step
+        if not self.steps_per_epoch:
+            raise ValueError(f"{length} images are too few for one step of {self.images_per_step}.")
+        self.total_steps = arguments.max_steps or arguments.num_train_epochs * self.steps_per_epoch
+
+    def _freeze_what_no_term_trains(self, model: UniTokModel) -> None:
+        """DistributedDataParallel waits for a gradient of every parameter that is not frozen."""
+        if not self.losses.contrastive_weight:
+            if model.text_model is not None:
+                model.text_model.requires_grad_(False)
+                model.logit_scale.requires_grad_(False)
+            if not self.losses.consistency_weight:
+                model.vision_model.fc_norm.requires_grad_(False)
+                model.vision_model.projection.requires_grad_(False)
+
+    def _prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> TrainedNetwork:
+        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer,
+            num_warmup_steps=round(self.arguments.warmup * steps),
+            num_training_steps=steps,
+            min_lr_rate=self.arguments.final_learning_rate,
+        )
+        return TrainedNetwork(module, *self.accelerator.prepare(module, optimizer), schedule)
+
+    def train(self) -> None:
+        """Trains to the end, and writes `<output_dir>/release`."""
+        arguments, accelerator = self.arguments, self.accelerator
+        if arguments.report_to:
+            config = asdict(arguments) | asdict(self.losses)
+            config = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
+            accelerator.init_trackers("tokenizer", config=config)
+        bar = tqdm(total=self.total_steps, initial=self.step, disable=not accelerator.is_main_process)
+        batches = self._batches()
+        logged_at, logged_step = time.perf_counter(), self.step
+        while self.step < self.total_steps:
+            weights = self.losses.weights(self.step / self.total_steps)
+            for batch in islice(batches, arguments.gradient_accumulation_steps):
+                batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+                self._train_on(batch, weights)
+            self.ema.update(self.tokenizer.module)
+            self.step += 1
+            bar.update()
+            last = self.step == self.total_steps
+            log, save = (last or self.step % steps == 0 for steps in (arguments.logging_steps, arguments.save_steps))
+            if log or save:
+                means = self.history.means()
+            if log:
+                now = time.perf_counter()
+                means["images_per_second"] = (self.step - logged_step) * self.images_per_step / (now - logged_at)
+                means["learning_rate"] = self.tokenizer.schedule.get_last_lr()[0]
+                self._report(means)
+                self.history.clear()
+                logged_at, logged_step = now, self.step
+            if last or self.step % arguments.eval_steps == 0:
+                self._save_grid()
+            if save:
+                self._save_checkpoint()
+        bar.close()
+        self._save_release()
+        accelerator.end_training()
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """From the current step on, without end."""
+        arguments, accelerator = self.arguments, self.accelerator
+        dataset = self.train_dataset
+        options = {"batch_size": arguments.per_device_train_batch_size, "drop_last": True}
+        if not isinstance(dataset, IterableDataset):
+            batches = ResumableBatches(
+                self.steps_per_epoch * arguments.gradient_accumulation_steps,
+                len(dataset),
+                arguments.per_device_train_batch_size,
+                accelerator.process_index,
+                accelerator.num_processes,
+                arguments.seed,
+                first=self.step * arguments.gradient_accumulation_steps,
+            )
+            dataset, options = SeededSamples(dataset, arguments.seed), {"batch_sampler": batches}
+        loader = DataLoader(
+            dataset,
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator().manual_seed(arguments.seed),  # or it would draw from the training's own
+            **options,
+        )
+        while True:
+            batch = None
+            for batch in loader:
+                yield batch
+            if batch is None:
+                raise ValueError(
+                    f"The stream does not have the {arguments.per_device_train_batch_size} images of a batch."
+                )
+
+    def _train_on(self, batch: dict[str, torch.Tensor], weights: dict[str, float]) -> None:
+        """Forward and backward pass on one batch, and, on the last one of a step, the optimizers' updates."""
+        accelerator, losses, pixels = self.accelerator, self.losses, batch["pixel_values"]
+        tokenizer, judge = self.tokenizer, self.discriminator
+        progress = self.step / self.total_steps
+        gan_on = losses.gan_weight > 0 and progress >= losses.gan_start
+        with accelerator.accumulate(*([tokenizer.wrapped, judge.wrapped] if gan_on else [tokenizer.wrapped])):
+            output = tokenizer.wrapped(
+                pixels,
+                input_ids=batch["input_ids"] if losses.contrastive_weight else None,
+                with_entropy=losses.entropy_weight > 0,
+                with_reconstruction_embeds=losses.consistency_weight > 0,
+            )
+            total, values = tokenizer_losses(output, pixels, weights, self.perceptual)
+            if gan_on:
+                sigma = losses.gan_blur * (1 - losses.gan_progress(progress))
+                draws = draw_augmentation(len(pixels), pixels.device)
+                fake = blur(output.reconstruction, sigma)
+                judge.module.heads.requires_grad_(False)  # or DistributedDataParallel would see a backward pass
+                values["gan"] = -judge.module(diff_augment(fake, draws)).mean()
+                judge.module.heads.requires_grad_(True)
+                reconstruction_loss = sum(weights[n] * values[n] for n in RECONSTRUCTION_TERMS if n in values)
+                last_layer = tokenizer.module.decoder.up_conv4.conv2.weight
+                values["gan_adaptive_weight"] = adaptive_gan_weight(reconstruction_loss, values["gan"], last_layer)
+                total = total + weights["gan"] * values["gan_adaptive_weight"] * values["gan"]
+            values["loss"] = total
+            values["psnr"] = psnr(output.reconstruction.detach(), pixels).clamp_max(MOST_PSNR).mean()
+            values["codebook_usage"] = output.codebook_usage
+            accelerator.backward(total)
+            if accelerator.sync_gradients:
+                values["grad_norm"] = self._update(tokenizer)
+            if gan_on:
+                total, named = discriminator_losses(
+                    judge.wrapped, blur(pixels, sigma), fake.detach(), draws, losses.gan_consistency_weight
+                )
+                values |= named
+                accelerator.backward(total)
+                if accelerator.sync_gradients:
+                    values["discriminator_grad_norm"] = self._update(judge)
+        self.history.record(self.step, values)
+
+    def _update(self, network: TrainedNetwork) -> torch.Tensor:
+        """Clips and applies the gradients of a step; their norm before that."""
+        norm = self.accelerator.clip_grad_norm_(network.module.parameters(), self.arguments.max_grad_norm)
+        network.optimizer.step()
+        network.optimizer.zero_grad()
+        network.schedule.step()
+        return norm
+
+    def _report(self, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=self.step)
+        if self.accelerator.is_main_process:
+            line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            tqdm.write(f"step {self.step}/{self.total_steps}  {line}")
+
+    @torch.no_grad()
+    def _save_grid(self) -> None:
+        """Originals over reconstructions by the averaged weights, as PNG and to the trackers."""
+        if self.eval_pixels is None or not self.accelerator.is_main_process:
+            return
+        pixels = self.eval_pixels.to(self.accelerator.device)
+        with self.accelerator.autocast():
+            output = self.ema.module(pixels)
+        reconstruction = output.reconstruction.float().clamp(-1, 1)
+        rows = torch.stack([pixels, reconstruction]).flatten(0, 1)
+        grid = make_grid(rows, nrow=len(pixels), normalize=True, value_range=(-1, 1)).cpu()
+        path = self.output_dir / "samples" / f"step-{self.step}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(grid, path)
+        self._report(
+            {
+                "eval_psnr": psnr(reconstruction, pixels).clamp_max(MOST_PSNR).mean().item(),
+                "eval_l1": (reconstruction - pixels).abs().mean().item(),
+                "eval_codebook_usage": output.codebook_usage.item(),
+            }
+        )
+        for tracker in self.accelerator.trackers:
+            tracker.log_images({"reconstructions": grid[None]}, step=self.step)
+
+    def _save_checkpoint(self) -> None:
+        random_states = gather_object([random_state(self.accelerator.device)])
+        if self.accelerator.is_main_process:
+            write_folder(
+                self.output_dir / f"checkpoint-{self.step}",
+                lambda folder: self._write_checkpoint(folder, random_states),
+            )
+            checkpoints = whole_checkpoints(self.output_dir)
+            for step in sorted(checkpoints)[: -self.arguments.save_total_limit]:
+                shutil.rmtree(checkpoints[step])
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, folder: Path, random_states: list[dict]) -> None:
+        for name, module in self._weights().items():
+            save_file(module.state_dict(), folder / f"{name}.safetensors")
+        state = {
+            "step": self.step,  # and with it the data position
+            "images_per_step": self.images_per_step,
+            "random_states": random_states,
+            "schedules": [network.schedule.state_dict() for network in self._networks()],
+            "optimizers": [network.optimizer.state_dict() for network in self._networks()],
+        }
+        torch.save(state, folder / "state.pt")
+
+    def _load_checkpoint(self, folder: Path) -> None:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        if state["images_per_step"] != self.images_per_step:
+            raise ValueError(
+                f"{folder} was written with {state['images_per_step']} images in a step, now there are "
+                f"{self.images_per_step}: its data position would be another."
+            )
+        for name, module in self._weights().items():
+            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        networks = self._networks()
+        for network, optimizer, schedule in zip(networks, state["optimizers"], state["schedules"], strict=True):
+            network.optimizer.load_state_dict(optimizer)
+            network.schedule.load_state_dict(schedule)
+        self.step = state["step"]
+        if len(state["random_states"]) == self.accelerator.num_processes:
+            set_random_state(state["random_states"][self.accelerator.process_index], self.accelerator.device)
+        self.accelerator.print(f"resumed from {folder}")
+
+    def _networks(self) -> list[TrainedNetwork]:
+        return [self.tokenizer] if self.discriminator is None else [self.tokenizer, self.discriminator]
+
+    def _weights(self) -> dict[str, nn.Module]:
+        modules = {"model": self.tokenizer.module, "ema": self.ema.module}
+        return modules if self.discriminator is None else modules | {"discriminator": self.discriminator.module}
+
+    def _save_release(self) -> None:
+        def write(folder: Path) -> None:
+            for part in (self.ema.module, self.image_processor, self.text_tokenizer):
+                if part is not None:
+                    part.save_pretrained(folder)
+
+        if self.accelerator.is_main_process:
+            write_folder(self.output_dir / "release", write)
+        self.accelerator.wait_for_everyone()
+
+
+def adamw(
+    model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8
+) -> torch.optim.AdamW:
+    """AdamW over the parameters that are not frozen, without decay for those of fewer than two dims."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of torch's random numbers in this process (nothing here draws others)."""
+    state = {"cpu": torch.get_rng_state()}
+    return state if device.type == "cpu" else state | {"device": torch.get_device_module(device).get_rng_state(device)}
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Undoes what was drawn since `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"], device)
