@@ -150,7 +150,9 @@ def test_each_part_has_its_learning_rate_and_vectors_no_decay(tmp_path, start, d
     def spy(self, model=None):
         optimizer = create(self, model)
         names = {id(p): n for n, p in self.model.named_parameters()}
-        seen.extend((names[id(p)], g["lr"], g["weight_decay"], p.ndim) for g in optimizer.param_groups for p in g["params"])
+        seen.extend(
+            (names[id(p)], g["lr"], g["weight_decay"], p.ndim) for g in optimizer.param_groups for p in g["params"]
+        )
         return optimizer
 
     monkeypatch.setattr(MLLMTrainer, "create_optimizer", spy)
@@ -232,7 +234,14 @@ def test_zero_gives_the_losses_of_one_process_and_a_model_that_loads(tmp_path, s
     model = UniTokMLLMForConditionalGeneration.from_pretrained(two / "release")
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-2, atol=1e-4)
-    resumed = run(config, 2, "--deepspeed", str(DEEPSPEED / f"{stage}.json"), "--resume_from_checkpoint", str(two / "checkpoint-10"))
+    resumed = run(
+        config,
+        2,
+        "--deepspeed",
+        str(DEEPSPEED / f"{stage}.json"),
+        "--resume_from_checkpoint",
+        str(two / "checkpoint-10"),
+    )
     np.testing.assert_allclose(losses(resumed), losses(one), rtol=1e-3)
 
 
@@ -300,8 +309,15 @@ def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
         ({"model": ""}, "Give either model"),
     ):
         with pytest.raises(ValueError, match=message):
-            main([str(write_config(tmp_path / "run.yaml", start, [data["read"]]) if not options else
-                  write_config(tmp_path / "run.yaml", start, [data["read"]], **options))])
+            main(
+                [
+                    str(
+                        write_config(tmp_path / "run.yaml", start, [data["read"]])
+                        if not options
+                        else write_config(tmp_path / "run.yaml", start, [data["read"]], **options)
+                    )
+                ]
+            )
 
 
 def test_a_release_with_an_empty_weight_is_refused(tmp_path, mllm, processor):

@@ -23,10 +23,8 @@ from training.losses import TERMS, LossArguments, psnr
 from training.perceptual import FrozenFeatures, perceptual_distance
 from training.tokenizer_trainer import (
     ResumableBatches,
-    SeededSamples,
     TokenizerTrainer,
     TokenizerTrainingArguments,
-    sample_seed,
     whole_checkpoints,
 )
 from training.train_tokenizer import TokenizerArguments, build_datasets, check_text_tokenizer, load_open_clip, main
@@ -55,8 +53,10 @@ class Noise(Dataset):
     def __len__(self) -> int:
         return len(self.pixel_values)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        pixels = self.pixel_values[index] * torch.rand(())
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        generator = torch.Generator().manual_seed(1000 * epoch + index)
+        pixels = self.pixel_values[index] * torch.rand((), generator=generator)
         return {"pixel_values": pixels, "input_ids": torch.tensor([1, 10 + index, 2, 0])}
 
 
@@ -125,6 +125,8 @@ def test_one_step_with_every_term_moves_every_trained_parameter_and_no_other(tmp
     unused = {"text_model.text_model.embeddings.position_embedding.weight"}  # all its rows but the first four
     assert still - unused == set()
     for name, value in trainer.discriminator.module.state_dict().items():
+        if name.endswith(".2.bias"):
+            continue  # within the hinge's margins the real and the fake pull it equally hard
         assert torch.equal(value, judge[name]) == name.startswith("features."), name
     assert all(torch.equal(value, perceptual[name]) for name, value in trainer.perceptual.state_dict().items())
     report = trainer.reports[1]
@@ -242,18 +244,12 @@ def test_batches_are_permutations_dealt_out_and_reached_without_the_ones_before(
     assert batches(1, 3, 1) == both[1][3:]
 
 
-def test_a_samples_randomness_is_that_of_its_epoch_and_index():
-    samples = SeededSamples(Noise(), seed=0)
-    state = torch.get_rng_state()
-    first, again, other = (samples[key]["pixel_values"] for key in ((0, 3), (0, 3), (1, 3)))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert sample_seed(1, 23) != sample_seed(12, 3)
-
-
 class Stream(IterableDataset):
     def __init__(self, length: int):
         self.samples = Noise(length)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __iter__(self):
         return (self.samples[index] for index in range(len(self.samples)))
@@ -264,6 +260,7 @@ def test_a_stream_is_begun_again_until_the_steps_are_done(tmp_path):
     batches = trainer._batches()
     captions = [next(batches)["input_ids"][:, 1].tolist() for _ in range(3)]
     assert captions == [[10, 11, 12, 13], [14, 15, 16, 17], [10, 11, 12, 13]]
+    assert trainer.train_dataset.epoch == 1
     trainer.train()
     assert trainer.step == 3
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -475,7 +472,7 @@ def test_sources_that_do_not_go_together_are_refused(text_tokenizer, captioned_f
     folder = {"kind": "folder", "path": str(captioned_folder)}
     stream = {"kind": "webdataset", "shards": "{00..01}.tar", "samples_per_epoch": 10}
     for sources in ([], [folder, stream]):
-        with pytest.raises(ValueError, match="one webdataset source or any number of others"):
+        with pytest.raises(ValueError, match="one of kind webdataset, or any number of others"):
             build_datasets(sources, *data)
     dataset, samples = build_datasets([folder, folder], *data)
     assert len(dataset) == 18 and samples is None

@@ -23,6 +23,7 @@ import webdataset as wds
 
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 CODE_TYPE = np.dtype("<u2")
+READ_ROWS = 1024  # at a time; left to itself, the library stumbles over a shard whose images were all broken
 
 
 def shard_path(folder: Path, number: int, metadata: dict) -> Path:
@@ -64,7 +65,7 @@ def write_shard(path: Path, codes: Mapping[str, torch.Tensor]) -> None:
     arrays = {key: value.numpy().astype(CODE_TYPE) for key, value in codes.items()}
     unfinished = path.with_name(f".{path.name}.unfinished")
     if path.suffix == ".tar":
-        with wds.TarWriter(str(unfinished), mtime=0, format="PAX_FORMAT") as writer:  # names of any length
+        with wds.TarWriter(str(unfinished), mtime=0) as writer:
             for key, array in arrays.items():
                 writer.write({"__key__": key, "npy": array})
     else:
@@ -99,7 +100,8 @@ class CodeStore(Mapping):
                 "the extraction is not finished."
             )
         if self.metadata["format"] == "parquet":
-            self.rows = datasets.Dataset.from_parquet([str(shard) for shard in shards])
+            files = [str(shard) for shard in shards]
+            self.rows = datasets.Dataset.from_parquet(files, batch_size=READ_ROWS)
             self.places = {key: i for i, key in enumerate(self.rows["key"][:])}
         else:
             self.places = {}

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -108,7 +109,24 @@ class ImageVariants(Dataset):
         return key, torch.stack(views)
 
 
-app = typer.Typer(help=__doc__, add_completion=False)
+@dataclass
+class Batch:
+    """Images of `ImageVariants`: those that could be read, (B, variants, 3, H, W), and the errors of the others."""
+
+    keys: list[str]
+    pixel_values: torch.Tensor
+    errors: dict[str, str]
+
+
+def collate(images: list[tuple[str, torch.Tensor | str]]) -> Batch:
+    """Joins images in the worker: one tensor at a time crosses to the process that encodes."""
+    errors = {key: value for key, value in images if isinstance(value, str)}
+    views = {key: value for key, value in images if key not in errors}
+    pixel_values = torch.stack([*views.values()]) if views else torch.empty(0)
+    return Batch(list(views), pixel_values, errors)
+
+
+app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -127,7 +145,7 @@ def main(
     workers: Annotated[int, typer.Option(min=0, help="processes that decode images, for each that encodes")] = 4,
     device: Annotated[str, typer.Option(help="such as cuda:0", show_default="a GPU where there is one")] = "",
     bf16: Annotated[bool, typer.Option(help="encode in bfloat16; the search for codes stays float32")] = False,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="of mirroring and shifts")] = 0,
     max_broken_share: Annotated[float, typer.Option(help="of a process's images; more of them stop it")] = 0.01,
 ) -> None:
     """Writes the codes of the images that DATA names to OUT."""
@@ -164,58 +182,72 @@ def main(
     }
     write_metadata(out, metadata)
 
-    shards = range(rank, num_shards, world_size)
-    paths = {shard: shard_path(out, shard, metadata) for shard in shards}
-    ranges = {
-        shard: range(shard * shard_size, min((shard + 1) * shard_size, len(keys)))
-        for shard in shards
-        if not paths[shard].is_file()
-    }
-    batches = {
-        shard: [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-        for shard, images in ranges.items()
-    }
     size = {"height": config.image_size, "width": config.image_size}
     image_processor = UniTokImageProcessor(mode=mode.value, size=size)
     augment = augmentation(image_processor, mirror, max_shift)
+    images = ImageVariants(keys, store, image_processor, augment, variants, seed)
+    todo = {}
+    for shard in range(rank, num_shards, world_size):
+        path = shard_path(out, shard, metadata)
+        if not path.is_file():
+            todo[path] = range(shard * shard_size, min((shard + 1) * shard_size, len(keys)))
+    start = time.perf_counter()
+    broken = write_shards(model, images, todo, batch_size, workers, max_broken_share, show_progress=rank == 0)
+    rate = broken.seen / (time.perf_counter() - start)
+    print(
+        f"process {rank}: {broken.seen} images, {broken.broken} of them broken, {rate:.1f} images/s; the rest was there"
+    )
+
+
+def write_shards(
+    model: UniTokModel,
+    images: ImageVariants,
+    shards: dict[Path, range],
+    batch_size: int,
+    workers: int,
+    max_broken_share: float,
+    show_progress: bool,
+) -> BrokenSamples:
+    """Encodes the images whose numbers each shard takes, and writes it; a batch lies within a shard.
+
+    Returns:
+        How many images were seen, and how many of them were broken.
+
+    Raises:
+        ValueError: too many are broken; the shard at hand is not written then.
+    """
+    batches = {path: [of[i : i + batch_size] for i in range(0, len(of), batch_size)] for path, of in shards.items()}
     loader = DataLoader(
-        ImageVariants(keys, store, image_processor, augment, variants, seed),
+        images,
         batch_sampler=[batch for of_shard in batches.values() for batch in of_shard],
         num_workers=workers,
-        collate_fn=list,
+        collate_fn=collate,
     )
     loaded = iter(loader)
-    total = sum(len(images) for images in ranges.values())
-    broken = BrokenSamples(max_broken_share)
-    bar = tqdm(total=total, unit="image", disable=rank > 0)
-    start = time.perf_counter()
-    for shard, of_shard in batches.items():
-        codes = {}
-        for _ in of_shard:
-            codes |= encode(model, next(loaded), broken)
-            bar.update(batch_size)
-        write_shard(paths[shard], codes)
-    bar.close()
-    broken.judge()
-    rate = total / (time.perf_counter() - start)
-    print(f"process {rank}: {total} images in {len(ranges)} shards, {broken.broken} broken, {rate:.0f} images/s")
+    total = sum(map(len, shards.values()))
+    broken = BrokenSamples(max_broken_share, minimum=min(100, total))
+    with tqdm(total=total, unit="image", disable=not show_progress) as bar:
+        for path, of_shard in batches.items():
+            codes = {}
+            for batch in of_shard:
+                codes |= encode(model, next(loaded), broken)
+                bar.update(len(batch))
+            write_shard(path, codes)
+    return broken
 
 
 @torch.inference_mode()
-def encode(model: UniTokModel, images: list[tuple[str, torch.Tensor | str]], broken: BrokenSamples) -> dict:
-    """Codes (variants, K, L) of a batch of `ImageVariants` by key, on the CPU; broken ones are counted and left out."""
-    views = {}
-    for key, pixels in images:
-        if isinstance(pixels, str):
-            broken.count_broken(key, pixels)
-        else:
-            broken.count()
-            views[key] = pixels
-    if not views:
+def encode(model: UniTokModel, batch: Batch, broken: BrokenSamples) -> dict[str, torch.Tensor]:
+    """Codes (variants, K, L) by key, on the CPU; broken images are counted and left out."""
+    for key, error in batch.errors.items():
+        broken.count_broken(key, error)
+    for _ in batch.keys:
+        broken.count()
+    if not batch.keys:
         return {}
-    batch = torch.stack(list(views.values())).to(model.device)  # (B, variants, 3, H, W)
-    codes = torch.stack([model.encode(variant) for variant in batch.unbind(1)], dim=1)
-    return dict(zip(views, codes.cpu()))
+    views = batch.pixel_values.to(model.device).unbind(1)
+    codes = torch.stack([model.encode(pixels) for pixels in views], dim=1)
+    return dict(zip(batch.keys, codes.cpu()))
 
 
 if __name__ == "__main__":

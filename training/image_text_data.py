@@ -367,7 +367,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
         transform: see there; its numbers are drawn one after the other in each worker.
         samples_per_epoch: over all processes.
         shuffle: samples that a worker holds, undecoded, to draw from; 0 for the order of the shard.
-        max_broken_share: see `BrokenSamples`; a shard that breaks off counts as one.
+        max_broken_share: see `BrokenSamples`; a shard that breaks off counts as a sample or two.
 
     Raises:
         ValueError: `samples_per_epoch` is below 1.

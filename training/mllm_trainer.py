@@ -90,7 +90,9 @@ class MLLMTrainer(Trainer):
     def _counts(self, inputs: dict) -> torch.Tensor:
         """The numbers of text targets and of codes to draw, (2,)."""
         text = (inputs["labels"][:, 1:] != -100).sum()
-        codes = inputs["image_codes"][0].numel() * inputs["image_targets"].sum() if "image_codes" in inputs else 0 * text
+        codes = (
+            inputs["image_codes"][0].numel() * inputs["image_targets"].sum() if "image_codes" in inputs else 0 * text
+        )
         return torch.stack([text, codes])
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
@@ -147,7 +149,9 @@ class MLLMTrainer(Trainer):
                 if values[f"{name}_count"]:
                     logs[f"{name}_loss"] = values[f"{name}_sum"] / values[f"{name}_count"]
                     if not math.isfinite(logs[f"{name}_loss"]):
-                        raise FloatingPointError(f"The {name}_loss is {logs[f'{name}_loss']} before step {self.state.global_step}.")
+                        raise FloatingPointError(
+                            f"The {name}_loss is {logs[f'{name}_loss']} before step {self.state.global_step}."
+                        )
             seconds = now - self._last_log
             logs |= {f"{name}_per_second": round(values[name] / seconds, 1) for name in ("tokens", "images")}
             self._since_log.zero_()

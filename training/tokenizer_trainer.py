@@ -6,14 +6,13 @@ weights, which is what is released.
 """
 
 import math
-import random
 import re
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 from training.augment import blur, diff_augment, draw_augmentation
 from training.discriminator import FeatureDiscriminator
+from training.image_text_data import sample_seed
 from training.losses import (
     DISCRIMINATOR_TERMS,
     RECONSTRUCTION_TERMS,
@@ -118,23 +118,6 @@ class ResumableBatches(Sampler):
             epoch, position = epoch + 1, 0
 
 
-def sample_seed(*numbers: int) -> int:
-    """One seed for several non-negative numbers, such as (seed, epoch, index)."""
-    return random.Random(repr(numbers)).getrandbits(63)
-
-
-class SeededSamples(Dataset):
-    """A map-style dataset looked up by (epoch, index), torch's random numbers being drawn from (seed, epoch, index)."""
-
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(sample_seed(self.seed, *key))
-            return self.dataset[key[1]]
-
-
 class LossHistory:
     """Named scalars of every step since the last log, kept on the device so that no step waits for it."""
 
@@ -202,8 +185,8 @@ class TokenizerTrainer:
         model: trained in place; its weights stay float32.
         arguments, losses: see there.
         train_dataset: gives dicts of `pixel_values` (3, H, W) in [-1, 1] and `input_ids` (T,). A map-style one is
-            shuffled here; an iterable one must give each process its own share, in a random order, and is begun again
-            where it ends.
+            looked up by (epoch, index), in an order drawn here; an iterable one must give each process its own share,
+            in an order that `set_epoch` decides, and is begun again where it ends.
         image_processor, text_tokenizer: released with the model.
         samples_per_epoch: of an iterable dataset, over all processes.
         perceptual: distance of (reconstruction, pixels), where the perceptual term has a weight.
@@ -356,7 +339,7 @@ class TokenizerTrainer:
                 arguments.seed,
                 first=self.step * arguments.gradient_accumulation_steps,
             )
-            dataset, options = SeededSamples(dataset, arguments.seed), {"batch_sampler": batches}
+            options = {"batch_sampler": batches}
         loader = DataLoader(
             dataset,
             num_workers=arguments.dataloader_num_workers,
@@ -364,7 +347,9 @@ class TokenizerTrainer:
             generator=torch.Generator().manual_seed(arguments.seed),  # or it would draw from the training's own
             **options,
         )
-        while True:
+        for epoch in count():
+            if isinstance(dataset, IterableDataset):
+                dataset.set_epoch(epoch)
             batch = None
             for batch in loader:
                 yield batch

@@ -62,8 +62,12 @@ PARTS = ["embedder", "depth_head", "language_model"]
 class MLLMArguments:
     """What the MLLM's training needs beyond the Trainer's own arguments."""
 
-    model: str = field(default="", metadata={"help": "folder or hub name of an MLLM to go on from; or the parts below"})
-    visual_model: str = field(default="", metadata={"help": "folder of a UniTok tokenizer; with model: replaces its own"})
+    model: str = field(
+        default="", metadata={"help": "folder or hub name of an MLLM to go on from; or the parts below"}
+    )
+    visual_model: str = field(
+        default="", metadata={"help": "folder of a UniTok tokenizer; with model: replaces its own"}
+    )
     llm: str = field(default="", metadata={"help": "folder or hub name of a causal LM to start from"})
     llm_config: dict | None = field(default=None, metadata={"help": "without llm: the config of a fresh causal LM"})
     llm_gguf_file: str = field(default="", metadata={"help": "the file in llm, where its weights come as GGUF"})
@@ -82,7 +86,9 @@ class MLLMArguments:
     )
     train_codebooks: bool = field(default=False, metadata={"help": "train the embedder's copy of the codebooks too"})
     learning_rates: dict | None = field(default=None, metadata={"help": "learning rates of parts, by prefix"})
-    lora: dict | None = field(default=None, metadata={"help": "peft's LoraConfig for the LLM's linear layers: {r: 16}"})
+    lora: dict | None = field(
+        default=None, metadata={"help": "peft's LoraConfig for the LLM's linear layers: {r: 16}"}
+    )
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the LLM in 4 bits (bitsandbytes); needs lora"})
 
     datasets: list[dict] = field(default_factory=list, metadata={"help": "sources, see training/data.py; in the YAML"})
@@ -165,7 +171,9 @@ def build_model(
     """The model to start from, its tokenizer whole and set aside, and its processor."""
     with whole_weights(training_arguments):
         visual = UniTokModel.from_pretrained(arguments.visual_model or arguments.model).eval()
-        own_visual = UniTokModel(UniTokMLLMConfig.from_pretrained(arguments.model).visual_config) if arguments.model else None
+        own_visual = (
+            UniTokModel(UniTokMLLMConfig.from_pretrained(arguments.model).visual_config) if arguments.model else None
+        )
     processor = build_processor(arguments, visual.config.vision_config.image_size)
     if arguments.model:
         model = UniTokMLLMForConditionalGeneration.from_pretrained(

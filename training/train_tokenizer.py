@@ -16,18 +16,17 @@ from itertools import islice
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from training.arguments import parse_yaml_and_command_line
 from training.discriminator import FeatureDiscriminator
-from training.image_text_data import ImageTextTransform, build_image_text_dataset
+from training.image_text_data import ImageTextTransform, build_image_text_dataset, sample_seed
 from training.losses import LossArguments
 from training.perceptual import FrozenFeatures, perceptual_distance
 from training.tokenizer_trainer import (
     TokenizerTrainer,
     TokenizerTrainingArguments,
-    sample_seed,
     whole_checkpoints,
 )
 from unitok_mllm import UniTokConfig, UniTokModel
@@ -155,19 +154,10 @@ def build_datasets(
     Raises:
         ValueError: no source, or streams beside others.
     """
-    streams = [source.get("kind") == "webdataset" for source in sources]
-    if not sources or any(streams) and len(sources) > 1:
-        raise ValueError(f"datasets takes one webdataset source or any number of others, got {sources}.")
-    seed = sample_seed(seed, first_step) if streams[0] else seed
-    datasets = []
-    for source in sources:
-        source = dict(source)
-        changes = {k: source.pop(k) for k in ("random_crop", "horizontal_flip", "max_shift") if k in source}
-        transform = ImageTextTransform(image_processor, text_tokenizer, max_text_length, **changes)
-        datasets.append(build_image_text_dataset(source, transform, seed))
-    if streams[0]:
-        return datasets[0], sources[0]["samples_per_epoch"]
-    return ConcatDataset(datasets), None
+    is_stream = any(source.get("kind") == "webdataset" for source in sources)
+    transform = ImageTextTransform(image_processor, text_tokenizer, max_text_length)
+    dataset = build_image_text_dataset(sources, transform, sample_seed(seed, first_step) if is_stream else seed)
+    return dataset, sources[0]["samples_per_epoch"] if is_stream else None
 
 
 def build_networks(losses: LossArguments, image_size: int) -> dict[str, torch.nn.Module]:

@@ -1,0 +1,214 @@
+"""Measures a model on the two emoji styles: what its codes keep, whether it names pictures, and draws what is named.
+
+    python -m eval.emoji --model unitok_mllm/checkpoints/tiny --data runs/data/emoji --output runs/emoji.json
+
+Held-out pictures (a tenth of the names, in one style) were never trained on in that style. A drawing counts as right if,
+of all names' pictures in the style asked for, that of its own name is the nearest (or among the five nearest) in pixels:
+mean squared error at 32x32, after the mean colour over each cell. The same figure of reconstructions says how much of it
+the tokenizer allows for. The picture next to the JSON shows drawings.
+"""
+
+import io
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+
+import unitok_mllm
+from eval._common import write_atomically
+from eval.easy_vqa import answer_questions, draw, folder_digest, normalize_answer
+from training.emoji import QUESTION, STYLES, Emoji, load
+from training.losses import psnr
+from unitok_mllm.sheet import contact_sheet
+
+
+SHOWN = (
+    *("rose", "pizza", "dog face", "banana", "heavy black heart", "sunflower", "frog face", "red apple"),
+    *(
+        "automobile",
+        "earth globe europe-africa",
+        "octopus",
+        "snowman",
+        "jack-o-lantern",
+        "soccer ball and net",
+        "fire",
+    ),
+    *("cactus", "watermelon", "penguin", "cat face", "rainbow", "hamburger", "strawberry", "trophy", "birthday cake"),
+)
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Raises:
+        ValueError: a value out of its range, or a folder that is not there.
+    """
+
+    model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder of model and processor"})
+    data: str = field(default="runs/data/emoji", metadata={"help": "folder made by training.prepare_data"})
+    packages: str = field(default="runs/npm", metadata={"help": "folder of the npm archives"})
+    output: str = field(default="runs/emoji.json", metadata={"help": "where the numbers go"})
+    batch_size: int = field(default=64, metadata={"help": "pictures at a time"})
+    seen: int = field(default=400, metadata={"help": "how many of the pictures trained on to measure, evenly spread"})
+    guidance: float = field(default=3.0, metadata={"help": "guidance scale of the drawings; 1: none"})
+    temperature: float = field(default=0.7, metadata={"help": "temperature of the drawings"})
+    top_k: int = field(default=20, metadata={"help": "draw from the k likeliest codes; 0: from all"})
+    seed: int = field(default=0, metadata={"help": "of the first drawing; each has its own, counting up"})
+    device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
+
+    def __post_init__(self):
+        if not (Path(self.model) / "config.json").is_file():
+            raise ValueError(f"there is no model folder {self.model} (a folder with a config.json)")
+        if not (Path(self.data) / "images").is_dir():
+            raise ValueError(f"{self.data} has no emoji: python -m training.prepare_data emoji {self.data}")
+        if self.batch_size < 1 or self.seen < 1:
+            raise ValueError("batch_size and seen must be at least 1")
+
+
+def retrieval(pictures: torch.Tensor, gallery: torch.Tensor, truths: torch.Tensor) -> dict[str, float]:
+    """How often a picture's own original is the nearest, and among the five nearest, of a gallery.
+
+    Args:
+        pictures: (N, 3, H, W); gallery: (M, 3, H, W); truths: (N,), the originals' numbers in the gallery.
+    """
+    cells = [F.adaptive_avg_pool2d(images.float(), 32).flatten(1) for images in (pictures, gallery)]
+    nearest = torch.cdist(*cells).topk(min(5, len(gallery)), largest=False).indices == truths[:, None]
+    return {"top1": nearest[:, 0].float().mean().item(), "top5": nearest.any(dim=1).float().mean().item()}
+
+
+class Evaluation:
+    """A loaded model and the emoji, and one method for each part."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        device = settings.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        self.model = AutoModelForImageTextToText.from_pretrained(settings.model).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(settings.model)
+        self.emoji = load(Path(settings.packages))
+        trained_on = [i for i, e in enumerate(self.emoji) if not e.held_out]
+        step = max(1, len(trained_on) // settings.seen)
+        self.sets = {
+            "seen": trained_on[::step][: settings.seen],
+            "held_out": [i for i, e in enumerate(self.emoji) if e.held_out],
+        }
+        files = [f"{settings.data}/{e.image}" for e in self.emoji]
+        self.pixels = self.processor.image_processor(files)["pixel_values"]
+        self.codes = self._batched(self.model.encode_images, self.pixels, "encoding")
+
+    def _batched(self, function, rows: torch.Tensor, title: str) -> torch.Tensor:
+        chunks = tqdm(rows.split(self.settings.batch_size), desc=title)
+        return torch.cat([function(chunk.to(self.model.device)).cpu() for chunk in chunks])
+
+    def _retrieval(self, pictures: torch.Tensor, numbers: list[int]) -> dict[str, float]:
+        """Within each style, weighted by the pictures of it."""
+        total = {"top1": 0.0, "top5": 0.0}
+        for style in STYLES:
+            gallery = [i for i, e in enumerate(self.emoji) if e.style == style]
+            rows = [row for row, i in enumerate(numbers) if self.emoji[i].style == style]
+            if rows:
+                truths = torch.tensor([gallery.index(numbers[row]) for row in rows])
+                shares = retrieval(pictures[rows], self.pixels[gallery], truths)
+                total = {name: total[name] + shares[name] * len(rows) / len(numbers) for name in total}
+        return total
+
+    def reconstruction(self, numbers: list[int]) -> dict:
+        """PSNR in dB, and how often the original is found again."""
+        pixels = self._batched(self.model.decode_images, self.codes[numbers], "decoding").float()
+        return {"psnr_db": psnr(pixels, self.pixels[numbers]).mean().item(), **self._retrieval(pixels, numbers)}
+
+    def naming(self, numbers: list[int]) -> dict:
+        """Share of exact answers to "what is this?", and the first few that are not."""
+        names = [self.emoji[i].name for i in numbers]
+        answers = answer_questions(
+            self.model, self.processor, [QUESTION] * len(numbers), self.codes[numbers], self.settings.batch_size
+        )
+        right = [normalize_answer(a) == normalize_answer(n) for a, n in zip(answers, names)]
+        mistakes = [{"name": n, "given": a} for n, a, r in zip(names, answers, right) if not r]
+        return {"accuracy": sum(right) / len(right), "first_mistakes": mistakes[:20]}
+
+    def drawing(self, numbers: list[int]) -> dict:
+        """How often a drawing is nearest to the picture that was asked for."""
+        return self._retrieval(self._draw([self.emoji[i] for i in numbers]), numbers)
+
+    def _draw(self, emoji: list[Emoji]) -> torch.Tensor:
+        settings = self.settings
+        codes = draw(
+            self.model,
+            self.processor,
+            [e.caption for e in emoji],
+            seeds=[settings.seed + n for n in range(len(emoji))],
+            batch_size=settings.batch_size,
+            guidance_scale=settings.guidance,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+        )
+        return self._batched(self.model.decode_images, codes, "decoding").float()
+
+    def sheet(self, path: Path) -> None:
+        """Writes drawings of well-known emoji, both styles under each other's names."""
+        by_name = {(e.name, e.style): e for e in self.emoji}
+        shown = [by_name[name, style] for style in STYLES for name in SHOWN if (name, style) in by_name]
+        pictures = self.processor.image_processor.post_process(self._draw(shown))
+        png = io.BytesIO()
+        contact_sheet(pictures, [e.caption.replace(" emoji", "") for e in shown], columns=8).save(png, format="png")
+        write_atomically(path, png.getvalue())
+
+
+def evaluate(settings: Settings) -> dict:
+    """Runs everything; the JSON is written after each part."""
+    evaluation = Evaluation(settings)
+    report = {
+        "benchmark": "emoji of two styles",
+        "settings": asdict(settings) | {"model_sha256": folder_digest(settings.model)},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "unitok_mllm": unitok_mllm.__version__,
+        },
+        "parts": {},
+    }
+    for name, numbers in evaluation.sets.items():
+        for part in ("reconstruction", "naming", "drawing"):
+            start = time.perf_counter()
+            values = getattr(evaluation, part)(numbers)
+            seconds = round(time.perf_counter() - start, 1)
+            report["parts"].setdefault(part, {})[name] = {"pictures": len(numbers), "seconds": seconds, **values}
+            write_atomically(settings.output, json.dumps(report, indent=2).encode())
+    evaluation.sheet(Path(settings.output).with_suffix(".png"))
+    return report
+
+
+def table(report: dict) -> str:
+    """The report in a few lines, for people."""
+    lines = [f"{'':44}{'seen':>10}{'held out':>10}"]
+    rows = (
+        ("reconstruction", "psnr_db", "reconstruction, PSNR, dB", "{:.2f}"),
+        ("reconstruction", "top1", "original nearest to reconstruction", "{:.1%}"),
+        ("naming", "accuracy", "named exactly", "{:.1%}"),
+        ("drawing", "top1", "drawing nearest to what was asked for", "{:.1%}"),
+        ("drawing", "top5", "... among the five nearest", "{:.1%}"),
+    )
+    for part, key, title, form in rows:
+        values = [report["parts"][part][name][key] for name in ("seen", "held_out")]
+        lines.append(f"{title:44}" + "".join(f"{form.format(value):>10}" for value in values))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(args=argv)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(table(evaluate(settings)))
+
+
+if __name__ == "__main__":
+    main()
