@@ -7,16 +7,8 @@ import torch
 from conftest import IMAGE_SIZE
 from PIL import Image
 
-from training.data import (
-    IGNORE,
-    ImageStore,
-    MLLMCollator,
-    MLLMDataset,
-    SampleTexts,
-    Source,
-    UnusableSample,
-    to_messages,
-)
+from training.data import IGNORE, MLLMCollator, MLLMDataset, SampleTexts, Source, to_messages
+from training.files import ImageStore, UnusableSample
 
 
 L = (IMAGE_SIZE // 16) ** 2
@@ -189,11 +181,11 @@ def test_a_broken_picture_is_named_and_passed_over_and_many_stop_the_run(folder,
     source = Source(path=f"{folder}/captions.jsonl", type="captions", task="draw")
     dataset = MLLMDataset([source], texts, 6, caption_dropout=0.0)
     prompts = sorted(texts.processor.decode(dataset[i]["input_ids"][:12]) for i in range(6))
-    assert dataset.unusable == 1 and "image 2.png" in caplog.text
+    assert dataset.broken.broken == 1 and "2.png" in caplog.text
     assert [p.split("shape ")[1][0] for p in prompts] == ["0", "1", "3", "3", "4", "5"]
     for i in range(6):
         (folder / f"{i}.png").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="11 of .* samples are unusable"):
+    with pytest.raises(ValueError, match="of 100 samples are broken"):
         dataset[0]
 
 

@@ -18,94 +18,21 @@ A source is one entry of a config's `datasets`:
     path: data/text.jsonl
 """
 
-import glob
-import io
-import json
-import logging
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-from braceexpand import braceexpand
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from training.codes import CodeStore
+from training.files import BrokenSamples, ImageStore, UnusableSample, read_rows
 from unitok_mllm import UniTokMLLMProcessor
 
 
-logger = logging.getLogger(__name__)
 IGNORE = -100
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-
-
-class UnusableSample(ValueError):
-    """A sample that cannot be trained on; another one takes its place."""
-
-
-def read_rows(path: Path) -> list[dict] | datasets.Dataset:
-    """The rows of a .json list, or of a .jsonl or .parquet file (memory-mapped).
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such file, or it has another ending.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no data file {path}.")
-    if path.suffix == ".json":
-        return json.loads(path.read_text())
-    readers = {".jsonl": datasets.Dataset.from_json, ".parquet": datasets.Dataset.from_parquet}
-    if path.suffix not in readers:
-        raise ValueError(f"Data comes as .json, .jsonl or .parquet, not as {path}.")
-    return readers[path.suffix](str(path))
-
-
-class ImageStore:
-    """Pictures by name, from a folder or from tar files (whose tables of contents are read once).
-
-    Args:
-        location: a folder, or a pattern of tar files with `*` or `{00..15}`.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no file of that pattern.
-    """
-
-    def __init__(self, location: str):
-        self.location, self.members = location, {}
-        if not location.endswith(".tar"):
-            if not Path(location).is_dir():
-                raise FileNotFoundError(f"There is no image folder {location}.")
-            return
-        shards = sorted(path for pattern in braceexpand(location) for path in glob.glob(pattern))
-        if not shards:
-            raise FileNotFoundError(f"There is no shard {location}.")
-        for shard in shards:
-            with tarfile.open(shard) as archive:
-                self.members |= {m.name: (shard, m.offset_data, m.size) for m in archive if m.isfile()}
-
-    def __getitem__(self, name: str) -> Image.Image:
-        """The picture, decoded.
-
-        Raises:
-            UnusableSample: it is missing or broken.
-        """
-        try:
-            if not self.members:
-                image = Image.open(Path(self.location) / name)
-            else:
-                shard, offset, size = self.members[name]
-                with open(shard, "rb") as file:
-                    file.seek(offset)
-                    image = Image.open(io.BytesIO(file.read(size)))
-            image.load()
-            return image
-        except KeyError:
-            raise UnusableSample(f"no image {name} in {self.location}") from None
-        except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UnusableSample(f"image {name} of {self.location}: {error}") from error
 
 
 class SampleTexts:
@@ -278,10 +205,8 @@ class MLLMDataset(Dataset):
         sources: at least one.
         num_samples: how many; None for as many as all sources have rows.
         caption_dropout: share of the captions replaced by the null prompt, where images are drawn.
-        max_unusable_share: of the samples tried in a worker; more of them stop the run (ten are always forgiven).
+        max_broken_share: see `BrokenSamples`.
     """
-
-    FORGIVEN = 10
 
     def __init__(
         self,
@@ -290,14 +215,14 @@ class MLLMDataset(Dataset):
         num_samples: int | None = None,
         seed: int = 0,
         caption_dropout: float = 0.1,
-        max_unusable_share: float = 0.01,
+        max_broken_share: float = 0.01,
     ):
         if not sources:
             raise ValueError("There is nothing to train on: `datasets` is empty.")
         weights = np.array([len(s.rows) if s.weight is None else s.weight for s in sources], dtype=float)
         num_samples = num_samples or sum(len(s.rows) for s in sources)
         self.sources, self.texts, self.seed = sources, texts, seed
-        self.caption_dropout, self.max_unusable_share = caption_dropout, max_unusable_share
+        self.caption_dropout, self.broken = caption_dropout, BrokenSamples(max_broken_share)
         bounds = np.round(num_samples * np.cumsum(weights) / weights.sum()).astype(int)
         counts = np.diff(bounds, prepend=0)
         self.choices = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sources)), counts))
@@ -305,7 +230,6 @@ class MLLMDataset(Dataset):
         for number, count in enumerate(counts):
             self.ranks[self.choices == number] = np.arange(count)
         self.orders: dict[int, tuple[int, np.ndarray]] = {}
-        self.tried = self.unusable = 0
 
     def __len__(self) -> int:
         return len(self.choices)
@@ -324,24 +248,20 @@ class MLLMDataset(Dataset):
         """See `Source.sample`; an unusable row is named in the log and the row after it taken.
 
         Raises:
-            ValueError: too many rows are unusable.
+            ValueError: too many rows are unusable, see `BrokenSamples`.
         """
         number = self.choices[index]
         source, row = self.sources[number], self._row(number, int(self.ranks[index]))
         rng = np.random.default_rng((self.seed, 2, index))
         while True:
-            self.tried += 1
             try:
-                return source.sample(row, self.texts, self.caption_dropout, rng)
+                sample = source.sample(row, self.texts, self.caption_dropout, rng)
             except UnusableSample as error:
-                self.unusable += 1
-                logger.warning("skipping row %d of %s: %s", row, source.path, error)
-                if self.unusable > max(self.FORGIVEN, self.max_unusable_share * self.tried):
-                    raise ValueError(
-                        f"{self.unusable} of {self.tried} samples are unusable, the last one row {row} of "
-                        f"{source.path}: {error}"
-                    ) from error
+                self.broken.count_broken(f"row {row} of {source.path}", error)
                 row = (row + 1) % len(source.rows)
+            else:
+                self.broken.count()
+                return sample
 
 
 @dataclass

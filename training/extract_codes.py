@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from training.codes import shard_path, write_metadata, write_shard
-from training.data import ImageStore, read_rows
-from training.image_text_data import IMAGE_SUFFIXES, BrokenSamples, augmentation, random_numbers, sample_seed
+from training.files import IMAGE_SUFFIXES, BrokenSamples, ImageStore, read_rows
+from training.image_text_data import augmentation, random_numbers, sample_seed
 from unitok_mllm import UniTokModel
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, MODES, UniTokImageProcessor
 

@@ -23,13 +23,10 @@ Each may also set `random_crop`, `horizontal_flip` and `max_shift` (see `ImageTe
 """
 
 import bisect
-import logging
 import random
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from io import BytesIO
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -44,12 +41,10 @@ from transformers import PreTrainedTokenizerBase
 from webdataset.shardlists import expand_urls
 from webdataset.utils import pytorch_worker_info
 
-from training.data import read_rows
-from unitok_mllm.image_processing_unitok import DECODE_ERRORS, UniTokImageProcessor, load_image
+from training.files import IMAGE_SUFFIXES, BrokenSamples, decode_image, read_rows
+from unitok_mllm.image_processing_unitok import UniTokImageProcessor, load_image
 
 
-logger = logging.getLogger(__name__)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CROP_SCALE = (0.9, 1.0)  # share of the picture's area that a random crop keeps; its caption tells of all of it
 CHANGES = ("random_crop", "horizontal_flip", "max_shift")  # of the transform, by a source
 OPTIONS = {  # of each kind; True: required
@@ -93,19 +88,6 @@ def augmentation(image_processor: UniTokImageProcessor, horizontal_flip: bool, m
     if max_shift:
         steps.append(v2.RandomCrop(size, padding=max_shift, padding_mode="edge"))
     return nn.Sequential(*steps)
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """An image file's bytes as an upright RGB picture, see `load_image`.
-
-    Raises:
-        ValueError: it is not an image, or broken.
-    """
-    try:
-        image = Image.open(BytesIO(data))
-    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image of {len(data)} bytes: {error}") from error
-    return load_image(image)
 
 
 @dataclass
@@ -165,49 +147,6 @@ class ImageTextTransform:
         if ids[-1:] != [end]:
             ids = [*ids[: length - 1], end]
         return torch.tensor(ids + [self.text_tokenizer.pad_token_id] * (length - len(ids)))
-
-
-@dataclass
-class BrokenSamples:
-    """Counts what cannot be read, and stops a run that skips too much.
-
-    A DataLoader's workers and the processes of a run each have their own counts: each judges the share of what it has
-    seen itself.
-
-    Args:
-        max_share: broken samples of those seen that are put up with.
-        minimum: samples to see before judging.
-    """
-
-    max_share: float
-    minimum: int = 100
-    seen: int = 0
-    broken: int = 0
-    last: deque[str] = field(default_factory=lambda: deque(maxlen=5))
-
-    def count(self) -> None:
-        """Counts a sample; raises ValueError, as `judge` does, once enough have been seen."""
-        self.seen += 1
-        if self.seen >= self.minimum:
-            self.judge()
-
-    def count_broken(self, name: str, error: Exception | str) -> None:
-        """Names the sample in the log; raises what `count` raises."""
-        self.broken += 1
-        self.last.append(name)
-        logger.warning("skipping %s: %s", name, error)
-        self.count()
-
-    def judge(self) -> None:
-        """
-        Raises:
-            ValueError: too many are broken; it gives the counts and the last names.
-        """
-        if self.broken > self.max_share * self.seen:
-            raise ValueError(
-                f"{self.broken} of {self.seen} samples are broken, more than {self.max_share:.2%}. "
-                f"The last ones: {', '.join(self.last)}."
-            )
 
 
 class ImageFiles:

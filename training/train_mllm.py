@@ -97,7 +97,7 @@ class MLLMArguments:
     max_length: int = field(default=2048, metadata={"help": "tokens of the longest sample, and of a packed row"})
     packing: bool = field(default=False, metadata={"help": "several samples in a row, without attention across"})
     caption_dropout: float = field(default=0.1, metadata={"help": "share of captions replaced by the null prompt"})
-    max_unusable_share: float = field(default=0.01, metadata={"help": "more broken samples than that stop the run"})
+    max_broken_share: float = field(default=0.01, metadata={"help": "more broken samples than that stop the run"})
     text_loss_weight: float = field(
         default=0.0,
         metadata={"help": "weight of the text loss against the image loss; 0: by their numbers of targets"},
@@ -300,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
             num_samples,
             training_arguments.seed,
             caption_dropout,
-            arguments.max_unusable_share,
+            arguments.max_broken_share,
         )
 
     flash = arguments.attn_implementation.startswith("flash")

@@ -1,0 +1,142 @@
+"""Files that both trainings read: tables, pictures by name, and what is done about those that are broken."""
+
+import glob
+import io
+import json
+import logging
+import tarfile
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from braceexpand import braceexpand
+from PIL import Image
+
+from unitok_mllm.image_processing_unitok import DECODE_ERRORS, load_image
+
+
+logger = logging.getLogger(__name__)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class UnusableSample(ValueError):
+    """A sample that cannot be trained on; another one takes its place."""
+
+
+def read_rows(path: Path) -> list[dict] | datasets.Dataset:
+    """The rows of a .json list, or of a .jsonl or .parquet file (memory-mapped).
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it has another ending.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no data file {path}.")
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    readers = {".jsonl": datasets.Dataset.from_json, ".parquet": datasets.Dataset.from_parquet}
+    if path.suffix not in readers:
+        raise ValueError(f"Data comes as .json, .jsonl or .parquet, not as {path}.")
+    return readers[path.suffix](str(path))
+
+
+class ImageStore:
+    """Pictures by name, from a folder or from tar files (whose tables of contents are read once).
+
+    Args:
+        location: a folder, or a pattern of tar files with `*` or `{00..15}`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no file of that pattern.
+    """
+
+    def __init__(self, location: str):
+        self.location, self.members = location, {}
+        if not location.endswith(".tar"):
+            if not Path(location).is_dir():
+                raise FileNotFoundError(f"There is no image folder {location}.")
+            return
+        shards = sorted(path for pattern in braceexpand(location) for path in glob.glob(pattern))
+        if not shards:
+            raise FileNotFoundError(f"There is no shard {location}.")
+        for shard in shards:
+            with tarfile.open(shard) as archive:
+                self.members |= {m.name: (shard, m.offset_data, m.size) for m in archive if m.isfile()}
+
+    def __getitem__(self, name: str) -> Image.Image:
+        """The picture, upright and in RGB, see `load_image`.
+
+        Raises:
+            UnusableSample: it is missing or broken.
+        """
+        if not self.members:
+            return load_sample_image(Path(self.location) / name)
+        if name not in self.members:
+            raise UnusableSample(f"no image {name} in {self.location}")
+        shard, offset, size = self.members[name]
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            return decode_image(file.read(size), name)
+
+
+def load_sample_image(path: Path) -> Image.Image:
+    """`load_image`, but what is broken or missing is an `UnusableSample`."""
+    try:
+        return load_image(path)
+    except ValueError as error:
+        raise UnusableSample(str(error)) from error
+
+
+def decode_image(data: bytes, name: str = "image") -> Image.Image:
+    """An image file's bytes as an upright RGB picture.
+
+    Raises:
+        UnusableSample: it is not an image, or broken.
+    """
+    try:
+        return load_image(Image.open(io.BytesIO(data)))
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise UnusableSample(f"cannot read {name} of {len(data)} bytes: {error}") from error
+
+
+@dataclass
+class BrokenSamples:
+    """Counts what cannot be read, and stops a run that skips too much.
+
+    A DataLoader's workers and the processes of a run each have their own counts: each judges the share of what it has
+    seen itself.
+
+    Args:
+        max_share: broken samples of those seen that are put up with.
+        minimum: samples to see before judging.
+    """
+
+    max_share: float
+    minimum: int = 100
+    seen: int = 0
+    broken: int = 0
+    last: deque[str] = field(default_factory=lambda: deque(maxlen=5))
+
+    def count(self) -> None:
+        """Counts a sample; raises ValueError, as `judge` does, once enough have been seen."""
+        self.seen += 1
+        if self.seen >= self.minimum:
+            self.judge()
+
+    def count_broken(self, name: str, error: Exception | str) -> None:
+        """Names the sample in the log; raises what `count` raises."""
+        self.broken += 1
+        self.last.append(name)
+        logger.warning("skipping %s: %s", name, error)
+        self.count()
+
+    def judge(self) -> None:
+        """
+        Raises:
+            ValueError: too many are broken; it gives the counts and the last names.
+        """
+        if self.broken > self.max_share * self.seen:
+            raise ValueError(
+                f"{self.broken} of {self.seen} samples are broken, more than {self.max_share:.2%}. "
+                f"The last ones: {', '.join(self.last)}."
+            )
