@@ -16,11 +16,13 @@ from conftest import IMAGE_SIZE, enliven
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
+from training.arguments import parse_yaml_and_command_line
 from training.merge_lora import load_with_adapter
 from training.mllm_trainer import WHOLE, whole_checkpoints
 from training.release import save_release
-from training.train_mllm import main
+from training.train_mllm import MLLMArguments, build_model, main
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
 
@@ -61,7 +63,7 @@ def data(tmp_path) -> dict[str, dict]:
 
 
 def write_config(path: Path, start: Path, sources: list[dict], **options) -> Path:
-    """A config for training `start` on the sources, in `<path without .yaml>/`."""
+    """A config for training `start` on the sources, in `<path without .yaml>/`; options replace what it says."""
     config = {
         "model": str(start),
         "datasets": sources,
@@ -219,8 +221,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path, start, data):
     np.testing.assert_allclose(losses(two), one, rtol=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize(
+    "stage", ["zero3", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero1", "zero2", "zero3_offload"))]
+)
 def test_zero_gives_the_losses_of_one_process_and_a_model_that_loads(tmp_path, start, data, stage):
     """Twenty steps; the text alone of every other step's second half leaves one process without any image."""
     sources = [data["text"] | {"weight": 2.0}, data["read"], data["draw"]]
@@ -299,6 +302,15 @@ def test_samples_are_drawn_and_answered_at_evaluations(tmp_path, start, data):
     assert list((tmp_path / "run").glob("**/events.out.tfevents*"))
 
 
+def test_codes_of_another_tokenizer_are_refused(tmp_path, start, data):
+    folder = tmp_path / "codes"
+    extract = [sys.executable, "-m", "training.extract_codes", data["read"]["path"], str(folder), "--visual-model"]
+    shipped = str(ROOT / "unitok_mllm/checkpoints/tiny")
+    subprocess.run([*extract, shipped, "--workers", "0"], cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    with pytest.raises(ValueError, match=r"codes are of 8 codebooks of 512, 16 positions; .* 4 of 32, 9"):
+        main([str(write_config(tmp_path / "run.yaml", start, [data["read"] | {"codes": str(folder)}]))])
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
     for options, message in (
         ({"trainable": ["head"]}, "'head', which fits no parameter"),
@@ -309,15 +321,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
         ({"model": ""}, "Give either model"),
     ):
         with pytest.raises(ValueError, match=message):
-            main(
-                [
-                    str(
-                        write_config(tmp_path / "run.yaml", start, [data["read"]])
-                        if not options
-                        else write_config(tmp_path / "run.yaml", start, [data["read"]], **options)
-                    )
-                ]
-            )
+            main([str(write_config(tmp_path / "run.yaml", start, [data["read"]], **options))])
 
 
 def test_a_release_with_an_empty_weight_is_refused(tmp_path, mllm, processor):
@@ -328,3 +332,18 @@ def test_a_release_with_an_empty_weight_is_refused(tmp_path, mllm, processor):
     with pytest.raises(ValueError, match="1 weights are missing, depth_head.head.weight"):
         save_release(mllm, processor, tmp_path / "release", state_dict=weights)
     assert not list(tmp_path.glob("**/model.safetensors"))
+
+
+def test_qlora_trains_over_four_bits(tmp_path, start, data):
+    bits = pytest.importorskip("bitsandbytes", reason="needs the extra `qlora`")
+    config = write_config(
+        tmp_path / "run.yaml", start, [data["read"], data["draw"]], max_steps=3, load_in_4bit=True, **LORA
+    )
+    start_of_run, _ = build_model(*parse_yaml_and_command_line((MLLMArguments, TrainingArguments), [str(config)]))
+    in_four_bits = {n for n, m in start_of_run.named_modules() if isinstance(m, bits.nn.Linear4bit)}
+    assert len(in_four_bits) == 14 and all(name.startswith("language_model.model.layers") for name in in_four_bits)
+    main([str(config)])
+    names = changed(start, tmp_path / "run/release")
+    assert {name.split(".")[0] for name in names} == {"language_model", "embedder", "depth_head"}
+    history = losses(tmp_path / "run")
+    assert history[-1][0] < history[0][0]

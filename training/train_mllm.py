@@ -33,6 +33,7 @@ from transformers.integrations.deepspeed import (
 )
 
 from training.arguments import parse_yaml_and_command_line
+from training.codes import CodeStore
 from training.data import MLLMCollator, MLLMDataset, SampleTexts, Source
 from training.merge_lora import merge_lora
 from training.mllm_trainer import (
@@ -51,6 +52,7 @@ from unitok_mllm import (
     UniTokMLLMProcessor,
     UniTokModel,
 )
+from unitok_mllm.configuration_unitok import UniTokVisionConfig
 from unitok_mllm.processing_unitok import VICUNA_SYSTEM, vicuna_chat_template
 
 
@@ -198,6 +200,23 @@ def build_model(
     return model, processor
 
 
+def checked(source: Source, vision: UniTokVisionConfig) -> Source:
+    """The source, unless its codes cannot be the tokenizer's.
+
+    Raises:
+        ValueError: they are of another geometry.
+    """
+    if isinstance(source.store, CodeStore):
+        names = "num_codebooks", "codebook_size", "num_positions"
+        theirs, ours = [source.store.metadata[name] for name in names], [getattr(vision, name) for name in names]
+        if theirs != ours:
+            raise ValueError(
+                "{}: the codes are of {} codebooks of {}, {} positions; ".format(source.codes, *theirs)
+                + "the tokenizer's are of {} of {}, {}.".format(*ours)
+            )
+    return source
+
+
 def freeze_all_but(model: torch.nn.Module, trainable: list[str]) -> None:
     """Leaves only the parameters under these prefixes trainable.
 
@@ -295,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def dataset(sources: list[dict], num_samples: int, caption_dropout: float) -> MLLMDataset:
         return MLLMDataset(
-            [Source(**source) for source in sources],
+            [checked(Source(**source), vision) for source in sources],
             texts,
             num_samples,
             training_arguments.seed,

@@ -1,0 +1,80 @@
+"""What a training step saves where the depth head sees only a share of the image positions: time and memory.
+
+    python -m eval.image_loss_share
+
+A SmolLM2-135M-sized LLM (random weights) with 8 codebooks of 4096 and 256 positions draws 4 images: one forward and
+backward pass, fp32. Each share runs in a process of its own, whose largest resident set is read at its end.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Annotated
+
+import torch
+import typer
+from transformers import LlamaConfig
+
+from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokMLLMForConditionalGeneration
+
+
+SHARES = (1.0, 0.5, 0.25)
+IMAGES, TEXT = 4, 40
+
+
+def build_model() -> UniTokMLLMForConditionalGeneration:
+    llm = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    visual = UniTokConfig.preset("tiny", image_size=256, codebook_size=4096)
+    return UniTokMLLMForConditionalGeneration(UniTokMLLMConfig(text_config=llm, visual_config=visual)).train()
+
+
+def measure(share: float, runs: int) -> dict:
+    """Median seconds of a step, and the growth of the largest resident set over it in MiB."""
+    torch.manual_seed(0)
+    model = build_model()
+    config = model.config
+    positions = config.num_image_positions
+    ids = torch.randint(10, 1000, (IMAGES, TEXT + positions + 1))
+    ids[:, TEXT:-1] = config.image_token_id
+    inputs = {
+        "input_ids": ids,
+        "labels": ids,
+        "image_codes": torch.randint(4096, (IMAGES, 8, positions)),
+        "image_targets": torch.ones(IMAGES, dtype=torch.bool),
+    }
+    before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        model(**inputs, image_loss_share=share).loss.backward()
+        seconds.append(time.perf_counter() - start)
+        model.zero_grad()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"image_loss_share": share, "seconds": round(sorted(seconds[1:])[runs // 2], 2), "mib": round(grown)}
+
+
+def main(
+    share: Annotated[float, typer.Option(help="Only this share, in this process; 0: all of them.")] = 0.0,
+    runs: Annotated[int, typer.Option(help="Steps to take the median of.")] = 3,
+) -> None:
+    """Prints one JSON line for each share."""
+    if share:
+        print(json.dumps(measure(share, runs)), flush=True)
+        return
+    for each in SHARES:
+        subprocess.run(
+            [sys.executable, "-m", "eval.image_loss_share", f"--share={each}", f"--runs={runs}"], check=True
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
