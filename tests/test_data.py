@@ -153,6 +153,9 @@ def test_the_mixture_keeps_its_weights_and_goes_through_every_row(folder, texts)
         assert sorted(drawn[6 * passes : 6 * passes + 6]) == list(range(6))
     assert drawn[:6] != drawn[6:12]
     assert len(MLLMDataset(sources(folder), texts)) == 16
+    mixed[0].weight = None
+    with pytest.raises(ValueError, match="every source of `datasets` a weight, or none"):
+        MLLMDataset(mixed, texts)
 
 
 def as_lists(sample: dict) -> dict:

@@ -141,6 +141,34 @@ def test_the_depth_head_reads_the_state_before_each_position(lively_mllm):
         torch.testing.assert_close(output.image_logits[n], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_image_loss_on_a_share_of_the_positions_is_unbiased(lively_mllm):
+    batch = make_batch(["mixed", "write"])
+    lively_mllm(**batch).image_loss.backward()
+    head = lively_mllm.depth_head.head.weight
+    whole, gradient = lively_mllm(**batch), head.grad.clone()
+    num_positions = len(whole.image_logits) * L
+    # a third of the positions, drawn as a partition: the mean over it is exactly the whole
+    values, summed = [], torch.zeros_like(gradient)
+    order = torch.randperm(num_positions)
+    for third in order.chunk(3):
+        lively_mllm.zero_grad()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randperm", lambda n, device=None, third=third: third)
+            output = lively_mllm(**batch, image_loss_share=1 / 3)
+        assert output.image_logits is None
+        output.image_loss.backward()
+        values.append(output.image_loss.item())
+        summed += head.grad
+    assert len(set(values)) == 3
+    assert sum(values) / 3 == pytest.approx(whole.image_loss.item(), rel=1e-5)
+    torch.testing.assert_close(summed / 3, gradient, rtol=1e-4, atol=1e-7)
+    drawn = torch.stack([lively_mllm(**batch, image_loss_share=0.1).image_loss.detach() for _ in range(200)])
+    error = drawn.std() / len(drawn) ** 0.5
+    assert abs(drawn.mean() - whole.image_loss) < 4 * error
+    with pytest.raises(ValueError, match="image_loss_share must be above 0 and at most 1, got 0"):
+        lively_mllm(**batch, image_loss_share=0)
+
+
 @torch.no_grad()
 def test_an_image_changes_what_follows_it_and_nothing_before(lively_mllm):
     batch = make_batch(["read"])

@@ -5,7 +5,7 @@ A source is one entry of a config's `datasets`:
     type: conversations            # LLaVA's format: {"image": path or list of paths, "conversations": [{"from", "value"}]}
     path: data/train.json          # .json (a list), .jsonl or .parquet
     images: data                   # a folder, or tar shards "shards/{00..15}.tar"; without it, the file's own folder
-    weight: 2.0                    # share of the samples; without it, the number of its rows
+    weight: 2.0                    # share of the samples; without weights, every source's rows come once
 
     type: captions                 # {"image", "caption"}
     path: data/train_captions.jsonl
@@ -219,6 +219,8 @@ class MLLMDataset(Dataset):
     ):
         if not sources:
             raise ValueError("There is nothing to train on: `datasets` is empty.")
+        if len({s.weight is None for s in sources}) > 1:
+            raise ValueError("Give every source of `datasets` a weight, or none.")
         weights = np.array([len(s.rows) if s.weight is None else s.weight for s in sources], dtype=float)
         num_samples = num_samples or sum(len(s.rows) for s in sources)
         self.sources, self.texts, self.seed = sources, texts, seed
