@@ -1,0 +1,105 @@
+"""The two public data sets as plain files; the emoji from archives made here, in the layout of the npm packages."""
+
+import io
+import json
+import tarfile
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from easy_vqa import get_train_questions
+from PIL import Image
+from transformers import TrainingArguments
+from typer.testing import CliRunner
+
+from eval.emoji import retrieval
+from training import emoji
+from training.arguments import parse_yaml_and_command_line
+from training.data import Source
+from training.prepare_data import app
+from training.train_mllm import MLLMArguments
+
+
+NUM_EMOJI = 20
+CONFIGS = Path(__file__).parents[1] / "training/configs"
+
+
+@pytest.fixture
+def packages(tmp_path) -> Path:
+    """Both styles' archives: emoji i is a square of one colour, half transparent, called "NAME i"."""
+    rows = [
+        {"name": f"NAME {i}", "image": f"{i}.png", "has_img_google": True, "has_img_twitter": i != NUM_EMOJI}
+        for i in range(NUM_EMOJI + 1)
+    ]
+    for style in emoji.STYLES:
+        files = {"package/emoji.json": json.dumps(rows).encode()}
+        for i in range(NUM_EMOJI):
+            picture = Image.new("RGBA", (64, 64), (10 * i, 0, 0, 255))
+            picture.paste((0, 0, 0, 0), (0, 0, 32, 64))
+            buffer = io.BytesIO()
+            picture.save(buffer, format="png")
+            files[f"package/img/{style}/64/{i}.png"] = buffer.getvalue()
+        with tarfile.open(tmp_path / f"emoji-datasource-{style}-{emoji.VERSION}.tgz", "w:gz") as archive:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    return tmp_path
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_emoji_become_pictures_on_white_captions_and_questions(packages, tmp_path):
+    folder = tmp_path / "emoji"
+    result = CliRunner().invoke(app, ["emoji", str(folder), "--packages", str(packages)])
+    assert result.exit_code == 0, result.output
+    picture = Image.open(folder / "images/google/7.png")
+    assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (255, 255, 255)
+    assert picture.getpixel((40, 0)) == (70, 0, 0)
+    train, test = (rows_of(folder / f"{split}_captions.jsonl") for split in ("train", "test"))
+    assert len(train) == 2 * NUM_EMOJI - 2 and len(test) == 2
+    assert all("twitter" in row["image"] for row in test)
+    assert {"image": "images/google/7.png", "caption": "name 7 emoji, google style"} in train
+    held_out = [row["caption"].split(" emoji")[0] for row in test]
+    assert not any(f"{name} emoji, twitter" in row["caption"] for row in train for name in held_out)
+    assert all(any(f"{name} emoji, google" in row["caption"] for row in train) for name in held_out)
+    first = json.loads((folder / "train_conversations.json").read_text())[0]
+    assert first["conversations"] == [
+        {"from": "human", "value": "<image>\nwhat is this?"},
+        {"from": "gpt", "value": train[0]["caption"].split(" emoji")[0]},
+    ]
+
+
+def test_easy_vqa_keeps_its_splits_and_all_its_questions(tmp_path):
+    result = CliRunner().invoke(app, ["easy-vqa", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert [len(rows_of(tmp_path / f"{split}_captions.jsonl")) for split in ("train", "test")] == [4000, 1000]
+    conversations = json.loads((tmp_path / "train_conversations.json").read_text())
+    assert len(conversations) == len(get_train_questions()[0]) == 38575
+    assert all((tmp_path / row["image"]).is_file() for row in conversations[::100])
+
+
+def test_another_data_set_and_missing_archives_are_named(tmp_path, monkeypatch):
+    result = CliRunner().invoke(app, ["coco", str(tmp_path)])
+    assert result.exit_code == 2 and "easy-vqa and emoji" in result.output
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match="emoji-datasource-google.*there is no npm"):
+        emoji.load(tmp_path)
+
+
+def test_retrieval_counts_the_nearest_pictures():
+    gallery = torch.arange(10.0)[:, None, None, None].expand(10, 3, 64, 64)
+    pictures = gallery[[2, 5, 9]] + torch.tensor([0.1, 1.1, -7.0])[:, None, None, None]
+    shares = retrieval(pictures, gallery, torch.tensor([2, 5, 9]))
+    assert shares == {"top1": pytest.approx(1 / 3), "top5": pytest.approx(2 / 3)}
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("mllm_*.yaml")))
+def test_configs_are_read(config):
+    arguments, training = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), [str(CONFIGS / config)])
+    known = {field.name for field in fields(Source)}
+    assert arguments.datasets and all(set(source) <= known for source in arguments.datasets)
+    assert training.num_train_epochs == 1 and training.output_dir.startswith("runs/")
