@@ -255,6 +255,32 @@ def test_zero_gives_the_losses_of_one_process_and_a_model_that_loads(tmp_path, s
 LORA = {"lora": {"r": 4, "lora_alpha": 8}, "trainable": ["embedder", "depth_head"], "learning_rate": 1e-2}
 
 
+FRESH_PROCESS = """
+import sys
+from PIL import Image
+from training.merge_lora import load_with_adapter
+from unitok_mllm import UniTokMLLMProcessor
+
+adapter, picture, question = sys.argv[1:]
+model, processor = load_with_adapter(adapter), UniTokMLLMProcessor.from_pretrained(adapter)
+turn = {"role": "user", "content": [{"type": "image", "path": picture}, {"type": "text", "text": question}]}
+inputs = processor.apply_chat_template([turn], tokenize=True, return_dict=True, add_generation_prompt=True)
+ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+sys.stdout.write(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())
+"""
+
+
+def test_an_adapter_answers_in_a_fresh_process_as_it_did_in_training(tmp_path, start, data):
+    pictures = Path(data["read"]["path"]).parent
+    question = {"image": str(pictures / "0.png"), "question": "what is this?"}
+    options = {"max_steps": 30, "sample_questions": [question]} | LORA
+    main([str(write_config(tmp_path / "run.yaml", start, [data["read"]], **options))])
+    (trained,) = json.loads((tmp_path / "run/samples/step-30.json").read_text())["answers"]
+    command = [sys.executable, "-c", FRESH_PROCESS, tmp_path / "run/adapter", *question.values()]
+    fresh = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert fresh.stdout == trained["answer"] and "blue shape" in trained["answer"]
+
+
 def test_lora_trains_the_llm_beside_whole_parts_and_merges(tmp_path, start, data):
     sources = [data["read"], data["draw"]]
     config = write_config(tmp_path / "run.yaml", start, sources, max_steps=3, **LORA)
