@@ -364,6 +364,19 @@ def test_a_release_with_an_empty_weight_is_refused(tmp_path, mllm, processor):
     assert not list(tmp_path.glob("**/model.safetensors"))
 
 
+def test_lora_on_joined_parts_keeps_its_base(tmp_path, start, data, mllm, processor):
+    mllm.language_model.save_pretrained(tmp_path / "llm")
+    processor.tokenizer.save_pretrained(tmp_path / "llm")
+    parts = {"model": "", "visual_model": str(start), "llm": str(tmp_path / "llm"), "embedder_dim": 40}
+    parts |= {"embedder_heads": 2, "boi_token": "<boi>", "eoi_token": "<eoi>"}
+    main([str(write_config(tmp_path / "run.yaml", start, [data["read"]], max_steps=2, **parts, **LORA))])
+    names = {name.split(".")[0] for name in changed(tmp_path / "run/base", tmp_path / "run/release")}
+    assert names == {"language_model", "embedder"}  # nothing was drawn
+    base = load_file(tmp_path / "run/base/model.safetensors")
+    for name, weight in mllm.language_model.state_dict().items():
+        assert torch.equal(base[f"language_model.{name}"], weight), name
+
+
 def test_qlora_trains_over_four_bits(tmp_path, start, data):
     bits = pytest.importorskip("bitsandbytes", reason="needs the extra `qlora`")
     config = write_config(

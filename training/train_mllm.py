@@ -163,8 +163,13 @@ def build_language_model(arguments: MLLMArguments) -> PreTrainedModel:
     if not arguments.llm:
         config = AutoConfig.for_model(**arguments.llm_config)
         return AutoModelForCausalLM.from_config(config, attn_implementation=arguments.attn_implementation)
-    gguf = {"gguf_file": arguments.llm_gguf_file} if arguments.llm_gguf_file else {}
-    return AutoModelForCausalLM.from_pretrained(arguments.llm, **gguf, **loading_options(arguments))
+    if not arguments.llm_gguf_file:
+        return AutoModelForCausalLM.from_pretrained(arguments.llm, **loading_options(arguments))
+    language_model = AutoModelForCausalLM.from_pretrained(
+        arguments.llm, gguf_file=arguments.llm_gguf_file, **loading_options(arguments)
+    )
+    del language_model.config.quantization_config  # its weights were dequantized, and what is saved is plain
+    return language_model
 
 
 def build_model(
@@ -249,7 +254,7 @@ def add_lora(
         base = f"{training_arguments.output_dir}/base"
         if is_deepspeed_zero3_enabled() or arguments.load_in_4bit:
             raise ValueError("lora under ZeRO-3 or in 4 bits needs `model` alone: the folder of a whole MLLM.")
-        if training_arguments.should_save:
+        if training_arguments.should_save and not Path(base).exists():
             put_visual_back(model)
             save_release(model, processor, Path(base), torch.float32)
             set_visual_aside(model)
@@ -259,10 +264,11 @@ def add_lora(
     config = LoraConfig(
         target_modules=rf"language_model\..*\.({endings})",
         modules_to_save=list(arguments.trainable) or None,
-        base_model_name_or_path=base,
         **arguments.lora,
     )
-    return get_peft_model(model, config)
+    trained = get_peft_model(model, config)
+    trained.peft_config["default"].base_model_name_or_path = base
+    return trained
 
 
 def log_trained_parts(trainer: MLLMTrainer) -> None:
