@@ -1,7 +1,16 @@
 """What the measurements share."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import unitok_mllm
+from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -11,3 +20,35 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     os.replace(partial, path)
+
+
+def check_model_folder(folder: str) -> None:
+    """
+    Raises:
+        ValueError: the folder is no model.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"there is no model folder {folder} (a folder with a config.json)")
+
+
+def load_model(folder: str, device: str = "") -> tuple[UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor]:
+    """An MLLM on the device named, or on an accelerator where there is one, and its processor."""
+    device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def in_batches(
+    function: Callable, rows: torch.Tensor, batch_size: int, device: torch.device, title: str
+) -> torch.Tensor:
+    """The function's value of all rows, computed on the device, gathered on the CPU, under a progress bar."""
+    return torch.cat([function(chunk.to(device)).cpu() for chunk in tqdm(rows.split(batch_size), desc=title)])
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that every number depends on."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "unitok_mllm": unitok_mllm.__version__,
+    }

@@ -19,16 +19,14 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-import transformers
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers import HfArgumentParser
 from transformers.image_utils import PILImageResampling
 
-import unitok_mllm
-from eval._common import write_atomically
+from eval._common import check_model_folder, in_batches, load_model, versions, write_atomically
 from eval.judge import (
     IMAGE_SIZE,
     Judge,
@@ -73,8 +71,7 @@ class Settings:
     device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
 
     def __post_init__(self):
-        if not (Path(self.model) / "config.json").is_file():
-            raise ValueError(f"there is no model folder {self.model} (a folder with a config.json)")
+        check_model_folder(self.model)
         for name in ("batch_size", "limit", "samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -208,9 +205,7 @@ class Evaluation:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        device = settings.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        self.model = AutoModelForImageTextToText.from_pretrained(settings.model).to(device).eval()
-        self.processor = AutoProcessor.from_pretrained(settings.model)
+        self.model, self.processor = load_model(settings.model, settings.device)
         self.samples = load("test")[: settings.limit]
 
     @cached_property
@@ -219,9 +214,8 @@ class Evaluation:
         return self.processor.image_processor([str(s.image) for s in self.samples])["pixel_values"]
 
     def in_batches(self, function: Callable, rows: torch.Tensor, title: str) -> torch.Tensor:
-        """The function's value of all rows, computed on the model's device, gathered on the CPU."""
-        size, device = self.settings.batch_size, self.model.device
-        return torch.cat([function(chunk.to(device)).cpu() for chunk in tqdm(rows.split(size), desc=title)])
+        """See `eval._common.in_batches`."""
+        return in_batches(function, rows, self.settings.batch_size, self.model.device, title)
 
     @cached_property
     def codes(self) -> torch.Tensor:
@@ -365,12 +359,7 @@ def evaluate(settings: Settings) -> dict:
     report = {
         "benchmark": "easy-VQA, test split",
         "settings": asdict(settings),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "unitok_mllm": unitok_mllm.__version__,
-            "easy-vqa": importlib.metadata.version("easy-vqa"),
-        },
+        "versions": versions() | {"easy-vqa": importlib.metadata.version("easy-vqa")},
         "parts": read_finished(settings.output, wanted) if settings.resume else {},
     }
     missing = [name for name in PARTS if name not in settings.skipped and name not in report["parts"]]

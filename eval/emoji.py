@@ -16,13 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers import HfArgumentParser
 
-import unitok_mllm
-from eval._common import write_atomically
+from eval._common import check_model_folder, in_batches, load_model, versions, write_atomically
 from eval.easy_vqa import answer_questions, draw, folder_digest, normalize_answer
 from training.emoji import QUESTION, STYLES, Emoji, load
 from training.losses import psnr
@@ -65,8 +62,7 @@ class Settings:
     device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
 
     def __post_init__(self):
-        if not (Path(self.model) / "config.json").is_file():
-            raise ValueError(f"there is no model folder {self.model} (a folder with a config.json)")
+        check_model_folder(self.model)
         if not (Path(self.data) / "images").is_dir():
             raise ValueError(f"{self.data} has no emoji: python -m training.prepare_data emoji {self.data}")
         if self.batch_size < 1 or self.seen < 1:
@@ -89,9 +85,7 @@ class Evaluation:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        device = settings.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        self.model = AutoModelForImageTextToText.from_pretrained(settings.model).to(device).eval()
-        self.processor = AutoProcessor.from_pretrained(settings.model)
+        self.model, self.processor = load_model(settings.model, settings.device)
         self.emoji = load(Path(settings.packages))
         trained_on = [i for i, e in enumerate(self.emoji) if not e.held_out]
         step = max(1, len(trained_on) // settings.seen)
@@ -104,8 +98,7 @@ class Evaluation:
         self.codes = self._batched(self.model.encode_images, self.pixels, "encoding")
 
     def _batched(self, function, rows: torch.Tensor, title: str) -> torch.Tensor:
-        chunks = tqdm(rows.split(self.settings.batch_size), desc=title)
-        return torch.cat([function(chunk.to(self.model.device)).cpu() for chunk in chunks])
+        return in_batches(function, rows, self.settings.batch_size, self.model.device, title)
 
     def _retrieval(self, pictures: torch.Tensor, numbers: list[int]) -> dict[str, float]:
         """Within each style, weighted by the pictures of it."""
@@ -168,11 +161,7 @@ def evaluate(settings: Settings) -> dict:
     report = {
         "benchmark": "emoji of two styles",
         "settings": asdict(settings) | {"model_sha256": folder_digest(settings.model)},
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "unitok_mllm": unitok_mllm.__version__,
-        },
+        "versions": versions(),
         "parts": {},
     }
     for name, numbers in evaluation.sets.items():

@@ -129,3 +129,15 @@ def lively_mllm(mllm) -> UniTokMLLMForConditionalGeneration:
 def images() -> torch.Tensor:
     """Four different images, (4, 3, 48, 48) in [-1, 1]."""
     return torch.rand(4, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1
+
+
+def mirrored_and_shifted(pixels: torch.Tensor) -> dict[tuple[bool, int, int], torch.Tensor]:
+    """(3, H, W), plain and mirrored, moved by up to a pixel with its border repeated: by (mirrored, row, column)."""
+    height, width = pixels.shape[1:]
+    views = {}
+    for mirrored in (False, True):
+        padded = torch.nn.functional.pad(pixels.flip(-1) if mirrored else pixels, (1, 1, 1, 1), mode="replicate")
+        for y in range(3):
+            for x in range(3):
+                views[mirrored, y, x] = padded[:, y : y + height, x : x + width]
+    return views

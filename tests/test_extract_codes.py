@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset as wds
-from conftest import IMAGE_SIZE
+from conftest import IMAGE_SIZE, mirrored_and_shifted
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -77,12 +77,7 @@ def test_variants_are_mirrored_and_shifted_images(folder, extract, visual_tokeni
     store = CodeStore(extract("codes", "--variants", "7", "--mirror", "--max-shift", "1"))
     seen = set()
     for name, pixels in zip(NAMES, processed(folder)):
-        views = {}
-        for mirrored in (False, True):
-            padded = torch.nn.functional.pad(pixels.flip(-1) if mirrored else pixels, (1, 1, 1, 1), mode="replicate")
-            for y in range(3):
-                for x in range(3):
-                    views[mirrored, y, x] = padded[:, y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]
+        views = mirrored_and_shifted(pixels)
         codes = dict(zip(views, visual_tokenizer.encode(torch.stack(list(views.values())))))
         assert torch.equal(store[name][0], codes[False, 1, 1])
         for variant in store[name][1:]:

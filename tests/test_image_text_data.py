@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from conftest import IMAGE_SIZE
+from conftest import IMAGE_SIZE, mirrored_and_shifted
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
@@ -110,12 +110,7 @@ def test_shifts_repeat_the_border_and_mirroring_happens_half_of_the_time(text_to
     processor = UniTokImageProcessor(size=SIZE)
     transform = ImageTextTransform(processor, text_tokenizer, 12, horizontal_flip=True, max_shift=1)
     pixels = processor(picture(2))["pixel_values"][0]
-    candidates = {}
-    for mirrored in (False, True):
-        padded = torch.nn.functional.pad(pixels.flip(-1) if mirrored else pixels, (1, 1, 1, 1), mode="replicate")
-        for y in range(3):
-            for x in range(3):
-                candidates[mirrored, y, x] = padded[:, y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]
+    candidates = mirrored_and_shifted(pixels)
     drawn, generator = [], torch.Generator().manual_seed(0)
     for _ in range(100):
         changed = transform(picture(2), "red", generator)["pixel_values"]

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import to_tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor, UniTokModel
+from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -33,17 +33,20 @@ def unwrapped(model: torch.nn.Module) -> UniTokMLLMForConditionalGeneration:
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
-def set_visual_aside(model: UniTokMLLMForConditionalGeneration) -> UniTokModel:
+def set_visual_aside(model: UniTokMLLMForConditionalGeneration) -> None:
     """Takes the frozen tokenizer out of the tree of modules, where it stays reachable as `model.visual`: it need not
     be wrapped, sharded, optimized or written into every checkpoint."""
-    visual = model._modules.pop("visual")
-    model.__dict__["visual"] = visual
-    return visual
+    model.__dict__["visual"] = model._modules.pop("visual")
 
 
 def put_visual_back(model: UniTokMLLMForConditionalGeneration) -> None:
     """Undoes `set_visual_aside`."""
     model.visual = model.__dict__.pop("visual")
+
+
+def is_under(name: str, prefix: str) -> bool:
+    """Whether a parameter's name is the prefix, or goes on from it after a dot."""
+    return f"{name}.".startswith(f"{prefix}.")
 
 
 def whole_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -161,7 +164,7 @@ class MLLMTrainer(Trainer):
     # --- optimizer ---
 
     def learning_rate_of(self, name: str) -> float:
-        fitting = [prefix for prefix in self.learning_rates if f"{name}.".startswith(f"{prefix}.")]
+        fitting = [prefix for prefix in self.learning_rates if is_under(name, prefix)]
         return self.learning_rates[max(fitting, key=len)] if fitting else self.args.learning_rate
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -200,7 +203,7 @@ def plain_name(name: str) -> str:
 
 
 class SamplesCallback(TrainerCallback):
-    """Draws and answers the same prompts and questions at every evaluation, to `<output_dir>/samples/`.
+    """Draws and answers the same prompts and questions at every evaluation and at the end, to `<output_dir>/samples/`.
 
     Every process computes them (under ZeRO-3 they must), the first one writes.
 
@@ -219,13 +222,15 @@ class SamplesCallback(TrainerCallback):
     ):
         self.processor, self.prompts, self.questions = processor, prompts, questions
         self.image_options = {"guidance_scale": 3.0, "seed": 0} | image_options
+        self.last_step = -1
 
-    def bind(self, trainer: MLLMTrainer) -> "SamplesCallback":
+    def bind(self, trainer: MLLMTrainer) -> None:
         self.trainer = trainer
-        return self
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.write(Path(args.output_dir) / "samples", state.global_step)
+        if state.global_step != self.last_step:  # the end is often an evaluation too
+            self.write(Path(args.output_dir) / "samples", state.global_step)
+            self.last_step = state.global_step
 
     on_train_end = on_evaluate
 

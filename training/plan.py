@@ -78,6 +78,7 @@ TOKENIZER_PARTS = {
     "decoder": ["decoder"],
     "text tower": ["text_model.text_model", "text_model.text_projection"],
 }
+TRAINED_PARTS = ("embedder", "depth_head", "language_model")
 MLLM_PARTS = {
     "LLM": ["language_model"],
     "embedder": ["embedder"],
@@ -485,7 +486,7 @@ def plan_mllm(
     text_length: int,
     images: int = 1,
     drawn: int | None = None,
-    trainable: tuple[str, ...] = ("embedder", "depth_head", "language_model"),
+    trainable: tuple[str, ...] = TRAINED_PARTS,
     lora_rank: int = 0,
     online_codes: bool = False,
     gradient_checkpointing: bool = False,
@@ -509,15 +510,13 @@ def plan_mllm(
             f"A sample has at least 1 text token and draws none to all of its images, "
             f"got text_length {text_length}, images {images}, drawn {drawn}."
         )
-    if unknown := sorted(set(trainable) - {"embedder", "depth_head", "language_model"}):
-        raise ValueError(
-            f"trainable: unknown parts {', '.join(unknown)}; known: embedder, depth_head, language_model."
-        )
+    if unknown := sorted(set(trainable) - set(TRAINED_PARTS)):
+        raise ValueError(f"trainable: unknown parts {', '.join(unknown)}; known: {', '.join(TRAINED_PARTS)}.")
     config = mllm_config(llm, visual)
 
     def build() -> UniTokMLLMForConditionalGeneration:
         model = UniTokMLLMForConditionalGeneration(config).bfloat16()
-        for name in ("embedder", "depth_head", "language_model"):
+        for name in TRAINED_PARTS:
             model.get_submodule(name).requires_grad_(name in trainable)
         if lora_rank:
             adapters = LoraConfig(r=lora_rank, target_modules="all-linear")
@@ -694,6 +693,7 @@ app = typer.Typer(
 )
 Samples = Annotated[float, typer.Option(help="Samples of the whole training, like 1.28e9.")]
 GPUs = Annotated[int, typer.Option(help="GPUs in all.")]
+TrainedParts = Annotated[list[str], typer.Option(help="A part that is trained; once for each.")]
 GPUMemory = Annotated[float, typer.Option(help="GiB of one GPU.")]
 GPUFlops = Annotated[float, typer.Option(help="FLOP/s of one GPU, by its data sheet; the default is an H100's, bf16.")]
 MFU = Annotated[float, typer.Option(help="Share of these FLOP/s that training achieves.")]
@@ -736,11 +736,7 @@ def mllm_command(
     text_length: Annotated[int, typer.Option(help="Text tokens of a sample.")] = 128,
     images: Annotated[int, typer.Option(help="Images of a sample.")] = 1,
     drawn: Annotated[int | None, typer.Option(help="How many of them are targets.", show_default="all")] = None,
-    trainable: Annotated[list[str], typer.Option(help="A part that is trained; once for each.")] = [  # noqa: B006
-        "embedder",
-        "depth_head",
-        "language_model",
-    ],
+    trainable: TrainedParts = list(TRAINED_PARTS),  # noqa: B006
     lora_rank: Annotated[int, typer.Option(min=0, help="Above 0: LoRA on the LLM, with this rank.")] = 0,
     online_codes: Annotated[bool, typer.Option(help="Encode images while training.")] = False,
     gpu_memory: GPUMemory = 80.0,

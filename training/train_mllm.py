@@ -39,6 +39,7 @@ from training.merge_lora import merge_lora
 from training.mllm_trainer import (
     MLLMTrainer,
     SamplesCallback,
+    is_under,
     plain_name,
     put_visual_back,
     set_visual_aside,
@@ -178,9 +179,8 @@ def build_model(
     """The model to start from, its tokenizer whole and set aside, and its processor."""
     with whole_weights(training_arguments):
         visual = UniTokModel.from_pretrained(arguments.visual_model or arguments.model).eval()
-        own_visual = (
-            UniTokModel(UniTokMLLMConfig.from_pretrained(arguments.model).visual_config) if arguments.model else None
-        )
+        if arguments.model:  # what the folder's own tokenizer is loaded into, or ZeRO-3 would shard it; then dropped
+            own_visual = UniTokModel(UniTokMLLMConfig.from_pretrained(arguments.model).visual_config)
     processor = build_processor(arguments, visual.config.vision_config.image_size)
     if arguments.model:
         model = UniTokMLLMForConditionalGeneration.from_pretrained(
@@ -230,10 +230,10 @@ def freeze_all_but(model: torch.nn.Module, trainable: list[str]) -> None:
     """
     names = [name for name, _ in model.named_parameters()]
     for prefix in trainable:
-        if not any(f"{name}.".startswith(f"{prefix}.") for name in names):
+        if not any(is_under(name, prefix) for name in names):
             raise ValueError(f"trainable has {prefix!r}, which fits no parameter of the model.")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(f"{name}.".startswith(f"{prefix}.") for prefix in trainable))
+        parameter.requires_grad_(any(is_under(name, prefix) for prefix in trainable))
 
 
 def add_lora(
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     if training_arguments.num_train_epochs != 1:
         raise ValueError("One run is one pass over num_samples samples: set that, and leave num_train_epochs at 1.")
     logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.ERROR)
-    logger.info("training on %s, process 1 of %d", training_arguments.device, training_arguments.world_size)
+    logger.info("training on %s, %d processes", training_arguments.device, training_arguments.world_size)
     if training_arguments.deepspeed and training_arguments.world_size > 1:
         deepspeed.init_distributed()  # or ZeRO-3 would load the model as if there were one process
     torch.manual_seed(training_arguments.seed)
