@@ -1,4 +1,4 @@
-"""Measures a model on the two emoji styles: what its codes keep, whether it names pictures, and draws what is named.
+"""Measures a model on emoji of two styles: what its codes keep, whether it names pictures, and draws what is named.
 
     python -m eval.emoji --model unitok_mllm/checkpoints/tiny --data runs/data/emoji --output runs/emoji.json
 
@@ -21,23 +21,16 @@ from transformers import HfArgumentParser
 
 from eval._common import check_model_folder, in_batches, load_model, versions, write_atomically
 from eval.easy_vqa import answer_questions, draw, folder_digest, normalize_answer
-from training.emoji import QUESTION, STYLES, Emoji, load
+from training.emoji import QUESTION, STYLES, TABLE, Emoji, read_table
 from training.losses import psnr
 from unitok_mllm.sheet import contact_sheet
 
 
 SHOWN = (
-    *("rose", "pizza", "dog face", "banana", "heavy black heart", "sunflower", "frog face", "red apple"),
-    *(
-        "automobile",
-        "earth globe europe-africa",
-        "octopus",
-        "snowman",
-        "jack-o-lantern",
-        "soccer ball and net",
-        "fire",
-    ),
-    *("cactus", "watermelon", "penguin", "cat face", "rainbow", "hamburger", "strawberry", "trophy", "birthday cake"),
+    *("rose", "sunflower", "cactus", "banana", "red apple", "strawberry", "watermelon", "slice of pizza"),
+    *("hamburger", "birthday cake", "dog face", "cat face", "frog face", "penguin", "octopus", "butterfly"),
+    *("face with tears of joy", "smiling face with sunglasses", "pile of poo", "ghost", "heavy black heart"),
+    *("jack-o-lantern", "soccer ball", "trophy"),
 )
 
 
@@ -51,7 +44,6 @@ class Settings:
 
     model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder of model and processor"})
     data: str = field(default="runs/data/emoji", metadata={"help": "folder made by training.prepare_data"})
-    packages: str = field(default="runs/npm", metadata={"help": "folder of the npm archives"})
     output: str = field(default="runs/emoji.json", metadata={"help": "where the numbers go"})
     batch_size: int = field(default=64, metadata={"help": "pictures at a time"})
     seen: int = field(default=400, metadata={"help": "how many of the pictures trained on to measure, evenly spread"})
@@ -63,7 +55,7 @@ class Settings:
 
     def __post_init__(self):
         check_model_folder(self.model)
-        if not (Path(self.data) / "images").is_dir():
+        if not (Path(self.data) / TABLE).is_file():
             raise ValueError(f"{self.data} has no emoji: python -m training.prepare_data emoji {self.data}")
         if self.batch_size < 1 or self.seen < 1:
             raise ValueError("batch_size and seen must be at least 1")
@@ -86,7 +78,7 @@ class Evaluation:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.model, self.processor = load_model(settings.model, settings.device)
-        self.emoji = load(Path(settings.packages))
+        self.emoji = read_table(Path(settings.data))
         trained_on = [i for i, e in enumerate(self.emoji) if not e.held_out]
         step = max(1, len(trained_on) // settings.seen)
         self.sets = {

@@ -22,6 +22,7 @@ from training.train_mllm import MLLMArguments
 
 
 NUM_EMOJI = 20
+CATEGORIES = ("Food & Drink", "Activities")
 CONFIGS = Path(__file__).parents[1] / "training/configs"
 
 
@@ -29,7 +30,13 @@ CONFIGS = Path(__file__).parents[1] / "training/configs"
 def packages(tmp_path) -> Path:
     """Both styles' archives: emoji i is a square of one colour, half transparent, called "NAME i"."""
     rows = [
-        {"name": f"NAME {i}", "image": f"{i}.png", "has_img_google": True, "has_img_twitter": i != NUM_EMOJI}
+        {
+            "name": f"NAME {i}",
+            "image": f"{i}.png",
+            "category": CATEGORIES[i % 2],
+            "has_img_google": True,
+            "has_img_twitter": i != NUM_EMOJI,
+        }
         for i in range(NUM_EMOJI + 1)
     ]
     for style in emoji.STYLES:
@@ -66,11 +73,22 @@ def test_emoji_become_pictures_on_white_captions_and_questions(packages, tmp_pat
     held_out = [row["caption"].split(" emoji")[0] for row in test]
     assert not any(f"{name} emoji, twitter" in row["caption"] for row in train for name in held_out)
     assert all(any(f"{name} emoji, google" in row["caption"] for row in train) for name in held_out)
+    pictures = emoji.read_table(folder)
+    assert [e.caption for e in pictures if not e.held_out] == [row["caption"] for row in train]
+    assert [e.image for e in pictures if e.held_out] == [row["image"] for row in test]
     first = json.loads((folder / "train_conversations.json").read_text())[0]
     assert first["conversations"] == [
         {"from": "human", "value": "<image>\nwhat is this?"},
         {"from": "gpt", "value": train[0]["caption"].split(" emoji")[0]},
     ]
+
+
+def test_emoji_of_one_category_alone(packages, tmp_path):
+    pictures = emoji.load(packages, ["Activities"])
+    assert {e.name for e in pictures} == {f"name {i}" for i in range(1, NUM_EMOJI, 2)}
+    assert sum(e.held_out for e in pictures) == 1
+    with pytest.raises(ValueError, match="No emoji is of Drinks; there are Activities, Food & Drink"):
+        emoji.load(packages, ["Activities", "Drinks"])
 
 
 def test_easy_vqa_keeps_its_splits_and_all_its_questions(tmp_path):

@@ -21,6 +21,7 @@ VERSION = "16.0.0"
 STYLES = ("google", "twitter")
 HELD_OUT_STYLE, HELD_OUT_SHARE = "twitter", 0.1
 QUESTION = "what is this?"
+TABLE = "emoji.json"
 
 
 @dataclass
@@ -31,12 +32,14 @@ class Emoji:
         file: its name in the package, "1f339.png".
         name: in lower case, "rose".
         style: "google" or "twitter".
+        category: of Unicode's, "Animals & Nature".
         held_out: never to be trained on.
     """
 
     file: str
     name: str
     style: str
+    category: str
     held_out: bool
 
     @property
@@ -66,17 +69,34 @@ def package(style: str, folder: Path) -> Path:
     return path
 
 
-def load(packages: Path) -> list[Emoji]:
-    """Every base emoji with a name of its own, style by style, in the order of the package's table."""
+def load(packages: Path, categories: list[str] | None = None) -> list[Emoji]:
+    """Every base emoji with a name of its own, style by style, in the order of the package's table.
+
+    Args:
+        categories: only those of these categories; which are held out depends on them.
+
+    Raises:
+        ValueError: no emoji has one of the categories.
+    """
     with tarfile.open(package(STYLES[0], packages)) as archive:
         rows = json.load(archive.extractfile("package/emoji.json"))
-    named = {row["name"].lower(): row["image"] for row in rows if all(row[f"has_img_{style}"] for style in STYLES)}
+    named = {row["name"].lower(): row for row in rows if all(row[f"has_img_{style}"] for style in STYLES)}
+    if categories:
+        known = {row["category"] for row in named.values()}
+        if unknown := set(categories) - known:
+            raise ValueError(f"No emoji is of {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}.")
+        named = {name: row for name, row in named.items() if row["category"] in categories}
     held_out = set(random.Random(0).sample(sorted(named), round(HELD_OUT_SHARE * len(named))))
     return [
-        Emoji(file, name, style, style == HELD_OUT_STYLE and name in held_out)
+        Emoji(row["image"], name, style, row["category"], style == HELD_OUT_STYLE and name in held_out)
         for style in STYLES
-        for name, file in named.items()
+        for name, row in named.items()
     ]
+
+
+def read_table(folder: Path) -> list[Emoji]:
+    """The emoji that `training.prepare_data` has put into a folder."""
+    return [Emoji(**row) for row in json.loads((folder / TABLE).read_text())]
 
 
 def write_images(emoji: list[Emoji], packages: Path, folder: Path) -> None:

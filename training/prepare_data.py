@@ -1,7 +1,7 @@
 """Writes easy-VQA or the emoji as the plain files that the trainings read: pictures, captions, conversations.
 
     python -m training.prepare_data easy-vqa runs/data/easy-vqa
-    python -m training.prepare_data emoji runs/data/emoji
+    python -m training.prepare_data emoji runs/data/emoji --category "Food & Drink" --category Activities
 
 The folder gets `images/`, and for each split `<split>_captions.jsonl` ({"image", "caption"} a line) and
 `<split>_conversations.json` (the format of LLaVA).
@@ -10,7 +10,9 @@ The folder gets `images/`, and for each split `<split>_captions.jsonl` ({"image"
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -43,9 +45,10 @@ def prepare_easy_vqa(folder: Path) -> None:
         write_split(folder, split, captions, questions)
 
 
-def prepare_emoji(folder: Path, packages: Path) -> None:
-    pictures = emoji.load(packages)
+def prepare_emoji(folder: Path, packages: Path, categories: list[str]) -> None:
+    pictures = emoji.load(packages, categories)
     emoji.write_images(pictures, packages, folder)
+    (folder / emoji.TABLE).write_text(json.dumps([asdict(picture) for picture in pictures]))
     for split, held_out in (("train", False), ("test", True)):
         rows = [e for e in pictures if e.held_out == held_out]
         write_split(
@@ -57,13 +60,18 @@ app = typer.Typer(help=__doc__, add_completion=False)
 
 
 @app.command()
-def main(dataset: str, folder: Path, packages: Path = Path("runs/npm")) -> None:
-    """Writes DATASET ("easy-vqa" or "emoji") to FOLDER; the emoji's npm archives are kept in --packages."""
+def main(
+    dataset: str,
+    folder: Path,
+    packages: Annotated[Path, typer.Option(help="where the emoji's npm archives are kept")] = Path("runs/npm"),
+    category: Annotated[list[str] | None, typer.Option(help="of the emoji, may be given again; default: all")] = None,
+) -> None:
+    """Writes DATASET ("easy-vqa" or "emoji") to FOLDER."""
     folder.mkdir(parents=True, exist_ok=True)
     if dataset == "easy-vqa":
         prepare_easy_vqa(folder)
     elif dataset == "emoji":
-        prepare_emoji(folder, packages)
+        prepare_emoji(folder, packages, category or [])
     else:
         raise typer.BadParameter(f"the datasets are easy-vqa and emoji, not {dataset!r}")
     print(f"{dataset} is in {folder}")

@@ -1,0 +1,106 @@
+"""Gives a model with a byte-level BPE more tokens, for the words of new texts; all it has learned stays.
+
+    python -m training.extend_vocabulary unitok_mllm/checkpoints/tiny runs/tiny-extended \
+        --captions runs/data/emoji/train_captions.jsonl --vocab-size 2048
+
+The merges go on where those of the tokenizer ended, so that old tokens keep their numbers. A new token's embedding, in
+the LLM and in the visual tokenizer's text tower, starts as the mean of those of the old tokens that spell it.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from training.files import read_rows
+from training.release import save_release
+from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
+
+
+def merge(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """The pieces of a word with every occurrence of a pair, from the left, joined into one."""
+    merged, i = [], 0
+    while i < len(pieces):
+        joins = pieces[i : i + 2] == pair
+        merged.append("".join(pair) if joins else pieces[i])
+        i += 2 if joins else 1
+    return tuple(merged)
+
+
+def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with further merges of the most frequent pairs of tokens in the texts (ties: in alphabetical order).
+
+    Returns:
+        One with `vocab_size` tokens, or fewer where every word of the texts has become one token.
+
+    Raises:
+        ValueError: it is not a BPE, or has as many tokens already.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if state["model"]["type"] != "BPE":
+        raise ValueError(f"Only a BPE can be extended, not a tokenizer of the kind {state['model']['type']}.")
+    if len(tokenizer) >= vocab_size:
+        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, no fewer than {vocab_size}.")
+    split, spell = (
+        tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str,
+        tokenizer.backend_tokenizer.model.tokenize,
+    )
+    counts = Counter(word for text in texts for word, _ in split(text))
+    words = {word: tuple(token.value for token in spell(word)) for word in counts}
+    vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
+    for number in range(len(tokenizer), vocab_size):
+        pairs = Counter()
+        for word, pieces in words.items():
+            for pair in zip(pieces, pieces[1:]):
+                pairs[pair] += counts[word]
+        if not pairs:
+            break
+        pair = min(pairs, key=lambda p: (-pairs[p], p))
+        words = {word: merge(pieces, pair) for word, pieces in words.items()}
+        merges.append(list(pair))
+        vocabulary["".join(pair)] = number
+    extended = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    return type(tokenizer)(tokenizer_object=extended, **tokenizer.init_kwargs)
+
+
+def extend_embeddings(model: PreTrainedModel, spellings: dict[int, list[int]]) -> None:
+    """Sets the embedding of each new token to the mean of those of the tokens that spell it."""
+    if max(spellings) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(max(spellings) + 1, mean_resizing=False)
+    for embeddings in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+        with torch.no_grad():
+            for number, spelling in spellings.items():
+                embeddings.weight[number] = embeddings.weight[spelling].mean(dim=0)
+
+
+app = typer.Typer(help=__doc__, add_completion=False)
+
+
+@app.command()
+def main(
+    model: str,
+    folder: Path,
+    captions: Annotated[list[Path], typer.Option(help="JSONL files with a caption a line; may be given again")],
+    vocab_size: Annotated[int, typer.Option(help="tokens afterwards, at most")] = 2048,
+) -> None:
+    """Writes MODEL, an MLLM's folder, to FOLDER, with tokens for the words of the captions."""
+    mllm = UniTokMLLMForConditionalGeneration.from_pretrained(model)
+    processor = UniTokMLLMProcessor.from_pretrained(model)
+    old = processor.tokenizer
+    texts = [before + row["caption"] for path in captions for row in read_rows(path) for before in ("", " ")]
+    processor.tokenizer = extend_tokenizer(old, texts, vocab_size)
+    added = range(len(old), len(processor.tokenizer))
+    spellings = {i: old(processor.tokenizer.decode([i]), add_special_tokens=False)["input_ids"] for i in added}
+    for part in (mllm.language_model, mllm.visual.text_model):
+        if part is not None:
+            extend_embeddings(part, spellings)
+    save_release(mllm, processor, folder, torch.float32)
+    print(f"{folder}: {len(old)} tokens and {len(added)} new ones")
+
+
+if __name__ == "__main__":
+    app()
