@@ -1,5 +1,6 @@
 import json
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -7,11 +8,16 @@ import torch
 from conftest import IMAGE_SIZE
 from PIL import Image
 
-from training.data import IGNORE, MLLMCollator, MLLMDataset, SampleTexts, Source, to_messages
+from training.data import IGNORE, MLLMCollator, MLLMDataset, SampleTexts, Source, drop_conditions, to_messages
 from training.files import ImageStore, UnusableSample
 
 
 L = (IMAGE_SIZE // 16) ** 2
+EDIT_FORMS = (  # the words and pictures asked with, and all pictures
+    ((None, "make it blue"), ("red.png", "blue.png")),
+    ((None, "<unconditional>"), ("red.png", "blue.png")),
+    (("make it blue",), ("blue.png",)),
+)
 
 
 @pytest.fixture
@@ -117,6 +123,32 @@ def test_turns_and_images_that_do_not_pair_up_are_named():
         to_messages(turns, "<image>", num_images=2)
     with pytest.raises(UnusableSample, match="from 'robot'"):
         to_messages([{"from": "robot", "value": "x"}], "<image>", num_images=0)
+
+
+def test_conditions_are_dropped_one_at_a_time_where_pictures_are_the_answer():
+    edit = [{"from": "human", "value": "<image>\nmake it blue"}, {"from": "gpt", "value": "<image>"}]
+    messages, names = to_messages(edit, "<image>", num_images=2), ["red.png", "blue.png"]
+    seen, rng = Counter(), np.random.default_rng(0)
+    for _ in range(3000):
+        new, kept = drop_conditions(messages, names, 0.1, rng)
+        words = tuple(part.get("text") for part in new[0]["content"])
+        seen[words, tuple(kept)] += 1
+        assert new[1] == messages[1]
+    counts = [seen.pop(key) for key in EDIT_FORMS]
+    assert not seen and 2320 < counts[0] < 2480 and all(240 < count < 360 for count in counts[1:])
+    assert messages == to_messages(edit, "<image>", num_images=2)  # as they were
+
+    question = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "blue"}]
+    messages = to_messages(question, "<image>", num_images=1)
+    assert drop_conditions(messages, names[:1], 0.5, np.random.default_rng(0)) == (messages, names[:1])
+
+
+def test_a_picture_of_a_refused_shape_is_an_unusable_sample(texts, tmp_path):
+    Image.new("RGB", (60000, 1)).save(tmp_path / "line.png")
+    (tmp_path / "captions.jsonl").write_text('{"image": "line.png", "caption": "a line"}')
+    source = Source(str(tmp_path / "captions.jsonl"), type="captions")
+    with pytest.raises(UnusableSample, match="line.png"):
+        source.sample(0, texts, 0.0, np.random.default_rng(0))
 
 
 def test_a_template_that_marks_no_answers_is_refused(processor):

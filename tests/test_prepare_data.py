@@ -6,6 +6,7 @@ import tarfile
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from easy_vqa import get_train_questions
@@ -14,7 +15,7 @@ from transformers import TrainingArguments
 from typer.testing import CliRunner
 
 from eval.emoji import retrieval
-from training import emoji
+from training import easy_vqa, emoji
 from training.arguments import parse_yaml_and_command_line
 from training.data import Source
 from training.prepare_data import app
@@ -22,6 +23,7 @@ from training.train_mllm import MLLMArguments
 
 
 NUM_EMOJI = 20
+KINDS = ("conversations", "edits", "dialogues")
 CATEGORIES = ("Food & Drink", "Activities")
 CONFIGS = Path(__file__).parents[1] / "training/configs"
 
@@ -95,9 +97,31 @@ def test_easy_vqa_keeps_its_splits_and_all_its_questions(tmp_path):
     result = CliRunner().invoke(app, ["easy-vqa", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert [len(rows_of(tmp_path / f"{split}_captions.jsonl")) for split in ("train", "test")] == [4000, 1000]
-    conversations = json.loads((tmp_path / "train_conversations.json").read_text())
-    assert len(conversations) == len(get_train_questions()[0]) == 38575
-    assert all((tmp_path / row["image"]).is_file() for row in conversations[::100])
+    rows = {kind: json.loads((tmp_path / f"train_{kind}.json").read_text()) for kind in KINDS}
+    assert len(rows["conversations"]) == len(get_train_questions()[0]) == 38575
+    assert len(rows["edits"]) == len(rows["dialogues"]) == 3 * 4000
+    assert all((tmp_path / image).is_file() for kind in KINDS for row in rows[kind][::100] for image in row["image"])
+    for edit, dialogue in zip(rows["edits"][::1000], rows["dialogues"][::1000]):
+        color = edit["conversations"][0]["value"].removeprefix("<image>\nmake it ")
+        assert edit["image"] == dialogue["image"] and edit["image"][1].endswith(f"_{color}.png")
+        assert dialogue["conversations"][-1]["value"] == color
+        assert color not in dialogue["conversations"][0]["value"]
+        colors = [c for _, c in Image.open(tmp_path / edit["image"][1]).getcolors()]
+        assert set(colors).intersection(easy_vqa.RGB.values()) == {easy_vqa.RGB[color]}
+
+
+def test_recoloring_changes_the_shape_alone_and_back_again():
+    picture = Image.new("RGB", (8, 8), (240, 250, 230))
+    picture.paste((255, 0, 0), (2, 2, 6, 6))
+    picture.putpixel((1, 3), (248, 125, 115))  # half of each
+    blue, teal = easy_vqa.recolor(picture, ["blue", "teal"])
+    assert blue.getpixel((0, 0)) == (240, 250, 230) and blue.getpixel((3, 3)) == (0, 0, 255)
+    assert np.abs(np.array(blue.getpixel((1, 3))) - (120, 125, 242)).max() <= 1
+    assert teal.getpixel((3, 3)) == (0, 128, 128)
+    (back,) = easy_vqa.recolor(blue, ["red"])
+    assert np.abs(np.array(back).astype(int) - np.array(picture)).max() <= 1
+    with pytest.raises(ValueError, match="no shape in one of easy-VQA's colours"):
+        easy_vqa.recolor(Image.new("RGB", (8, 8), (1, 2, 3)), ["blue"])
 
 
 def test_another_data_set_and_missing_archives_are_named(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from training.codes import CodeStore
 from training.files import BrokenSamples, ImageStore, UnusableSample, read_rows
 from unitok_mllm import UniTokMLLMProcessor
+from unitok_mllm.processing_unitok import UNCONDITIONAL_PROMPT
 
 
 IGNORE = -100
@@ -149,7 +150,9 @@ class Source:
         names = row.get("image") or []
         names = [names] if isinstance(names, str) else names
         if self.type == "conversations":
-            encoded = texts.conversation(to_messages(row["conversations"], texts.processor.image_token, len(names)))
+            messages = to_messages(row["conversations"], texts.processor.image_token, len(names))
+            messages, names = drop_conditions(messages, names, caption_dropout, rng)
+            encoded = texts.conversation(messages)
         elif self.task == "draw":
             encoded = texts.drawing(None if rng.random() < caption_dropout else row["caption"])
         elif self.prompt:
@@ -170,7 +173,11 @@ class Source:
             except KeyError as error:
                 raise UnusableSample(str(error)) from error
             return variants[rng.integers(len(variants))]
-        return processor.image_processor(self.store[name], mode=self.mode, return_tensors="pt")["pixel_values"][0]
+        picture = self.store[name]
+        try:
+            return processor.image_processor(picture, mode=self.mode, return_tensors="pt")["pixel_values"][0]
+        except ValueError as error:  # of a shape that it refuses
+            raise UnusableSample(f"{name}: {error}") from error
 
 
 def to_messages(turns: list[dict], image_token: str, num_images: int) -> list[dict]:
@@ -195,6 +202,32 @@ def to_messages(turns: list[dict], image_token: str, num_images: int) -> list[di
     return messages
 
 
+def drop_conditions(
+    messages: list[dict], names: list[str], share: float, rng: np.random.Generator
+) -> tuple[list[dict], list[str]]:
+    """What guidance leads away from, for conversations answered by pictures alone (others stay as they are).
+
+    In `share` of them the user's words give way to the null prompt, in `share` the user's pictures are left out.
+    """
+    answers = [part["type"] for message in messages if message["role"] == "assistant" for part in message["content"]]
+    chance = rng.random() if set(answers) == {"image"} else 1.0
+    if chance >= 2 * share:
+        return messages, names
+    dropped, left = "text" if chance < share else "image", iter(names)
+    new_messages, new_names = [], []
+    for message in messages:
+        kept = []
+        for part in message["content"]:
+            name = next(left) if part["type"] == "image" else None
+            if message["role"] != "user" or part["type"] != dropped:
+                kept.append(part)
+                new_names += [name] if name else []
+        if message["role"] == "user" and dropped == "text":
+            kept.append({"type": "text", "text": UNCONDITIONAL_PROMPT})
+        new_messages.append({**message, "content": kept})
+    return new_messages, new_names
+
+
 class MLLMDataset(Dataset):
     """Several sources mixed by weight. Sample `i` depends on the seed and on `i` alone, so that neither a resumed run
     nor the number of processes or workers changes what is learned from.
@@ -204,7 +237,8 @@ class MLLMDataset(Dataset):
     Args:
         sources: at least one.
         num_samples: how many; None for as many as all sources have rows.
-        caption_dropout: share of the captions replaced by the null prompt, where images are drawn.
+        caption_dropout: share of the captions replaced by the null prompt, where images are drawn; of conversations
+            see `drop_conditions`.
         max_broken_share: see `BrokenSamples`.
     """
 

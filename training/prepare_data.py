@@ -3,46 +3,63 @@
     python -m training.prepare_data easy-vqa runs/data/easy-vqa
     python -m training.prepare_data emoji runs/data/emoji --category "Food & Drink" --category Activities
 
-The folder gets `images/`, and for each split `<split>_captions.jsonl` ({"image", "caption"} a line) and
-`<split>_conversations.json` (the format of LLaVA).
+The folder gets `images/`, and for each split `<split>_captions.jsonl` ({"image", "caption"} a line),
+`<split>_conversations.json` (questions, in the format of LLaVA) and `<split>_dialogues.json` (pictures asked for in
+words); easy-VQA's also `<split>_edits.json` (a picture, "make it blue", and the picture in blue).
 """
 
 import json
+import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from PIL import Image
+from tqdm import tqdm
 
 from training import easy_vqa, emoji
 
 
-def conversation(image: str, question: str, answer: str) -> dict:
-    """One turn about one image, in LLaVA's format."""
-    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-    return {"image": image, "conversations": turns}
+EDITS_PER_IMAGE = 3
+IMAGE = "<image>"
 
 
-def write_split(folder: Path, split: str, captions: list[tuple[str, str]], questions: Iterator[tuple]) -> None:
-    """Writes both files of a split: (image, caption) and (image, question, answer) each."""
-    lines = [json.dumps({"image": image, "caption": caption}) + "\n" for image, caption in captions]
-    (folder / f"{split}_captions.jsonl").write_text("".join(lines))
-    (folder / f"{split}_conversations.json").write_text(json.dumps([conversation(*row) for row in questions]))
+def conversation(images: list[str], *turns: str) -> dict:
+    """Turns in LLaVA's format, a person's first; `IMAGE` in them stands for the images in order."""
+    speakers = ("human", "gpt") * (len(turns) // 2)
+    return {"image": images, "conversations": [{"from": s, "value": turn} for s, turn in zip(speakers, turns)]}
+
+
+def write_captions(path: Path, captions: list[tuple[str, str]]) -> None:
+    path.write_text("".join(json.dumps({"image": image, "caption": caption}) + "\n" for image, caption in captions))
 
 
 def prepare_easy_vqa(folder: Path) -> None:
     for split in ("train", "test"):
-        samples, captions, questions = easy_vqa.load(split), [], []
-        images = folder / "images" / split
-        images.mkdir(parents=True, exist_ok=True)
-        for sample in samples:
-            shutil.copy(sample.image, images)
+        captions, questions, edits, dialogues = [], [], [], []
+        for directory in (f"images/{split}", f"images/{split}_recolored"):
+            (folder / directory).mkdir(parents=True, exist_ok=True)
+        for number, sample in enumerate(tqdm(easy_vqa.load(split), desc=f"easy-VQA, {split}")):
+            shutil.copy(sample.image, folder / f"images/{split}")
             name = f"images/{split}/{sample.image.name}"
             captions.append((name, sample.caption))
-            questions += [(name, *pair) for pair in sample.questions]
-        write_split(folder, split, captions, questions)
+            questions += [
+                conversation([name], f"{IMAGE}\n{question}", answer) for question, answer in sample.questions
+            ]
+            other_colors = sorted(set(easy_vqa.COLORS).difference(sample.caption.split()))
+            colors = random.Random(number).sample(other_colors, EDITS_PER_IMAGE)
+            for color, picture in zip(colors, easy_vqa.recolor(Image.open(sample.image), colors)):
+                recolored = f"images/{split}_recolored/{sample.image.stem}_{color}.png"
+                picture.save(folder / recolored)
+                ask, pair = f"make it {color}", [name, recolored]
+                edits.append(conversation(pair, f"{IMAGE}\n{ask}", IMAGE))
+                turns = f"draw {sample.caption}", IMAGE, ask, IMAGE, "what color is the shape?", color
+                dialogues.append(conversation(pair, *turns))
+        write_captions(folder / f"{split}_captions.jsonl", captions)
+        for kind, rows in (("conversations", questions), ("edits", edits), ("dialogues", dialogues)):
+            (folder / f"{split}_{kind}.json").write_text(json.dumps(rows))
 
 
 def prepare_emoji(folder: Path, packages: Path, categories: list[str]) -> None:
@@ -51,9 +68,11 @@ def prepare_emoji(folder: Path, packages: Path, categories: list[str]) -> None:
     (folder / emoji.TABLE).write_text(json.dumps([asdict(picture) for picture in pictures]))
     for split, held_out in (("train", False), ("test", True)):
         rows = [e for e in pictures if e.held_out == held_out]
-        write_split(
-            folder, split, [(e.image, e.caption) for e in rows], [(e.image, emoji.QUESTION, e.name) for e in rows]
-        )
+        write_captions(folder / f"{split}_captions.jsonl", [(e.image, e.caption) for e in rows])
+        questions = [conversation([e.image], f"{IMAGE}\n{emoji.QUESTION}", e.name) for e in rows]
+        dialogues = [conversation([e.image], f"draw {e.caption}", IMAGE, emoji.QUESTION, e.name) for e in rows]
+        for kind, values in (("conversations", questions), ("dialogues", dialogues)):
+            (folder / f"{split}_{kind}.json").write_text(json.dumps(values))
 
 
 app = typer.Typer(help=__doc__, add_completion=False)
