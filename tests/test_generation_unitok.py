@@ -1,12 +1,13 @@
 import pytest
 import torch
 from PIL import Image
+from transformers import LogitsProcessor, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from unitok_mllm.generation_unitok import sample_codes
 
 
 K, L, V = 4, 9, 32
-BOI, IMAGE = 3, 5
+BOI, EOI, IMAGE, EOS = 3, 4, 5, 2
 TEXTS = ["a red circle", "blue", "what is the yellow shape over there? a red circle"]
 QUESTIONS = ["<image> what is the shape? <image> and this?", "yes", "a <image>"]  # 2, 0 and 1 of three images
 
@@ -267,7 +268,7 @@ BAD_OPTIONS = [
         {"guidance_scale": 2.0, "unconditional_input_ids": torch.tensor([[1, BOI]] * 2)},
         "2 unconditional prompts for a batch of 3",
     ),
-    ({"generation_mode": "video"}, "generation_mode is 'text' or 'image', got 'video'"),
+    ({"generation_mode": "video"}, "generation_mode is 'text', 'image' or 'interleaved', got 'video'"),
 ]
 
 
@@ -297,3 +298,168 @@ def test_drawn_codes_become_pictures(lively_mllm, processor, draw):
     assert [type(picture) for picture in pictures] == [Image.Image] * 3
     restored = processor.image_processor(pictures).pixel_values
     assert (restored - pixels).abs().max() <= 1 / 255 + 1e-6
+
+
+# Edits
+
+
+INSTRUCTIONS = ["make it blue", "what is the shape? a circle there", "red"]
+
+
+@pytest.fixture
+def edit(lively_mllm, processor, pictures):
+    def edit(which=(0, 1, 2), **options):
+        images = [[[pictures[0]], pictures[1:3], [pictures[3]]][i] for i in which]
+        inputs = processor(images=images, text=[INSTRUCTIONS[i] for i in which], generation_mode="edit")
+        return lively_mllm.generate(**inputs, **{"generation_mode": "image", "seed": 0, **options})
+
+    return edit
+
+
+def test_an_edit_is_led_away_from_the_picture_alone_and_from_the_words_alone(lively_mllm, processor, edit, pictures):
+    scales = {"guidance_scale": 3.0, "image_guidance_scale": 2.0}
+    codes = edit(**scales, do_sample=False)
+    images = [[pictures[0]], pictures[1:3], [pictures[3]]]
+    prompt = processor(images=images, text=INSTRUCTIONS, generation_mode="edit")
+    logits = []
+    for prefix in ("", "unconditional_", "text_alone_"):
+        rows = []
+        for i in range(3):  # one at a time, so that each row's images come in its own order
+            row = {k: v[i : i + 1] for k, v in prompt.items() if k != "pixel_values"}
+            history = lively_mllm.encode_images(prompt["pixel_values"])[[[0], [1, 2], [3]][i]]
+            history = history[:0] if prefix == "text_alone_" else history
+            rows.append(teacher_forced_logits(lively_mllm, row, codes[i : i + 1], prefix, history))
+        logits.append(torch.cat(rows))
+    full, picture_alone, words_alone = logits
+    guided = full + 2.0 * (full - picture_alone) + 1.0 * (full - words_alone)
+    assert torch.equal(guided.argmax(dim=-1).transpose(1, 2), codes)
+    for other in ({}, {"guidance_scale": 3.0}, {"image_guidance_scale": 2.0}):
+        assert not torch.equal(edit(**other, do_sample=False), codes)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_cache_and_batch_do_not_change_an_edit(edit, do_sample):
+    options = {"guidance_scale": 3.0, "image_guidance_scale": 2.0, "do_sample": do_sample}
+    codes = edit(**options, seed=[5, 6, 7])
+    assert torch.equal(edit(**options, seed=[5, 6, 7], use_cache=False), codes)
+    for i in range(3):
+        assert torch.equal(edit([i], **options, seed=5 + i)[0], codes[i])
+    twice = edit(**options, seed=[5, 6, 7], num_return_sequences=2)
+    assert torch.equal(twice[::2], codes)
+
+
+def test_a_prompt_for_an_edit_ends_where_the_image_begins(processor, pictures):
+    inputs = processor(images=pictures[0], text="make it blue", generation_mode="edit")
+    image = "<boi>" + L * "<image>" + "<eoi>\n"
+    assert processor.decode(inputs["input_ids"][0]).endswith(f"USER: {image}make it blue ASSISTANT: <boi>")
+    null = processor.decode(inputs["unconditional_input_ids"][0])
+    assert null.endswith(f"USER: {image}<unconditional> ASSISTANT: <boi>")
+    assert processor.decode(inputs["text_alone_input_ids"][0]).endswith("USER: make it blue ASSISTANT: <boi>")
+    for images, text, message in (
+        (None, "make it blue", "needs images"),
+        (pictures[:2], "make it blue", r"Got 2 images \(or groups of them\) for 1 instructions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(images=images, text=text, generation_mode="edit")
+
+
+def test_guidance_against_the_words_alone_needs_them(draw):
+    with pytest.raises(ValueError, match="image_guidance_scale above 1 needs text_alone_input_ids"):
+        draw(image_guidance_scale=2.0)
+    with pytest.raises(ValueError, match="image_guidance_scale must be at least 1"):
+        draw(image_guidance_scale=0.5)
+
+
+# Text with images in it
+
+
+class Script(LogitsProcessor):
+    """Leaves the model only the scripted token at some lengths of the new text (images not counted)."""
+
+    def __init__(self, prompt_length: int, tokens: dict[int, int]):
+        self.prompt_length, self.tokens = prompt_length, tokens
+
+    def __call__(self, input_ids, scores):
+        new = input_ids[:, self.prompt_length :]
+        place = int((new != IMAGE).sum() - (new == EOI).sum())
+        token = self.tokens.get(place)
+        if token is None:
+            scores = scores.clone()
+            scores[:, [BOI, EOI, EOS]] = -torch.inf
+            return scores
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
+
+
+def test_where_the_model_opens_an_image_it_draws_one_and_goes_on(lively_mllm, processor, pictures):
+    inputs = processor(text="a <image> blue", images=pictures[0], generation_mode="interleaved")
+    length = inputs["input_ids"].shape[1]
+    script = LogitsProcessorList([Script(length, {3: BOI, 6: BOI, 8: EOS})])
+    image_options = {"guidance_scale": 2.0, "seed": 4}
+    options = {"generation_mode": "interleaved", "do_sample": False, "image_options": image_options}
+    output = lively_mllm.generate(**inputs, **options, logits_processor=script)
+    (new,), (codes,) = output.sequences, output.image_codes
+    image = [BOI, *[IMAGE] * L, EOI]
+    assert new[3 : 3 + L + 2].tolist() == image and new[-1] == EOS
+    assert codes.shape == (2, K, L) and (new == IMAGE).sum() == 2 * L and len(new) == 9 + 2 * (L + 1)
+
+    # each piece is what the other modes make of everything before it
+    known = lively_mllm.encode_images(inputs["pixel_values"])
+    unconditional = {k: v for k, v in inputs.items() if k.startswith("unconditional")}
+    whole = torch.cat([inputs["input_ids"][0], new])[None]
+    for n, opened in enumerate((whole[0, length:] == BOI).nonzero().flatten() + length):
+        drawn = lively_mllm.generate(
+            whole[:, : opened + 1],
+            image_codes=torch.cat([known, codes[:n]]),
+            generation_mode="image",
+            **unconditional,
+            guidance_scale=2.0,
+            seed=4 + n,
+        )
+        assert torch.equal(drawn[0], codes[n])
+    start = length + 3 + L + 2  # behind the first image
+    text = lively_mllm.generate(
+        whole[:, :start],
+        image_codes=torch.cat([known, codes[:1]]),
+        do_sample=False,
+        max_new_tokens=2,
+        logits_processor=script,
+    )
+    assert text[0, start:].tolist() == whole[0, start : start + 2].tolist()
+
+    pixels = [lively_mllm.decode_images(codes)]
+    (parts,) = processor.post_process_multimodal_output(output, generation_mode="interleaved", pixel_values=pixels)
+    kinds = [part["type"] for part in parts]
+    assert kinds in (["text", "image", "text", "image", "text"], ["text", "image", "text", "image"])
+    assert all(part["image"].size == (48, 48) for part in parts if part["type"] == "image")
+    words = processor.decode(new[:3], skip_special_tokens=True).strip()
+    assert parts[0]["text"] == words
+    again = processor.apply_chat_template(
+        [{"role": "user", "content": "draw"}, {"role": "assistant", "content": parts}]
+    )
+    assert again.count("<image>") == 2
+
+
+def test_interleaved_answers_in_a_batch_are_those_alone_and_without_images_those_of_the_text_mode(
+    lively_mllm, processor, pictures
+):
+    images = [pictures[:2], [], pictures[2:3]]
+    options = {"do_sample": False, "max_new_tokens": 6}
+    inputs = processor(text=QUESTIONS, images=images, generation_mode="interleaved")
+    output = lively_mllm.generate(**inputs, **options, generation_mode="interleaved", max_images=0)
+    assert [len(codes) for codes in output.image_codes] == [0, 0, 0]
+    for i, new in enumerate(output.sequences):
+        alone = processor(text=QUESTIONS[i], images=images[i] or None)
+        expected = lively_mllm.generate(**alone, **options, suppress_tokens=[IMAGE, BOI])
+        assert new.tolist() == expected[0, alone["input_ids"].shape[1] :].tolist()
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1 and max_images at least 0, got 0 and 4"):
+        lively_mllm.generate(**inputs, generation_mode="interleaved", max_new_tokens=0)
+
+
+def test_no_more_images_than_allowed(lively_mllm, processor):
+    inputs = processor(text="draw", generation_mode="interleaved")
+    always = LogitsProcessorList([SuppressTokensLogitsProcessor([t for t in range(300) if t not in (BOI, 50)])])
+    output = lively_mllm.generate(
+        **inputs, generation_mode="interleaved", max_new_tokens=6, max_images=2, logits_processor=always
+    )
+    assert len(output.image_codes[0]) <= 2
+    assert (output.sequences[0] == BOI).sum() == len(output.image_codes[0])

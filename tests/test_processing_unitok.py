@@ -204,7 +204,7 @@ def test_calls_that_mean_nothing_raise(processor):
         ({}, "at least one input"),
         ({"text": []}, "empty list"),
         ({"text": [], "generation_mode": "image"}, "empty list"),
-        ({"text": "red", "generation_mode": "video"}, "'text' or 'image', got 'video'"),
+        ({"text": "red", "generation_mode": "video"}, "'text', 'image', 'interleaved' or 'edit', got 'video'"),
         ({"generation_mode": "image"}, "needs a text"),
     ):
         with pytest.raises(ValueError, match=message):

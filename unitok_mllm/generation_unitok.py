@@ -1,8 +1,13 @@
 """Generation: text by the library's own loop, images by L steps of the LLM with K depth steps each.
 
 Guidance (classifier-free, https://arxiv.org/abs/2207.12598): `logits = uncond + scale * (cond - uncond)` for a scale
-above 1; both branches go through the model in one batch and go on with the same codes.
+above 1; both branches go through the model in one batch and go on with the same codes. Edits may be led away from two
+prompts, the picture alone and the instruction alone, each with a scale of its own, which adds
+`(scale - 1) * (cond - other)` (the two scales are those of InstructPix2Pix, https://arxiv.org/abs/2211.09800; its formula
+is another: it compares the picture alone with neither).
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,21 +44,30 @@ def sample_codes(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True).squeeze(1)
 
 
-def pad_left(tensor: torch.Tensor, length: int) -> torch.Tensor:
-    """Zeros in front, up to `length` columns."""
-    return F.pad(tensor, (length - tensor.shape[1], 0))
+@dataclass
+class UniTokInterleavedOutput:
+    """What `generate_interleaved` returns, an entry for each prompt.
+
+    Attributes:
+        sequences: the new ids, (T,): text, and for each image the opening token, L placeholders, the closing token.
+        image_codes: the images drawn, in order, (N, K, L).
+    """
+
+    sequences: list[torch.Tensor]
+    image_codes: list[torch.Tensor]
 
 
 class UniTokGenerationMixin(GenerationMixin):
-    """`generate` in two modes, "text" (the default) and "image"."""
+    """`generate` in three modes: "text" (the default), "image" and "interleaved"."""
 
     def generate(self, inputs: torch.Tensor | None = None, *args, generation_mode: str = "text", **kwargs):
-        """Generates text, or the codes of one image for each prompt.
+        """Generates text, or the codes of one image for each prompt, or text with images in it.
 
         Args:
             inputs: prompt ids (B, T), also as `input_ids=`.
             generation_mode: "text": transformers' own `generate`, with all its options.
                 "image": `generate_image_codes`, with the options named there.
+                "interleaved": `generate_interleaved`, with the options named there.
 
         Raises:
             ValueError: another mode.
@@ -62,7 +76,9 @@ class UniTokGenerationMixin(GenerationMixin):
             return super().generate(inputs, *args, **kwargs)
         if generation_mode == "image":
             return self.generate_image_codes(kwargs.pop("input_ids", inputs), *args, **kwargs)
-        raise ValueError(f"generation_mode is 'text' or 'image', got {generation_mode!r}.")
+        if generation_mode == "interleaved":
+            return self.generate_interleaved(kwargs.pop("input_ids", inputs), *args, **kwargs)
+        raise ValueError(f"generation_mode is 'text', 'image' or 'interleaved', got {generation_mode!r}.")
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         model_inputs = super().prepare_inputs_for_generation(
@@ -99,9 +115,12 @@ class UniTokGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         unconditional_input_ids: torch.Tensor | None = None,
         unconditional_attention_mask: torch.Tensor | None = None,
+        text_alone_input_ids: torch.Tensor | None = None,
+        text_alone_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_codes: torch.Tensor | None = None,
         guidance_scale: float = 1.0,
+        image_guidance_scale: float = 1.0,
         do_sample: bool = True,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -117,9 +136,15 @@ class UniTokGenerationMixin(GenerationMixin):
         Args:
             input_ids, attention_mask: (B, T), prompts that end with the token that opens an image, padded on the left.
             unconditional_input_ids, unconditional_attention_mask: (1 or B, T'), the prompts that guidance leads away
-                from; the processor makes them. Looked at only with a `guidance_scale` above 1.
+                from, without images or with those of `input_ids`; the processor makes them. Looked at only with a
+                `guidance_scale` above 1.
+            text_alone_input_ids, text_alone_attention_mask: (1 or B, T''), the same for `image_guidance_scale`: the
+                prompts without their images.
             pixel_values, image_codes: images that the prompts hold, see `UniTokMLLMForConditionalGeneration.embed`.
-            guidance_scale: 1: no guidance, one branch. Above 1: `uncond + scale * (cond - uncond)`, two branches.
+            guidance_scale: how closely to follow the words. 1: no guidance, one branch. Above 1:
+                `uncond + scale * (cond - uncond)`, another branch.
+            image_guidance_scale: how closely to follow the images of the prompts, in the same way, with a branch of
+                its own.
             do_sample: False for the likeliest code each time.
             temperature, top_k, top_p: as in transformers; `top_k` 0 keeps all codes.
             seed: one for all prompts or one for each; None to take it from torch's generator. Sample j of a prompt
@@ -136,8 +161,9 @@ class UniTokGenerationMixin(GenerationMixin):
             ValueError: an option out of its range, a prompt that does not end with the token that opens an image, or
                 guidance without an unconditional prompt.
         """
-        if guidance_scale < 1:
-            raise ValueError(f"guidance_scale must be at least 1 (1: no guidance), got {guidance_scale}.")
+        for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
+            if scale < 1:
+                raise ValueError(f"{name} must be at least 1 (1: no guidance), got {scale}.")
         if num_return_sequences < 1:
             raise ValueError(f"num_return_sequences must be at least 1, got {num_return_sequences}.")
         if num_positions is None:
@@ -158,31 +184,31 @@ class UniTokGenerationMixin(GenerationMixin):
             noise_shape = (num_positions, self.depth_head.num_codebooks)
             noise = uniform_noise(seeds, num_return_sequences, noise_shape).to(input_ids.device)
 
-        inputs_embeds, _ = self.embed(input_ids, pixel_values, image_codes)
-        inputs_embeds = inputs_embeds.repeat_interleave(num_return_sequences, dim=0)
-        attention_mask = attention_mask.repeat_interleave(num_return_sequences, dim=0)
-        guided = guidance_scale > 1
-        if guided:
-            if unconditional_input_ids is None:
-                raise ValueError(
-                    "A guidance_scale above 1 needs unconditional_input_ids: "
-                    "make prompts with processor(text=..., generation_mode='image')."
-                )
-            inputs_embeds, attention_mask = self._add_unconditional(
-                inputs_embeds, attention_mask, unconditional_input_ids, unconditional_attention_mask
-            )
-        branches = 2 if guided else 1
+        inputs_embeds, image_codes = self.embed(input_ids, pixel_values, image_codes)
+        branches, scales = [(inputs_embeds, attention_mask)], []
+        for scale, name, scale_name, ids, mask in (
+            (guidance_scale, "unconditional", "guidance_scale", unconditional_input_ids, unconditional_attention_mask),
+            (
+                image_guidance_scale,
+                "text_alone",
+                "image_guidance_scale",
+                text_alone_input_ids,
+                text_alone_attention_mask,
+            ),
+        ):
+            if scale > 1:
+                branches.append(self._other_branch(scale_name, name, ids, mask, image_codes, len(input_ids)))
+                scales.append(scale - 1)
+        inputs_embeds, attention_mask = self._stack(branches, num_return_sequences)
 
         def choose(logits: torch.Tensor, position: int, k: int) -> torch.Tensor:
-            logits = logits.float()
-            if guided:
-                cond, uncond = logits.chunk(2)
-                logits = uncond + guidance_scale * (cond - uncond)
+            logits, *others = logits.float().chunk(len(branches))
+            logits = logits + sum(scale * (logits - other) for scale, other in zip(scales, others))
             if noise is None:
                 return logits.argmax(dim=-1)
             return sample_codes(warpers(None, logits), noise[:, position, k])
 
-        batch, prompt_length, _ = inputs_embeds.shape
+        prompt_length = inputs_embeds.shape[1]
         attention_mask = F.pad(attention_mask, (0, num_positions), value=1)
         position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
         llm_cache = DynamicCache(config=self.config.text_config) if use_cache else None
@@ -202,11 +228,101 @@ class UniTokGenerationMixin(GenerationMixin):
             if position + 1 == num_positions:
                 break
             if use_cache:
-                inputs_embeds = self.embedder(groups[-1][:, :, None], embedder_cache).repeat(branches, 1, 1)
+                inputs_embeds = self.embedder(groups[-1][:, :, None], embedder_cache).repeat(len(branches), 1, 1)
             else:
-                drawn = self.embedder(torch.stack(groups, dim=2)).repeat(branches, 1, 1)
+                drawn = self.embedder(torch.stack(groups, dim=2)).repeat(len(branches), 1, 1)
                 inputs_embeds = torch.cat([inputs_embeds[:, :prompt_length], drawn], dim=1)
         return torch.stack(groups, dim=2)
+
+    @torch.no_grad()
+    def generate_interleaved(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        unconditional_input_ids: torch.Tensor | None = None,
+        unconditional_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        max_new_tokens: int = 256,
+        max_images: int = 4,
+        image_options: dict | None = None,
+        **text_options,
+    ) -> "UniTokInterleavedOutput":
+        """Text by the library's own loop; where the model opens an image, it draws one and goes on behind it.
+
+        The prompts are gone through one after another: what follows each of them differs in length.
+
+        Args:
+            input_ids, attention_mask, pixel_values, image_codes: prompts (B, T), padded on the left, and their images.
+            unconditional_input_ids, unconditional_attention_mask: see `generate_image_codes`.
+            max_new_tokens: text tokens at most for each prompt; images do not count.
+            max_images: images at most for each prompt; then no other can be opened.
+            image_options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `seed` ... The n-th image
+                of a prompt is drawn with the seed plus n.
+            text_options: of transformers' `generate`.
+
+        Raises:
+            ValueError: see `generate_image_codes`; or `max_new_tokens` or `max_images` out of its range.
+        """
+        if max_new_tokens < 1 or max_images < 0:
+            raise ValueError(
+                f"max_new_tokens must be at least 1 and max_images at least 0, got {max_new_tokens} and {max_images}."
+            )
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        image_codes = self.encode_images(pixel_values) if pixel_values is not None else image_codes
+        if image_codes is None:
+            image_codes = input_ids.new_zeros(0, self.depth_head.num_codebooks, self.config.num_image_positions)
+        of_row = image_codes.split(self.images_per_sample(input_ids, len(image_codes), image_codes.shape[-1]))
+        unconditional = {
+            "unconditional_input_ids": unconditional_input_ids,
+            "unconditional_attention_mask": unconditional_attention_mask,
+        }
+        output = UniTokInterleavedOutput([], [])
+        for ids, mask, codes in zip(input_ids, attention_mask, of_row):
+            prompt = ids[mask.bool()][None]
+            sequence, codes = self._interleave_one(
+                prompt, codes, unconditional, max_new_tokens, max_images, dict(image_options or {}), text_options
+            )
+            output.sequences.append(sequence[0, prompt.shape[1] :])
+            output.image_codes.append(codes)
+        return output
+
+    def _interleave_one(
+        self, sequence, known_codes, unconditional, max_new_tokens, max_images, image_options, options
+    ):
+        """One prompt (1, T) and its images -> prompt and answer (1, T'), and the codes drawn (N, K, L)."""
+        boi, eoi, placeholder = self.config.boi_token_id, self.config.eoi_token_id, self.config.image_token_id
+        ends = options.pop("eos_token_id", self.generation_config.eos_token_id)
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        suppressed = list(self.generation_config.suppress_tokens or [])
+        seed, drawn, room = image_options.pop("seed", None), known_codes[:0], max_new_tokens
+        while room > 0:
+            may_draw = len(drawn) < max_images
+            codes = torch.cat([known_codes, drawn])
+            length = sequence.shape[1]
+            sequence = super().generate(
+                sequence,
+                attention_mask=torch.ones_like(sequence),
+                image_codes=codes if len(codes) else None,
+                max_new_tokens=room,
+                eos_token_id=[*ends, boi] if may_draw else ends,
+                suppress_tokens=suppressed if may_draw else [*suppressed, boi],
+                **options,
+            )
+            room -= sequence.shape[1] - length
+            if sequence[0, -1] != boi or not may_draw:
+                break
+            new = self.generate_image_codes(
+                sequence,
+                image_codes=codes if len(codes) else None,
+                seed=None if seed is None else seed + len(drawn),
+                **unconditional,
+                **image_options,
+            )
+            drawn = torch.cat([drawn, new])
+            image = sequence.new_tensor([*[placeholder] * new.shape[-1], eoi])
+            sequence = torch.cat([sequence, image[None]], dim=1)
+        return sequence, drawn
 
     @staticmethod
     def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
@@ -232,26 +348,29 @@ class UniTokGenerationMixin(GenerationMixin):
             raise ValueError(f"Got {len(seeds)} seeds for {num_prompts} prompts.")
         return seeds
 
-    def _add_unconditional(self, inputs_embeds, attention_mask, unconditional_ids, unconditional_mask):
-        """Puts the unconditional branch under the conditional one, both padded on the left to one length."""
-        if unconditional_mask is None:
-            unconditional_mask = torch.ones_like(unconditional_ids)
-        batch, num_prompts = len(inputs_embeds), len(unconditional_ids)
-        if batch % num_prompts:
-            raise ValueError(f"Got {num_prompts} unconditional prompts for a batch of {batch}.")
-        length = max(inputs_embeds.shape[1], unconditional_ids.shape[1])
-        unconditional_embeds, _ = self.embed(pad_left(unconditional_ids, length))
-        inputs_embeds = F.pad(inputs_embeds, (0, 0, length - inputs_embeds.shape[1], 0))
-        repeats = batch // num_prompts
-        return (
-            torch.cat([inputs_embeds, unconditional_embeds.repeat_interleave(repeats, dim=0)]),
-            torch.cat(
-                [
-                    pad_left(attention_mask, length),
-                    pad_left(unconditional_mask, length).repeat_interleave(repeats, dim=0),
-                ]
-            ),
-        )
+    def _other_branch(self, scale_name, name, input_ids, attention_mask, image_codes, batch):
+        """Embeddings and mask, a row for each prompt, of the prompts that a guidance leads away from."""
+        if input_ids is None:
+            raise ValueError(
+                f"A {scale_name} above 1 needs {name}_input_ids: make prompts with "
+                f"processor(text=..., generation_mode={'image' if name == 'unconditional' else 'edit'!r})."
+            )
+        if batch % len(input_ids):
+            raise ValueError(f"Got {len(input_ids)} {name.replace('_', ' ')} prompts for a batch of {batch}.")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        has_images = (input_ids == self.config.image_token_id).any()
+        inputs_embeds, _ = self.embed(input_ids, image_codes=image_codes if has_images else None)
+        repeats = batch // len(input_ids)
+        return inputs_embeds.repeat_interleave(repeats, dim=0), attention_mask.repeat_interleave(repeats, dim=0)
+
+    @staticmethod
+    def _stack(branches, num_return_sequences):
+        """All branches under one another, padded on the left to one length, each row `num_return_sequences` times."""
+        length = max(mask.shape[1] for _, mask in branches)
+        embeds = [F.pad(embeds, (0, 0, length - embeds.shape[1], 0)) for embeds, _ in branches]
+        masks = [F.pad(mask, (length - mask.shape[1], 0)) for _, mask in branches]
+        return (torch.cat(rows).repeat_interleave(num_return_sequences, dim=0) for rows in (embeds, masks))
 
 
-__all__ = ["UniTokGenerationMixin"]
+__all__ = ["UniTokGenerationMixin", "UniTokInterleavedOutput"]

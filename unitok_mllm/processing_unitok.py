@@ -137,6 +137,10 @@ class UniTokMLLMProcessor(ProcessorMixin):
             generation_mode: "text": `input_ids`, `attention_mask` and `pixel_values` for an answer.
                 "image": prompts that end where the image begins, and `unconditional_input_ids` and
                 `unconditional_attention_mask` for guidance.
+                "interleaved": as "text", with `unconditional_...` too, for the images of the answer.
+                "edit": the same as "image" from images and an instruction for each text: a turn of the chat template that an
+                image answers. For guidance, `unconditional_...` hold the images with the null prompt, and
+                `text_alone_...` the instructions without images.
             kwargs: options of the tokenizer and the image processor.
 
         Raises:
@@ -145,16 +149,46 @@ class UniTokMLLMProcessor(ProcessorMixin):
         """
         if generation_mode == "text":
             return super().__call__(images=images, text=text, **kwargs)
-        if generation_mode != "image":
-            raise ValueError(f"generation_mode is 'text' or 'image', got {generation_mode!r}.")
+        if generation_mode not in ("image", "interleaved", "edit"):
+            raise ValueError(f"generation_mode is 'text', 'image', 'interleaved' or 'edit', got {generation_mode!r}.")
         if text is None:
-            raise ValueError("generation_mode='image' needs a text.")
+            raise ValueError(f"generation_mode={generation_mode!r} needs a text.")
         texts = [text] if isinstance(text, str) else list(text)
-        inputs = super().__call__(images=images, text=[self.image_prompt(t) for t in texts], **kwargs)
+        if generation_mode == "edit":
+            return self._edit_inputs(images, texts, **kwargs)
+        if generation_mode == "image":
+            texts = [self.image_prompt(t) for t in texts]
+        inputs = super().__call__(images=images, text=texts, **kwargs)
         unconditional = super().__call__(text=[UNCONDITIONAL_PROMPT + self.boi_token], **kwargs)
         return BatchFeature(
             {**inputs, **{f"unconditional_{name}": unconditional[name] for name in ("input_ids", "attention_mask")}}
         )
+
+    def _edit_inputs(self, images, texts: list[str], **kwargs) -> BatchFeature:
+        if images is None:
+            raise ValueError("generation_mode='edit' needs images: those that the texts say what to do with.")
+        groups = self.image_processor.fetch_images(images)
+        groups = groups if isinstance(groups, (list, tuple)) else [groups]
+        groups = [list(group) if isinstance(group, (list, tuple)) else [group] for group in groups]
+        if len(groups) != len(texts):
+            raise ValueError(f"Got {len(groups)} images (or groups of them) for {len(texts)} instructions.")
+        counts = [len(group) for group in groups]
+        inputs = super().__call__(
+            images=groups, text=[self.edit_prompt(t, n) for t, n in zip(texts, counts)], **kwargs
+        )
+        null = super().__call__(
+            images=groups, text=[self.edit_prompt(UNCONDITIONAL_PROMPT, n) for n in counts], **kwargs
+        )
+        text_alone = super().__call__(text=[self.edit_prompt(t, 0) for t in texts], **kwargs)
+        for prefix, other in (("unconditional", null), ("text_alone", text_alone)):
+            inputs |= {f"{prefix}_{name}": other[name] for name in ("input_ids", "attention_mask")}
+        return BatchFeature(dict(inputs))
+
+    def edit_prompt(self, instruction: str, num_images: int) -> str:
+        """The user's turn, images first, up to where the image that answers it begins."""
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": instruction}]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "image"}]}]
+        return self.apply_chat_template(turns).rsplit(self.image_token, 1)[0] + self.boi_token
 
     def image_prompt(self, description: str) -> str:
         """The prompt whose continuation is an image of what `description` says."""
@@ -172,12 +206,39 @@ class UniTokMLLMProcessor(ProcessorMixin):
         generation_mode: str | None = None,
         **kwargs,
     ) -> list[str] | list[Image.Image]:
-        """Token ids (B, T) to texts, or with `generation_mode="image"` decoded pixels (B, 3, H, W) to pictures."""
+        """Token ids (B, T) to texts, or decoded pixels to pictures, or both to the parts of answers.
+
+        Args:
+            generated_outputs: token ids; with `generation_mode="image"` pixels (B, 3, H, W); with "interleaved" what
+                `generate` returned.
+            pixel_values: with "interleaved", the decoded images of each answer, (N, 3, H, W) each.
+
+        Returns:
+            Texts; or pictures; or for each answer what a conversation's `content` holds: {"type": "text", "text": ...}
+            and {"type": "image", "image": ...} in order.
+        """
         if generation_mode == "image":
             return self.image_processor.post_process(generated_outputs)
+        if generation_mode == "interleaved":
+            return [self._parts(*answer) for answer in zip(generated_outputs.sequences, kwargs["pixel_values"])]
         return super().post_process_multimodal_output(
             generated_outputs, skip_special_tokens=skip_special_tokens, generation_mode=generation_mode, **kwargs
         )
+
+    def _parts(self, sequence: torch.Tensor, pixel_values: torch.Tensor) -> list[dict]:
+        """An answer's ids (T,) and its images (N, 3, H, W) -> its texts and pictures in order."""
+        pictures = iter(self.image_processor.post_process(pixel_values)) if len(pixel_values) else iter(())
+        parts, words = [], []
+        for token in [*sequence.tolist(), self.boi_token_id]:
+            if token != self.boi_token_id:
+                words.append(token)
+                continue
+            if text := self.tokenizer.decode(words, skip_special_tokens=True).strip():
+                parts.append({"type": "text", "text": text})
+            words = []
+            if picture := next(pictures, None):
+                parts.append({"type": "image", "image": picture})
+        return parts
 
 
 __all__ = ["GENERATION_SUFFIX", "UNCONDITIONAL_PROMPT", "UniTokMLLMProcessor", "vicuna_chat_template"]
