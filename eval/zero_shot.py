@@ -1,0 +1,598 @@
+"""Zero-shot classification: how often an image's own class has the text embedding nearest to it, of all classes.
+
+    python -m eval.zero_shot --model unitok-large --images imagenet/val --output runs/imagenet.json
+    torchrun --nproc_per_node 8 -m eval.zero_shot --model unitok-large --images imagenet/val
+    python -m eval.zero_shot --model unitok_mllm/checkpoints/tiny --dataset easy-vqa
+    python -m eval.zero_shot --model runs/tokenizer-tiny/model --dataset emoji
+    python -m eval.zero_shot --system clip --model openai/clip-vit-large-patch14 --images imagenet/val
+    python -m eval.zero_shot --system open_clip --model ViTamin-L-256 --pretrained datacomp1b --images imagenet/val
+
+A class is the mean, brought to unit length again, of its prompts' embeddings of unit length (CLIP, arXiv 2103.00020,
+section 3.1.4). ImageNet has the names and the 80 prompts that open_clip ships; easy-VQA's test images have the 24 pairs
+of colour and shape ("a red circle"); the emoji have their names, each in the captions of both styles.
+
+Beside the JSON lie a .nearest.safetensors with `classifier` (classes, dims) and `nearest` (images, 5), the classes
+nearest to each image, and a picture of mistakes. The former is written as the run goes on: the same command, given again,
+goes on from there (with fewer or more images, too); one with another model or other prompts starts anew.
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import mmap
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import open_clip
+import safetensors.torch
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from safetensors import safe_open
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    HfArgumentParser,
+)
+
+from eval._common import check_model_folder, versions, write_atomically
+from eval.easy_vqa import folder_digest
+from training import easy_vqa
+from training.emoji import STYLES, TABLE, Emoji, read_table
+from training.image_text_data import ImageTextTransform
+from unitok_mllm import UniTokModel
+from unitok_mllm.image_processing_unitok import MODES, UniTokImageProcessor, load_image
+from unitok_mllm.sheet import contact_sheet
+
+
+TOP = 5
+BATCHES_PER_SAVE = 8
+CONFUSIONS_KEPT = 20
+ERRORS_SHOWN = 5
+MISTAKES_SHOWN = 24
+CLIP_VOCABULARY = 49408  # of the byte pairs that CLIP and UniTok's released tokenizers know
+SYNSET = re.compile(r"n\d{8}")
+TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+DATASETS = ("easy-vqa", "emoji")
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Raises:
+        ValueError: a value out of its range, a folder that is not there, or not exactly one of `images` and `dataset`.
+    """
+
+    model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder, hub name or open_clip name"})
+    system: str = field(default="unitok", metadata={"help": "unitok, clip (transformers) or open_clip"})
+    pretrained: str = field(default="", metadata={"help": "open_clip: a tag of the model's, or a file of weights"})
+    text_tokenizer: str = field(
+        default="", metadata={"help": "unitok: folder or hub name; empty: the model's own, or else CLIP's"}
+    )
+    image_mode: str = field(
+        default="", metadata={"help": "unitok: preprocessing; empty: classify for --images, the model's own otherwise"}
+    )
+    images: str = field(default="", metadata={"help": "ImageNet's validation images: a folder for each synset"})
+    dataset: str = field(default="", metadata={"help": "in place of --images: easy-vqa or emoji"})
+    data: str = field(default="runs/data/emoji", metadata={"help": "the emoji, as training.prepare_data writes them"})
+    templates: str = field(default="openai", metadata={"help": "prompts for --images: openai (80) or simple (7)"})
+    output: str = field(default="runs/zero_shot.json", metadata={"help": "where the numbers go"})
+    limit: int | None = field(
+        default=None, metadata={"help": "at most so many images of each part, evenly spread; default: all"}
+    )
+    batch_size: int = field(default=64, metadata={"help": "images, or prompts, at a time in each process"})
+    workers: int = field(default=4, metadata={"help": "what reads images, in each process; 0: the process itself"})
+    use_cpu: bool = field(default=False, metadata={"help": "even where there is an accelerator"})
+
+    def __post_init__(self):
+        for name, known in (("system", SYSTEMS), ("templates", TEMPLATES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.image_mode and self.image_mode not in MODES:
+            raise ValueError(f"image_mode is one of {', '.join(MODES)}, not {self.image_mode!r}")
+        if bool(self.images) == bool(self.dataset):
+            raise ValueError("give either --images FOLDER or --dataset NAME")
+        if self.dataset and self.dataset not in DATASETS:
+            raise ValueError(f"dataset is one of {', '.join(DATASETS)}, not {self.dataset!r}")
+        if self.system == "unitok":
+            check_model_folder(self.model)
+        if self.batch_size < 1 or self.workers < 0 or (self.limit is not None and self.limit < 1):
+            raise ValueError("batch_size and limit must be at least 1, workers at least 0")
+
+
+@dataclass
+class Benchmark:
+    """N images and what they may be.
+
+    Attributes:
+        classes: C names; templates: what makes a prompt of a name.
+        images: N paths; labels: each one's number among the classes; parts: what each is counted under.
+    """
+
+    title: str
+    classes: Sequence[str]
+    templates: Sequence[Callable[[str], str]]
+    images: list[str]
+    labels: list[int]
+    parts: list[str]
+
+    def limited(self, limit: int | None) -> "Benchmark":
+        """With at most so many images of each part, evenly spread."""
+        rows = []
+        for part in dict.fromkeys(self.parts):
+            own = [i for i, name in enumerate(self.parts) if name == part]
+            count = min(limit or len(own), len(own))
+            rows += [own[i * len(own) // count] for i in range(count)]
+        images, labels, parts = ([values[i] for i in rows] for values in (self.images, self.labels, self.parts))
+        return Benchmark(self.title, self.classes, self.templates, images, labels, parts)
+
+
+def imagenet(folder: str, templates: str) -> Benchmark:
+    """ImageNet's validation images; its synsets' folders, in order, are the classes that open_clip names.
+
+    Raises:
+        ValueError: there are not 1000 folders, or one is not named like a synset.
+        FileNotFoundError: a class has no image.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"there is no image folder {folder}")
+    names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+    if odd := [name for name in names if not SYNSET.fullmatch(name)]:
+        raise ValueError(f"{folder} has {odd[0]}, which is no synset such as n01440764")
+    if len(names) != len(open_clip.IMAGENET_CLASSNAMES):
+        raise ValueError(f"{folder} has {len(names)} class folders, ImageNet has {len(open_clip.IMAGENET_CLASSNAMES)}")
+    images, labels = zip(*ImageFolder(folder).samples)
+    return Benchmark(
+        "ImageNet",
+        open_clip.IMAGENET_CLASSNAMES,
+        TEMPLATES[templates],
+        list(images),
+        list(labels),
+        ["validation"] * len(images),
+    )
+
+
+def colored_shapes() -> Benchmark:
+    """easy-VQA's test images of which the questions tell colour and shape."""
+    classes = [f"{color} {shape}" for color in easy_vqa.COLORS for shape in easy_vqa.SHAPES]
+    template = "a {}".format
+    labels = {template(name): label for label, name in enumerate(classes)}
+    samples = [sample for sample in easy_vqa.load("test") if sample.caption in labels]
+    return Benchmark(
+        "easy-VQA, 24 pairs of colour and shape",
+        classes,
+        [template],
+        [str(sample.image) for sample in samples],
+        [labels[sample.caption] for sample in samples],
+        ["test"] * len(samples),
+    )
+
+
+def emoji(folder: str) -> Benchmark:
+    """The emoji in both styles; "held_out" are those whose picture was never trained on.
+
+    Raises:
+        ValueError: the folder has no table of emoji.
+    """
+    if not (Path(folder) / TABLE).is_file():
+        raise ValueError(f"{folder} has no {TABLE}: python -m training.prepare_data emoji {folder}")
+    pictures = read_table(Path(folder))
+    classes = list(dict.fromkeys(picture.name for picture in pictures))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return Benchmark(
+        "emoji of two styles",
+        classes,
+        [Emoji("", "{}", style, "", False).caption.format for style in STYLES],
+        [f"{folder}/{picture.image}" for picture in pictures],
+        [numbers[picture.name] for picture in pictures],
+        ["held_out" if picture.held_out else "seen" for picture in pictures],
+    )
+
+
+def load_benchmark(settings: Settings) -> Benchmark:
+    """What the settings ask for; raises what `imagenet` and `emoji` raise."""
+    if settings.images:
+        whole = imagenet(settings.images, settings.templates)
+    else:
+        whole = colored_shapes() if settings.dataset == "easy-vqa" else emoji(settings.data)
+    return whole.limited(settings.limit)
+
+
+class UniTokSystem:
+    """A visual tokenizer with a text tower, from its own folder or an MLLM's.
+
+    Raises:
+        ValueError: the folder's model is another, has no text tower, or no text tokenizer fits the tower.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device):
+        kind = AutoConfig.from_pretrained(settings.model).model_type
+        if kind not in ("unitok", "unitok_mllm"):
+            raise ValueError(f"{settings.model} is a {kind} model, not a unitok or unitok_mllm one")
+        self.model = UniTokModel.from_pretrained(settings.model, dtype=torch.float32).to(device).eval()
+        if self.model.text_model is None:
+            raise ValueError(f"{settings.model} has no text tower, without which there is no zero-shot classification")
+        self.image_processor = AutoImageProcessor.from_pretrained(settings.model)
+        self.mode = settings.image_mode or ("classify" if settings.images else self.image_processor.mode)
+        self.tokenize = text_encoder(settings, self.model.config.text_config, self.image_processor)
+        self.preprocessing = f"UniTokImageProcessor, {self.mode}"
+
+    def preprocess(self, picture: Image.Image) -> torch.Tensor:
+        """-> (3, H, W)."""
+        return self.image_processor(picture, mode=self.mode)["pixel_values"][0]
+
+    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, D)."""
+        return self.model.get_image_features(pixels.to(self.model.device))
+
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        """B texts -> (B, D)."""
+        return self.model.get_text_features(self.tokenize(texts).to(self.model.device))
+
+
+def text_encoder(
+    settings: Settings, text_config: CLIPTextConfig, image_processor: UniTokImageProcessor
+) -> Callable[[list[str]], torch.Tensor]:
+    """What makes B texts the ids (B, T) that a UniTok text tower was trained on.
+
+    Its tokenizer is the one that is given, or the model folder's own where that ends texts as the tower expects, or
+    CLIP's for a tower of CLIP's vocabulary (a converted one has none, and a converted MLLM's is the LLM's).
+
+    Raises:
+        ValueError: there is none, or it ends texts with another token than the tower looks for.
+    """
+    own = settings.model if (Path(settings.model) / "tokenizer_config.json").is_file() else ""
+    source, end = settings.text_tokenizer or own, text_config.eos_token_id
+    tokenizer = AutoTokenizer.from_pretrained(source) if source else None
+    if tokenizer is not None and tokenizer.eos_token_id == end:
+        encode = ImageTextTransform(image_processor, tokenizer, text_config.max_position_embeddings).encode
+        return lambda texts: torch.stack([encode(text) for text in texts])
+    if text_config.vocab_size == CLIP_VOCABULARY and not settings.text_tokenizer:
+        return open_clip.SimpleTokenizer(context_length=text_config.max_position_embeddings)
+    found = "none" if tokenizer is None else f"{source}, which ends them with {tokenizer.eos_token_id}"
+    raise ValueError(f"--text_tokenizer has to end texts with token {end}, as the text tower does; got {found}")
+
+
+class CLIPSystem:
+    """transformers' `CLIPModel` with its processor, from a folder or the hub.
+
+    Raises:
+        ValueError: it is another kind of model.
+        OSError: there is none.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device):
+        kind = AutoConfig.from_pretrained(settings.model).model_type
+        if kind != "clip":
+            raise ValueError(f"{settings.model} is a {kind} model, not a clip one")
+        self.model = CLIPModel.from_pretrained(settings.model, dtype=torch.float32).to(device).eval()
+        self.processor = CLIPProcessor.from_pretrained(settings.model)
+        self.preprocessing = type(self.processor.image_processor).__name__
+
+    def preprocess(self, picture: Image.Image) -> torch.Tensor:
+        """-> (3, H, W)."""
+        return self.processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+
+    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, D)."""
+        return self.model.get_image_features(pixels.to(self.model.device)).pooler_output
+
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        """B texts -> (B, D)."""
+        length = self.model.config.text_config.max_position_embeddings
+        inputs = self.processor.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return self.model.get_text_features(**inputs.to(self.model.device)).pooler_output
+
+
+class OpenCLIPSystem:
+    """An open_clip model: a name of its list with a tag or a file, `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
+
+    Raises:
+        ValueError: an unknown name or tag.
+        OSError: there is no such folder.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device):
+        name, pretrained = settings.model, settings.pretrained
+        if ":" not in name:
+            if name not in open_clip.list_models():
+                raise ValueError(f"open_clip has no model {name!r}; it has {', '.join(open_clip.list_models())}")
+            tags = open_clip.list_pretrained_tags_by_model(name)
+            if pretrained not in tags and not Path(pretrained).is_file():
+                known = ", ".join(tags) or "none"
+                raise ValueError(f"pretrained is a file or a tag of {name}'s ({known}), not {pretrained!r}")
+        self.device = device
+        model, self.preprocess = open_clip.create_model_from_pretrained(name, pretrained or None, device=device)
+        self.model = model.eval()
+        self.tokenizer = open_clip.get_tokenizer(name)
+        self.preprocessing = " ".join(str(self.preprocess).split())
+
+    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, D)."""
+        return self.model.encode_image(pixels.to(self.device))
+
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        """B texts -> (B, D)."""
+        return self.model.encode_text(self.tokenizer(texts).to(self.device))
+
+
+SYSTEMS = {"unitok": UniTokSystem, "clip": CLIPSystem, "open_clip": OpenCLIPSystem}
+System = UniTokSystem | CLIPSystem | OpenCLIPSystem
+
+
+@torch.inference_mode()
+def class_embeddings(
+    system: System, classes: Sequence[str], templates: Sequence[Callable[[str], str]], batch_size: int
+) -> torch.Tensor:
+    """Each class's mean over its prompts, (C, D), float32 of unit length; the processes share the work."""
+    state, embeds = PartialState(), []
+    with state.split_between_processes(list(classes)) as mine:
+        texts = [template(name) for name in mine for template in templates]
+    starts = range(0, len(texts), batch_size)
+    for start in tqdm(starts, desc="prompts", unit="batch", disable=not state.is_main_process):
+        embeds.append(F.normalize(system.embed_texts(texts[start : start + batch_size]).float(), dim=-1).cpu())
+    means = [torch.cat(embeds).unflatten(0, (-1, len(templates))).mean(dim=1)] if embeds else []
+    return F.normalize(torch.cat(gather_object(means)), dim=-1)
+
+
+def nearest_classes(image_embeds: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
+    """(B, D) of any length and (C, D) of unit length -> (B, min(5, C)), nearest first; of equals the earlier class."""
+    similarity = F.normalize(image_embeds.float(), dim=-1) @ classifier.T
+    return similarity.sort(dim=-1, descending=True, stable=True).indices[:, :TOP]
+
+
+class Pictures(Dataset):
+    """Images as a system takes them, each with its number; in place of one that is broken, the error."""
+
+    def __init__(self, images: list[str], numbers: list[int], preprocess: Callable[[Image.Image], torch.Tensor]):
+        self.images, self.numbers, self.preprocess = images, numbers, preprocess
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | str]:
+        number = self.numbers[index]
+        try:
+            return number, self.preprocess(load_image(self.images[number]))
+        except ValueError as error:
+            return number, f"{self.images[number]}: {error}"
+
+
+def collate(samples: list[tuple[int, torch.Tensor | str]]) -> tuple[list[int], torch.Tensor | None, list[str]]:
+    """-> the numbers and pixels (B, 3, H, W) of the images that can be used, and the errors of the others."""
+    usable = [sample for sample in samples if isinstance(sample[1], torch.Tensor)]
+    pixels = torch.stack([pixels for _, pixels in usable]) if usable else None
+    return [number for number, _ in usable], pixels, [error for _, error in samples if isinstance(error, str)]
+
+
+@torch.inference_mode()
+def classify(
+    system: System,
+    images: list[str],
+    tensors: dict[str, torch.Tensor],
+    save: Callable[[], None],
+    batch_size: int,
+    workers: int,
+) -> None:
+    """Fills the rows of `tensors["nearest"]` (N, min(5, C)) that are negative; the processes share the work.
+
+    Args:
+        tensors: with the `classifier` (C, D).
+        save: called whenever some batches are done.
+
+    Raises:
+        ValueError: some images are broken; the others of the same batches are done and saved.
+    """
+    state, nearest = PartialState(), tensors["nearest"]
+    remaining = (nearest[:, 0] < 0).nonzero().flatten().tolist()
+    with state.split_between_processes(remaining) as mine:
+        pictures = Pictures(images, mine, system.preprocess)
+    batches = iter(DataLoader(pictures, batch_size, num_workers=workers, collate_fn=collate))
+    rounds = math.ceil(math.ceil(len(remaining) / state.num_processes) / (batch_size * BATCHES_PER_SAVE))
+    classifier = tensors["classifier"].to(state.device)
+    with tqdm(
+        desc="images", total=len(images), initial=len(images) - len(remaining), disable=not state.is_main_process
+    ) as bar:
+        for _ in range(rounds):  # as many in every process, whose last batches may be smaller, or missing
+            done, errors = [], []
+            for numbers, pixels, broken in islice(batches, BATCHES_PER_SAVE):
+                errors += broken
+                if pixels is not None:
+                    done.append((numbers, nearest_classes(system.embed_images(pixels), classifier).to(nearest)))
+            for numbers, found in gather_object(done):
+                nearest[numbers] = found
+                bar.update(len(numbers))
+            save()
+            if errors := gather_object(errors):
+                raise ValueError(f"{len(errors)} images cannot be used: {'; '.join(errors[:ERRORS_SHOWN])}")
+
+
+def accuracy(nearest: torch.Tensor, labels: torch.Tensor) -> dict[str, float | int]:
+    """Shares of 1.
+
+    Args:
+        nearest: (N, 5) or fewer columns, the nearest class first; labels: (N,).
+    """
+    right = nearest == labels[:, None]
+    return {
+        "images": len(labels),
+        "top1": right[:, 0].double().mean().item(),
+        "top5": right.any(dim=1).double().mean().item(),
+    }
+
+
+def confusions(nearest: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[dict]:
+    """The most frequent pairs of a class and another that its images are taken for."""
+    pairs = Counter((label, given) for label, given in zip(labels.tolist(), nearest[:, 0].tolist()) if label != given)
+    return [
+        {"class": classes[label], "taken_for": classes[given], "images": count}
+        for (label, given), count in pairs.most_common(CONFUSIONS_KEPT)
+    ]
+
+
+def mistakes_sheet(benchmark: Benchmark, nearest: torch.Tensor) -> bytes | None:
+    """A PNG of some wrongly named images, evenly spread: what each was taken for and, in brackets, what it is."""
+    given = nearest[:, 0].tolist()
+    wrong = [i for i, label in enumerate(benchmark.labels) if given[i] != label]
+    if not wrong:
+        return None
+    shown = wrong[:: math.ceil(len(wrong) / MISTAKES_SHOWN)]
+    names = [f"{benchmark.classes[given[i]]} ({benchmark.classes[benchmark.labels[i]]})" for i in shown]
+    png = io.BytesIO()
+    contact_sheet([load_image(benchmark.images[i]) for i in shown], names).save(png, format="png")
+    return png.getvalue()
+
+
+def digest(source: str) -> str | None:
+    """SHA-256 of a model's folder or file of weights; None for what lies elsewhere."""
+    path = Path(source.removeprefix("local-dir:"))
+    if source and path.is_dir():
+        return folder_digest(str(path))
+    if not path.is_file():
+        return None
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return hashlib.sha256(data).hexdigest()
+
+
+def what_is_measured(settings: Settings, benchmark: Benchmark) -> dict[str, str | None]:
+    """All that an image's nearest classes hang on, beside the image."""
+    names = ("system", "model", "pretrained", "text_tokenizer", "image_mode", "images", "dataset")
+    prompts = [template("{}") for template in benchmark.templates]
+    return {
+        **{name: getattr(settings, name) for name in names},
+        **{f"{name}_sha256": digest(getattr(settings, name)) for name in ("model", "pretrained", "text_tokenizer")},
+        "classes_sha256": sha256([*benchmark.classes, *prompts]),
+    }
+
+
+def sha256(values: list) -> str:
+    """Of what JSON can hold."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def read_tensors(path: Path, measured: dict, images: list[str]) -> dict[str, torch.Tensor]:
+    """What an earlier run that measured the same has found, with a row of -1 in `nearest` for each image it lacks."""
+    if not path.is_file():
+        return {}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        if metadata["measured"] != json.dumps(measured):
+            return {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    unknown = torch.full_like(tensors["nearest"][0], -1)
+    known = dict(zip(json.loads(metadata["images"]), tensors["nearest"]))
+    return {**tensors, "nearest": torch.stack([known.get(image, unknown) for image in images])}
+
+
+def summary(settings: Settings, benchmark: Benchmark, nearest: torch.Tensor) -> dict:
+    """What the JSON says of N images, of which `nearest` (N, 5) are the nearest classes."""
+    labels, parts = torch.tensor(benchmark.labels), {}
+    for part in dict.fromkeys(benchmark.parts):
+        rows = [i for i, name in enumerate(benchmark.parts) if name == part]
+        mixed_up = confusions(nearest[rows], labels[rows], benchmark.classes)
+        parts[part] = {**accuracy(nearest[rows], labels[rows]), "most_frequent_confusions": mixed_up}
+    return {
+        "benchmark": f"zero-shot classification, {benchmark.title}",
+        "settings": asdict(settings),
+        "versions": versions() | {name: importlib.metadata.version(name) for name in ("open_clip_torch", "easy-vqa")},
+        "prompts": [template("{}") for template in benchmark.templates],
+        "seed": None,  # nothing is drawn
+        "classes": len(benchmark.classes),
+        "images": len(benchmark.images),
+        "parts": parts,
+    }
+
+
+def evaluate(settings: Settings) -> dict:
+    """Measures what is not known yet; the main process writes.
+
+    Raises:
+        ValueError, OSError: see `load_benchmark`, the systems and `classify`.
+    """
+    start, state = time.perf_counter(), PartialState(cpu=settings.use_cpu)
+    benchmark = load_benchmark(settings)
+    measured = what_is_measured(settings, benchmark)
+    images = {"images_sha256": sha256([benchmark.images, benchmark.labels, benchmark.parts])}
+    output = Path(settings.output)
+    path = output.with_suffix(".nearest.safetensors")
+    report = json.loads(output.read_text()) if output.is_file() else {}
+    tensors = read_tensors(path, measured, benchmark.images)
+    state.wait_for_everyone()  # all have read before one writes
+    if report.get("measured") == measured | images:
+        return report
+
+    with state.local_main_process_first():  # what comes from a hub comes once
+        system = SYSTEMS[settings.system](settings, state.device)
+    seconds_before = tensors.get("seconds", torch.zeros(())).item()
+
+    def save_tensors() -> None:
+        tensors["seconds"] = torch.tensor(seconds_before + time.perf_counter() - start)
+        if state.is_main_process:
+            metadata = {"measured": json.dumps(measured), "images": json.dumps(benchmark.images)}
+            write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+    if "classifier" not in tensors:
+        tensors["classifier"] = class_embeddings(system, benchmark.classes, benchmark.templates, settings.batch_size)
+        columns = min(TOP, len(benchmark.classes))
+        tensors["nearest"] = torch.full((len(benchmark.images), columns), -1, dtype=torch.int32)
+        save_tensors()
+    classify(system, benchmark.images, tensors, save_tensors, settings.batch_size, settings.workers)
+    report = {
+        **summary(settings, benchmark, tensors["nearest"]),
+        "preprocessing": system.preprocessing,
+        "device": str(state.device),
+        "seconds": round(tensors["seconds"].item(), 1),
+        "measured": measured | images,
+    }
+    if state.is_main_process:
+        if sheet := mistakes_sheet(benchmark, tensors["nearest"]):
+            write_atomically(output.with_suffix(".png"), sheet)
+        write_atomically(output, json.dumps(report, indent=2).encode())
+    return report
+
+
+def table(report: dict) -> str:
+    """The report in a few lines, for people."""
+    prompts = f"{report['classes']} classes, {len(report['prompts'])} prompts each"
+    lines = [
+        f"{report['benchmark']}: {prompts} ({report['seconds']} s)",
+        f"{'':16}{'images':>8}{'top-1':>9}{'top-5':>9}",
+    ]
+    for name, part in report["parts"].items():
+        lines.append(f"  {name:14}{part['images']:8}{part['top1']:9.2%}{part['top5']:9.2%}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(args=argv)
+        report = evaluate(settings)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. The same command goes on from what is done.")
+    if PartialState().is_main_process:
+        print(table(report))
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
