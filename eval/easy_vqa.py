@@ -1,4 +1,4 @@
-"""Measures a model on easy-VQA's test split: what its codes keep, what it answers, what it draws.
+"""Measures a model on easy-VQA's test split: what its codes keep, what it answers, draws, and recolours.
 
 python -m eval.easy_vqa --model unitok_mllm/checkpoints/tiny --output runs/easy_vqa.json
 
@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import random
 import sys
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ from transformers.image_utils import PILImageResampling
 from eval._common import check_model_folder, in_batches, load_model, versions, write_atomically
 from eval.judge import (
     IMAGE_SIZE,
+    UNKNOWN,
     Judge,
     judge_accuracy,
     judge_images,
@@ -45,6 +47,7 @@ from unitok_mllm.image_processing_unitok import MODES
 
 MAX_ANSWER_TOKENS = 16
 MISTAKES_KEPT = 20
+EDIT = "make it {color}"
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 
 
@@ -65,8 +68,10 @@ class Settings:
     guidance: float = field(default=3.0, metadata={"help": "guidance scale of the drawings; 1: none"})
     temperature: float = field(default=0.7, metadata={"help": "temperature of the drawings"})
     top_k: int = field(default=20, metadata={"help": "draw from the k likeliest codes; 0: from all"})
+    edit_guidance: float = field(default=1.0, metadata={"help": "edits' guidance by words; 1: none"})
+    edit_image_guidance: float = field(default=1.0, metadata={"help": "edits' guidance by picture; 1: none"})
     seed: int = field(default=0, metadata={"help": "of the first drawing; each has its own, counting up"})
-    skip: str = field(default="", metadata={"help": "parts to leave out: reconstruction,vqa,text_to_image"})
+    skip: str = field(default="", metadata={"help": "parts to leave out: reconstruction,vqa,text_to_image,edit"})
     resume: bool = field(default=False, metadata={"help": "keep parts of the output that have the same settings"})
     device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
 
@@ -76,8 +81,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.guidance < 1 or self.temperature <= 0 or self.top_k < 0 or self.seed < 0:
-            raise ValueError("guidance must be at least 1, temperature above 0, top_k and seed at least 0")
+        if min(self.guidance, self.edit_guidance, self.edit_image_guidance) < 1:
+            raise ValueError("guidance, edit_guidance and edit_image_guidance must be at least 1")
+        if self.temperature <= 0 or self.top_k < 0 or self.seed < 0:
+            raise ValueError("temperature must be above 0, top_k and seed at least 0")
         if unknown := set(self.skipped) - set(PARTS):
             raise ValueError(f"cannot skip {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
 
@@ -320,12 +327,39 @@ class Evaluation:
             "sheet": str(sheet_path),
         }
 
+    def edit(self) -> dict:
+        """The share of test images that, asked for in another colour, the judge sees in it and in their old shape.
+
+        Images whose colour and shape follow from their questions; a colour each, drawn by the image's place; greedy.
+        """
+        settings, labels = self.settings, load_labels(self.samples)
+        rows = (labels != UNKNOWN).all(dim=1).nonzero().flatten().tolist()
+        wanted = labels[rows]
+        for row, place in zip(wanted, rows):
+            own = row[0].item()
+            row[0] = random.Random(place).choice([c for c in range(len(COLORS)) if c != own])
+        codes = []
+        for numbers in batches(list(range(len(rows))), settings.batch_size, "editing"):
+            inputs = self.processor(
+                images=[str(self.samples[rows[n]].image) for n in numbers],
+                text=[EDIT.format(color=COLORS[wanted[n, 0]]) for n in numbers],
+                generation_mode="edit",
+            ).to(self.model.device)
+            scales = {"guidance_scale": settings.edit_guidance, "image_guidance_scale": settings.edit_image_guidance}
+            codes.append(self.model.generate(**inputs, **scales, generation_mode="image", do_sample=False).cpu())
+        pixels = self.decode(torch.cat(codes))
+        return {
+            "prompt": self.processor.edit_prompt(EDIT, 1),
+            **judge_accuracy(self.judge, self.for_judge(pixels), wanted),
+        }
+
 
 # Each part and the settings, beside the model's weights, that its numbers hang on.
 PARTS = {
     "reconstruction": ("limit",),
     "vqa": ("limit",),
     "text_to_image": ("limit", "samples", "guidance", "temperature", "top_k", "seed", "judge"),
+    "edit": ("limit", "edit_guidance", "edit_image_guidance", "judge"),
 }
 
 
@@ -398,6 +432,9 @@ def table(report: dict) -> str:
             ("judge, reconstructions", part["judge_on_reconstructions"]),
         ):
             lines.append(f"  {name:23}  {value['both']:6.2%}  {value['color']:6.2%}  {value['shape']:6.2%}")
+    if part := parts.get("edit"):
+        lines.append(f"{part['images']} recoloured images ({part['seconds']} s)")
+        lines.append(f"  {'new colour, old shape':23}  {part['both']:6.2%}  {part['color']:6.2%}  {part['shape']:6.2%}")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_finished_parts_outlive_an_interruption_and_are_not_measured_again(argum
 
 
 def test_report_holds_numbers_that_can_be_had_directly(arguments, mllm, processor, tmp_path):
-    evaluation.main([*arguments, "--skip", "text_to_image"])
+    evaluation.main([*arguments, "--skip", "text_to_image,edit"])
     report = json.loads((tmp_path / "out.json").read_text())
     samples = load("test")[:2]
     pixels = processor.image_processor([str(sample.image) for sample in samples])["pixel_values"]
@@ -191,6 +192,24 @@ def test_report_holds_numbers_that_can_be_had_directly(arguments, mllm, processo
     assert report["parts"]["vqa"]["accuracy"]["all"]["questions"] == sum(len(s.questions) for s in samples)
     assert report["parts"]["vqa"]["prompt"].endswith("USER: <image>\n{question} ASSISTANT:")
     assert report["versions"].keys() == {"torch", "transformers", "unitok_mllm", "easy-vqa"}
+
+
+def test_edits_are_judged_by_the_new_color_and_the_old_shape(arguments, mllm, processor, tmp_path):
+    evaluation.main([*arguments, "--skip", "reconstruction,vqa,text_to_image"])
+    part = json.loads((tmp_path / "out.json").read_text())["parts"]["edit"]
+    (settings,) = evaluation.HfArgumentParser(evaluation.Settings).parse_args_into_dataclasses(arguments)
+    judge, labels = load_judge(settings.judge), load_labels(load("test")[:2])
+    assert part["images"] == (labels != UNKNOWN).all(dim=1).sum() > 0
+    right = 0
+    for place, (sample, (color, shape)) in enumerate(zip(load("test")[:2], labels.tolist())):
+        if UNKNOWN in (color, shape):
+            continue
+        wanted = random.Random(place).choice([c for c in range(len(COLORS)) if c != color])
+        inputs = processor(images=str(sample.image), text=f"make it {COLORS[wanted]}", generation_mode="edit")
+        pixels = mllm.decode_images(mllm.generate(**inputs, generation_mode="image", do_sample=False))
+        verdict = torch.cat(judge_images(judge, evaluation.Evaluation.for_judge(pixels))).tolist()
+        right += verdict == [wanted, shape]
+    assert part["both"] == pytest.approx(right / part["images"])
 
 
 def test_changed_weights_are_measured_anew(arguments, folder, mllm):
@@ -213,9 +232,9 @@ def test_missing_judge_is_trained_and_announced(arguments, tmp_path, monkeypatch
     "options, message",
     [
         (["--model", "no/such/folder"], "there is no model folder no/such/folder"),
-        (["--skip", "vqa,drawing"], "cannot skip drawing; the parts are reconstruction, vqa, text_to_image"),
+        (["--skip", "vqa,drawing"], "cannot skip drawing; the parts are reconstruction, vqa, text_to_image, edit"),
         (["--limit", "0"], "limit must be at least 1, got 0"),
-        (["--guidance", "0.5"], "guidance must be at least 1"),
+        (["--guidance", "0.5"], "guidance, edit_guidance and edit_image_guidance must be at least 1"),
     ],
 )
 def test_errors_take_one_line(arguments, options, message):
