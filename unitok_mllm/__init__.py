@@ -15,6 +15,7 @@ from .modeling_unitok import UniTokModel, UniTokVisionModel
 from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
 from .processing_unitok import UniTokMLLMProcessor
 from .quantization_unitok import UniTokMultiCodebookQuantizer
+from .streaming_unitok import UniTokImageStreamer
 
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "UniTokDepthConfig",
     "UniTokImageProcessor",
     "UniTokImageProcessorPil",
+    "UniTokImageStreamer",
     "UniTokMLLMConfig",
     "UniTokMLLMForConditionalGeneration",
     "UniTokMLLMProcessor",

@@ -21,6 +21,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from .streaming_unitok import UniTokImageStreamer
+
 
 IMAGE_INPUTS = ("pixel_values", "image_codes")
 
@@ -130,6 +132,7 @@ class UniTokGenerationMixin(GenerationMixin):
         num_positions: int | None = None,
         use_cache: bool = True,
         progress: bool = False,
+        streamer: UniTokImageStreamer | None = None,
     ) -> torch.Tensor:
         """Draws one image for each prompt, or `num_return_sequences` of them.
 
@@ -153,9 +156,11 @@ class UniTokGenerationMixin(GenerationMixin):
             num_positions: code groups to draw; None for a whole image (L).
             use_cache: False to compute everything anew at each step (slow; gives the same codes).
             progress: show a progress bar.
+            streamer: shown the codes so far after each position; it may stop the drawing.
 
         Returns:
-            (B * num_return_sequences, K, L), int64, the samples of a prompt side by side.
+            (B * num_return_sequences, K, L), int64, the samples of a prompt side by side; fewer than L positions where
+            the streamer stopped it.
 
         Raises:
             ValueError: an option out of its range, a prompt that does not end with the token that opens an image, or
@@ -214,24 +219,33 @@ class UniTokGenerationMixin(GenerationMixin):
         llm_cache = DynamicCache(config=self.config.text_config) if use_cache else None
         embedder_cache = DynamicCache() if use_cache else None
         groups = []
-        for position in tqdm(range(num_positions), desc="drawing", disable=not progress, leave=False):
-            end = prompt_length + position
-            start = end - inputs_embeds.shape[1]
-            hidden_states = self.get_decoder()(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask[:, :end],
-                position_ids=position_ids[:, start:end],
-                cache=llm_cache,
-                use_cache=use_cache,
-            ).last_hidden_state[:, -1]
-            groups.append(self.depth_head.generate(hidden_states, lambda logits, k, p=position: choose(logits, p, k)))
-            if position + 1 == num_positions:
-                break
-            if use_cache:
-                inputs_embeds = self.embedder(groups[-1][:, :, None], embedder_cache).repeat(len(branches), 1, 1)
-            else:
-                drawn = self.embedder(torch.stack(groups, dim=2)).repeat(len(branches), 1, 1)
-                inputs_embeds = torch.cat([inputs_embeds[:, :prompt_length], drawn], dim=1)
+        try:
+            for position in tqdm(range(num_positions), desc="drawing", disable=not progress, leave=False):
+                end = prompt_length + position
+                start = end - inputs_embeds.shape[1]
+                hidden_states = self.get_decoder()(
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask[:, :end],
+                    position_ids=position_ids[:, start:end],
+                    cache=llm_cache,
+                    use_cache=use_cache,
+                ).last_hidden_state[:, -1]
+                groups.append(
+                    self.depth_head.generate(hidden_states, lambda logits, k, p=position: choose(logits, p, k))
+                )
+                if streamer is not None and streamer.put(torch.stack(groups, dim=2)):
+                    break
+                if position + 1 == num_positions:
+                    break
+                if use_cache:
+                    drawn = self.embedder(groups[-1][:, :, None], embedder_cache)
+                    inputs_embeds = drawn.repeat(len(branches), 1, 1)
+                else:
+                    drawn = self.embedder(torch.stack(groups, dim=2)).repeat(len(branches), 1, 1)
+                    inputs_embeds = torch.cat([inputs_embeds[:, :prompt_length], drawn], dim=1)
+        finally:
+            if streamer is not None:
+                streamer.end()
         return torch.stack(groups, dim=2)
 
     @torch.no_grad()
@@ -247,7 +261,7 @@ class UniTokGenerationMixin(GenerationMixin):
         max_images: int = 4,
         image_options: dict | None = None,
         **text_options,
-    ) -> "UniTokInterleavedOutput":
+    ) -> UniTokInterleavedOutput:
         """Text by the library's own loop; where the model opens an image, it draws one and goes on behind it.
 
         The prompts are gone through one after another: what follows each of them differs in length.

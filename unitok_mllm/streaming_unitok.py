@@ -1,0 +1,73 @@
+"""Pictures while they are drawn, for whoever watches from another thread."""
+
+from queue import Queue
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+
+class UniTokImageStreamer:
+    """Iterates over the pictures so far, what is not drawn yet in gray; give it to `generate` as `streamer`.
+
+        streamer = UniTokImageStreamer(model, processor, every=16)
+        thread = Thread(target=model.generate, kwargs={**inputs, "generation_mode": "image", "streamer": streamer})
+        thread.start()
+        for pictures in streamer:
+            show(pictures[0])
+
+    Each item is a list of PIL pictures, one for each image of the batch. The last item shows whole pictures, unless the
+    drawing was stopped.
+
+    Args:
+        model: the `UniTokMLLMForConditionalGeneration` that draws; its decoder makes the pictures.
+        processor: its processor.
+        every: positions between two items, at least 1.
+        timeout: seconds to wait for an item; None: without limit.
+
+    Raises:
+        ValueError: `every` is below 1.
+        queue.Empty: while iterating, nothing came within `timeout`.
+    """
+
+    def __init__(self, model, processor, every: int = 16, timeout: float | None = None):
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}.")
+        self.model, self.processor, self.every, self.timeout = model, processor, every, timeout
+        self._queue: Queue[torch.Tensor | None] = Queue()
+        self._is_stopped = False
+
+    def put(self, codes: torch.Tensor) -> bool:
+        """Takes the codes so far, (B, K, l), and says whether to stop; called by `generate`."""
+        if codes.shape[-1] % self.every == 0 or codes.shape[-1] == self.model.config.num_image_positions:
+            self._queue.put(codes)
+        return self._is_stopped
+
+    def end(self) -> None:
+        """No more will come; called by `generate`, whatever ends it."""
+        self._queue.put(None)
+
+    def stop(self) -> None:
+        """Ends the drawing after the position it is at; the model stays as it was."""
+        self._is_stopped = True
+
+    def __iter__(self) -> "UniTokImageStreamer":
+        return self
+
+    def __next__(self) -> list[Image.Image]:
+        codes = self._queue.get(timeout=self.timeout)
+        if codes is None:
+            raise StopIteration
+        return self.processor.post_process_multimodal_output(self.decode(codes), generation_mode="image")
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """The first l positions' codes, (B, K, l), to pixels (B, 3, H, W) in [-1, 1], 0 where nothing is drawn yet."""
+        length, drawn = self.model.config.num_image_positions, codes.shape[-1]
+        filled = torch.cat([codes, codes[..., -1:].expand(-1, -1, length - drawn)], dim=-1)
+        pixels = self.model.decode_images(filled)
+        height, width = self.model.visual.vision_model.grid_size(pixels)
+        is_drawn = (torch.arange(length, device=pixels.device) < drawn).view(1, 1, height, width)
+        return pixels * F.interpolate(is_drawn.to(pixels.dtype), size=pixels.shape[-2:])
+
+
+__all__ = ["UniTokImageStreamer"]
