@@ -30,6 +30,19 @@ for _config, _model in (
     AutoImageProcessor.register(
         _config, image_processor_classes={"torchvision": UniTokImageProcessor, "pil": UniTokImageProcessorPil}
     )
+# what `save_pretrained` writes loads elsewhere with `trust_remote_code=True`, without this package
+for _class, _auto_class in (
+    (UniTokConfig, "AutoConfig"),
+    (UniTokVisionConfig, "AutoConfig"),
+    (UniTokMLLMConfig, "AutoConfig"),
+    (UniTokModel, "AutoModel"),
+    (UniTokVisionModel, "AutoModel"),
+    (UniTokMLLMForConditionalGeneration, "AutoModelForImageTextToText"),
+    (UniTokImageProcessor, "AutoImageProcessor"),
+    (UniTokImageProcessorPil, "AutoImageProcessor"),
+    (UniTokMLLMProcessor, "AutoProcessor"),
+):
+    _class.register_for_auto_class(_auto_class)
 AutoModelForImageTextToText.register(UniTokMLLMConfig, UniTokMLLMForConditionalGeneration)
 AutoModelForMultimodalLM.register(UniTokMLLMConfig, UniTokMLLMForConditionalGeneration)
 AutoProcessor.register(UniTokMLLMConfig, UniTokMLLMProcessor)
