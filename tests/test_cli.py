@@ -127,7 +127,7 @@ def run_process(*args: object, cwd: Path) -> subprocess.CompletedProcess:
 # help and version
 
 
-@pytest.mark.parametrize("command", ["demo", "reconstruct", "ask", "generate", "convert"])
+@pytest.mark.parametrize("command", ["demo", "reconstruct", "ask", "generate", "edit", "convert"])
 def test_help(command):
     text = succeed(command, "--help")
     assert "Usage" in text and command in text
@@ -270,15 +270,42 @@ def test_generate_draws_anew_without_a_seed(workplace, models):
     assert Path(again).read_bytes() == Path(results[1].stdout.strip()).read_bytes()
 
 
+# edit
+
+
+def test_edit_is_the_models(workplace, models, picture):
+    mllm = UniTokMLLMForConditionalGeneration.from_pretrained(models / "mllm").eval()
+    processor = UniTokMLLMProcessor.from_pretrained(models / "mllm")
+    scales = ("--guidance", 2, "--image-guidance", 1.5)
+    out = succeed("edit", picture, "make it blue", *scales, "--model", models / "mllm").strip()
+    assert out == "unitok-edit.png"
+    inputs = processor(images=Image.open(picture), text="make it blue", generation_mode="edit")
+    codes = mllm.generate(
+        **inputs, generation_mode="image", do_sample=False, guidance_scale=2, image_guidance_scale=1.5
+    )
+    (expected,) = processor.post_process_multimodal_output(mllm.decode_images(codes), generation_mode="image")
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(expected))
+    assert succeed("edit", picture, "make it blue", "--model", models / "mllm").strip() == "unitok-edit-1.png"
+
+
+def test_edit_needs_words_and_a_picture(workplace, models, picture):
+    assert fail("edit", picture, "  ") == "the instruction is empty"
+    Path("text.png").write_text("no image")
+    assert "text.png" in fail("edit", "text.png", "make it blue", "--model", models / "mllm")
+    assert "image" in fail("edit", picture, "make it blue", "--image-guidance", 0.5, "--model", models / "mllm")
+
+
 # demo
 
 
 def test_demo_shows_the_models_answers(workplace, models):
     out = succeed("demo", "--images", 3, "--seed", 1, "--model", models / "mllm", "--output", "sheet.png")
     assert out.splitlines()[-1] == "picture: sheet.png"
-    assert "reconstructions: 3, 36 codes each, mean PSNR" in out and "drawings: 48" in out
+    assert "reconstructions: 3, 36 codes each, mean PSNR" in out
+    for line in ("it draws: 24", "it draws emoji: 12", "it recolors: 8"):
+        assert f"{line} pairs of pictures" in out
     width, height = Image.open("sheet.png").size
-    assert 1500 < width < 2500 and 1500 < height < 2500
+    assert 1500 < width < 2500 and 2000 < height < 3000
 
     right = 0
     for path, rows in sheet.choose_questions(easy_vqa, 3, 1).items():

@@ -1,4 +1,4 @@
-"""The command line `unitok-mllm`: demo, reconstruct, ask, generate, convert.
+"""The command line `unitok-mllm`: demo, reconstruct, ask, generate, edit, convert.
 
 Results go to stdout, progress to stderr.  What a user can get wrong ends in one line `error: ...` and exit code 2;
 any other exception is a bug and shows its traceback.  Heavy modules are imported where they are needed.
@@ -130,6 +130,16 @@ def draw_images(model: Any, processor: Any, prompts: list[str], count: int, **op
     return processor.post_process_multimodal_output(model.decode_images(codes), generation_mode="image")
 
 
+def edit_images(
+    model: Any, processor: Any, requests: list[tuple["Image.Image", str]], **options: Any
+) -> list["Image.Image"]:
+    """An image for each (image, instruction), in one batch; `options` are those of `generate_image_codes`."""
+    images, instructions = zip(*requests)
+    inputs = processor(images=list(images), text=list(instructions), generation_mode="edit").to(model.device)
+    codes = model.generate(**inputs, generation_mode="image", progress=True, **options)
+    return processor.post_process_multimodal_output(model.decode_images(codes), generation_mode="image")
+
+
 def psnr(original: "Image.Image", reconstruction: "Image.Image") -> float:
     """Peak signal-to-noise ratio of two RGB pictures of one size, in dB."""
     import numpy as np
@@ -184,14 +194,25 @@ def demo(
     guidance: Guidance = 3.0,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the test images and the samples drawn.")] = 0,
 ) -> None:
-    """Read test images of easy-VQA, answer questions, draw from prompts: all in one picture."""
+    """Read test images of easy-VQA, answer questions, draw from prompts, recolor: all in one picture."""
     check_output(output)
     try:
         import easy_vqa
     except ModuleNotFoundError as error:
         raise ValueError("the demo needs easy-vqa: pip install 'unitok_mllm[demo]'") from error
     from .image_processing_unitok import load_image
-    from .sheet import COLORS, SHAPES, Answer, Reading, choose_questions, make_sheet, summary
+    from .sheet import (
+        COLORS,
+        EMOJI,
+        EMOJI_STYLES,
+        SHAPES,
+        Answer,
+        Reading,
+        Section,
+        choose_questions,
+        make_sheet,
+        summary,
+    )
 
     mllm, processor = load(model)
     chosen = choose_questions(easy_vqa, images, seed)
@@ -205,14 +226,33 @@ def demo(
         Reading(*pair, psnr(*pair), [Answer(question, next(answers), truth) for question, truth in rows])
         for *pair, rows in zip(originals, reconstructions, chosen.values())
     ]
-    prompts = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
-    samples = draw_images(mllm, processor, prompts, 2, guidance_scale=guidance, temperature=0.7, top_k=20, seed=seed)
-    drawings = list(zip(prompts, zip(samples[::2], samples[1::2])))
+    options = {"guidance_scale": guidance, "temperature": 0.7, "top_k": 20, "seed": seed}
+
+    def draw(prompts: list[str], count: int) -> list[tuple["Image.Image", ...]]:
+        typer.echo(f"drawing {len(prompts) * count} pictures", err=True)
+        drawn = draw_images(mllm, processor, prompts, count, **options)
+        return list(zip(drawn[::2], drawn[1::2]))
+
+    shapes = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
+    named = [f"{name} emoji, {style} style" for name in EMOJI for style in EMOJI_STYLES]
+    requests = [(pictures[i % len(pictures)], f"make it {color}") for i, color in enumerate(COLORS)]
+    edits = zip(requests, edit_images(mllm, processor, requests, do_sample=False))
+    sections = [
+        Section(
+            "It draws", "the first two samples of each prompt, none picked by hand", list(zip(shapes, draw(shapes, 2)))
+        ),
+        Section(
+            "It draws emoji",
+            f"each name in two styles, {' and '.join(EMOJI_STYLES)}",
+            list(zip(EMOJI, draw(named, 1))),
+        ),
+        Section("It recolors", "a test image, and what it became", [(text, (old, new)) for (old, text), new in edits]),
+    ]
 
     size = f"{mllm.num_parameters() / 1e6:.0f} M parameters"
     subtitle = f"{model.resolve().name}, {size}.  Images and questions: easy-VQA's test split, picked by seed {seed}."
-    path = save_new(make_sheet("UniTok: one model reads images and draws them", subtitle, readings, drawings), output)
-    typer.echo(f"{summary(readings, drawings, num_codes)}\npicture: {path}")
+    path = save_new(make_sheet("UniTok: one model reads images and draws them", subtitle, readings, sections), output)
+    typer.echo(f"{summary(readings, sections, num_codes)}\npicture: {path}")
 
 
 @app.command()
@@ -294,6 +334,34 @@ def generate(
     options = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     for picture in draw_images(mllm, processor, [prompt], count, **options):
         typer.echo(save_new(picture, output))
+
+
+@app.command()
+def edit(
+    image: Annotated[
+        Path, typer.Argument(metavar="IMAGE", exists=True, dir_okay=False, help="Image file, any format.")
+    ],
+    instruction: Annotated[str, typer.Argument(metavar="INSTRUCTION", help='What to do, such as "make it blue".')],
+    output: Annotated[Path, typer.Option(help="PNG file; numbered on where it exists.")] = Path("unitok-edit.png"),
+    guidance: Guidance = 1.0,
+    image_guidance: Annotated[
+        float, typer.Option(min=1, help="Guidance scale of the picture: how closely to follow it; 1 is none.")
+    ] = 1.0,
+    model: ModelFolder = SHIPPED_MODEL,
+) -> None:
+    """Draw an image anew as an instruction says; the path of the file goes to stdout."""
+    if not instruction.strip():
+        raise ValueError("the instruction is empty")
+    if not all(math.isfinite(number) for number in (guidance, image_guidance)):
+        raise ValueError("guidance and image-guidance must be finite numbers")
+    check_output(output)
+    from .image_processing_unitok import load_image
+
+    picture = load_image(image)
+    mllm, processor = load(model)
+    scales = {"guidance_scale": guidance, "image_guidance_scale": image_guidance}
+    (edited,) = edit_images(mllm, processor, [(picture, instruction)], do_sample=False, **scales)
+    typer.echo(save_new(edited, output))
 
 
 @app.command()

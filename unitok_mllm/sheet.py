@@ -10,6 +10,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 COLORS = ("red", "blue", "green", "yellow", "teal", "brown", "gray", "black")
 SHAPES = ("circle", "rectangle", "triangle")
+EMOJI = (
+    *("rose", "sunflower", "red apple", "strawberry", "slice of pizza", "hamburger", "dog face", "cat face"),
+    *("penguin", "octopus", "face with tears of joy", "heavy black heart"),
+)
+EMOJI_STYLES = ("google", "twitter")
 QUESTIONS_PER_IMAGE = 3
 
 BACKGROUND, CARD, RULE = "#f4f5f7", "#ffffff", "#e1e4e8"
@@ -21,6 +26,7 @@ DRAWING_COLUMNS = 6
 CELL = 2 * PICTURE + PAIR_GAP
 CELL_HEIGHT = PICTURE + 44
 WIDTH = 2 * MARGIN + DRAWING_COLUMNS * CELL + (DRAWING_COLUMNS - 1) * GAP
+HEADING_HEIGHT = 76
 CARD_WIDTH = (WIDTH - 2 * MARGIN - GAP) // 2
 LINE_HEIGHT = 60  # of a question and its answer
 CARD_HEIGHT = QUESTIONS_PER_IMAGE * LINE_HEIGHT + 2 * PADDING
@@ -49,7 +55,16 @@ class Reading:
     answers: list[Answer]
 
 
-Drawing = tuple[str, tuple[Image.Image, Image.Image]]  # a prompt and two samples of it
+Drawing = tuple[str, tuple[Image.Image, Image.Image]]  # a caption and two pictures
+
+
+@dataclass
+class Section:
+    """Drawings under a heading, with a note beside it."""
+
+    heading: str
+    note: str
+    drawings: list[Drawing]
 
 
 def choose_questions(easy_vqa: Any, num_images: int, seed: int) -> dict[str, list[tuple[str, str]]]:
@@ -81,7 +96,7 @@ def count_right(readings: list[Reading]) -> str:
     return f"{sum(answer.is_right for answer in answers)} of {len(answers)}"
 
 
-def summary(readings: list[Reading], drawings: list[Drawing], num_codes: int) -> str:
+def summary(readings: list[Reading], sections: list[Section], num_codes: int) -> str:
     """The demo's outcome in words, a line for each answer; `num_codes` are those of one image."""
     lines = [f"answers: {count_right(readings)} right"]
     for answer in (answer for reading in readings for answer in reading.answers):
@@ -89,23 +104,24 @@ def summary(readings: list[Reading], drawings: list[Drawing], num_codes: int) ->
         lines.append(f"  {'right' if answer.is_right else 'WRONG'}  {answer.question} {answer.answer}{correction}")
     mean_psnr = sum(reading.psnr for reading in readings) / len(readings)
     lines.append(f"reconstructions: {len(readings)}, {num_codes} codes each, mean PSNR {mean_psnr:.1f} dB")
-    lines.append(f"drawings: {sum(len(samples) for _, samples in drawings)}")
+    lines += [f"{section.heading.lower()}: {len(section.drawings)} pairs of pictures" for section in sections]
     return "\n".join(lines)
 
 
-def make_sheet(title: str, subtitle: str, readings: list[Reading], drawings: list[Drawing]) -> Image.Image:
+def make_sheet(title: str, subtitle: str, readings: list[Reading], sections: list[Section]) -> Image.Image:
     """One picture of all that the model did.
 
     Args:
         title, subtitle: its two first lines.
         readings: the images read, two cards a row.
-        drawings: prompts, each with its two samples.
+        sections: what was drawn.
     """
-    card_rows, drawing_rows = -(-len(readings) // 2), -(-len(drawings) // DRAWING_COLUMNS)
     cards_top = MARGIN + 190
-    drawings_heading = cards_top + card_rows * (CARD_HEIGHT + GAP) + 32
-    drawings_top = drawings_heading + 76
-    sheet = Image.new("RGB", (WIDTH, drawings_top + drawing_rows * (CELL_HEIGHT + GAP) + MARGIN - GAP), BACKGROUND)
+    top, tops = cards_top + -(-len(readings) // 2) * (CARD_HEIGHT + GAP) + 32, []
+    for section in sections:
+        tops.append(top)
+        top += HEADING_HEIGHT + -(-len(section.drawings) // DRAWING_COLUMNS) * (CELL_HEIGHT + GAP) + 24
+    sheet = Image.new("RGB", (WIDTH, top + MARGIN - GAP), BACKGROUND)
 
     _text(sheet, (MARGIN, MARGIN), title, 46)
     _text(sheet, (MARGIN, MARGIN + 62), subtitle, 22, FAINT)
@@ -113,13 +129,14 @@ def make_sheet(title: str, subtitle: str, readings: list[Reading], drawings: lis
     for index, reading in enumerate(readings):
         row, column = divmod(index, 2)
         _card(sheet, MARGIN + column * (CARD_WIDTH + GAP), cards_top + row * (CARD_HEIGHT + GAP), reading)
-    _heading(sheet, drawings_heading, "It draws", "the first two samples of each prompt, none picked by hand")
-    for index, (prompt, pictures) in enumerate(drawings):
-        row, column = divmod(index, DRAWING_COLUMNS)
-        left, top = MARGIN + column * (CELL + GAP), drawings_top + row * (CELL_HEIGHT + GAP)
-        for i, picture in enumerate(pictures):
-            _picture(sheet, left + i * (PICTURE + PAIR_GAP), top, picture)
-        _text(sheet, (left + CELL // 2, top + PICTURE + 14), prompt, 20, anchor="ma")
+    for top, section in zip(tops, sections):
+        _heading(sheet, top, section.heading, section.note)
+        for index, (caption, pictures) in enumerate(section.drawings):
+            row, column = divmod(index, DRAWING_COLUMNS)
+            left, row_top = MARGIN + column * (CELL + GAP), top + HEADING_HEIGHT + row * (CELL_HEIGHT + GAP)
+            for i, picture in enumerate(pictures):
+                _picture(sheet, left + i * (PICTURE + PAIR_GAP), row_top, picture)
+            _text(sheet, (left + CELL // 2, row_top + PICTURE + 14), caption, 20, anchor="ma")
     return sheet
 
 
