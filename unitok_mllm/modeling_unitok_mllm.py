@@ -12,6 +12,8 @@ attention keeps a key/value cache while drawing, so that a drawn code group sees
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +39,7 @@ class UniTokMLLMOutput(ModelOutput):
         text_loss: scalar, mean cross-entropy of the text targets; 0 where there are none.
         image_loss: scalar, mean cross-entropy of all codes of the target images, plus the z-loss; 0 where there are
             none.
-        logits: (B, T or logits_to_keep, vocabulary), the LLM's.
+        logits: (B, T or logits_to_keep, vocabulary), the LLM's; see also `logits_at_targets`.
         image_logits: (N, L, K, V), of the N target images; only with `image_targets`.
         cache: the LLM's key/value cache.
         hidden_states: the LLM's, where asked for.
@@ -50,6 +52,19 @@ class UniTokMLLMOutput(ModelOutput):
     image_logits: torch.Tensor | None = None
     cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@contextmanager
+def _only_at(output_embeddings: nn.Module, chosen: torch.Tensor | None) -> Iterator[None]:
+    """Inside, the output embeddings see (1, M, D) of their (B, T, D): the M positions chosen, (B, T); all for None."""
+    if chosen is None:
+        yield
+        return
+    handle = output_embeddings.register_forward_pre_hook(lambda _, args: (args[0][chosen][None], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class UniTokEmbedder(nn.Module):
@@ -253,6 +268,7 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_loss_share: float = 1.0,
+        logits_at_targets: bool = False,
         **kwargs,
     ) -> UniTokMLLMOutput:
         """One pass over text and images.
@@ -267,6 +283,8 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
             image_loss_share: the share of the target images' positions, drawn anew each time, that the depth
                 transformer is run on: its mean over them is an unbiased estimate of the whole image loss, for that
                 share of its time and memory. Below 1 there are no `image_logits`.
+            logits_at_targets: with labels, compute the LLM's logits only where a text target is predicted: the same
+                loss, without the time and memory of all others. `logits` is then (M, vocabulary), for M targets.
 
         Raises:
             ValueError: see `embed`; or `image_targets` that are not N, or begin a sequence; or a share outside (0, 1].
@@ -280,25 +298,30 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
             raise ValueError("Images go with input_ids, not with inputs_embeds.")
         with_loss = labels is not None or image_targets is not None
         output_hidden_states = kwargs.pop("output_hidden_states", False)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=False if with_loss else use_cache,
-            logits_to_keep=0 if with_loss else logits_to_keep,
-            output_hidden_states=with_loss or output_hidden_states,
-            return_dict=True,
-            **{key: value for key, value in kwargs.items() if key != "return_dict"},
-        )
+        if labels is not None and input_ids is not None:
+            labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
+        is_target = F.pad(labels[:, 1:] != -100, (0, 1)) if labels is not None and logits_at_targets else None
+        with _only_at(self.get_output_embeddings(), is_target):
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                use_cache=False if with_loss else use_cache,
+                logits_to_keep=0 if with_loss else logits_to_keep,
+                output_hidden_states=with_loss or output_hidden_states,
+                return_dict=True,
+                **{key: value for key, value in kwargs.items() if key != "return_dict"},
+            )
+        logits = outputs.logits if is_target is None else outputs.logits.squeeze(0)
         result = UniTokMLLMOutput(
-            logits=outputs.logits,
+            logits=logits,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states if output_hidden_states else None,
         )
         if not with_loss:
             return result
-        text_sum, text_count = self._text_loss(outputs.logits, input_ids, labels)
+        text_sum, text_count = self._text_loss(logits, labels, is_target)
         image_logits, targets = self._image_logits(
             outputs.hidden_states[-1], input_ids, attention_mask, image_codes, image_targets, image_loss_share
         )
@@ -311,14 +334,16 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
             result.image_logits = image_logits.unflatten(0, (-1, image_codes.shape[-1]))
         return result
 
-    def _text_loss(self, logits, input_ids, labels) -> tuple[torch.Tensor, torch.Tensor]:
+    @staticmethod
+    def _text_loss(logits, labels, is_target) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the cross-entropies of the text targets, and their number."""
         if labels is None:
             return 0.0 * logits.float().sum(), logits.new_zeros((), dtype=torch.long)
-        if input_ids is not None:
-            labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
-        targets = labels[:, 1:].flatten()
-        text_sum = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
+        if is_target is None:
+            logits, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        else:
+            targets = labels[:, 1:][is_target[:, :-1]]
+        text_sum = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
         return text_sum, (targets != -100).sum()
 
     def _image_logits(self, hidden_states, input_ids, attention_mask, image_codes, image_targets, share):
