@@ -1,0 +1,371 @@
+"""One HTML page of what the evaluation scripts have measured, beside what was published.
+
+    python -m eval.report runs/easy_vqa.json runs/emoji.json runs/claims/claims.json --output report.html
+
+Any JSON, or JSON lines, will do: a result is known by its `benchmark` or by keys that only one tool writes, and what
+is in it is tabulated as it comes, so that a result of an unknown kind is shown too. Numbers are rounded on the page and
+stand in full in the tooltip. Pictures that a result names, or that lie beside it under its name (`easy_vqa.png`,
+`easy_vqa-*.png`; `sheet.png`), are part of the page, which needs no other file and prints well.
+
+Published numbers, with their sources, are in `published.yaml`: they stand beside the results that they belong to and,
+where nothing of their kind was measured, at the end.
+"""
+
+import base64
+import glob
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from jinja2 import Environment
+
+from eval._common import versions, write_atomically
+
+
+PUBLISHED = Path(__file__).with_name("published.yaml")
+ABOUT = ("settings", "versions", "prompt", "prompts", "measured", "configs", "config", "runs")  # shown folded
+LONG = 30  # rows; longer tables are folded
+WIDE = 12  # columns; wider tables are turned
+PNG = b"\x89PNG\r\n\x1a\n"
+
+TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { max-width: 76rem; margin: 2rem auto; padding: 0 1.5rem; background: #fff; color: #1c2127;
+       font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; border-bottom: 2px solid #e1e4e8; margin-top: 3rem; }
+h3, h4 { font-size: 1rem; margin: 1.2rem 0 .4rem; } p, .source { color: #57606a; }
+.beside { display: flex; flex-wrap: wrap; gap: 1rem 3rem; } .beside > * { flex: 1 1 26rem; min-width: 0; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: .2rem .7rem; border-bottom: 1px solid #e1e4e8;
+         max-width: 34rem; overflow-wrap: anywhere; white-space: pre-wrap; }
+th { background: #f4f5f7; font-weight: 600; } td.number { text-align: right; white-space: nowrap; }
+img { max-width: 100%; border: 1px solid #e1e4e8; } summary { cursor: pointer; color: #57606a; margin: .6rem 0; }
+@media print { body { margin: 0; font-size: 11px; } h2, h3, h4 { break-after: avoid; } tr, img { break-inside: avoid; }
+  .scroll { overflow: visible; } details::details-content { content-visibility: visible; block-size: auto; } }
+</style>
+</head>
+<body>
+{% macro show(block) %}
+{% if block.title %}<h3>{{ block.title }}</h3>{% endif %}
+{% if block.note %}<p>{{ block.note }}</p>{% endif %}
+{% if block.folded %}<details><summary>{{ block.rows | length }} rows</summary>{% endif %}
+<div class="scroll"><table>
+{% if block.columns %}<tr>{% for name in block.columns %}<th>{{ name }}</th>{% endfor %}</tr>{% endif %}
+{% for row in block.rows %}<tr>{% for cell in row -%}
+<td{% if cell.number %} class="number"{% endif %}{% if cell.full %} title="{{ cell.full }}"{% endif %}>{{ cell.text }}</td>
+{%- endfor %}</tr>
+{% endfor %}</table></div>
+{% if block.folded %}</details>{% endif %}
+{% endmacro %}
+<h1>{{ title }}</h1>
+<ul>{% for section in sections %}<li><a href="#result-{{ loop.index }}">{{ section.title }}</a></li>{% endfor %}</ul>
+{% for section in sections %}
+<h2 id="result-{{ loop.index }}">{{ section.title }}</h2>
+<p>{{ section.path }}</p>
+<div class="beside">
+<div><h4>As measured</h4>{% for block in section.measured %}{{ show(block) }}{% endfor %}</div>
+{% if section.published %}<div><h4>As published</h4>
+<p>To be compared only where data, image size and procedure are the same.</p>
+{% for block in section.published %}{{ show(block) }}{% endfor %}</div>{% endif %}
+</div>
+{% for name, uri in section.pictures %}<h4>{{ name }}</h4><img src="{{ uri }}" alt="{{ name }}">{% endfor %}
+{% if section.about %}<details><summary>Settings and versions</summary>
+{% for block in section.about %}{{ show(block) }}{% endfor %}</details>{% endif %}
+{% endfor %}
+{% if unmeasured %}<h2>Published, and not measured here</h2>
+{% for block in unmeasured %}{{ show(block) }}{% endfor %}{% endif %}
+<p>{{ footer }}</p>
+</body>
+</html>
+"""
+
+
+@dataclass
+class Cell:
+    """What a table shows, and in full where that is more."""
+
+    text: str
+    full: str = ""
+    number: bool = False
+
+
+@dataclass
+class Block:
+    """A table; one without columns has names in its first column."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    note: str = ""
+
+    @property
+    def folded(self) -> bool:
+        return len(self.rows) > LONG
+
+
+@dataclass
+class Section:
+    """One result, with the published tables that belong beside it."""
+
+    title: str
+    path: str
+    measured: list[Block]
+    about: list[Block]
+    published: list[Block]
+    pictures: list[tuple[str, str]]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_spread(value: Any) -> bool:
+    """A mean with its standard deviation, which takes one cell."""
+    return isinstance(value, dict) and {"mean", "std"} <= value.keys() and is_number(value["mean"])
+
+
+def is_flat(value: Any) -> bool:
+    """Whether a value takes one cell."""
+    if isinstance(value, list):
+        return all(not isinstance(item, dict | list) for item in value)
+    return not isinstance(value, dict) or is_spread(value)
+
+
+def short(number: float) -> str:
+    """Four digits, and whole numbers as they are."""
+    return str(number) if isinstance(number, int) else f"{number:.0f}" if abs(number) >= 1e4 else f"{number:.4g}"
+
+
+def to_cell(value: Any) -> Cell:
+    """The cell of a flat value."""
+    if value is None or value == []:
+        return Cell("-")
+    if is_number(value):
+        return Cell(short(value), "" if short(value) == str(value) else str(value), number=True)
+    if is_spread(value):
+        deviation = "" if value["std"] is None else f" ± {short(value['std'])}"
+        return Cell(short(value["mean"]) + deviation, json.dumps(value, ensure_ascii=False), number=True)
+    if isinstance(value, list):
+        text = ", ".join(to_cell(item).text for item in value)
+        full = ", ".join(map(str, value))
+        return Cell(text, "" if full == text else full)
+    return Cell(str(value))
+
+
+def flattened(row: dict) -> dict[str, Any]:
+    """Nested dicts' flat values under joined names; lists of dicts stay as they are."""
+    flat = {}
+    for name, value in row.items():
+        if isinstance(value, dict) and not is_spread(value):
+            flat |= {f"{name} · {inner}": item for inner, item in flattened(value).items()}
+        else:
+            flat[str(name)] = value
+    return flat
+
+
+def to_blocks(value: Any, title: str = "") -> list[Block]:
+    """Any JSON value as tables, what is deepest last.
+
+    A list of dicts, or a dict of dicts most of whose names are the same, is one table with a row for each; other dicts
+    have a row for each flat value, and tables of their own for the rest.
+    """
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return matrix([flattened(item) for item in value], title)
+    if isinstance(value, dict) and not is_spread(value):
+        if are_alike(list(value.values())):
+            return matrix([{"": str(name)} | flattened(item) for name, item in value.items()], title)
+        flat = {str(name): item for name, item in value.items() if is_flat(item)}
+        blocks = [Block(title, [], [[Cell(name), to_cell(item)] for name, item in flat.items()])] if flat else []
+        for name, item in value.items():
+            if not is_flat(item):
+                blocks += to_blocks(item, f"{title} · {name}" if title else str(name))
+        return blocks
+    if is_flat(value):
+        return [Block(title, [], [[to_cell(value)]])]
+    return [block for i, item in enumerate(value, start=1) for block in to_blocks(item, f"{title} {i}".strip())]
+
+
+def are_alike(values: list) -> bool:
+    """Whether all are dicts, several, and half of the names of their flat values are common to all."""
+    if len(values) < 2 or not all(isinstance(item, dict) and not is_spread(item) for item in values):
+        return False
+    names = [{name for name, item in flattened(row).items() if is_flat(item)} for row in values]
+    return 2 * len(set.intersection(*names)) >= len(set.union(*names)) > 0
+
+
+def without_about(value: Any, path: str, about: dict[str, Any]) -> Any:
+    """The value less what ABOUT names at any depth of dicts, which goes to `about` under its path."""
+    if not isinstance(value, dict):
+        return value
+    rest = {}
+    for name, item in value.items():
+        inner = f"{path} · {name}" if path else str(name)
+        if name in ABOUT:
+            about[inner] = item
+        else:
+            rest[name] = without_about(item, inner, about)
+    return rest
+
+
+def matrix(rows: list[dict], title: str) -> list[Block]:
+    """One table of flat rows, its columns as rows where they are many, and further tables for the lists of dicts."""
+    columns = list(dict.fromkeys(name for row in rows for name, item in row.items() if is_flat(item)))
+    cells = [[to_cell(row[name]) if name in row else Cell("") for name in columns] for row in rows]
+    if len(columns) > WIDE:
+        blocks = [Block(title, [], [[Cell(name), *column] for name, column in zip(columns, zip(*cells))])]
+    else:
+        blocks = [Block(title, columns, cells)]
+    for i, row in enumerate(rows, start=1):
+        for name, item in row.items():
+            if not is_flat(item):
+                blocks += to_blocks(item, " · ".join(filter(None, (title, row.get("") or str(i), name))))
+    return blocks
+
+
+def read_result(path: Path) -> Any:
+    """A JSON file, or one of a JSON value a line.
+
+    Raises:
+        ValueError: there is no such file, or it is neither; it is named.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise ValueError(f"there is no result file {path} ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        lines = [line for line in text.splitlines() if line.strip()]
+        try:
+            return [json.loads(line) for line in lines] if len(lines) > 1 else json.loads(text)
+        except json.JSONDecodeError:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def title_of(result: Any, path: Path) -> str:
+    """What was measured: the result's `benchmark`, or the tool that writes such keys, or the file's name."""
+    if isinstance(result, dict) and isinstance(result.get("benchmark"), str):
+        return ("text to image, " if "drawn_with" in result else "") + result["benchmark"]
+    if isinstance(result, dict) and isinstance(result.get("results"), dict) and {"configs", "n-shot"} & result.keys():
+        return f"lmms-eval: {', '.join(result['results'])}"
+    rows = result if isinstance(result, list) else [result]
+    if rows and all(isinstance(row, dict) and {"job", "seconds"} <= row.keys() for row in rows):
+        return "speed"
+    return path.stem
+
+
+def strings(value: Any) -> list[str]:
+    """All strings in a JSON value."""
+    if isinstance(value, dict | list):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def pictures(result: Any, path: Path) -> list[tuple[str, str]]:
+    """The name and data URI of each PNG that the result names, or that lies beside it under its name.
+
+    Raises:
+        ValueError: one of them is no PNG.
+    """
+    found = [
+        path.with_suffix(".png"),
+        path.with_name("sheet.png"),
+        *sorted(path.parent.glob(f"{glob.escape(path.stem)}-*.png")),
+    ]
+    for text in strings(result):
+        if text.endswith(".png") and len(text) < 1000:
+            found += [Path(text), path.parent / text]
+    files = {file.resolve(): file for file in found if file.is_file()}
+    uris = []
+    for file in files:
+        data = file.read_bytes()
+        if not data.startswith(PNG):
+            raise ValueError(f"{file} is no PNG")
+        uris.append((file.name, f"data:image/png;base64,{base64.b64encode(data).decode()}"))
+    return uris
+
+
+def read_published() -> list[tuple[list[str], Block]]:
+    """Each published table, with the words in whose results' titles it belongs."""
+    return [
+        (
+            one["beside"],
+            Block(
+                one["title"], one["columns"], [[to_cell(v) for v in row] for row in one["rows"]], one.get("note", "")
+            ),
+        )
+        for one in yaml.safe_load(PUBLISHED.read_text("utf-8"))
+    ]
+
+
+def belongs(words: list[str], title: str) -> bool:
+    """Whether one of the words is in the title, as a whole word, in whatever case."""
+    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", title, re.IGNORECASE) for word in words)
+
+
+def to_section(path: Path, published: list[tuple[list[str], Block]]) -> Section:
+    """See `read_result` and `pictures` for what it raises."""
+    result = read_result(path)
+    title = title_of(result, path)
+    about: dict[str, Any] = {}
+    rest = without_about(result, "", about)
+    if isinstance(rest, dict):
+        rest.pop("benchmark", None)  # it is the heading
+    return Section(
+        title=title,
+        path=str(path),
+        measured=to_blocks(rest),
+        about=to_blocks(about),
+        published=[block for words, block in published if belongs(words, title)],
+        pictures=pictures(result, path),
+    )
+
+
+def make_report(paths: list[Path], title: str) -> str:
+    """The page as HTML.
+
+    Raises:
+        ValueError: see `read_result` and `pictures`.
+    """
+    published = read_published()
+    sections = [to_section(path, published) for path in paths]
+    shown = [id(block) for section in sections for block in section.published]
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE)
+    return page.render(
+        title=title,
+        sections=sections,
+        unmeasured=[block for _, block in published if id(block) not in shown],
+        footer="Page made with " + ", ".join(f"{name} {version}" for name, version in versions().items()),
+    )
+
+
+def main(
+    results: Annotated[list[Path], typer.Argument(help="JSON files.")],
+    output: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Its heading.")] = "Measured and published",
+) -> None:
+    """Writes one HTML page of results, beside what was published."""
+    try:
+        page = make_report(results, title)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    write_atomically(output, page.encode())
+    print(f"{len(results)} results are in {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
