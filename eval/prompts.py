@@ -1,0 +1,120 @@
+"""Prompt files of text-to-image benchmarks, and where each benchmark looks for the pictures.
+
+| format    | file                                                        | picture of a prompt's first sample   |
+|-----------|-------------------------------------------------------------|--------------------------------------|
+| `genai`   | GenAI-Bench (https://arxiv.org/abs/2406.13743), `genai_image.json` | `00000.png`, by its id        |
+| `geneval` | GenEval (https://arxiv.org/abs/2310.11513), `evaluation_metadata.jsonl` | `00000/samples/0000.png` |
+| `mjhq`    | MJHQ-30K (https://arxiv.org/abs/2402.17245), `meta_data.json` | `category/id.png`                  |
+| `parti`   | PartiPrompts (https://arxiv.org/abs/2206.10789), `PartiPrompts.tsv` | `00000.png`, by its row      |
+| `text`    | a prompt a line                                             | `00000.png`, by its number           |
+
+Sample s > 0 of a prompt is `00000_s.png` (GenEval: `00000/samples/000s.png`).
+"""
+
+import csv
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    Args:
+        text: what to draw.
+        name: where its pictures go in the picture folder, without sample number and suffix.
+        groups: what the benchmark counts it to: tag, category, challenge, skills.
+        metadata: GenEval's line, which its evaluation wants beside the samples; None elsewhere.
+    """
+
+    text: str
+    name: str
+    groups: tuple[str, ...] = ()
+    metadata: dict | None = None
+
+    def picture(self, sample: int) -> str:
+        """The path of a sample in the picture folder."""
+        if self.metadata is not None:
+            return f"{self.name}/samples/{sample:04d}.png"
+        return f"{self.name}_{sample}.png" if sample else f"{self.name}.png"
+
+
+def _genai(text: str, path: Path) -> list[Prompt]:
+    groups, skills = defaultdict(tuple), path.with_name("genai_skills.json")
+    if skills.is_file():  # {"counting": [3, 17, ...], ...}
+        for skill, numbers in json.loads(skills.read_text(encoding="utf-8")).items():
+            for number in numbers:
+                groups[f"{int(number):05d}"] += (skill,)
+    return [Prompt(row["prompt"], name, groups[name]) for name, row in json.loads(text).items()]
+
+
+def _geneval(text: str, path: Path) -> list[Prompt]:
+    rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    return [Prompt(row["prompt"], f"{i:05d}", (row["tag"],), row) for i, row in enumerate(rows)]
+
+
+def _mjhq(text: str, path: Path) -> list[Prompt]:
+    rows = json.loads(text).items()
+    return [Prompt(row["prompt"], f"{row['category']}/{name}", (row["category"],)) for name, row in rows]
+
+
+def _parti(text: str, path: Path) -> list[Prompt]:
+    rows = csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return [
+        Prompt(row["Prompt"], f"{i:05d}", tuple(filter(None, (row["Category"], row["Challenge"]))))
+        for i, row in enumerate(rows)
+    ]
+
+
+def _text(text: str, path: Path) -> list[Prompt]:
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return [Prompt(line, f"{i:05d}") for i, line in enumerate(lines)]
+
+
+FORMATS = {"genai": _genai, "geneval": _geneval, "mjhq": _mjhq, "parti": _parti, "text": _text}
+
+
+def find_format(text: str) -> str:
+    """The format of a prompt file's content.
+
+    Raises:
+        ValueError: it begins like JSON and is none, or is JSON of another kind.
+    """
+    text = text.lstrip()
+    if not text.startswith(("{", "[")):
+        columns = text.split("\n", 1)[0].split("\t")
+        return "parti" if {"Prompt", "Category"} <= set(columns) else "text"
+    first = json.JSONDecoder().raw_decode(text)[0]  # the first line, or all
+    if "prompt" in first:
+        return "geneval"
+    row = next(iter(first.values()), None) if isinstance(first, dict) else None
+    if not isinstance(row, dict) or "prompt" not in row:
+        raise ValueError(f'expected {{id: {{"prompt": ...}}}}, got {text[:60]!r}')
+    return "mjhq" if "category" in row else "genai"
+
+
+def read_prompts(path: str | Path, format: str = "") -> tuple[str, list[Prompt]]:
+    """The format of a file, found from its content where it is not given, and its prompts in their order.
+
+    Raises:
+        ValueError: no file, another format, no prompts, or a prompt that has no text or no usable name; names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no prompt file {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        format = format or find_format(text)
+        prompts = FORMATS[format](text, path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        wanted = format or "any format (--format names one)"
+        raise ValueError(f"cannot read the prompt file {path} as {wanted}: {error!r}") from error
+    if not prompts:
+        raise ValueError(f"the prompt file {path} is empty")
+    for prompt in prompts:
+        if not isinstance(prompt.text, str) or not prompt.text.strip():
+            raise ValueError(f"prompt {prompt.name} of {path} has no text: {prompt.text!r}")
+        if any(part in ("", ".", "..") for part in prompt.name.split("/")) or "\\" in prompt.name:
+            raise ValueError(f"prompt {prompt.name!r} of {path} cannot name a picture")
+    return format, prompts
