@@ -1,5 +1,6 @@
 """What the measurements share."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,18 @@ def check_model_folder(folder: str) -> None:
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"there is no model folder {folder} (a folder with a config.json)")
+
+
+def folder_digest(folder: str) -> str:
+    """SHA-256 over the weights, configurations and templates in a model's folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()
 
 
 def load_model(folder: str, device: str = "") -> tuple[UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor]:

@@ -6,7 +6,6 @@ Each part is written to the JSON as soon as it is done, with its settings; `--re
 judged by `eval.judge`, which is trained first where its weights are missing. The picture next to the JSON shows them.
 """
 
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.image_utils import PILImageResampling
 
-from eval._common import check_model_folder, in_batches, load_model, versions, write_atomically
+from eval._common import check_model_folder, folder_digest, in_batches, load_model, versions, write_atomically
 from eval.judge import (
     IMAGE_SIZE,
     UNKNOWN,
@@ -361,18 +360,6 @@ PARTS = {
     "text_to_image": ("limit", "samples", "guidance", "temperature", "top_k", "seed", "judge"),
     "edit": ("limit", "edit_guidance", "edit_image_guidance", "judge"),
 }
-
-
-def folder_digest(folder: str) -> str:
-    """SHA-256 over the weights, configurations and templates in a model's folder."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".safetensors", ".json", ".jinja"):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_finished(output: str, wanted: dict[str, dict]) -> dict[str, dict]:

@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional as F
 from transformers import HfArgumentParser
 
-from eval._common import check_model_folder, in_batches, load_model, versions, write_atomically
-from eval.easy_vqa import answer_questions, draw, folder_digest, normalize_answer
+from eval._common import check_model_folder, folder_digest, in_batches, load_model, versions, write_atomically
+from eval.easy_vqa import answer_questions, draw, normalize_answer
 from training.emoji import QUESTION, STYLES, TABLE, Emoji, read_table
 from training.losses import psnr
 from unitok_mllm.sheet import contact_sheet

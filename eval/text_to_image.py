@@ -43,9 +43,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, HfArgumentParser
 
-from eval._common import check_model_folder, load_model, versions, write_atomically
+from eval._common import check_model_folder, folder_digest, load_model, versions, write_atomically
 from eval.clip_score import clip_scores
-from eval.easy_vqa import folder_digest
 from eval.prompts import FORMATS, Prompt, read_prompts
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, load_image

@@ -52,8 +52,7 @@ from transformers import (
     HfArgumentParser,
 )
 
-from eval._common import check_model_folder, versions, write_atomically
-from eval.easy_vqa import folder_digest
+from eval._common import check_model_folder, folder_digest, versions, write_atomically
 from training import easy_vqa
 from training.emoji import STYLES, TABLE, Emoji, read_table
 from training.image_text_data import ImageTextTransform
