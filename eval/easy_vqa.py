@@ -421,7 +421,9 @@ def table(report: dict) -> str:
             lines.append(f"  {name:23}  {value['both']:6.2%}  {value['color']:6.2%}  {value['shape']:6.2%}")
     if part := parts.get("edit"):
         lines.append(f"{part['images']} recoloured images ({part['seconds']} s)")
-        lines.append(f"  {'new colour, old shape':23}  {part['both']:6.2%}  {part['color']:6.2%}  {part['shape']:6.2%}")
+        lines.append(
+            f"  {'new colour, old shape':23}  {part['both']:6.2%}  {part['color']:6.2%}  {part['shape']:6.2%}"
+        )
     return "\n".join(lines)
 
 

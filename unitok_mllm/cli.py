@@ -407,6 +407,32 @@ def convert(
     typer.echo(report)
 
 
+@app.command()
+def serve(
+    model: ModelFolder = SHIPPED_MODEL,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in, without a password.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    queue_size: Annotated[int, typer.Option(min=1, help="How many requests may wait.")] = 16,
+    max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest file to take, in MiB.")] = 10,
+) -> None:
+    """Show a web page: chat about pictures, draw, look into the tokenizer. Ctrl-C ends it.
+
+    Uploads and drawings lie in a temporary folder: for an hour, or until the end.
+    """
+    with tempfile.TemporaryDirectory(prefix="unitok-mllm-") as cache:
+        # gradio reads these when it is imported
+        os.environ |= {"GRADIO_TEMP_DIR": cache, "GRADIO_EXAMPLES_CACHE": f"{cache}/examples"}
+        try:
+            from . import web
+        except ModuleNotFoundError as error:
+            raise ValueError("serve needs gradio: pip install 'unitok_mllm[web]'") from error
+        mllm, processor = load(model)
+        title = f"{model.resolve().name}, {mllm.num_parameters() / 1e6:.0f} M parameters"
+        web.serve(mllm, processor, title, host, port, queue_size, max_upload_mb)
+
+
 def main() -> None:
     """The entry point of `unitok-mllm`."""
     app()
