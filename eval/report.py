@@ -353,6 +353,10 @@ def make_report(paths: list[Path], title: str) -> str:
     )
 
 
+app = typer.Typer(help=__doc__, add_completion=False)
+
+
+@app.command()
 def main(
     results: Annotated[list[Path], typer.Argument(help="JSON files.")],
     output: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
@@ -368,4 +372,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -1,0 +1,1 @@
+"""Tasks that lmms-eval lacks, a folder each; lmms-eval reads their YAML."""
