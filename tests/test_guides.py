@@ -1,0 +1,85 @@
+"""The guides run as written: `python` and `bash` blocks are executed in order, in a folder of their own with the
+repository's folders in it; of `text` blocks (commands that need weights, data or GPUs) the options are checked."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from original_checkpoints import reference_state, tokenizer_checkpoint
+from transformers import TrainingArguments
+
+from unitok_mllm import cli
+
+
+ROOT = Path(__file__).parents[1]
+GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"```(python|bash|text)\n(.*?)```", re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name in ("training", "eval", "unitok_mllm"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "."}
+    return subprocess.run(
+        ["bash", "-e", "-c", command], env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+
+
+def known_options(command: list[str]) -> tuple[set[str], list[str]]:
+    """The options that a command has, and those that it is given."""
+    if command[0] == "unitok-mllm":
+        parsed, given = typer.main.get_command(cli.app).commands[command[1]], command[2:]
+    else:
+        start = next(i for i, word in enumerate(command) if re.fullmatch(r"(training|eval)\.\w+", word))
+        module, given = importlib.import_module(command[start]), command[start + 1 :]
+        parsed = typer.main.get_command(module.app) if hasattr(module, "app") else module
+    if hasattr(parsed, "params"):
+        known = {option.lstrip("-") for parameter in parsed.params for option in parameter.opts}
+    else:
+        classes = [module.Settings] if hasattr(module, "Settings") else [module.MLLMArguments, TrainingArguments]
+        known = {field.name for settings in classes for field in fields(settings)}
+    return known, [word.removeprefix("--") for word in given if word.startswith("--")]
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_guide_runs_as_written(guide, folder):
+    if guide == "released_weights.md":  # in place of the download: the same tensors, each dimension an eighth
+        state = reference_state("tokenizer_base_depth2", shrink=8)
+        torch.save(tokenizer_checkpoint(state, "vitamin_base"), "unitok_tokenizer.pth")
+    names = {}
+    for language, block in BLOCK.findall((ROOT / "docs" / guide).read_text()):
+        if language == "python":
+            exec(block, names)
+        elif language == "bash":
+            result = run(block)
+            assert result.returncode == 0, (block, result.stderr[-3000:])
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_commands_that_are_not_run_have_only_known_options(guide):
+    text = (ROOT / "docs" / guide).read_text()
+    for language, block in BLOCK.findall(text):
+        for line in block.splitlines() if language == "text" else ():
+            known, given = known_options(shlex.split(line))
+            assert set(given) <= known, line
+
+
+def test_links_lead_somewhere():
+    for path in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), (path.name, target)
