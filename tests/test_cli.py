@@ -127,7 +127,7 @@ def run_process(*args: object, cwd: Path) -> subprocess.CompletedProcess:
 # help and version
 
 
-@pytest.mark.parametrize("command", ["demo", "reconstruct", "ask", "generate", "edit", "convert"])
+@pytest.mark.parametrize("command", ["demo", "reconstruct", "ask", "generate", "edit", "convert", "serve"])
 def test_help(command):
     text = succeed(command, "--help")
     assert "Usage" in text and command in text

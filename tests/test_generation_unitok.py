@@ -447,6 +447,10 @@ def test_interleaved_answers_in_a_batch_are_those_alone_and_without_images_those
     inputs = processor(text=QUESTIONS, images=images, generation_mode="interleaved")
     output = lively_mllm.generate(**inputs, **options, generation_mode="interleaved", max_images=0)
     assert [len(codes) for codes in output.image_codes] == [0, 0, 0]
+    pixels = [lively_mllm.decode_images(codes) for codes in output.image_codes]
+    answers = processor.post_process_multimodal_output(output, generation_mode="interleaved", pixel_values=pixels)
+    expected = processor.batch_decode(output.sequences, skip_special_tokens=True)
+    assert [parts for parts in answers] == [[{"type": "text", "text": t.strip()}] for t in expected if t.strip()]
     for i, new in enumerate(output.sequences):
         alone = processor(text=QUESTIONS[i], images=images[i] or None)
         expected = lively_mllm.generate(**alone, **options, suppress_tokens=[IMAGE, BOI])

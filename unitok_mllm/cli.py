@@ -1,4 +1,4 @@
-"""The command line `unitok-mllm`: demo, reconstruct, ask, generate, edit, convert.
+"""The command line `unitok-mllm`: demo, reconstruct, ask, generate, edit, convert, serve.
 
 Results go to stdout, progress to stderr.  What a user can get wrong ends in one line `error: ...` and exit code 2;
 any other exception is a bug and shows its traceback.  Heavy modules are imported where they are needed.

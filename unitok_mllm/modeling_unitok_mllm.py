@@ -197,7 +197,10 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
 
     @torch.no_grad()
     def decode_images(self, codes: torch.Tensor, image_size: tuple[int, int] | None = None) -> torch.Tensor:
-        """Codes (N, K, L) -> (N, 3, H, W) in [-1, 1]; see `UniTokModel.decode`."""
+        """Codes (N, K, L) -> (N, 3, H, W) in [-1, 1], also for no images; see `UniTokModel.decode`."""
+        if len(codes) == 0:
+            size = self.config.visual_config.vision_config.image_size
+            return torch.zeros(0, 3, *(image_size or (size, size)), dtype=self.dtype, device=codes.device)
         return self.visual.decode(codes, image_size)
 
     def embed(

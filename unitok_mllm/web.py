@@ -1,0 +1,554 @@
+"""The page of `unitok-mllm serve`: a chat with pictures, drawings, and the visual tokenizer; on gradio (extra `web`).
+
+`SharedModel` does the work and knows nothing of pages; `build_page` lays it out; `serve` shows it to browsers.  What a
+visitor can get wrong is a ValueError, shown on the page; any other exception is a bug and shows its traceback in the
+terminal alone.
+
+Only pictures and texts come from the browser.  The conversation stays on this side, so that no visitor can hand in
+another's, and everything uploaded or drawn lies in one folder, the only one that the page serves files from.
+"""
+
+import colorsys
+import html
+import math
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Queue
+from threading import Lock
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from gradio.processing_utils import save_pil_to_cache
+from PIL import Image
+from transformers import BatchFeature, TextStreamer
+
+from .cli import psnr
+from .image_processing_unitok import load_image
+from .sheet import COLORS, SHAPES
+from .streaming_unitok import UniTokImageStreamer
+
+
+FRAMES = 16  # pictures shown while one is drawn
+MAX_IMAGES = 4  # drawings in one answer
+MAX_COUNT = 8  # drawings of one prompt
+MAX_TEXT = 10_000  # characters
+MAX_WORDS = 1000
+NEAREST = 8
+MAP_SIZE = 160  # about the side of one code map, in pixels
+MAP_GAP = 8
+GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
+UPLOADS_KEPT = 3600  # seconds
+WORDS = "\n".join(f"a {color} {shape}" for color in COLORS for shape in SHAPES)
+CSS = """
+.chat .image-frame img {width: 128px !important; height: 128px !important; object-fit: contain}
+.chat button[title="Share"] {display: none}
+.drawings img, .tokenizer img {width: 100%; height: 100%; object-fit: contain}
+"""
+
+
+class Stopped(Exception):
+    """Ends a `generate` that nobody waits for any more."""
+
+
+class AnswerStreamer(TextStreamer):
+    """What an interleaved `generate` says while it answers, in order; give it as `streamer` and in `image_options`.
+
+    Iterates over pieces of text (str) and the codes of a drawing so far, (1, K, l).
+    """
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._items: Queue[str | torch.Tensor | None] = Queue()
+        self._is_stopped = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes token ids, (T,) or (1, T), or codes; called by `generate`.
+
+        Raises:
+            Stopped: after `stop`.
+        """
+        if self._is_stopped:
+            raise Stopped
+        if value.ndim == 3:
+            self._items.put(value)
+        else:
+            super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._items.put(text)
+
+    def finish(self) -> None:
+        """No more will come (`end` comes after each piece of an answer)."""
+        self._items.put(None)
+
+    def stop(self) -> None:
+        """Ends the answer after the token or the position it is at; the model stays as it was."""
+        self._is_stopped = True
+
+    def __iter__(self) -> Iterator[str | torch.Tensor]:
+        return iter(self._items.get, None)
+
+
+class SharedModel:
+    """A model that several visitors share: it works for one at a time, and stays usable after an error or a stop.
+
+    `answer` and `draw` are generators; closing one stops the work behind it.
+
+    Args:
+        model: a `UniTokMLLMForConditionalGeneration`.
+        processor: its `UniTokMLLMProcessor`.
+    """
+
+    def __init__(self, model, processor):
+        self.model, self.processor = model, processor
+        self.num_positions = model.config.num_image_positions
+        self.max_positions = model.config.text_config.max_position_embeddings
+        self.every = max(1, self.num_positions // FRAMES)
+        self._lock = Lock()
+
+    @contextmanager
+    def _thread(self, work: Callable[[], Any], finish: Callable[[], None], stop: Callable[[], None]):
+        """Works in a thread, and calls `finish` there at the end; on leaving, stops it, waits, raises what it raised."""
+
+        def locked():
+            try:
+                with self._lock:
+                    return work()
+            finally:
+                finish()
+
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(locked)
+            try:
+                yield future
+            finally:
+                stop()
+        future.result()
+
+    def check_text(self, text: str) -> None:
+        """
+        Raises:
+            ValueError: too long, or with a token in it that would be more than text to the model.
+        """
+        if len(text) > MAX_TEXT:
+            raise ValueError(f"the text has {len(text)} characters, {MAX_TEXT} at most can be read")
+        processor = self.processor
+        special = {*processor.tokenizer.all_special_tokens}
+        for token in sorted(special | {processor.boi_token, processor.eoi_token, processor.image_token}):
+            if token in text:
+                raise ValueError(f"{token} cannot be part of a text: it is a sign of the model's own")
+
+    def chat_inputs(self, conversation: list[dict]) -> BatchFeature:
+        """What `answer` needs for the next answer in a conversation, which ends with a question.
+
+        Raises:
+            ValueError: a text or a picture that cannot be used, or a conversation longer than the model's memory.
+        """
+        for turn in conversation:
+            for part in turn["content"]:
+                if part["type"] == "text" and turn["role"] == "user":
+                    self.check_text(part["text"])
+        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
+        images = [part["image"] for turn in conversation for part in turn["content"] if part["type"] == "image"]
+        inputs = self.processor(text=[text], images=[images] if images else None, generation_mode="interleaved")
+        length = inputs["input_ids"].shape[1]
+        if length >= self.max_positions:
+            raise ValueError(
+                f"the conversation takes {length} of the model's {self.max_positions} positions "
+                f"({self.num_positions + 2} for each picture): start a new one, or ask for less"
+            )
+        return inputs.to(self.model.device)
+
+    def answer(self, inputs: BatchFeature, max_new_tokens: int, image_options: dict) -> Iterator[list[dict]]:
+        """An answer as it comes: what a turn's `content` holds so far; the last item is the whole answer.
+
+        A drawing that is under way is of the type "unfinished" in place of "image", gray where nothing is drawn yet.
+
+        Args:
+            inputs: of `chat_inputs`.
+            max_new_tokens: text tokens at most.
+            image_options: of `generate_image_codes`, for the drawings in it.
+
+        Raises:
+            ValueError: an option out of its range.
+        """
+        streamer = AnswerStreamer(self.processor.tokenizer)
+        room = self.max_positions - inputs["input_ids"].shape[1]
+        max_new_tokens = min(max_new_tokens, room)
+        max_images = min(MAX_IMAGES, (room - max_new_tokens) // (self.num_positions + 1))
+
+        def work() -> list[dict] | None:
+            try:
+                output = self.model.generate(
+                    **inputs,
+                    generation_mode="interleaved",
+                    do_sample=False,
+                    max_new_tokens=max_new_tokens,
+                    max_images=max_images,
+                    streamer=streamer,
+                    image_options={**image_options, "streamer": streamer},
+                )
+            except Stopped:
+                return None
+            pixels = [self.model.decode_images(codes) for codes in output.image_codes]
+            (parts,) = self.processor.post_process_multimodal_output(
+                output, generation_mode="interleaved", pixel_values=pixels
+            )
+            return parts
+
+        with self._thread(work, streamer.finish, streamer.stop) as whole:
+            yield from self._parts_so_far(streamer)
+        yield whole.result()
+
+    def _parts_so_far(self, streamer: AnswerStreamer) -> Iterator[list[dict]]:
+        decoder = UniTokImageStreamer(self.model, self.processor)
+        parts: list[dict] = []
+        for item in streamer:
+            if isinstance(item, str):
+                is_going_on = parts and parts[-1]["type"] == "text"
+                if not item or not is_going_on and not item.strip():
+                    continue
+                so_far = parts.pop()["text"] if is_going_on else ""
+                parts.append({"type": "text", "text": so_far + item})
+            else:
+                drawn = item.shape[-1]
+                if drawn not in (1, self.num_positions) and drawn % self.every:
+                    continue
+                if drawn > 1:
+                    parts.pop()
+                pixels = decoder.decode(item)
+                (picture,) = self.processor.post_process_multimodal_output(pixels, generation_mode="image")
+                parts.append({"type": "image" if drawn == self.num_positions else "unfinished", "image": picture})
+            yield list(parts)
+
+    def draw(self, prompt: str, count: int, image_options: dict) -> Iterator[list[Image.Image]]:
+        """`count` drawings of a prompt as they are drawn, what is not drawn yet in gray; the last item is whole.
+
+        Raises:
+            ValueError: a prompt that is empty, too long or has a token of the model's own in it, or an option or
+                `count` out of its range.
+        """
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        if not 1 <= count <= MAX_COUNT:
+            raise ValueError(f"from 1 to {MAX_COUNT} pictures can be drawn at once, not {count}")
+        self.check_text(prompt)
+        inputs = self.processor(text=prompt.strip(), generation_mode="image").to(self.model.device)
+        length = inputs["input_ids"].shape[1]
+        if length + self.num_positions > self.max_positions:
+            raise ValueError(
+                f"the prompt is too long: {length} tokens, where the model's {self.max_positions} positions "
+                f"leave {self.max_positions - self.num_positions} beside a picture"
+            )
+        streamer = UniTokImageStreamer(self.model, self.processor, self.every)
+
+        def work() -> torch.Tensor:
+            options = {"num_return_sequences": count, "streamer": streamer, **image_options}
+            return self.model.generate(**inputs, generation_mode="image", **options)
+
+        with self._thread(work, streamer.end, streamer.stop):
+            yield from streamer
+
+    @torch.inference_mode()
+    def tokenize(self, picture: Image.Image) -> tuple[Image.Image, Image.Image, torch.Tensor, tuple[int, int]]:
+        """The picture as the model sees it, its reconstruction, its codes (K, L), and their rows and columns.
+
+        Raises:
+            ValueError: it is too elongated.
+        """
+        image_processor, visual = self.processor.image_processor, self.model.visual
+        pixel_values = image_processor(images=[picture], mode="understand")["pixel_values"].to(visual.device)
+        with self._lock:
+            codes = visual.encode(pixel_values)
+            pixels = visual.decode(codes, tuple(pixel_values.shape[-2:]))
+        (seen,), (reconstruction,) = image_processor.post_process(pixel_values), image_processor.post_process(pixels)
+        return seen, reconstruction, codes[0].cpu(), visual.vision_model.grid_size(pixel_values)
+
+    @property
+    def knows_words(self) -> bool:
+        """Whether the visual tokenizer has a text tower, and one for the ids of this text tokenizer."""
+        text_config, tokenizer = self.model.visual.config.text_config, self.processor.tokenizer
+        if text_config is None:
+            return False
+        return text_config.eos_token_id == tokenizer.eos_token_id and len(tokenizer) <= text_config.vocab_size
+
+    @torch.inference_mode()
+    def compare(self, picture: Image.Image, words: list[str]) -> dict[str, float]:
+        """How likely each of these words (or longer texts) is the picture's, of these alone: from 0 to 1, in all 1.
+
+        Raises:
+            ValueError: no words, too many, or the picture is too elongated.
+        """
+        if not 1 <= len(words) <= MAX_WORDS:
+            raise ValueError(f"the list has {len(words)} words; it needs 1 to {MAX_WORDS}, one a line")
+        visual, tokenizer = self.model.visual, self.processor.tokenizer
+        length, end = visual.config.text_config.max_position_embeddings, tokenizer.eos_token_id
+        rows = tokenizer(words, truncation=True, max_length=length)["input_ids"]
+        rows = [row if row[-1:] == [end] else [*row[: length - 1], end] for row in rows]
+        texts = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(visual.device)
+        pixels = self.processor.image_processor(images=[picture], mode="understand")["pixel_values"]
+        with self._lock:
+            text_embeds = visual.get_text_features(**texts)
+            image_embeds = visual.get_image_features(pixels.to(visual.device))
+        logit_scale = visual.logit_scale.float().clamp(0, math.log(100)).exp()
+        logits = logit_scale * image_embeds.float() @ text_embeds.float().T
+        return dict(zip(words, logits.softmax(dim=-1)[0].tolist()))
+
+
+def code_maps(codes: torch.Tensor, grid_size: tuple[int, int], codebook_size: int) -> Image.Image:
+    """Codes as a picture: a map for each codebook, four in a row, a square for each position, a colour for each code.
+
+    Args:
+        codes: (K, L) integers in [0, codebook_size), L row-major.
+        grid_size: rows and columns that the positions make.
+        codebook_size: V. Code v has the hue v / golden ratio (mod 1), so that neighbouring codes look different.
+    """
+    rows, columns = grid_size
+    hues = np.arange(codebook_size) / GOLDEN_RATIO % 1
+    palette = np.array([colorsys.hsv_to_rgb(hue, 0.6, 0.9) for hue in hues])
+    palette = (palette * 255).round().astype(np.uint8)  # (V, 3)
+    cell = max(1, MAP_SIZE // max(rows, columns))
+    maps = palette[codes.numpy()].reshape(len(codes), rows, columns, 3).repeat(cell, axis=1).repeat(cell, axis=2)
+    height, width = maps.shape[1:3]
+    per_row = min(4, len(codes))
+    size = (per_row * (width + MAP_GAP) - MAP_GAP, math.ceil(len(codes) / per_row) * (height + MAP_GAP) - MAP_GAP)
+    picture = Image.new("RGB", size, "white")
+    for k, pixels in enumerate(maps):
+        place = (k % per_row * (width + MAP_GAP), k // per_row * (height + MAP_GAP))
+        picture.paste(Image.fromarray(pixels), place)
+    return picture
+
+
+def read_picture(path: str) -> Image.Image:
+    """A picture that was uploaded or drawn.
+
+    Raises:
+        ValueError: it is none, or no longer there; with the file's name, not its folder.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{Path(path).name} is no longer kept: start a new chat, or upload it again")
+    try:
+        return load_image(path)
+    except ValueError as error:
+        raise ValueError(f"{Path(path).name} is not a picture that can be read") from error
+
+
+def drawing_options(guidance: float, temperature: float, top_k: int, top_p: float, seed: int) -> dict:
+    """The page's fields as options of `generate_image_codes`.
+
+    Temperature 0 is the likeliest code each time, a seed below 0 a random one.
+
+    Raises:
+        ValueError: one of them is empty.
+    """
+    fields = {"guidance": guidance, "temperature": temperature, "top-k": top_k, "top-p": top_p, "seed": seed}
+    if empty := [name for name, value in fields.items() if value is None]:
+        raise ValueError(f"{' and '.join(empty)} must be given")
+    seed = random.SystemRandom().randrange(2**31) if seed < 0 else seed
+    options = {"guidance_scale": guidance, "seed": seed, "do_sample": temperature > 0}
+    return options | ({"temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature > 0 else {})
+
+
+@contextmanager
+def shown_errors():
+    """What a visitor can mend, and a full GPU, become a message on the page."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+    except torch.OutOfMemoryError as error:
+        raise gr.Error("The device has no memory left for this: ask for less at once.") from error
+
+
+def build_page(shared: SharedModel, title: str) -> gr.Blocks:
+    """The page: three tabs, one piece of work at a time; `title` says what the model is."""
+    one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
+    with gr.Blocks(title="UniTok", analytics_enabled=False, delete_cache=(600, UPLOADS_KEPT)) as page:
+        gr.Markdown(f"# UniTok: one model reads images and draws them\n{title}")
+        with gr.Tab("Chat"):
+            _chat_tab(shared, one_at_a_time)
+        with gr.Tab("Draw"):
+            _draw_tab(shared, one_at_a_time)
+        with gr.Tab("Tokenizer"):
+            _tokenizer_tab(shared, one_at_a_time)
+    return page
+
+
+def _drawing_fields(guidance: float, temperature: float) -> list[gr.components.Component]:
+    """The fields that `drawing_options` takes, in its order."""
+    with gr.Row():
+        return [
+            gr.Slider(1, 20, guidance, step=0.1, label="Guidance", info="1: none"),
+            gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0: likeliest"),
+            gr.Number(20, precision=0, minimum=0, label="Top-k", info="0: all codes"),
+            gr.Slider(0.01, 1, 1, step=0.01, label="Top-p", info="1: all codes"),
+            gr.Number(-1, precision=0, minimum=-1, maximum=2**31 - 1, label="Seed", info="-1: a new one"),
+        ]
+
+
+def _chat_tab(shared: SharedModel, event_options: dict) -> None:
+    conversation = gr.State([])  # turns as for a chat template, pictures by path
+    chatbot = gr.Chatbot(
+        show_label=False,
+        height="60vh",
+        elem_classes="chat",
+        buttons=[],
+        render_markdown=False,
+        placeholder="Add a picture and ask about it, or ask for a drawing.",
+    )
+    box = gr.MultimodalTextbox(
+        file_types=["image"],
+        file_count="multiple",
+        show_label=False,
+        placeholder="Ask; add pictures with the clip, or paste them.",
+        elem_classes="question",
+    )
+    with gr.Row():
+        stop = gr.Button("Stop", variant="stop", size="sm", elem_id="stop-chat")
+        clear = gr.Button("New chat", size="sm")
+    with gr.Accordion("Answers and the drawings in them", open=False):
+        longest = gr.Slider(
+            1, 2048, 256, step=1, precision=0, label="Longest answer", info="In tokens; drawings do not count"
+        )
+        fields = _drawing_fields(guidance=1.0, temperature=0.7)
+
+    def kept(part: dict) -> dict:
+        """A picture as a file, so that it can be shown, and read again in later turns."""
+        if part["type"] == "text":
+            return part
+        return {"type": part["type"], "path": save_pil_to_cache(part["image"], chatbot.GRADIO_CACHE, format="png")}
+
+    def loaded(turn: dict) -> dict:
+        parts = [
+            {"type": "image", "image": read_picture(part["path"])} if part["type"] == "image" else part
+            for part in turn["content"]
+        ]
+        return {"role": turn["role"], "content": parts}
+
+    def chat(message, conversation, longest, *sampling):
+        with shown_errors():
+            pictures = [{"type": "image", "path": path} for path in message["files"]]
+            text = message["text"].strip()
+            content = pictures + ([{"type": "text", "text": text}] if text else [])
+            if not content:
+                raise ValueError("write something, or add a picture")
+            turns = [*conversation, {"role": "user", "content": content}]
+            inputs = shared.chat_inputs([loaded(turn) for turn in turns])
+            options = drawing_options(*sampling)
+            yield None, turns, gr.skip()
+            for parts in shared.answer(inputs, longest, options):
+                shown = [kept(part) for part in parts]
+                whole = [part for part in shown if part["type"] != "unfinished"]  # what stays after a stop
+                answered = [*turns, {"role": "assistant", "content": whole}] if whole else gr.skip()
+                yield gr.skip(), [*turns, {"role": "assistant", "content": shown}] if shown else turns, answered
+
+    asked = box.submit(chat, [box, conversation, longest, *fields], [box, chatbot, conversation], **event_options)
+    stop.click(None, cancels=asked)
+    gr.on([clear.click, chatbot.clear], lambda: ([], []), None, [chatbot, conversation], cancels=asked, queue=False)
+
+
+def _draw_tab(shared: SharedModel, event_options: dict) -> None:
+    with gr.Row():
+        prompt = gr.Textbox(label="Prompt", placeholder="a red circle", scale=4, max_length=MAX_TEXT, elem_id="prompt")
+        count = gr.Slider(1, MAX_COUNT, 4, step=1, precision=0, label="Pictures")
+    with gr.Row():
+        start = gr.Button("Draw", variant="primary", elem_id="draw")
+        stop = gr.Button("Stop", variant="stop", elem_id="stop-drawing")
+    gallery = gr.Gallery(
+        label="Drawings",
+        format="png",
+        columns=4,
+        height=320,
+        object_fit="contain",
+        buttons=["download", "fullscreen"],
+        interactive=False,
+        elem_classes="drawings",
+    )
+    used = gr.Markdown()
+    with gr.Accordion("Sampling", open=True):
+        fields = _drawing_fields(guidance=3.0, temperature=0.7)
+
+    def draw(prompt, count, *sampling):
+        with shown_errors():
+            options = drawing_options(*sampling)
+            for pictures in shared.draw(prompt, count, options):
+                yield pictures, f"Seed {options['seed']}"
+
+    drawn = gr.on([start.click, prompt.submit], draw, [prompt, count, *fields], [gallery, used], **event_options)
+    stop.click(None, cancels=drawn)
+
+
+def _tokenizer_tab(shared: SharedModel, event_options: dict) -> None:
+    codebook_size = shared.model.visual.config.vision_config.codebook_size
+    upload = gr.File(label="Picture", file_types=["image"], height=120, elem_id="picture")
+    with gr.Row(elem_classes="tokenizer"):
+        options = {"format": "png", "interactive": False, "buttons": ["download"], "height": 300}
+        seen = gr.Image(label="As the model sees it", **options)
+        reconstruction = gr.Image(label="Back from its codes", **options)
+        maps = gr.Image(label="Codes, a map for each codebook", **options)
+    summary = gr.Markdown(elem_id="summary")
+
+    def tokenize(path):
+        with shown_errors():
+            original, result, codes, grid_size = shared.tokenize(read_picture(path))
+            text = f"{codes.numel()} codes ({codes.shape[1]} positions), PSNR {psnr(original, result):.1f} dB"
+            return original, result, code_maps(codes, grid_size, codebook_size), text
+
+    tokenized = upload.upload(tokenize, upload, [seen, reconstruction, maps, summary], **event_options)
+    if not shared.knows_words:
+        return
+    with gr.Row():
+        with gr.Column():
+            words = gr.Textbox(WORDS, label="Words, one a line", lines=11, max_lines=11, max_length=MAX_TEXT)
+            again = gr.Button("Compare")
+        nearest = gr.Label(label="Nearest words", num_top_classes=NEAREST, elem_id="nearest")
+
+    def compare(path, words):
+        with shown_errors():
+            if path is None:
+                raise ValueError("upload a picture first")
+            listed = dict.fromkeys(line.strip() for line in words.splitlines() if line.strip())
+            return shared.compare(read_picture(path), list(listed))
+
+    for event in (tokenized.success, again.click):
+        event(compare, [upload, words], nearest, **event_options)
+
+
+def serve(model, processor, title: str, host: str, port: int, queue_size: int, max_upload_mb: int) -> None:
+    """Shows the page until Ctrl-C or SIGTERM.
+
+    Args:
+        title: see `build_page`.
+        host, port: where to listen.
+        queue_size: visitors that may wait; the next one is told that the queue is full.
+        max_upload_mb: the largest file that is taken, in MiB.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    page = build_page(SharedModel(model, processor), title)
+    page.queue(max_size=queue_size)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that whoever called can clean up
+    fonts = ("system-ui", "sans-serif")
+    page.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=f"{max_upload_mb}mb",
+        allowed_paths=[],
+        share=False,
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        ssr_mode=False,
+        pwa=False,
+        footer_links=[],
+        theme=gr.themes.Soft(font=fonts, font_mono=("ui-monospace", "monospace")),
+        css=CSS,
+    )
