@@ -47,9 +47,9 @@ class Settings:
     output: str = field(default="runs/emoji.json", metadata={"help": "where the numbers go"})
     batch_size: int = field(default=64, metadata={"help": "pictures at a time"})
     seen: int = field(default=400, metadata={"help": "how many of the pictures trained on to measure, evenly spread"})
-    guidance: float = field(default=3.0, metadata={"help": "guidance scale of the drawings; 1: none"})
-    temperature: float = field(default=0.7, metadata={"help": "temperature of the drawings"})
-    top_k: int = field(default=20, metadata={"help": "draw from the k likeliest codes; 0: from all"})
+    guidance: float = field(default=1.0, metadata={"help": "guidance scale of the drawings; 1: none"})
+    temperature: float = field(default=1.0, metadata={"help": "temperature of the drawings"})
+    top_k: int = field(default=1, metadata={"help": "draw from the k likeliest codes; 1: the likeliest; 0: from all"})
     seed: int = field(default=0, metadata={"help": "of the first drawing; each has its own, counting up"})
     device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
 

@@ -226,25 +226,24 @@ def demo(
         Reading(*pair, psnr(*pair), [Answer(question, next(answers), truth) for question, truth in rows])
         for *pair, rows in zip(originals, reconstructions, chosen.values())
     ]
-    options = {"guidance_scale": guidance, "temperature": 0.7, "top_k": 20, "seed": seed}
 
-    def draw(prompts: list[str], count: int) -> list[tuple["Image.Image", ...]]:
+    def draw(prompts: list[str], count: int, **options: Any) -> list[tuple["Image.Image", ...]]:
         typer.echo(f"drawing {len(prompts) * count} pictures", err=True)
         drawn = draw_images(mllm, processor, prompts, count, **options)
         return list(zip(drawn[::2], drawn[1::2]))
 
     shapes = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
+    shape_pairs = draw(shapes, 2, guidance_scale=guidance, temperature=0.7, top_k=20, seed=seed)
     named = [f"{name} emoji, {style} style" for name in EMOJI for style in EMOJI_STYLES]
+    emoji_pairs = draw(named, 1, do_sample=False)
     requests = [(pictures[i % len(pictures)], f"make it {color}") for i, color in enumerate(COLORS)]
     edits = zip(requests, edit_images(mllm, processor, requests, do_sample=False))
     sections = [
         Section(
-            "It draws", "the first two samples of each prompt, none picked by hand", list(zip(shapes, draw(shapes, 2)))
+            "It draws", "the first two samples of each prompt, none picked by hand", list(zip(shapes, shape_pairs))
         ),
         Section(
-            "It draws emoji",
-            f"each name in two styles, {' and '.join(EMOJI_STYLES)}",
-            list(zip(EMOJI, draw(named, 1))),
+            "It draws emoji", f"each name in two styles, {' and '.join(EMOJI_STYLES)}", list(zip(EMOJI, emoji_pairs))
         ),
         Section("It recolors", "a test image, and what it became", [(text, (old, new)) for (old, text), new in edits]),
     ]
