@@ -22,6 +22,7 @@ from pathlib import Path
 from accelerate import PartialState
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
+from PIL import ImageFile
 from tenacity import RetryError
 from transformers import HfArgumentParser
 
@@ -30,6 +31,7 @@ from eval.easy_vqa import folder_digest, read_finished
 from eval.lmms.models.unitok_mllm import UniTokMLLM, UniTokMLLMChat
 
 
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # which lmms-eval's import has turned on for the whole process
 DECISIVE = ("model", "limit", "gen_kwargs", "force_simple", "dtype", "seed")
 
 
