@@ -1,14 +1,18 @@
 """What the measurements share."""
 
 import hashlib
+import io
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
+from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 import unitok_mllm
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
@@ -21,6 +25,25 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     os.replace(partial, path)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """A picture as a PNG file's content."""
+    png = io.BytesIO()
+    image.save(png, format="png")
+    return png.getvalue()
+
+
+Settings = TypeVar("Settings")
+
+
+def parse_settings(settings_class: type[Settings], argv: list[str] | None = None) -> Settings:
+    """The command line as an instance of a dataclass; what its `__post_init__` refuses ends in one line."""
+    try:
+        (settings,) = HfArgumentParser(settings_class).parse_args_into_dataclasses(args=argv)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    return settings
 
 
 def check_model_folder(folder: str) -> None:

@@ -45,6 +45,7 @@ from eval._common import versions, write_atomically
 from eval.easy_vqa import PAIRS
 from training import train_tokenizer
 from training.arguments import parse_yaml_and_command_line
+from training.extract_codes import file_digest
 from training.image_text_data import ImageFiles, ImageTextTransform
 from training.losses import LossArguments, psnr
 from training.tokenizer_trainer import MOST_PSNR, TokenizerTrainingArguments, whole_checkpoints
@@ -131,7 +132,7 @@ class Run:
 
 def digest_of_files(paths: list[str]) -> dict[str, str]:
     """SHA-256 of those paths that are files."""
-    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if Path(path).is_file()}
+    return {path: file_digest([Path(path)]) for path in paths if Path(path).is_file()}
 
 
 def check_geometry(preset: str, vision_overrides: dict) -> None:

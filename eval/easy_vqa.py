@@ -7,7 +7,6 @@ judged by `eval.judge`, which is trained first where its weights are missing. Th
 """
 
 import importlib.metadata
-import io
 import json
 import random
 import sys
@@ -23,10 +22,18 @@ from PIL import Image, ImageDraw
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import HfArgumentParser
 from transformers.image_utils import PILImageResampling
 
-from eval._common import check_model_folder, folder_digest, in_batches, load_model, versions, write_atomically
+from eval._common import (
+    check_model_folder,
+    folder_digest,
+    in_batches,
+    load_model,
+    parse_settings,
+    png_bytes,
+    versions,
+    write_atomically,
+)
 from eval.judge import (
     IMAGE_SIZE,
     UNKNOWN,
@@ -306,10 +313,8 @@ class Evaluation:
         verdicts = torch.stack(judge_images(self.judge, self.for_judge(pixels)), dim=1)
         is_right = (verdicts == labels).all(dim=1)
         sheet_path = Path(settings.output).with_suffix(".png")
-        png = io.BytesIO()
         pictures = self.processor.image_processor.post_process(pixels)
-        contact_sheet(pictures, is_right.tolist(), settings.samples).save(png, format="png")
-        write_atomically(sheet_path, png.getvalue())
+        write_atomically(sheet_path, png_bytes(contact_sheet(pictures, is_right.tolist(), settings.samples)))
 
         test_labels = load_labels(self.samples)
         return {
@@ -428,10 +433,7 @@ def table(report: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(args=argv)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    settings = parse_settings(Settings, argv)
     try:
         report = evaluate(settings)
     except KeyboardInterrupt:

@@ -8,18 +8,24 @@ mean squared error at 32x32, after the mean colour over each cell. The same figu
 the tokenizer allows for. The picture next to the JSON shows drawings.
 """
 
-import io
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import HfArgumentParser
 
-from eval._common import check_model_folder, folder_digest, in_batches, load_model, versions, write_atomically
+from eval._common import (
+    check_model_folder,
+    folder_digest,
+    in_batches,
+    load_model,
+    parse_settings,
+    png_bytes,
+    versions,
+    write_atomically,
+)
 from eval.easy_vqa import answer_questions, draw, normalize_answer
 from training.emoji import QUESTION, STYLES, TABLE, Emoji, read_table
 from training.losses import psnr
@@ -142,9 +148,8 @@ class Evaluation:
         by_name = {(e.name, e.style): e for e in self.emoji}
         shown = [by_name[name, style] for style in STYLES for name in SHOWN if (name, style) in by_name]
         pictures = self.processor.image_processor.post_process(self._draw(shown))
-        png = io.BytesIO()
-        contact_sheet(pictures, [e.caption.replace(" emoji", "") for e in shown], columns=8).save(png, format="png")
-        write_atomically(path, png.getvalue())
+        captions = [e.caption.replace(" emoji", "") for e in shown]
+        write_atomically(path, png_bytes(contact_sheet(pictures, captions, columns=8)))
 
 
 def evaluate(settings: Settings) -> dict:
@@ -184,10 +189,7 @@ def table(report: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(args=argv)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    settings = parse_settings(Settings, argv)
     print(table(evaluate(settings)))
 
 

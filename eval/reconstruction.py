@@ -43,7 +43,7 @@ from torchvision.models import VGG16_Weights
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval._common import check_model_folder, versions, write_atomically
+from eval._common import check_model_folder, png_bytes, versions, write_atomically
 from eval.images import EvalImages, ImageBatch, UnreadableImage, choose, deal_out, load_batches, open_images, stamp
 from training.perceptual import VGGDistance
 from unitok_mllm import UniTokImageProcessorPil, UniTokModel
@@ -322,13 +322,6 @@ def add(*tallies: Tally) -> Tally:
     return {name: sum(tally[name] for tally in tallies if name in tally) for name in names}
 
 
-def save_png(image: torch.Tensor, path: Path) -> None:
-    """(3, H, W) uint8 -> a PNG."""
-    png = io.BytesIO()
-    to_picture(image).save(png, format="png")
-    write_atomically(path, png.getvalue())
-
-
 def to_picture(image: torch.Tensor) -> Image.Image:
     """(3, H, W) uint8 -> RGB."""
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
@@ -419,8 +412,9 @@ class Evaluation:
             if self.place[index] < SHOWN:
                 tally["shown"][self.place[index]] = torch.stack([original, image]).cpu()
             if folder := self.settings.save_images:
-                save_png(original, Path(folder, "originals", f"{self.images.names[index]}.png"))
-                save_png(image, Path(folder, "reconstructions", f"{self.images.names[index]}.png"))
+                for kind, pixels in (("originals", original), ("reconstructions", image)):
+                    path = Path(folder, kind, f"{self.images.names[index]}.png")
+                    write_atomically(path, png_bytes(to_picture(pixels)))
         tally["seconds"] = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
         return tally
 
@@ -477,9 +471,7 @@ def write_sheet(tally: Tally, names: list[str], path: Path) -> None:
     pictures = [to_picture(tally["shown"][i, row]) for row in (0, 1) for i in shown]
     captions = [Path(names[i]).name for i in shown]
     captions += [f"{tally['psnr'][i]:.1f} dB" if "psnr" in tally else "reconstruction" for i in shown]
-    png = io.BytesIO()
-    contact_sheet(pictures, captions, columns=len(shown)).save(png, format="png")
-    write_atomically(path, png.getvalue())
+    write_atomically(path, png_bytes(contact_sheet(pictures, captions, columns=len(shown))))
 
 
 def settings_key(settings: Settings, images: EvalImages) -> str:

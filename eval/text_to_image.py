@@ -20,7 +20,6 @@ probability, in float32 hardly ever, in bfloat16 now and then.
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import shutil
 import subprocess
@@ -43,7 +42,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, HfArgumentParser
 
-from eval._common import check_model_folder, folder_digest, load_model, versions, write_atomically
+from eval._common import check_model_folder, folder_digest, load_model, png_bytes, versions, write_atomically
 from eval.clip_score import clip_scores
 from eval.prompts import FORMATS, Prompt, read_prompts
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
@@ -175,12 +174,6 @@ def is_whole(path: Path) -> bool:
     except DECODE_ERRORS:
         return False
     return True
-
-
-def as_png(image: Image.Image) -> bytes:
-    png = io.BytesIO()
-    image.save(png, format="png")
-    return png.getvalue()
 
 
 def draw(
@@ -401,7 +394,7 @@ class Evaluation:
                 images = draw(model, self.processor, batch, guidance_scale=self.settings.guidance, **options)
                 for picture, image in zip(batch, images):
                     if picture.path in missing:
-                        write_atomically(picture.path, as_png(image))
+                        write_atomically(picture.path, png_bytes(image))
                         bar.update()
         state.wait_for_everyone()
         return {
@@ -464,7 +457,7 @@ class Evaluation:
         }
         shown = self.pictures[:SHOWN]
         sheet = contact_sheet([load_image(p.path) for p in shown], [p.text for p in shown])
-        write_atomically(self.folder / "sheet.png", as_png(sheet))
+        write_atomically(self.folder / "sheet.png", png_bytes(sheet))
         self._write(report)
         for name in [name for name in wanted if name not in known]:
             start = time.perf_counter()

@@ -24,10 +24,9 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from PIL import ImageFile
 from tenacity import RetryError
-from transformers import HfArgumentParser
 
-from eval._common import check_model_folder, versions, write_atomically
-from eval.easy_vqa import folder_digest, read_finished
+from eval._common import check_model_folder, folder_digest, parse_settings, versions, write_atomically
+from eval.easy_vqa import read_finished
 from eval.lmms.models.unitok_mllm import UniTokMLLM, UniTokMLLMChat
 
 
@@ -177,10 +176,7 @@ def table(report: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(args=argv)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    settings = parse_settings(Settings, argv)
     try:
         report = evaluate(settings)
     except TaskError as error:

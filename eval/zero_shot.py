@@ -18,10 +18,8 @@ goes on from there (with fewer or more images, too); one with another model or o
 
 import hashlib
 import importlib.metadata
-import io
 import json
 import math
-import mmap
 import re
 import sys
 import time
@@ -52,9 +50,10 @@ from transformers import (
     HfArgumentParser,
 )
 
-from eval._common import check_model_folder, folder_digest, versions, write_atomically
+from eval._common import check_model_folder, folder_digest, png_bytes, versions, write_atomically
 from training import easy_vqa
 from training.emoji import STYLES, TABLE, Emoji, read_table
+from training.extract_codes import file_digest
 from training.image_text_data import ImageTextTransform
 from unitok_mllm import UniTokModel
 from unitok_mllm.image_processing_unitok import MODES, UniTokImageProcessor, load_image
@@ -455,9 +454,7 @@ def mistakes_sheet(benchmark: Benchmark, nearest: torch.Tensor) -> bytes | None:
         return None
     shown = wrong[:: math.ceil(len(wrong) / MISTAKES_SHOWN)]
     names = [f"{benchmark.classes[given[i]]} ({benchmark.classes[benchmark.labels[i]]})" for i in shown]
-    png = io.BytesIO()
-    contact_sheet([load_image(benchmark.images[i]) for i in shown], names).save(png, format="png")
-    return png.getvalue()
+    return png_bytes(contact_sheet([load_image(benchmark.images[i]) for i in shown], names))
 
 
 def digest(source: str) -> str | None:
@@ -465,10 +462,7 @@ def digest(source: str) -> str | None:
     path = Path(source.removeprefix("local-dir:"))
     if source and path.is_dir():
         return folder_digest(str(path))
-    if not path.is_file():
-        return None
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return hashlib.sha256(data).hexdigest()
+    return file_digest([path]) if path.is_file() else None
 
 
 def what_is_measured(settings: Settings, benchmark: Benchmark) -> dict[str, str | None]:

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from PIL import Image
+from transformers import HfArgumentParser
 
 from eval import easy_vqa as evaluation
 from eval.judge import (
@@ -197,7 +198,7 @@ def test_report_holds_numbers_that_can_be_had_directly(arguments, mllm, processo
 def test_edits_are_judged_by_the_new_color_and_the_old_shape(arguments, mllm, processor, tmp_path):
     evaluation.main([*arguments, "--skip", "reconstruction,vqa,text_to_image"])
     part = json.loads((tmp_path / "out.json").read_text())["parts"]["edit"]
-    (settings,) = evaluation.HfArgumentParser(evaluation.Settings).parse_args_into_dataclasses(arguments)
+    (settings,) = HfArgumentParser(evaluation.Settings).parse_args_into_dataclasses(arguments)
     judge, labels = load_judge(settings.judge), load_labels(load("test")[:2])
     assert part["images"] == (labels != UNKNOWN).all(dim=1).sum() > 0
     right = 0
@@ -223,7 +224,7 @@ def test_missing_judge_is_trained_and_announced(arguments, tmp_path, monkeypatch
     (tmp_path / "judge.safetensors").unlink()
     made = Judge().eval()
     monkeypatch.setattr(evaluation, "make_judge", lambda path: made)
-    (settings,) = evaluation.HfArgumentParser(evaluation.Settings).parse_args_into_dataclasses(arguments)
+    (settings,) = HfArgumentParser(evaluation.Settings).parse_args_into_dataclasses(arguments)
     assert evaluation.Evaluation(settings).judge is made
     assert "There is no judge" in capsys.readouterr().out
 

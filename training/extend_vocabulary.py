@@ -40,17 +40,14 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str], vocab
     Raises:
         ValueError: it is not a BPE, or has as many tokens already.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
     if state["model"]["type"] != "BPE":
         raise ValueError(f"Only a BPE can be extended, not a tokenizer of the kind {state['model']['type']}.")
     if len(tokenizer) >= vocab_size:
         raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, no fewer than {vocab_size}.")
-    split, spell = (
-        tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str,
-        tokenizer.backend_tokenizer.model.tokenize,
-    )
-    counts = Counter(word for text in texts for word, _ in split(text))
-    words = {word: tuple(token.value for token in spell(word)) for word in counts}
+    counts = Counter(word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+    words = {word: tuple(token.value for token in backend.model.tokenize(word)) for word in counts}
     vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
     for number in range(len(tokenizer), vocab_size):
         pairs = Counter()
@@ -63,7 +60,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str], vocab
         words = {word: merge(pieces, pair) for word, pieces in words.items()}
         merges.append(list(pair))
         vocabulary["".join(pair)] = number
-    extended = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    extended = type(backend).from_str(json.dumps(state))
     return type(tokenizer)(tokenizer_object=extended, **tokenizer.init_kwargs)
 
 
