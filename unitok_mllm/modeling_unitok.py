@@ -8,7 +8,8 @@
 The encoder is timm's ViTamin.
 
 Differences from the reference code: the K sub-codebooks are one (K, V, D) parameter; nearest 2x upsampling followed by
-a 3x3 convolution is computed in its exact four-phase form; the text tower is transformers' own CLIP text model.
+a 3x3 convolution is computed as one transposed convolution of the small map, which is exact; the text tower is
+transformers' own CLIP text model.
 """
 
 import math
@@ -84,7 +85,7 @@ class UniTokProjectionAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         batch, length, _ = hidden_states.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(hidden_states, self.qkv.weight, bias)
+        qkv = self.qkv(hidden_states) + bias
         query, key, value = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:
             key, value = cache.update(key, value, 0)
@@ -168,30 +169,30 @@ def vitamin_encoder(config: UniTokVisionConfig) -> VisionTransformer:
     )
 
 
-class UniTokUpsampleConv(nn.Module):
-    """Nearest 2x upsampling, then a 3x3 convolution, computed on the small map.
+class UniTokUpsampledConv2d(nn.Conv2d):
+    """A 3x3 convolution behind a nearest 2x upsampling, computed on the small map.
 
-    Each of the four output phases sees only 2x2 input pixels, so four 2x2 kernels (sums of the 3x3 kernel's rows and
-    columns) give the same values with 4/9 of the arithmetic.
+    Each output pixel sees only 2x2 input pixels, so one transposed convolution of stride 2, whose 4x4 kernel sums the
+    rows and columns of the 3x3 one, gives the same values with 4/9 of the arithmetic.
     """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, in, H, W) -> (B, out, 2 H, 2 W)."""
+        sums = self.weight.new_tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
+        kernel = self.weight.flatten(2) @ torch.kron(sums, sums)  # (out, in, 16)
+        kernel = kernel.unflatten(2, (4, 4)).transpose(0, 1)
+        return F.conv_transpose2d(hidden_states, kernel, self.bias, stride=2, padding=1)
+
+
+class UniTokUpsampleConv(nn.Module):
+    """Nearest 2x upsampling, then a 3x3 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv = UniTokUpsampledConv2d(in_channels, out_channels, 3, padding=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        batch, _, height, width = hidden_states.shape
-        first, middle, last = self.conv.weight.unbind(2)
-        weight = torch.stack([first, middle + last, first + middle, last], 2)  # two row phases of two rows
-        first, middle, last = weight.unbind(3)
-        weight = torch.stack([first, middle + last, first + middle, last], 3)
-        weight = weight.unflatten(2, (2, 2)).unflatten(4, (2, 2))  # (out, in, row phase, 2, column phase, 2)
-        weight = weight.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
-        phases = F.conv2d(hidden_states, weight, self.conv.bias.repeat(4), padding=1).unflatten(1, (2, 2, -1))
-        rows = [
-            torch.stack([phases[:, r, c, :, r : r + height, c : c + width] for c in (0, 1)], dim=-1) for r in (0, 1)
-        ]
-        return torch.stack(rows, dim=3).reshape(batch, -1, 2 * height, 2 * width)
+        return self.conv(hidden_states)
 
 
 class UniTokMBConvBlock(nn.Module):

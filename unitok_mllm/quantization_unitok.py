@@ -4,6 +4,8 @@ A token of `dim` dims is cut into K chunks; each chunk is looked up in a sub-cod
 The search, the losses and the usage statistics are computed in float32 whatever the model's dtype.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
+
+
+def loads_weights(method: Callable) -> Callable:
+    """For a method that reads its module's own weights: where accelerate keeps these elsewhere and brings them in for
+    `forward` (CPU and disk offload), it does so for this method too."""
+
+    @functools.wraps(method)
+    def loaded(self, *args, **kwargs):
+        hook = getattr(self, "_hf_hook", None)
+        if hook is None:
+            return method(self, *args, **kwargs)
+        args, kwargs = hook.pre_forward(self, *args, **kwargs)
+        return hook.post_forward(self, method(self, *args, **kwargs))
+
+    return loaded
 
 
 @dataclass
@@ -88,6 +105,7 @@ class UniTokMultiCodebookQuantizer(nn.Module):
         """Rows of each codebook: (K, V, d) and (K, N) -> (K, N, d)."""
         return codebooks.gather(1, indices[..., None].expand(-1, -1, codebooks.shape[-1]))
 
+    @loads_weights
     def encode(self, features: torch.Tensor) -> torch.Tensor:
         """The codes nearest to the features: (B, L, dim) -> (B, K, L), int64."""
         with torch.autocast(features.device.type, enabled=False):
@@ -98,12 +116,14 @@ class UniTokMultiCodebookQuantizer(nn.Module):
         """(K, B * L) -> (B, K, L)."""
         return indices.reshape(self.num_codebooks, *batch_shape).transpose(0, 1)
 
+    @loads_weights
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """The features that codes stand for: (B, K, L) -> (B, L, dim), in the codebooks' dtype.
 
         Raises:
             ValueError: `codes` is not an integer tensor (B, K, L).
-            IndexError: a code lies outside [0, V) (on a CPU; a GPU raises a device-side assertion).
+            IndexError: a code lies outside [0, V) (on a CPU; a GPU raises a device-side assertion, and a compiled or
+                exported graph does not look).
         """
         if codes.dim() != 3 or codes.shape[1] != self.num_codebooks or codes.is_floating_point():
             raise ValueError(
@@ -113,6 +133,7 @@ class UniTokMultiCodebookQuantizer(nn.Module):
         indices = codes.long().transpose(0, 1).flatten(1)  # (K, B * L)
         if (
             codes.device.type == "cpu"
+            and not torch.compiler.is_compiling()  # the values are not known
             and codes.numel()
             and not 0 <= indices.min() <= indices.max() < self.codebook_size
         ):

@@ -1,0 +1,66 @@
+"""Linear layers with weights in oneDNN's blocked layout, for inference on a CPU.
+
+A product with few rows is bound by reading its weights, and the usual row-major layout reads them at a half to a third
+of the memory's rate; oneDNN's own layout reads them at the full one, and computes large products near the peak. It is
+what torch's compiler uses after freezing a model.
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class UniTokPackedLinear(nn.Module):
+    """`linear` with a blocked copy of its weight, which later changes of the weight do not reach."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.bias = linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(hidden_states, self.weight, self.bias, "none", [], "")
+
+
+def _can_pack(linear: nn.Linear) -> bool:
+    """Whether it is a plain float32 or bfloat16 layer on a CPU that oneDNN serves, without hooks of anyone's."""
+    weight = linear.weight
+    if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
+        return False
+    if type(weight) not in (nn.Parameter, torch.Tensor) or weight.device.type != "cpu":
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def pack_linears(module: nn.Module) -> nn.Module:
+    """The module for inference on a CPU, its linear layers with packed weights; everything else is shared with it.
+
+    The module itself is left as it is. Where there is nothing to pack (another device or dtype, a CPU that oneDNN does
+    not know, quantized weights, autocast) it is returned itself. Packed weights are copies, which take the memory of
+    the linear layers again; the results differ from the module's by rounding, and take no gradient.
+
+    Args:
+        module: any module in eval mode, also a whole model.
+    """
+    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+        return module
+    return _pack(module, {})
+
+
+def _pack(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module not in known:
+        if type(module) is nn.Linear:
+            known[module] = UniTokPackedLinear(module) if _can_pack(module) else module
+        else:
+            children = {name: child and _pack(child, known) for name, child in module._modules.items()}
+            known[module] = module
+            if any(children[name] is not child for name, child in module._modules.items()):
+                known[module] = copy.copy(module)
+                known[module]._modules = children
+    return known[module]
+
+
+__all__ = ["UniTokPackedLinear", "pack_linears"]
