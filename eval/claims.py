@@ -46,9 +46,10 @@ from eval.easy_vqa import PAIRS
 from training import train_tokenizer
 from training.arguments import parse_yaml_and_command_line
 from training.extract_codes import file_digest
+from training.files import whole_checkpoints
 from training.image_text_data import ImageFiles, ImageTextTransform
 from training.losses import LossArguments, psnr
-from training.tokenizer_trainer import MOST_PSNR, TokenizerTrainingArguments, whole_checkpoints
+from training.tokenizer_trainer import STATE, TokenizerTrainingArguments
 from training.train_tokenizer import TokenizerArguments
 from unitok_mllm import UniTokConfig, UniTokModel
 
@@ -202,7 +203,7 @@ def train(run: Run, folder: Path, claims: ClaimsArguments, training: TokenizerTr
     config["per_device_train_batch_size"] = claims.batch_size // claims.processes
     path = folder / "config.yaml"
     write_atomically(path, yaml.safe_dump(config, sort_keys=False).encode())
-    first_step, start = max(whole_checkpoints(folder), default=0), time.perf_counter()
+    first_step, start = max(whole_checkpoints(folder, STATE), default=0), time.perf_counter()
     if claims.processes == 1:
         train_tokenizer.main([str(path)])
     else:
@@ -259,7 +260,7 @@ def measure(
             captions += texts
             pixels = image_processor(list(images))["pixel_values"].to(device)
             output = model(pixels)
-            decibels = psnr(output.reconstruction, pixels).clamp_max(MOST_PSNR)
+            decibels = psnr(output.reconstruction, pixels)
             parts.append([tensor.cpu() for tensor in (decibels, output.codes, output.image_embeds)])
         decibels, codes, embeds = (torch.cat(column) for column in zip(*parts))
         used = sum(len(of_one.unique()) for of_one in codes.unbind(dim=1))
@@ -312,7 +313,7 @@ def finish(run: Run, folder: Path, claims: ClaimsArguments, trained: dict, devic
         "threads": torch.get_num_threads(),
     }
     write_atomically(folder / "result.json", json.dumps(result, indent=2).encode())
-    for checkpoint in whole_checkpoints(folder).values():
+    for checkpoint in whole_checkpoints(folder, STATE).values():
         shutil.rmtree(checkpoint)
 
 

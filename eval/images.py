@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import datasets
 import torch
@@ -238,7 +239,7 @@ class ImageBatch:
 
     Attributes:
         indices: of the B images in the sequence they come from.
-        pixel_values: (B, 3, H, W), the image processor's; (0,) where none could be read.
+        pixel_values: (B, 3, H, W); (0,) where none could be read.
         broken: message by index.
     """
 
@@ -247,11 +248,27 @@ class ImageBatch:
     broken: dict[int, str]
 
 
+class NamedImages(Protocol):
+    """What `load_batches` takes: pictures by number, with ValueError for those that cannot be read, and their names."""
+
+    names: list[str]
+
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+
+Preprocess = Callable[[Image.Image], torch.Tensor]  # -> (3, H, W)
+
+
+def processed(image_processor: Callable, picture: Image.Image) -> torch.Tensor:
+    """What any image processor of transformers makes of a picture, (3, H, W); `partial` makes a `Preprocess` of it."""
+    return image_processor(picture, return_tensors="pt")["pixel_values"][0]
+
+
 class _Preprocessed(Dataset):
     """(index, pixels (3, H, W), None), or (index, None, message): an exception would lose its form in a worker."""
 
-    def __init__(self, images: EvalImages, image_processor: Callable, indices: list[int]):
-        self.images, self.image_processor, self.indices = images, image_processor, indices
+    def __init__(self, images: NamedImages, preprocess: Preprocess, indices: list[int]):
+        self.images, self.preprocess, self.indices = images, preprocess, indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -259,11 +276,9 @@ class _Preprocessed(Dataset):
     def __getitem__(self, position: int) -> tuple[int, torch.Tensor | None, str | None]:
         index = self.indices[position]
         try:
-            image = self.images[index]
+            return index, self.preprocess(self.images[index]), None
         except UnreadableImage as error:
             return index, None, str(error)
-        try:
-            return index, self.image_processor(image, return_tensors="pt")["pixel_values"][0], None
         except ValueError as error:
             return index, None, f"{self.images.names[index]}: {error}"
 
@@ -278,8 +293,8 @@ def _collate(samples: list[tuple[int, torch.Tensor | None, str | None]]) -> Imag
 
 
 def load_batches(
-    images: EvalImages,
-    image_processor: Callable,
+    images: NamedImages,
+    preprocess: Preprocess,
     indices: list[int],
     batch_size: int,
     workers: int = 0,
@@ -288,7 +303,7 @@ def load_batches(
     """Preprocessed images in the order of `indices`.
 
     Args:
-        image_processor: any of transformers': called with a picture and `return_tensors="pt"`.
+        preprocess: makes pixels (3, H, W) of a picture, or raises ValueError.
         workers: processes that read and preprocess ahead; 0: this one.
         skip_broken: hand broken images on as such.
 
@@ -296,7 +311,7 @@ def load_batches(
         UnreadableImage: an image is missing or broken, and not `skip_broken`.
     """
     loader = DataLoader(
-        _Preprocessed(images, image_processor, indices), batch_size, num_workers=workers, collate_fn=_collate
+        _Preprocessed(images, preprocess, indices), batch_size, num_workers=workers, collate_fn=_collate
     )
     for batch in loader:
         if batch.broken and not skip_broken:

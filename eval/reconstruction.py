@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from zlib import crc32
@@ -43,8 +44,19 @@ from torchvision.models import VGG16_Weights
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval._common import check_model_folder, png_bytes, versions, write_atomically
-from eval.images import EvalImages, ImageBatch, UnreadableImage, choose, deal_out, load_batches, open_images, stamp
+from eval._common import check_model_folder, folder_digest, png_bytes, versions, write_atomically
+from eval.images import (
+    EvalImages,
+    ImageBatch,
+    UnreadableImage,
+    choose,
+    deal_out,
+    load_batches,
+    open_images,
+    processed,
+    stamp,
+)
+from training.losses import psnr
 from training.perceptual import VGGDistance
 from unitok_mllm import UniTokImageProcessorPil, UniTokModel
 from unitok_mllm.sheet import contact_sheet
@@ -55,7 +67,6 @@ PER_IMAGE = ("psnr", "ssim", "lpips")
 PROXY = "proxy_fd_efficientnet_lite0"
 INCEPTION_LAYERS = ("64", "192", "768", "2048")
 DTYPES = ("float32", "bfloat16", "float16")
-PSNR_CAP = 100.0  # dB, of an image that comes back exactly; one grey level in one place of 256x256 gives 101 dB
 SHOWN = 8  # images on the sheet
 SAVE_SECONDS = 60
 NOT_IN_KEY = ("output", "batch_size", "workers", "device", "skip_broken")  # numbers do not hang on these
@@ -188,10 +199,9 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def psnr(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB, at most PSNR_CAP; both (B, 3, H, W) uint8 -> (B,) float64."""
-    error = (images.double() - originals.double()).square().mean(dim=(1, 2, 3))
-    return (10 * torch.log10(255**2 / error)).clamp(max=PSNR_CAP)
+def psnr_of_uint8(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """`training.losses.psnr` of 8-bit images; both (B, 3, H, W) uint8 -> (B,) float64."""
+    return psnr(images.double() / 127.5 - 1, originals.double() / 127.5 - 1)
 
 
 def ssim(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
@@ -336,7 +346,9 @@ class Evaluation:
         self.device = state.device
         if settings.device and state.num_processes == 1:
             self.device = torch.device(settings.device)
-        self.metrics = {name: metric for name, metric in (("psnr", psnr), ("ssim", ssim)) if name in settings.metrics}
+        self.metrics = {
+            name: metric for name, metric in (("psnr", psnr_of_uint8), ("ssim", ssim)) if name in settings.metrics
+        }
         self.networks = {}
         with state.local_main_process_first():  # who downloads
             if "rfid" in settings.metrics:
@@ -356,7 +368,8 @@ class Evaluation:
     def batches(self, indices: list[int]) -> Iterator[ImageBatch]:
         """See `eval.images.load_batches`; broken images come as such."""
         size, workers = self.settings.batch_size, self.settings.workers
-        return load_batches(self.images, self.image_processor, indices, size, workers, skip_broken=True)
+        preprocess = partial(processed, self.image_processor)
+        return load_batches(self.images, preprocess, indices, size, workers, skip_broken=True)
 
     def measure(self, indices: list[int], save: Callable[[Tally], None]) -> None:
         """Measures images; the tally of those done is saved every minute, at the end, and when an error ends it."""
@@ -567,6 +580,7 @@ def finish(evaluation: Evaluation, key: str, tally: Tally, start: float) -> dict
         "key": key,
         "image_digest": evaluation.images.digest(),
         "settings": asdict(settings),
+        "model_sha256": folder_digest(settings.model) if settings.system == "unitok" else None,
         "versions": versions() | _versions_of("torch-fidelity", "lpips", "diffusers", "timm", "pillow"),
         "system": type(evaluation.system.model).__name__,
         "preprocessing": f"UniTokImageProcessorPil, mode reconstruct, {evaluation.image_size}x{evaluation.image_size}",

@@ -37,7 +37,6 @@ from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import safe_open
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 from transformers import (
@@ -51,6 +50,7 @@ from transformers import (
 )
 
 from eval._common import check_model_folder, folder_digest, png_bytes, versions, write_atomically
+from eval.images import load_batches
 from training import easy_vqa
 from training.emoji import STYLES, TABLE, Emoji, read_table
 from training.extract_codes import file_digest
@@ -131,6 +131,14 @@ class Benchmark:
     images: list[str]
     labels: list[int]
     parts: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        return self.images
+
+    def __getitem__(self, index: int) -> Image.Image:
+        """The picture; raises ValueError where it cannot be read."""
+        return load_image(self.images[index])
 
     def limited(self, limit: int | None) -> "Benchmark":
         """With at most so many images of each part, evenly spread."""
@@ -357,34 +365,10 @@ def nearest_classes(image_embeds: torch.Tensor, classifier: torch.Tensor) -> tor
     return similarity.sort(dim=-1, descending=True, stable=True).indices[:, :TOP]
 
 
-class Pictures(Dataset):
-    """Images as a system takes them, each with its number; in place of one that is broken, the error."""
-
-    def __init__(self, images: list[str], numbers: list[int], preprocess: Callable[[Image.Image], torch.Tensor]):
-        self.images, self.numbers, self.preprocess = images, numbers, preprocess
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | str]:
-        number = self.numbers[index]
-        try:
-            return number, self.preprocess(load_image(self.images[number]))
-        except ValueError as error:
-            return number, f"{self.images[number]}: {error}"
-
-
-def collate(samples: list[tuple[int, torch.Tensor | str]]) -> tuple[list[int], torch.Tensor | None, list[str]]:
-    """-> the numbers and pixels (B, 3, H, W) of the images that can be used, and the errors of the others."""
-    usable = [sample for sample in samples if isinstance(sample[1], torch.Tensor)]
-    pixels = torch.stack([pixels for _, pixels in usable]) if usable else None
-    return [number for number, _ in usable], pixels, [error for _, error in samples if isinstance(error, str)]
-
-
 @torch.inference_mode()
 def classify(
     system: System,
-    images: list[str],
+    benchmark: Benchmark,
     tensors: dict[str, torch.Tensor],
     save: Callable[[], None],
     batch_size: int,
@@ -402,19 +386,19 @@ def classify(
     state, nearest = PartialState(), tensors["nearest"]
     remaining = (nearest[:, 0] < 0).nonzero().flatten().tolist()
     with state.split_between_processes(remaining) as mine:
-        pictures = Pictures(images, mine, system.preprocess)
-    batches = iter(DataLoader(pictures, batch_size, num_workers=workers, collate_fn=collate))
+        batches = load_batches(benchmark, system.preprocess, mine, batch_size, workers, skip_broken=True)
     rounds = math.ceil(math.ceil(len(remaining) / state.num_processes) / (batch_size * BATCHES_PER_SAVE))
     classifier = tensors["classifier"].to(state.device)
     with tqdm(
-        desc="images", total=len(images), initial=len(images) - len(remaining), disable=not state.is_main_process
+        desc="images", total=len(nearest), initial=len(nearest) - len(remaining), disable=not state.is_main_process
     ) as bar:
         for _ in range(rounds):  # as many in every process, whose last batches may be smaller, or missing
             done, errors = [], []
-            for numbers, pixels, broken in islice(batches, BATCHES_PER_SAVE):
-                errors += broken
-                if pixels is not None:
-                    done.append((numbers, nearest_classes(system.embed_images(pixels), classifier).to(nearest)))
+            for batch in islice(batches, BATCHES_PER_SAVE):
+                errors += batch.broken.values()
+                if batch.indices:
+                    found = nearest_classes(system.embed_images(batch.pixel_values), classifier)
+                    done.append((batch.indices, found.to(nearest)))
             for numbers, found in gather_object(done):
                 nearest[numbers] = found
                 bar.update(len(numbers))
@@ -547,7 +531,7 @@ def evaluate(settings: Settings) -> dict:
         columns = min(TOP, len(benchmark.classes))
         tensors["nearest"] = torch.full((len(benchmark.images), columns), -1, dtype=torch.int32)
         save_tensors()
-    classify(system, benchmark.images, tensors, save_tensors, settings.batch_size, settings.workers)
+    classify(system, benchmark, tensors, save_tensors, settings.batch_size, settings.workers)
     report = {
         **summary(settings, benchmark, tensors["nearest"]),
         "preprocessing": system.preprocessing,

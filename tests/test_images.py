@@ -1,6 +1,7 @@
 """Images of every layout, compared with the files that they were made from."""
 
 import io
+from functools import partial
 
 import datasets
 import numpy as np
@@ -10,7 +11,7 @@ import webdataset
 from accelerate import PartialState
 from PIL import Image
 
-from eval.images import UnreadableImage, choose, deal_out, load_batches, open_images
+from eval.images import UnreadableImage, choose, deal_out, load_batches, open_images, processed
 from unitok_mllm import UniTokImageProcessorPil
 
 
@@ -121,12 +122,14 @@ def test_broken_images_are_named_or_passed_over(folder, image_processor, workers
     with pytest.raises(UnreadableImage, match="^cat/nested/c.PNG: cannot read image"):
         images[1]
     with pytest.raises(UnreadableImage, match="^cat/nested/c.PNG: cannot read image"):
-        list(load_batches(images, image_processor, [0, 1, 2, 3], 2, workers))
-    first, second = load_batches(images, image_processor, [0, 1, 2, 3], 2, workers, skip_broken=True)
+        list(load_batches(images, partial(processed, image_processor), [0, 1, 2, 3], 2, workers))
+    first, second = load_batches(
+        images, partial(processed, image_processor), [0, 1, 2, 3], 2, workers, skip_broken=True
+    )
     assert (first.indices, list(first.broken), second.indices, list(second.broken)) == ([0], [1], [3], [2])
     assert second.broken[2].startswith("dog/A.jpeg: ") and "too elongated" in second.broken[2]
     assert torch.equal(second.pixel_values, image_processor(images[3])["pixel_values"])
-    (nothing,) = load_batches(images, image_processor, [1], 2, workers, skip_broken=True)
+    (nothing,) = load_batches(images, partial(processed, image_processor), [1], 2, workers, skip_broken=True)
     assert nothing.indices == [] and nothing.pixel_values.shape == (0,)
 
 
@@ -135,7 +138,9 @@ def test_batches_are_what_the_processor_makes_of_each_image(folder, image_proces
     for index in range(4):
         noise = np.random.default_rng(index).integers(0, 256, (30, 20 + index, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / images.names[index], format="png")
-    pixels = torch.cat([b.pixel_values for b in load_batches(images, image_processor, [3, 0, 2], batch_size=2)])
+    pixels = torch.cat(
+        [b.pixel_values for b in load_batches(images, partial(processed, image_processor), [3, 0, 2], batch_size=2)]
+    )
     assert torch.equal(pixels, torch.cat([image_processor(images[i])["pixel_values"] for i in (3, 0, 2)]))
 
 

@@ -25,6 +25,7 @@ def test_psnr_of_a_known_error():
     pixels = torch.zeros(2, 3, 4, 4)
     reconstruction = torch.stack([pixels[0] + 0.2, pixels[1] - 3])  # the second is clamped to -1
     torch.testing.assert_close(psnr(reconstruction, pixels), torch.tensor([20.0, 10 * math.log10(4)]))
+    assert psnr(pixels.double(), pixels.double()).tolist() == [100.0] * len(pixels)
 
 
 def test_contrastive_loss_by_hand():

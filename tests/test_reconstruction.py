@@ -23,6 +23,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchvision.models.vgg import cfgs, make_layers
 
 from eval import reconstruction as evaluation
+from training.losses import MOST_PSNR
 from unitok_mllm import UniTokImageProcessorPil, UniTokModel
 
 
@@ -231,7 +232,7 @@ def test_identical_images_are_at_no_distance():
     moments = evaluation.second_moments(features)
     assert evaluation.frechet_distance(moments, moments) == pytest.approx(0, abs=1e-5)
     images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
-    assert evaluation.psnr(images, images).tolist() == [evaluation.PSNR_CAP] * 2
+    assert evaluation.psnr_of_uint8(images, images).tolist() == [MOST_PSNR] * 2
     assert evaluation.ssim(images, images).tolist() == pytest.approx([1, 1])
 
 
@@ -250,9 +251,9 @@ def test_moments_of_parts_are_those_of_the_whole_and_the_distance_is_that_of_gau
 
 def test_psnr_of_known_errors_and_codes_counted_by_hand():
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
-    assert evaluation.psnr(images + torch.tensor([5, 255]).byte().view(2, 1, 1, 1), images).tolist() == pytest.approx(
-        [20 * math.log10(255 / 5), 0]
-    )
+    assert evaluation.psnr_of_uint8(
+        images + torch.tensor([5, 255]).byte().view(2, 1, 1, 1), images
+    ).tolist() == pytest.approx([20 * math.log10(255 / 5), 0])
     assert evaluation.code_statistics(torch.tensor([[2, 2, 4, 0], [8, 0, 0, 0]])) == {
         "codebook_usage_percent": 50.0,
         "codebook_usage_percent_each": [75.0, 25.0],
@@ -293,7 +294,7 @@ def test_autoencoders_of_diffusers_are_scored_under_the_same_preprocessing(comma
         assert report["system"] == type(system).__name__
         with torch.no_grad():
             decoded = system.decode(system.encode(pixels).latents) if system is tiny else system(pixels)
-        expected = evaluation.psnr(evaluation.to_uint8(decoded.sample), originals).mean().item()
+        expected = evaluation.psnr_of_uint8(evaluation.to_uint8(decoded.sample), originals).mean().item()
         assert report["metrics"]["psnr_db"] == pytest.approx(expected, rel=1e-6)
         assert ("codebook_usage_percent" in report["metrics"]) == (system is vq)
         if system is vq:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import IMAGE_SIZE, enliven
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,8 +21,9 @@ from transformers import TrainingArguments
 
 from training.arguments import parse_yaml_and_command_line
 from training.data import MLLMDataset, Source
+from training.files import whole_checkpoints
 from training.merge_lora import load_with_adapter
-from training.mllm_trainer import WHOLE, whole_checkpoints
+from training.mllm_trainer import WHOLE
 from training.release import save_release
 from training.train_mllm import MLLMArguments, build_model, main
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
@@ -144,6 +146,16 @@ def test_codebooks_are_trained_where_asked_for(tmp_path, start, data):
     assert changed(start, tmp_path / "run/release") == {"embedder.quantizer.codebooks"}
 
 
+def test_the_release_is_pushed_and_no_checkpoint(tmp_path, start, data, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("training.train_mllm.push_release", lambda *arguments: pushed.append(arguments))
+    options = {"push_to_hub": True, "hub_model_id": "someone/circles", "hub_private_repo": True, "max_steps": 1}
+    options |= {"save_strategy": "steps", "save_steps": 1, "card": {"license": "mit"}}
+    main([str(write_config(tmp_path / "run.yaml", start, [data["text"]], **options))])
+    assert pushed == [(tmp_path / "run/release", "someone/circles", True, None)]
+    assert ModelCard.load(tmp_path / "run/release/README.md").data.license == "mit"
+
+
 def test_each_part_has_its_learning_rate_and_vectors_no_decay(tmp_path, start, data, monkeypatch):
     seen = []
     from training.mllm_trainer import MLLMTrainer
@@ -207,7 +219,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, start, data):
     resumed = losses(run(config))
     assert len(resumed) == 12
     np.testing.assert_allclose(resumed, whole, rtol=1e-6)
-    assert [folder.name for folder in whole_checkpoints(tmp_path / "killed")] == ["checkpoint-9", "checkpoint-12"]
+    assert list(whole_checkpoints(tmp_path / "killed", WHOLE)) == [9, 12]
     first, second = (load_file(tmp_path / f"{name}/release/model.safetensors") for name in ("whole", "killed"))
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=1e-5, atol=1e-6)
@@ -328,6 +340,13 @@ def test_samples_are_drawn_and_answered_at_evaluations(tmp_path, start, data):
     assert Image.open(samples / "step-4.png").getcolors(100000)
     history = json.loads((tmp_path / "run/trainer_state.json").read_text())["log_history"]
     assert sum("eval_loss" in line for line in history) == 2
+
+    card = (tmp_path / "run/release/README.md").read_text()
+    (last,) = (line for line in history if "loss" in line and line["step"] == 4)
+    assert f"Started from `{start}`." in card and f"| `{data['draw']['path']}` | task draw, type captions |" in card
+    assert "| steps | 4 |\n| samples in a step | 4 |\n| learning rate | 0.001 |\n" in card and "| float32 |" in card
+    assert f"| loss | {last['loss']:.4g} |" in card and f"| image_loss | {last['image_loss']:.4g} |" in card
+    assert f"| eval_loss | {history[-2]['eval_loss']:.4g} |" in card
     assert all(line["tokens_per_second"] > 0 and line["images_per_second"] > 0 for line in history if "loss" in line)
     assert list((tmp_path / "run").glob("**/events.out.tfevents*"))
 
@@ -348,6 +367,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
         ({"lora": {"r": 4}}, "take language_model out"),
         ({"load_in_4bit": True}, "needs lora"),
         ({"datasets": []}, "nothing to train on"),
+        ({"card": {"licence": "mit"}}, "got licence"),
         ({"model": ""}, "Give either model"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from huggingface_hub import ModelCard
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import multiprocessing, nn
@@ -19,14 +20,10 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from training.arguments import parse_yaml_and_command_line
 from training.discriminator import FeatureDiscriminator
+from training.files import whole_checkpoints
 from training.losses import TERMS, LossArguments, psnr
 from training.perceptual import FrozenFeatures, perceptual_distance
-from training.tokenizer_trainer import (
-    ResumableBatches,
-    TokenizerTrainer,
-    TokenizerTrainingArguments,
-    whole_checkpoints,
-)
+from training.tokenizer_trainer import STATE, ResumableBatches, TokenizerTrainer, TokenizerTrainingArguments
 from training.train_tokenizer import TokenizerArguments, build_datasets, check_text_tokenizer, load_open_clip, main
 from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
 
@@ -228,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path, term):
     trainer.tokenizer.module.register_forward_hook(spoil)
     with pytest.raises(FloatingPointError, match=rf"Not finite in step 1: {term}\.$"):
         trainer.train()
-    assert not whole_checkpoints(tmp_path)  # it was found out before the first checkpoint
+    assert not whole_checkpoints(tmp_path, STATE)  # it was found out before the first checkpoint
 
 
 def test_batches_are_permutations_dealt_out_and_reached_without_the_ones_before():
@@ -286,7 +283,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
     with pytest.raises(multiprocessing.ProcessExitedException, match="SIGKILL"):
         multiprocessing.start_processes(_die_in_step_5, (str(tmp_path / "killed"),), start_method="forkserver")
     (tmp_path / "killed" / ".checkpoint-8.unfinished").mkdir()  # as if it had been killed while writing
-    assert whole_checkpoints(tmp_path / "killed") == {4: tmp_path / "killed" / "checkpoint-4"}
+    assert whole_checkpoints(tmp_path / "killed", STATE) == {4: tmp_path / "killed" / "checkpoint-4"}
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ValueError, match="has checkpoints: set resume"):
         trainer_of(tmp_path / "killed", RESUMED, **LONG)
@@ -299,7 +296,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
     for name, module in whole._weights().items():
         for a, b in zip(module.state_dict().values(), resumed._weights()[name].state_dict().values()):
             assert torch.equal(a, b), name
-    assert list(whole_checkpoints(tmp_path / "killed")) == [6]
+    assert list(whole_checkpoints(tmp_path / "killed", STATE)) == [6]
 
 
 TWO = {"max_steps": 3, "adam_epsilon": 1e-3}
@@ -440,6 +437,7 @@ per_device_train_batch_size: 6
 logging_steps: 1
 report_to: [tensorboard]
 use_cpu: true
+card: {{license: mit}}
 """)
     main([str(config), "--learning_rate", "1e-3"])
     release = tmp_path / "run" / "release"
@@ -447,11 +445,18 @@ use_cpu: true
     pixels = AutoImageProcessor.from_pretrained(release)(str(captioned_folder.parent / "0.png"))["pixel_values"]
     assert model.decode(model.encode(pixels)).shape == (1, 3, 32, 32)
     assert AutoTokenizer.from_pretrained(release).eos_token_id == model.config.text_config.eos_token_id
-    assert list(whole_checkpoints(tmp_path / "run")) == [3]  # 18 images in batches of 6
+    assert list(whole_checkpoints(tmp_path / "run", STATE)) == [3]  # 18 images in batches of 6
     events = EventAccumulator(str(tmp_path / "run" / "tokenizer")).Reload()
     assert {"l1", "perceptual", "gan", "discriminator", "psnr", "eval_psnr"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("l1")] == [1, 2, 3]
     assert events.Tags()["images"] == ["reconstructions"]
+    card = ModelCard.load(release / "README.md")
+    assert card.data.license == "mit" and card.data.pipeline_tag == "image-feature-extraction"
+    assert f"| `{captioned_folder}` | kind folder, repeat 2, horizontal_flip True, max_shift 1 |" in card.text
+    assert "| steps | 3 |\n| samples in a step | 6 |\n| learning rate | 0.001 |\n" in card.text
+    assert "bf16 autocast" in card.text and "grad_norm" not in card.text
+    for name in ("l1", "gan", "eval_psnr"):
+        assert f"| {name} | {events.Scalars(name)[-1].value:.4g} |" in card.text
 
 
 @pytest.mark.parametrize("size", ["tiny", "base", "large"])

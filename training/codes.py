@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,15 +19,53 @@ import pyarrow.parquet as pq
 import torch
 import webdataset as wds
 
+from training.files import tar_members
+
 
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 CODE_TYPE = np.dtype("<u2")
+SCHEMA = pa.schema({"key": pa.string(), "codes": pa.binary()})
+MOST = 2**24  # of any number in the metadata
 READ_ROWS = 1024  # at a time; left to itself, the library stumbles over a shard whose images were all broken
 
 
 def shard_path(folder: Path, number: int, metadata: dict) -> Path:
     """Where a shard lies; `metadata` tells its format."""
     return folder / f"{number:06d}{SUFFIXES[metadata['format']]}"
+
+
+def read_metadata(path: Path) -> dict:
+    """
+    Raises:
+        ValueError: the file is no JSON, or a number or the format is missing or out of its range.
+    """
+    try:
+        metadata = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} is broken: it holds no settings.")
+    if metadata.get("format") not in SUFFIXES:
+        raise ValueError(f"{path} is broken: format is {' or '.join(SUFFIXES)}, got {metadata.get('format')!r}.")
+    for name in ("variants", "num_codebooks", "codebook_size", "num_positions", "num_shards"):
+        value = metadata.get(name)
+        if type(value) is not int or not 1 <= value <= MOST:
+            raise ValueError(f"{path} is broken: {name} is an integer from 1 to {MOST}, got {value!r}.")
+    return metadata
+
+
+def check_parquet(shard: Path) -> None:
+    """
+    Raises:
+        ValueError: the shard is broken, or has not the columns of one.
+    """
+    try:
+        schema = pq.read_schema(shard)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{shard} is broken: {error}") from error
+    if not SCHEMA.equals(schema.remove_metadata()):
+        columns = ", ".join(f"{field.name} {field.type}" for field in schema)
+        raise ValueError(f"{shard} has the columns {columns}, expected key string, codes binary.")
 
 
 def write_metadata(folder: Path, metadata: dict) -> None:
@@ -43,7 +80,7 @@ def write_metadata(folder: Path, metadata: dict) -> None:
     """
     path = folder / "metadata.json"
     if path.is_file():
-        old = json.loads(path.read_text())
+        old = read_metadata(path)
         differing = [name for name in sorted({*old, *metadata}) if old.get(name) != metadata.get(name)]
         if differing:
             changes = ", ".join(f"{name} {old.get(name)} (now {metadata.get(name)})" for name in differing)
@@ -64,15 +101,18 @@ def write_shard(path: Path, codes: Mapping[str, torch.Tensor]) -> None:
     """
     arrays = {key: value.numpy().astype(CODE_TYPE) for key, value in codes.items()}
     unfinished = path.with_name(f".{path.name}.unfinished")
-    if path.suffix == ".tar":
-        with wds.TarWriter(str(unfinished), mtime=0) as writer:
-            for key, array in arrays.items():
-                writer.write({"__key__": key, "npy": array})
-    else:
-        columns = {"key": list(arrays), "codes": [array.tobytes() for array in arrays.values()]}
-        schema = pa.schema({"key": pa.string(), "codes": pa.binary()})
-        pq.write_table(pa.table(columns, schema=schema), unfinished)
-    unfinished.replace(path)
+    try:
+        if path.suffix == ".tar":
+            with wds.TarWriter(str(unfinished), mtime=0) as writer:
+                for key, array in arrays.items():
+                    writer.write({"__key__": key, "npy": array})
+        else:
+            columns = {"key": list(arrays), "codes": [array.tobytes() for array in arrays.values()]}
+            pq.write_table(pa.table(columns, schema=SCHEMA), unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 class CodeStore(Mapping):
@@ -82,7 +122,7 @@ class CodeStore(Mapping):
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no codes.
-        ValueError: shards are missing.
+        ValueError: shards are missing, or a file is broken; it is named.
     """
 
     def __init__(self, folder: str | Path):
@@ -90,7 +130,7 @@ class CodeStore(Mapping):
         path = self.folder / "metadata.json"
         if not path.is_file():
             raise FileNotFoundError(f"There are no codes in {folder}: it has no metadata.json.")
-        self.metadata = json.loads(path.read_text())
+        self.metadata = read_metadata(path)
         self.shape = tuple(self.metadata[name] for name in ("variants", "num_codebooks", "num_positions"))
         shards = [shard_path(self.folder, i, self.metadata) for i in range(self.metadata["num_shards"])]
         missing = [shard.name for shard in shards if not shard.is_file()]
@@ -100,15 +140,16 @@ class CodeStore(Mapping):
                 "the extraction is not finished."
             )
         if self.metadata["format"] == "parquet":
+            for shard in shards:
+                check_parquet(shard)
             files = [str(shard) for shard in shards]
             self.rows = datasets.Dataset.from_parquet(files, batch_size=READ_ROWS)
             self.places = {key: i for i, key in enumerate(self.rows["key"][:])}
         else:
             self.places = {}
             for shard in shards:
-                with tarfile.open(shard) as archive:
-                    members = {m.name.removesuffix(".npy"): (shard, m.offset_data, m.size) for m in archive}
-                self.places |= members
+                members = tar_members(shard)
+                self.places |= {name.removesuffix(".npy"): (shard, *place) for name, place in members.items()}
 
     def __len__(self) -> int:
         return len(self.places)
@@ -123,19 +164,32 @@ class CodeStore(Mapping):
         """
         Raises:
             KeyError: no such image.
-            ValueError: its codes have another shape than the metadata says, or are V or above.
+            ValueError: its codes cannot be read, are not integers, have another shape than the metadata says, or are
+                not in [0, V).
         """
         if key not in self.places:
             raise KeyError(f"no codes of image {key} in {self.folder}, which has {len(self)} images")
-        codes = self._read(key)
+        file = self._file(key)
+        try:
+            codes = self._read(key)
+        except (OSError, EOFError, ValueError, TypeError, pa.ArrowException) as error:
+            raise ValueError(f"cannot read the codes of {key} in {file}: {error}") from error
+        if codes.dtype.kind not in "ui":
+            raise ValueError(f"The codes of {key} in {file} are {codes.dtype}, not integers.")
         if codes.shape != self.shape:
-            raise ValueError(f"The codes of {key} in {self.folder} are {codes.shape}, expected {self.shape}.")
-        if codes.max() >= self.metadata["codebook_size"]:
+            raise ValueError(f"The codes of {key} in {file} are {codes.shape}, expected {self.shape}.")
+        if codes.size and codes.min() < 0:
+            raise ValueError(f"The codes of {key} in {file} go down to {codes.min()}.")
+        if codes.size and codes.max() >= self.metadata["codebook_size"]:
             raise ValueError(
-                f"The codes of {key} in {self.folder} reach {codes.max()}, but there are "
+                f"The codes of {key} in {file} reach {codes.max()}, but there are "
                 f"{self.metadata['codebook_size']} in a codebook."
             )
         return torch.from_numpy(codes.astype(np.int64))
+
+    def _file(self, key: str) -> Path:
+        """What to name in an error: the shard, or among parquet ones the folder."""
+        return self.folder if self.metadata["format"] == "parquet" else self.places[key][0]
 
     def _read(self, key: str) -> np.ndarray:
         place = self.places[key]

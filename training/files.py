@@ -1,7 +1,6 @@
 """Files that both trainings read: tables, pictures by name, and what is done about those that are broken."""
 
 import glob
-import io
 import json
 import logging
 import tarfile
@@ -10,14 +9,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 from braceexpand import braceexpand
 from PIL import Image
 
-from unitok_mllm.image_processing_unitok import DECODE_ERRORS, load_image
+from unitok_mllm.image_processing_unitok import load_image
 
 
 logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def whole_checkpoints(output_dir: str | Path, last_file: str) -> dict[int, Path]:
+    """The `checkpoint-STEP` folders of a run that were written to the end, by step, oldest first.
+
+    Args:
+        last_file: what is written into one last; without it, it was broken off.
+    """
+    folders = (path.parent for path in Path(output_dir).glob(f"checkpoint-*/{last_file}"))
+    steps = ((folder.name.removeprefix("checkpoint-"), folder) for folder in folders)
+    return dict(sorted((int(step), folder) for step, folder in steps if step.isdecimal()))
 
 
 class UnusableSample(ValueError):
@@ -28,16 +39,37 @@ def read_rows(path: Path) -> list[dict] | datasets.Dataset:
     """The rows of a .json list, or of a .jsonl or .parquet file (memory-mapped).
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it has another ending.
+        FileNotFoundError, ValueError: there is no such file, it has another ending, or it is broken; it is named.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
-    if path.suffix == ".json":
-        return json.loads(path.read_text())
     readers = {".jsonl": datasets.Dataset.from_json, ".parquet": datasets.Dataset.from_parquet}
-    if path.suffix not in readers:
+    if path.suffix not in (".json", *readers):
         raise ValueError(f"Data comes as .json, .jsonl or .parquet, not as {path}.")
-    return readers[path.suffix](str(path))
+    try:
+        rows = json.loads(path.read_text()) if path.suffix == ".json" else readers[path.suffix](str(path))
+    except (ValueError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"cannot read the data file {path}: {error.__cause__ or error}") from error
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) or isinstance(rows, datasets.Dataset):
+        return rows
+    raise ValueError(f"The data file {path} is no list of rows.")
+
+
+def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
+    """Where each file of a tar file lies: offset and size, in bytes, by name.
+
+    Raises:
+        ValueError: it is broken; it is named.
+    """
+    try:
+        with tarfile.open(shard) as archive:
+            members = {m.name: (m.offset_data, m.size) for m in archive if m.isfile()}
+    except tarfile.TarError as error:
+        raise ValueError(f"cannot read {shard}: {error}") from error
+    length = Path(shard).stat().st_size
+    if cut_off := [name for name, (offset, size) in members.items() if offset + size > length]:
+        raise ValueError(f"cannot read {shard}: it ends within {cut_off[0]}")
+    return members
 
 
 class ImageStore:
@@ -48,6 +80,7 @@ class ImageStore:
 
     Raises:
         FileNotFoundError: there is no such folder, or no file of that pattern.
+        ValueError: a tar file is broken.
     """
 
     def __init__(self, location: str):
@@ -60,8 +93,7 @@ class ImageStore:
         if not shards:
             raise FileNotFoundError(f"There is no shard {location}.")
         for shard in shards:
-            with tarfile.open(shard) as archive:
-                self.members |= {m.name: (shard, m.offset_data, m.size) for m in archive if m.isfile()}
+            self.members |= {name: (shard, *place) for name, place in tar_members(shard).items()}
 
     def __getitem__(self, name: str) -> Image.Image:
         """The picture, upright and in RGB, see `load_image`.
@@ -94,9 +126,9 @@ def decode_image(data: bytes, name: str = "image") -> Image.Image:
         UnusableSample: it is not an image, or broken.
     """
     try:
-        return load_image(Image.open(io.BytesIO(data)))
-    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise UnusableSample(f"cannot read {name} of {len(data)} bytes: {error}") from error
+        return load_image(data, name)
+    except ValueError as error:
+        raise UnusableSample(str(error)) from error
 
 
 @dataclass

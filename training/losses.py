@@ -20,6 +20,7 @@ from unitok_mllm.modeling_unitok import UniTokOutput
 TERMS = ("l1", "l2", "perceptual", "vq", "entropy", "contrastive", "consistency", "gan")
 DISCRIMINATOR_TERMS = ("discriminator", "discriminator_consistency")
 RECONSTRUCTION_TERMS = ("l1", "l2", "perceptual")
+MOST_PSNR = 100.0  # dB, of an exact reconstruction; one grey level in one place of 256x256 gives 101 dB
 
 
 @dataclass
@@ -74,9 +75,14 @@ class LossArguments:
 
 
 def psnr(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each image in dB; both (B, 3, H, W) in [-1, 1] -> (B,), float32."""
-    error = (reconstruction.float().clamp(-1, 1) - pixels.float()).square().flatten(1).mean(dim=1)
-    return 10 * torch.log10(4 / error)
+    """Peak signal-to-noise ratio of each image in dB, at most MOST_PSNR; both (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        (B,), float32, or float64 where the images are.
+    """
+    dtype = torch.promote_types(reconstruction.dtype, torch.float32)
+    error = (reconstruction.to(dtype).clamp(-1, 1) - pixels.to(dtype)).square().flatten(1).mean(dim=1)
+    return (10 * torch.log10(4 / error)).clamp_max(MOST_PSNR)
 
 
 def _num_processes() -> int:

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import to_tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from training.files import whole_checkpoints
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.sheet import contact_sheet
 
@@ -47,12 +48,6 @@ def put_visual_back(model: UniTokMLLMForConditionalGeneration) -> None:
 def is_under(name: str, prefix: str) -> bool:
     """Whether a parameter's name is the prefix, or goes on from it after a dot."""
     return f"{name}.".startswith(f"{prefix}.")
-
-
-def whole_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints that were written to the end, oldest first."""
-    folders = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{WHOLE}")]
-    return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))
 
 
 class MLLMTrainer(Trainer):
@@ -191,7 +186,7 @@ class MLLMTrainer(Trainer):
         if self.args.should_save:
             (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
             if self._keep:
-                for folder in whole_checkpoints(self.args.output_dir)[: -self._keep]:
+                for folder in list(whole_checkpoints(self.args.output_dir, WHOLE).values())[: -self._keep]:
                     shutil.rmtree(folder)
 
 

@@ -7,17 +7,27 @@ from pathlib import Path
 
 import torch
 
+from training.model_card import TrainingRun, write_release_card
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a folder beside `folder`, and puts it in `folder`'s place once it is done."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    """Calls `write` with a folder beside `folder`, and puts it in `folder`'s place once it is done.
+
+    Whatever ends it before leaves `folder` as it was, and an error takes back what was written. (A kill between the two
+    renames leaves it as `.<name>.old`, which the next call puts back.)
+    """
+    unfinished, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    write(unfinished)
+    try:
+        write(unfinished)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
         unfinished.rename(folder)
@@ -32,12 +42,14 @@ def save_release(
     folder: Path,
     dtype: torch.dtype = torch.float16,
     state_dict: dict[str, torch.Tensor] | None = None,
+    run: TrainingRun | None = None,
 ) -> None:
-    """Saves the MLLM with everything that loading needs; the weights load in float32 unless told otherwise.
+    """Saves the MLLM with everything that loading needs, and its card; the weights load in float32 unless told otherwise.
 
     Args:
         dtype: that the weights are stored in.
         state_dict: the weights, where the model itself does not hold them whole (ZeRO-3).
+        run: the training, for the card.
 
     Raises:
         ValueError: a weight is missing, empty or not finite.
@@ -58,5 +70,6 @@ def save_release(
         processor.save_pretrained(unfinished)
         config = unfinished / "config.json"
         config.write_text(re.sub(r'"dtype": "b?float16"', '"dtype": "float32"', config.read_text()))
+        write_release_card(unfinished, folder, run)
 
     write_folder(folder, write)

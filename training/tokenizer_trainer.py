@@ -6,7 +6,6 @@ weights, which is what is released.
 """
 
 import math
-import re
 import shutil
 import time
 from collections import defaultdict
@@ -30,6 +29,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 from training.augment import blur, diff_augment, draw_augmentation
 from training.discriminator import FeatureDiscriminator
+from training.files import whole_checkpoints
 from training.image_text_data import sample_seed
 from training.losses import (
     DISCRIMINATOR_TERMS,
@@ -41,13 +41,15 @@ from training.losses import (
     psnr,
     tokenizer_losses,
 )
+from training.model_card import TrainingRun, training_facts, write_release_card
 from training.release import write_folder
 from unitok_mllm import UniTokModel
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor
 
 
 TRACKERS = ("tensorboard", "wandb")
-MOST_PSNR = 100.0  # dB; an exact reconstruction would have infinitely many
+STATE = "state.pt"  # the last file of a checkpoint
+NOT_ON_CARD = ("grad_norm", "discriminator_grad_norm", "images_per_second", "learning_rate")
 
 
 @dataclass
@@ -162,12 +164,6 @@ class LossHistory:
         raise FloatingPointError(f"Not finite in step {int(step)}: {', '.join(terms or culprits)}.")
 
 
-def whole_checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """The checkpoints of a run by step; one that was broken off goes by another name."""
-    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
-    return {int(match[1]): path for match, path in matches if match}
-
-
 @dataclass
 class TrainedNetwork:
     """A network with all that trains it; `wrapped` is what accelerate made of `module`, for passes that train it."""
@@ -192,6 +188,7 @@ class TokenizerTrainer:
         perceptual: distance of (reconstruction, pixels), where the perceptual term has a weight.
         discriminator: where the GAN term has a weight.
         eval_pixels: (N, 3, H, W) in [-1, 1], for the grids; None for none.
+        run: what the model card says beside what is known here.
 
     Raises:
         ValueError: a network is missing that a term needs; the data does not fill one step; `output_dir` has
@@ -210,11 +207,12 @@ class TokenizerTrainer:
         perceptual: nn.Module | None = None,
         discriminator: FeatureDiscriminator | None = None,
         eval_pixels: torch.Tensor | None = None,
+        run: TrainingRun | None = None,
     ):
         self.arguments, self.losses = arguments, losses
         self.train_dataset, self.eval_pixels = train_dataset, eval_pixels
         self.image_processor, self.text_tokenizer = image_processor, text_tokenizer
-        self.output_dir = Path(arguments.output_dir)
+        self.output_dir, self.run = Path(arguments.output_dir), run or TrainingRun()
         self.accelerator = Accelerator(
             cpu=arguments.use_cpu,
             mixed_precision="bf16" if arguments.bf16 else "no",
@@ -242,7 +240,7 @@ class TokenizerTrainer:
         self.step = 0
         self.history = LossHistory(self.accelerator)
         set_seed(arguments.seed, device_specific=True)
-        if checkpoints := whole_checkpoints(self.output_dir):
+        if checkpoints := whole_checkpoints(self.output_dir, STATE):
             if not arguments.resume:
                 raise ValueError(f"{self.output_dir} has checkpoints: set resume, or choose another output_dir.")
             self._load_checkpoint(checkpoints[max(checkpoints)])
@@ -296,7 +294,7 @@ class TokenizerTrainer:
             accelerator.init_trackers("tokenizer", config=config)
         bar = tqdm(total=self.total_steps, initial=self.step, disable=not accelerator.is_main_process)
         batches = self._batches()
-        logged_at, logged_step = time.perf_counter(), self.step
+        logged_at, logged_step = start, first_step = time.perf_counter(), self.step
         while self.step < self.total_steps:
             weights = self.losses.weights(self.step / self.total_steps)
             for batch in islice(batches, arguments.gradient_accumulation_steps):
@@ -321,6 +319,16 @@ class TokenizerTrainer:
             if save:
                 self._save_checkpoint()
         bar.close()
+        self.run.facts = training_facts(
+            self.total_steps,
+            first_step,
+            self.images_per_step,
+            arguments.learning_rate,
+            time.perf_counter() - start,
+            accelerator.device,
+            accelerator.num_processes,
+            "bf16 autocast" if arguments.bf16 else "float32",
+        )
         self._save_release()
         accelerator.end_training()
 
@@ -384,7 +392,7 @@ class TokenizerTrainer:
                 values["gan_adaptive_weight"] = adaptive_gan_weight(reconstruction_loss, values["gan"], last_layer)
                 total = total + weights["gan"] * values["gan_adaptive_weight"] * values["gan"]
             values["loss"] = total
-            values["psnr"] = psnr(output.reconstruction.detach(), pixels).clamp_max(MOST_PSNR).mean()
+            values["psnr"] = psnr(output.reconstruction.detach(), pixels).mean()
             values["codebook_usage"] = output.codebook_usage
             accelerator.backward(total)
             if accelerator.sync_gradients:
@@ -409,6 +417,7 @@ class TokenizerTrainer:
 
     def _report(self, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self.step)
+        self.run.losses |= {name: value for name, value in values.items() if name not in NOT_ON_CARD}
         if self.accelerator.is_main_process:
             line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             tqdm.write(f"step {self.step}/{self.total_steps}  {line}")
@@ -429,7 +438,7 @@ class TokenizerTrainer:
         save_image(grid, path)
         self._report(
             {
-                "eval_psnr": psnr(reconstruction, pixels).clamp_max(MOST_PSNR).mean().item(),
+                "eval_psnr": psnr(reconstruction, pixels).mean().item(),
                 "eval_l1": (reconstruction - pixels).abs().mean().item(),
                 "eval_codebook_usage": output.codebook_usage.item(),
             }
@@ -444,9 +453,9 @@ class TokenizerTrainer:
                 self.output_dir / f"checkpoint-{self.step}",
                 lambda folder: self._write_checkpoint(folder, random_states),
             )
-            checkpoints = whole_checkpoints(self.output_dir)
-            for step in sorted(checkpoints)[: -self.arguments.save_total_limit]:
-                shutil.rmtree(checkpoints[step])
+            checkpoints = list(whole_checkpoints(self.output_dir, STATE).values())
+            for checkpoint in checkpoints[: -self.arguments.save_total_limit]:
+                shutil.rmtree(checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(self, folder: Path, random_states: list[dict]) -> None:
@@ -459,10 +468,10 @@ class TokenizerTrainer:
             "schedules": [network.schedule.state_dict() for network in self._networks()],
             "optimizers": [network.optimizer.state_dict() for network in self._networks()],
         }
-        torch.save(state, folder / "state.pt")
+        torch.save(state, folder / STATE)
 
     def _load_checkpoint(self, folder: Path) -> None:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         if state["images_per_step"] != self.images_per_step:
             raise ValueError(
                 f"{folder} was written with {state['images_per_step']} images in a step, now there are "
@@ -491,6 +500,7 @@ class TokenizerTrainer:
             for part in (self.ema.module, self.image_processor, self.text_tokenizer):
                 if part is not None:
                     part.save_pretrained(folder)
+            write_release_card(folder, self.output_dir / "release", self.run)
 
         if self.accelerator.is_main_process:
             write_folder(self.output_dir / "release", write)

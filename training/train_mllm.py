@@ -24,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import (
@@ -35,16 +36,18 @@ from transformers.integrations.deepspeed import (
 from training.arguments import parse_yaml_and_command_line
 from training.codes import CodeStore
 from training.data import MLLMCollator, MLLMDataset, SampleTexts, Source
-from training.merge_lora import merge_lora
+from training.files import whole_checkpoints
+from training.merge_lora import load_with_adapter
 from training.mllm_trainer import (
+    WHOLE,
     MLLMTrainer,
     SamplesCallback,
     is_under,
     plain_name,
     put_visual_back,
     set_visual_aside,
-    whole_checkpoints,
 )
+from training.model_card import TrainingRun, check_metadata, push_release, training_facts
 from training.release import save_release, write_folder
 from unitok_mllm import (
     UniTokImageProcessor,
@@ -113,9 +116,14 @@ class MLLMArguments:
     )
     sample_options: dict | None = field(default=None, metadata={"help": "of the drawing: guidance_scale, top_k ..."})
     release_dtype: str = field(default="float16", metadata={"help": "dtype that the final weights are stored in"})
+    card: dict = field(
+        default_factory=dict,
+        metadata={"help": "of the release's model card: {license: mit, datasets: [owner/name]} ..."},
+    )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa or flash_attention_2, of the LLM"})
 
     def __post_init__(self):
+        check_metadata(self.card)
         if not self.model and not (self.visual_model and (self.llm or self.llm_config)):
             raise ValueError("Give either model, or visual_model with llm or llm_config.")
         if self.load_in_4bit and not self.lora:
@@ -283,17 +291,37 @@ def log_trained_parts(trainer: MLLMTrainer) -> None:
         logger.info("training %s: %.2f M parameters at learning rate %g", part, count / 1e6, learning_rate)
 
 
-def save_results(trainer: MLLMTrainer, processor: UniTokMLLMProcessor, arguments: MLLMArguments) -> None:
+def training_run(trainer: MLLMTrainer, arguments: MLLMArguments, first_step: int, seconds: float) -> TrainingRun:
+    """What the model card says of a training that is done."""
+    args, history = trainer.args, trainer.state.log_history
+    logged = {name: value for line in history for name, value in line.items() if name.endswith("loss")}
+    logged.pop("train_loss", None)  # the mean of the run
+    facts = training_facts(
+        trainer.state.global_step,
+        first_step,
+        args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        args.learning_rate,
+        seconds,
+        args.device,
+        args.world_size,
+        "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32",
+    )
+    started_from = [name for name in (arguments.model, arguments.visual_model, arguments.llm) if name]
+    return TrainingRun(started_from, arguments.datasets, arguments.card, facts, logged)
+
+
+def save_results(
+    trainer: MLLMTrainer, processor: UniTokMLLMProcessor, arguments: MLLMArguments, run: TrainingRun
+) -> None:
     """`<output_dir>/release`, and with LoRA `<output_dir>/adapter`; every process must come here."""
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what ZeRO-3 has sharded
     if not trainer.is_world_process_zero():
         return
-    output_dir = Path(trainer.args.output_dir)
+    output_dir, dtype = Path(trainer.args.output_dir), getattr(torch, arguments.release_dtype)
     if not arguments.lora:
         put_visual_back(trainer.mllm)
         visual = {f"visual.{name}": value for name, value in trainer.mllm.visual.state_dict().items()}
-        dtype = getattr(torch, arguments.release_dtype)
-        save_release(trainer.mllm, processor, output_dir / "release", dtype, state_dict | visual)
+        save_release(trainer.mllm, processor, output_dir / "release", dtype, state_dict | visual, run)
         return
 
     def write_adapter(folder: Path) -> None:
@@ -301,7 +329,8 @@ def save_results(trainer: MLLMTrainer, processor: UniTokMLLMProcessor, arguments
         processor.save_pretrained(folder)
 
     write_folder(output_dir / "adapter", write_adapter)
-    merge_lora(output_dir / "adapter", output_dir / "release", "", arguments.release_dtype)
+    merged = load_with_adapter(output_dir / "adapter").merge_and_unload()
+    save_release(merged, processor, output_dir / "release", dtype, run=run)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -310,6 +339,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("One run is one pass over num_samples samples: set that, and leave num_train_epochs at 1.")
     logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.ERROR)
     logger.info("training on %s, %d processes", training_arguments.device, training_arguments.world_size)
+    push = training_arguments.push_to_hub
+    training_arguments.push_to_hub = False  # the release goes there, not the checkpoints, which lack the tokenizer
     if training_arguments.deepspeed and training_arguments.world_size > 1:
         deepspeed.init_distributed()  # or ZeRO-3 would load the model as if there were one process
     torch.manual_seed(training_arguments.seed)
@@ -354,12 +385,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     samples.bind(trainer)
     log_trained_parts(trainer)
-    resume_from = training_arguments.resume_from_checkpoint or next(reversed(whole_checkpoints(output_dir)), None)
+    checkpoints = list(whole_checkpoints(output_dir, WHOLE).values())
+    resume_from, first_step = training_arguments.resume_from_checkpoint or next(reversed(checkpoints), None), 0
     if resume_from:
         logger.info("going on from %s", resume_from)
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        first_step = TrainerState.load_from_json(f"{resume_from}/trainer_state.json").global_step
+    result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     trainer.save_state()
-    save_results(trainer, processor, arguments)
+    run = training_run(trainer, arguments, first_step, result.metrics["train_runtime"])
+    save_results(trainer, processor, arguments, run)
+    if push and trainer.is_world_process_zero():
+        name = training_arguments.hub_model_id or output_dir.absolute().name
+        private, token = training_arguments.hub_private_repo, training_arguments.hub_token
+        logger.info("pushed: %s", push_release(output_dir / "release", name, private, token))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from training.arguments import parse_yaml_and_command_line
 from training.discriminator import FeatureDiscriminator
+from training.files import whole_checkpoints
 from training.image_text_data import ImageTextTransform, build_image_text_dataset, sample_seed
 from training.losses import LossArguments
+from training.model_card import TrainingRun, check_metadata, push_release
 from training.perceptual import FrozenFeatures, perceptual_distance
 from training.tokenizer_trainer import (
+    STATE,
     TokenizerTrainer,
     TokenizerTrainingArguments,
-    whole_checkpoints,
 )
 from unitok_mllm import UniTokConfig, UniTokModel
 from unitok_mllm.convert_unitok import TOKENIZER_KEYS, ConversionReport
@@ -68,6 +70,14 @@ class TokenizerArguments:
         metadata={"help": "sources whose first images the grids show; empty: those of `datasets`"},
     )
     image_mode: str = field(default="reconstruct", metadata={"help": "the image processor's mode"})
+    card: dict = field(
+        default_factory=dict,
+        metadata={"help": "of the release's model card: {license: mit, datasets: [owner/name]} ..."},
+    )
+    hub_model_id: str = field(default="", metadata={"help": "the name on the hub that the release is pushed to"})
+
+    def __post_init__(self):
+        check_metadata(self.card)
 
 
 def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionReport:
@@ -199,9 +209,10 @@ def main(argv: list[str] | None = None) -> None:
     size = {"height": model.config.vision_config.image_size, "width": model.config.vision_config.image_size}
     image_processor = UniTokImageProcessor(mode=arguments.image_mode, size=size)
     data = image_processor, text_tokenizer, model.config.text_config.max_position_embeddings, training.seed
-    first_step = max(whole_checkpoints(training.output_dir), default=0)
+    first_step = max(whole_checkpoints(training.output_dir, STATE), default=0)
     train_dataset, samples_per_epoch = build_datasets(arguments.datasets, *data, first_step)
     eval_dataset = build_datasets(arguments.eval_datasets, *data)[0] if arguments.eval_datasets else train_dataset
+    started_from = [name for name in (arguments.init_from, arguments.init_open_clip) if name]
     trainer = TokenizerTrainer(
         model,
         training,
@@ -211,9 +222,12 @@ def main(argv: list[str] | None = None) -> None:
         text_tokenizer,
         samples_per_epoch,
         eval_pixels=first_images(eval_dataset, GRID_IMAGES),
+        run=TrainingRun(started_from, arguments.datasets, arguments.card),
         **networks,
     )
     trainer.train()
+    if arguments.hub_model_id and trainer.accelerator.is_main_process:
+        print(push_release(trainer.output_dir / "release", arguments.hub_model_id))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,501 @@
+"""The README.md of a released folder: its model card, with what was trained and measured.
+
+    python -m training.model_card runs/mllm-tiny/release --results runs/easy_vqa.json runs/emoji.json --license mit
+    python -m training.model_card runs/mllm-tiny/release --push_to_hub OWNER/NAME
+
+The trainings write a card with each release. This command puts into it what evaluations have found, in place of what it
+had under "Evaluation"; a folder without a card gets one. Results of easy_vqa, emoji, reconstruction, zero_shot and
+text_to_image are known, and only those of the very weights in the folder are taken. The rest of the card, and words added
+there, stay. A card without the first line of a generated one is hand-written, and is never overwritten.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_local_safetensors_metadata
+from huggingface_hub.constants import REPOCARD_NAME
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import AutoConfig, PreTrainedConfig
+
+from eval._common import check_model_folder, folder_digest, write_atomically
+
+
+logger = logging.getLogger(__name__)
+MARKER = "<!-- Written by training.model_card. Without this line the card is hand-written and never overwritten. -->"
+EVALUATION = "\n## Evaluation\n"
+METADATA = ("license", "license_name", "license_link", "language", "datasets", "base_model", "tags", "model_name")
+LISTS = ("language", "datasets", "base_model", "tags")
+KINDS = {
+    "unitok_mllm": {"pipeline_tag": "image-text-to-text", "tags": ["unitok", "text-to-image"]},
+    "unitok": {"pipeline_tag": "image-feature-extraction", "tags": ["unitok", "image-tokenizer"]},
+}
+WHAT = {
+    "unitok_mllm": "A multimodal LLM that reads images and draws them, through the multi-codebook visual tokenizer of "
+    "[UniTok](https://arxiv.org/abs/2502.20321).",
+    "unitok": "A multi-codebook visual tokenizer, [UniTok](https://arxiv.org/abs/2502.20321): images to codes and back, "
+    "and to one embedding.",
+}
+CODE = {
+    "unitok_mllm": """\
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "{name}"  # this folder, or its name on the hub
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+question = [{{"type": "image", "image": Image.open("photo.jpg")}}, {{"type": "text", "text": "What is this?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": question}}], add_generation_prompt=True, tokenize=True, return_dict=True
+)
+answer = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+inputs = processor(text=["a red circle"], generation_mode="image")
+codes = model.generate(**inputs, generation_mode="image", guidance_scale=3.0, seed=0)  # (1, {K}, {L})
+drawings = processor.post_process_multimodal_output(model.decode_images(codes), generation_mode="image")
+drawings[0].save("drawing.png")""",
+    "unitok": """\
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+folder = "{name}"  # this folder, or its name on the hub
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+
+codes = model.encode(image_processor(Image.open("photo.jpg"))["pixel_values"])  # (1, {K}, {L})
+image_processor.post_process(model.decode(codes))[0].save("reconstruction.png")""",
+}
+
+
+class HandWrittenCard(ValueError):
+    """A card that lacks the marker of the generated ones."""
+
+
+@dataclass
+class TrainingRun:
+    """What a training tells of itself.
+
+    Attributes:
+        started_from: folders or hub names of the weights that it began with.
+        datasets: its sources, as its config has them.
+        metadata: of the card's front matter, see `check_metadata`.
+        facts: what the card says of the run, see `training_facts`.
+        losses: the last ones, by name.
+    """
+
+    started_from: list[str] = field(default_factory=list)
+    datasets: list[dict] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+def training_facts(
+    steps: int,
+    first_step: int,
+    samples_per_step: int,
+    learning_rate: float,
+    seconds: float,
+    device: torch.device,
+    processes: int,
+    precision: str,
+) -> dict[str, str]:
+    """The rows of the card's table of a run.
+
+    Args:
+        first_step: where it was resumed, or 0; `seconds` are those since then.
+    """
+    resumed = f" (for the last {steps - first_step} steps: the run was resumed)" if first_step else ""
+    return {
+        "steps": str(steps),
+        "samples in a step": str(samples_per_step),
+        "learning rate": f"{learning_rate:g}",
+        "seconds": f"{seconds:.0f}{resumed}",
+        "hardware": hardware(device, processes),
+        "precision": precision,
+    }
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """The processor that a process computes on, in words, and how many processes there are."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        found = re.search(r"model name\s*: (.+)", _read("/proc/cpuinfo"))
+        name = f"CPU, {found[1] if found else platform.machine()}, {os.cpu_count()} cores"
+    else:
+        name = device.type
+    return f"{name}; {processes} process{'es' if processes > 1 else ''}"
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if Path(path).is_file() else ""
+
+
+def check_metadata(metadata: dict) -> None:
+    """
+    Raises:
+        ValueError: a field that the front matter does not take from outside.
+    """
+    if unknown := metadata.keys() - set(METADATA):
+        raise ValueError(f"card takes {', '.join(METADATA)}, got {', '.join(sorted(unknown))}.")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this can only be a name on the hub: it looks like one, and nothing of that name is on the disk."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def table(rows: list[tuple], header: tuple = ("", "")) -> str:
+    """A Markdown table."""
+    cells = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """
+    Raises:
+        ValueError: the folder is no model, or one of another kind.
+    """
+    check_model_folder(str(folder))
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in KINDS:
+        raise ValueError(f"{folder} is a {config.model_type} model; there are cards for {', '.join(KINDS)}")
+    return config
+
+
+def sizes(folder: Path, config: PreTrainedConfig) -> str:
+    """The table of what the model is made of; parameters are counted in its files (buffers and tied weights once)."""
+    tokenizer = config if config.model_type == "unitok" else config.visual_config
+    vision, text = tokenizer.vision_config, tokenizer.text_config
+    width = f"width {vision.hidden_size}, {vision.num_attention_heads} heads"
+    rows = [
+        (
+            "pictures",
+            f"{vision.image_size}x{vision.image_size}, {vision.num_positions} positions of {vision.num_codebooks} "
+            f"codes, {vision.codebook_size} codes in each sub-codebook",
+        ),
+        ("encoder", f"ViTamin, {width}, {vision.num_hidden_layers} blocks"),
+        ("decoder", f"ViTamin, {width}, {tokenizer.decoder_layers} blocks"),
+    ]
+    if text is not None:
+        rows.append(("text tower", f"CLIP, width {text.hidden_size}, {text.num_hidden_layers} blocks"))
+    if config.model_type == "unitok_mllm":
+        llm, depth = config.text_config, config.depth_config
+        of_llm = f"width {llm.hidden_size}, {llm.num_hidden_layers} blocks, {llm.vocab_size} tokens"
+        rows.append(("LLM", f"{llm.model_type}, {of_llm}"))
+        rows.append(("depth transformer", f"width {depth.hidden_size}, {depth.num_hidden_layers} blocks"))
+    files = get_local_safetensors_metadata(folder)
+    parts: dict[str, int] = {}
+    for file in files.files_metadata.values():
+        for name, tensor in file.tensors.items():
+            part = name.split(".")[0]
+            parts[part] = parts.get(part, 0) + tensor.parameter_count
+    each = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in parts.items())
+    rows.append(("parameters", f"{sum(parts.values()) / 1e6:.2f} M ({each})"))
+    rows.append(("stored as", ", ".join(files.parameter_count)))
+    return table(rows)
+
+
+def training_section(run: TrainingRun) -> str:
+    """What is known of a run, in Markdown."""
+    lines = ["\n## Training\n"]
+    if run.started_from:
+        lines.append(f"Started from {', '.join(f'`{name}`' for name in run.started_from)}.\n")
+    if run.facts:
+        lines.append(table(list(run.facts.items())) + "\n")
+    rows = []
+    for source in run.datasets:
+        options = {name: value for name, value in source.items() if name not in ("path", "shards")}
+        place = source.get("path") or source["shards"]
+        rows.append((f"`{place}`", ", ".join(f"{name} {value}" for name, value in options.items())))
+    if rows:
+        lines.append(table(rows, ("data", "how it was used")) + "\n")
+    if run.losses:
+        values = [(name, f"{value:.4g}") for name, value in run.losses.items()]
+        lines.append(table(values, ("last logged", "")) + "\n")
+    return "\n".join(lines)
+
+
+def model_name(folder: Path) -> str:
+    """What a folder's model goes by: a run's name, for its `release`."""
+    folder = folder.absolute()
+    return folder.parent.name if folder.name == "release" else folder.name
+
+
+def make_card(folder: Path, name: str, run: TrainingRun | None = None) -> ModelCard:
+    """The card of a folder that nothing has been measured of.
+
+    Raises:
+        ValueError: see `load_config` and `check_metadata`.
+    """
+    run = run or TrainingRun()
+    check_metadata(run.metadata)
+    config = load_config(folder)
+    kind = config.model_type
+    vision = (config if kind == "unitok" else config.visual_config).vision_config
+    hub_sources = [source["path"] for source in run.datasets if source.get("kind") == "hf"]
+    found = {
+        "datasets": [source for source in hub_sources if is_hub_name(source)] or None,
+        "base_model": [base for base in run.started_from if is_hub_name(base)] or None,
+    }
+    data = ModelCardData(**{"library_name": "transformers", **KINDS[kind], **found, **run.metadata})
+    name = data.pop("model_name") or name  # the front matter has it with results alone
+    code = CODE[kind].format(name=name, K=vision.num_codebooks, L=vision.num_positions)
+    body = [
+        f"{MARKER}\n\n# {name}\n\n{WHAT[kind]}\n\n{sizes(folder, config)}\n\n## How to load it\n",
+        f"```python\n{code}\n```\n",
+        "It needs transformers (5.24 or newer), torch, torchvision, timm and pillow; its own code is in the folder. Where "
+        "the package is installed, `import unitok_mllm` makes `trust_remote_code` needless.",
+    ]
+    if run != TrainingRun():
+        body.append(training_section(run))
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(body).rstrip() + "\n")
+
+
+def read_card(folder: Path) -> ModelCard | None:
+    """The generated card of a folder, if there is one.
+
+    Raises:
+        HandWrittenCard: it is not generated.
+    """
+    path = folder / REPOCARD_NAME
+    if not path.is_file():
+        return None
+    if MARKER not in path.read_text("utf-8"):
+        raise HandWrittenCard(f"{path} is hand-written (it has no line {MARKER!r}) and stays as it is.")
+    return ModelCard.load(path)
+
+
+def write_release_card(folder: Path, place: Path, run: TrainingRun | None = None) -> None:
+    """Writes the card of a folder that will be put in the place of another, whose hand-written card goes along."""
+    try:
+        read_card(place)
+    except HandWrittenCard as error:
+        logger.warning("%s", error)
+        shutil.copyfile(place / REPOCARD_NAME, folder / REPOCARD_NAME)
+    else:
+        (folder / REPOCARD_NAME).write_text(str(make_card(folder, model_name(place), run)), "utf-8")
+
+
+def find_digests(result: Any) -> Iterator[str | None]:
+    """Every `model_sha256` in a result: the weights that its parts were measured of."""
+    if isinstance(result, dict):
+        if "model_sha256" in result:
+            yield result["model_sha256"]
+        for value in result.values():
+            yield from find_digests(value)
+
+
+def _pick(values: dict, *names: str) -> dict:
+    return {name: values[name] for name in names}
+
+
+def easy_vqa_results(result: dict) -> Iterator[EvalResult]:
+    def one(task: str, metric: str, value: float, name: str, **args) -> EvalResult:
+        names = {"dataset_type": "easy-vqa", "dataset_name": "easy-VQA", "dataset_split": "test"}
+        return EvalResult(task, metric_type=metric, metric_value=value, metric_name=name, metric_args=args, **names)
+
+    parts = result["parts"]
+    if part := parts.get("reconstruction"):
+        value = part["psnr_mean_of_images_db"]
+        yield one("image-to-image", "psnr", value, "reconstruction, PSNR (dB), mean of images", images=part["images"])
+    for kind, value in parts.get("vqa", {"accuracy": {}})["accuracy"].items():
+        args = _pick(value, "questions")
+        yield one("visual-question-answering", "accuracy", value["accuracy"], f"exact answers, {kind}", **args)
+    if part := parts.get("text_to_image"):
+        args = _pick(part["settings"], "guidance", "temperature", "top_k", "seed")
+        name = "drawings of the colour and shape asked for (judged by a CNN)"
+        yield one("text-to-image", "accuracy", part["both"], name, images=part["images"], **args)
+    if part := parts.get("edit"):
+        name = "edits with the new colour and the old shape (judged by a CNN)"
+        yield one("image-to-image", "accuracy", part["both"], name, images=part["images"])
+
+
+EMOJI_METRICS = (
+    ("reconstruction", "psnr_db", "image-to-image", "psnr", "reconstruction, PSNR (dB)"),
+    ("reconstruction", "top1", "image-to-image", "accuracy", "original nearest to its reconstruction"),
+    ("naming", "accuracy", "visual-question-answering", "accuracy", "named exactly"),
+    ("drawing", "top1", "text-to-image", "accuracy", "drawing nearest to what was asked for"),
+    ("drawing", "top5", "text-to-image", "accuracy", "drawing among the five nearest"),
+)
+
+
+def emoji_results(result: dict) -> Iterator[EvalResult]:
+    for part, key, task, metric, name in EMOJI_METRICS:
+        for split, values in result["parts"].get(part, {}).items():
+            args = _pick(values, "pictures")
+            if part == "drawing":
+                args |= _pick(result["settings"], "guidance", "temperature", "top_k", "seed")
+            names = {"metric_name": name, "metric_args": args, "dataset_split": split}
+            yield EvalResult(task, "emoji", result["benchmark"], metric, values[key], **names)
+
+
+def reconstruction_results(result: dict) -> Iterator[EvalResult]:
+    data, args = Path(result["settings"]["images"]).name, _pick(result, "images", "image_size")
+    for name, value in result["metrics"].items():
+        if not isinstance(value, list):  # of each sub-codebook
+            yield EvalResult("image-to-image", data, data, name, value, metric_name=name, metric_args=args)
+
+
+def zero_shot_results(result: dict) -> Iterator[EvalResult]:
+    title = result["benchmark"].removeprefix(ZERO_SHOT)
+    data = result["settings"]["dataset"] or "imagenet-1k"
+    for split, part in result["parts"].items():
+        for key in ("top1", "top5"):
+            names = {"metric_name": key, "metric_args": _pick(part, "images"), "dataset_split": split}
+            yield EvalResult("zero-shot-image-classification", data, title, "accuracy", part[key], **names)
+
+
+def text_to_image_results(result: dict) -> Iterator[EvalResult]:
+    args = _pick(result, "prompts", "samples") | _pick(
+        result["drawn_with"], "guidance", "temperature", "top_k", "top_p", "seed"
+    )
+    data = result["benchmark"]
+    for name, part in result["metrics"].items():
+        names = {"metric_name": name, "metric_args": part["settings"] | args}
+        yield EvalResult("text-to-image", data, data, name, part["mean"], **names)
+
+
+ZERO_SHOT = "zero-shot classification, "
+READERS = {  # by the beginning of `benchmark`; that of text_to_image is its prompts' format
+    "easy-VQA, test split": easy_vqa_results,
+    "emoji of two styles": emoji_results,
+    "reconstruction": reconstruction_results,
+    ZERO_SHOT: zero_shot_results,
+}
+
+
+def read_results(path: Path, digest: str) -> tuple[list[EvalResult], str]:
+    """What a result file says of a model, and the versions of the libraries that said it.
+
+    Args:
+        digest: the model's `folder_digest`.
+
+    Raises:
+        ValueError: it is not a result, one of another kind, of other weights, or not finished.
+    """
+    try:
+        result = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    benchmark = str(result.get("benchmark", "")) if isinstance(result, dict) else ""
+    readers = [reader for start, reader in READERS.items() if benchmark.startswith(start)]
+    if benchmark and "drawn_with" in result:
+        readers = [text_to_image_results]
+    if not readers:
+        raise ValueError(
+            f"{path} is not a result of easy_vqa, emoji, reconstruction, zero_shot or text_to_image "
+            f"(benchmark: {benchmark or 'none'})"
+        )
+    measured = set(find_digests(result))
+    if measured != {digest}:
+        found = ", ".join(str(one)[:12] for one in measured) or "does not say which"
+        raise ValueError(f"{path} was measured of other weights (SHA-256: {found}; the folder's: {digest[:12]})")
+    try:
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        results = list(readers[0](result))
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}: it comes from another version of its script") from error
+    if not results:
+        raise ValueError(f"{path} has no numbers yet")
+    return results, versions
+
+
+def evaluation_section(measured: dict[str, tuple[list[EvalResult], str]]) -> str:
+    """Results by the file they come from, in Markdown."""
+    lines = [EVALUATION]
+    for file, (results, versions) in measured.items():
+        rows = []
+        for one in results:
+            data = ", ".join(filter(None, (one.dataset_name, one.dataset_split)))
+            args = ", ".join(f"{name} {value}" for name, value in one.metric_args.items())
+            rows.append((data, one.metric_name, f"{one.metric_value:.4g}", args))
+        lines.append(table(rows, ("data", "metric", "value", "of")) + "\n")
+        lines.append(f"From `{file}`, measured with {versions}.\n")
+    return "\n".join(lines)
+
+
+def update_card(folder: Path, results: list[Path], metadata: dict[str, Any] | None = None) -> None:
+    """Writes results into a folder's card, in place of those it had; without results, only the metadata.
+
+    A result that cannot be used is named in the log and left out.
+
+    Raises:
+        ValueError: no result can be used; see also `make_card` and `read_card`.
+    """
+    metadata = dict(metadata or {})
+    check_metadata(metadata)
+    card = read_card(folder) or make_card(folder, model_name(folder))
+    heading = re.search(r"^# (.+)$", card.text, re.M)
+    name = metadata.pop("model_name", "") or card.data.get("model_name") or (heading or ["", model_name(folder)])[1]
+    for key, value in metadata.items():
+        card.data[key] = value
+    if results:
+        digest, measured = folder_digest(str(folder)), {}
+        for path in results:
+            try:
+                measured[path.name] = read_results(path, digest)
+            except ValueError as error:
+                logger.warning("left out: %s", error)
+        if not measured:
+            raise ValueError(f"none of the {len(results)} results can be used: the card stays as it is")
+        card.data.eval_results = [one for found, _ in measured.values() for one in found]
+        card.text = card.text.split(EVALUATION)[0].rstrip() + "\n" + evaluation_section(measured)
+    if card.data.eval_results:
+        card.data.model_name = name
+    write_atomically(folder / REPOCARD_NAME, str(card).encode())
+
+
+def push_release(folder: Path, name: str, private: bool | None = None, token: str | None = None) -> str:
+    """Uploads a folder, card and all, in one commit; returns its address.
+
+    Raises:
+        ValueError: it has no card.
+    """
+    if not (folder / REPOCARD_NAME).is_file():
+        raise ValueError(f"{folder} has no card: python -m training.model_card {folder}")
+    api = HfApi(token=token)
+    place = api.create_repo(name, private=private, exist_ok=True)
+    api.upload_folder(repo_id=place.repo_id, folder_path=folder, commit_message="Upload model with its card")
+    return str(place)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a released folder")
+    parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="JSON", help="files of eval/")
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="then upload the folder")
+    parser.add_argument("--private", action="store_true", default=None, help="as a private repository, if it is new")
+    for name in METADATA:
+        parser.add_argument(f"--{name}", nargs="+" if name in LISTS else None, help="of the card's front matter")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    metadata = {name: vars(arguments)[name] for name in METADATA if vars(arguments)[name]}
+    try:
+        update_card(arguments.folder, arguments.results, metadata)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"the card is in {arguments.folder / REPOCARD_NAME}")
+    if arguments.push_to_hub:
+        print(push_release(arguments.folder, arguments.push_to_hub, arguments.private))
+
+
+if __name__ == "__main__":
+    main()
