@@ -15,6 +15,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 
 import torch
 from torch import nn
@@ -56,11 +57,19 @@ class UniTokMLLMOutput(ModelOutput):
 
 @contextmanager
 def _only_at(output_embeddings: nn.Module, chosen: torch.Tensor | None) -> Iterator[None]:
-    """Inside, the output embeddings see (1, M, D) of their (B, T, D): the M positions chosen, (B, T); all for None."""
+    """Inside, the output embeddings see (1, M, D) of their (B, T, D): the M positions chosen, (B, T); all for None.
+
+    Other threads that use the model meanwhile are left alone.
+    """
     if chosen is None:
         yield
         return
-    handle = output_embeddings.register_forward_pre_hook(lambda _, args: (args[0][chosen][None], *args[1:]))
+    owner = get_ident()
+
+    def choose(_, args):
+        return (args[0][chosen][None], *args[1:]) if get_ident() == owner else args
+
+    handle = output_embeddings.register_forward_pre_hook(choose)
     try:
         yield
     finally:
@@ -98,6 +107,23 @@ class UniTokEmbedder(nn.Module):
         """Codes (N, K, L) -> (N, L, D). With a `cache`, the codes go on from those already seen, one at a time."""
         features = self.quantizer.decode(codes).to(self.fc1.weight.dtype)
         return self.fc2(F.gelu(self.fc1(self.norm(self.projection(features, cache)))))
+
+
+class UniTokBackbone:
+    """The model without the LLM's output layer, for trainers that apply that layer themselves (trl does).
+
+    Called with `input_ids`, `attention_mask` and images, see `UniTokMLLMForConditionalGeneration.embed`, it returns what
+    the LLM's decoder does: `last_hidden_state` (B, T, D).
+    """
+
+    _tp_plan = _pp_plan = None
+
+    def __init__(self, model: "UniTokMLLMForConditionalGeneration"):
+        self.model = model
+
+    def __call__(self, input_ids, attention_mask=None, pixel_values=None, image_codes=None, **kwargs):
+        inputs_embeds, _ = self.model.embed(input_ids, pixel_values, image_codes)
+        return self.model.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
 
 class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixin):
@@ -190,6 +216,10 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
 
+    @property
+    def base_model(self) -> UniTokBackbone:
+        return UniTokBackbone(self)
+
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in [-1, 1] -> codes (N, K, L)."""
@@ -238,7 +268,7 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
                 unused = self.embedder(input_ids.new_zeros(1, self.embedder.quantizer.num_codebooks, 1))
                 inputs_embeds = inputs_embeds + 0.0 * unused.sum().to(inputs_embeds.dtype)
             return inputs_embeds, None
-        image_embeds = self.embedder(image_codes).to(inputs_embeds.dtype)
+        image_embeds = self.embedder(image_codes).to(inputs_embeds)
         self.images_per_sample(input_ids, *image_embeds.shape[:2])
         return inputs_embeds.masked_scatter(is_image[..., None], image_embeds), image_codes
 

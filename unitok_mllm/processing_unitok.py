@@ -4,9 +4,12 @@ Each "<image>" in a text becomes what the model sees: the opening token, one pla
 closing token.  A chat template puts conversations into that form.
 """
 
+import re
+
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START, mark_control_tokens
 
 
 GENERATION_SUFFIX = " Generate an image based on this description."
@@ -101,6 +104,13 @@ class UniTokMLLMProcessor(ProcessorMixin):
         positions = (height // stride) * (width // stride)
         return self.boi_token + self.image_token * positions + self.eoi_token
 
+    def apply_chat_template(self, conversation, *args, processor_kwargs: dict | None = None, **kwargs):
+        """As the library's, but a tokenized conversation begins with the BOS that the tokenizer adds, unless the
+        template writes it, also where the caller asks for no special tokens (trl does, for templates that write it).
+        """
+        options = {name: value for name, value in (processor_kwargs or {}).items() if name != "add_special_tokens"}
+        return super().apply_chat_template(conversation, *args, processor_kwargs=options, **kwargs)
+
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if isinstance(images, list) and all(isinstance(group, list) and not group for group in images):
@@ -124,7 +134,8 @@ class UniTokMLLMProcessor(ProcessorMixin):
         super()._check_special_mm_tokens(text, text_inputs, modalities)
         for token, token_id in ((self.boi_token, self.boi_token_id), (self.eoi_token, self.eoi_token_id)):
             for sample, ids in zip(text, text_inputs["input_ids"]):
-                if list(ids).count(token_id) < sample.count(token):
+                written = sample.count(token) - sample.count(_CONTROL_TOKEN_START + token)
+                if list(ids).count(token_id) < written:
                     raise ValueError(f"The max_length cuts off a {token} of the text: it would cut through an image.")
 
     def __call__(self, images=None, text=None, generation_mode: str = "text", **kwargs) -> BatchFeature:
@@ -141,6 +152,9 @@ class UniTokMLLMProcessor(ProcessorMixin):
                 "edit": the same as "image" from images and an instruction for each text: a turn of the chat template that an
                 image answers. For guidance, `unconditional_...` hold the images with the null prompt, and
                 `text_alone_...` the instructions without images.
+            sanitize_control_tokens: take "<image>" and all other tokens of the model's own that a description or an
+                instruction spells as plain text. In the other two modes the chat template has to tell them from its
+                own first: `apply_chat_template(..., tokenize=True, sanitize_control_tokens=True)`.
             kwargs: options of the tokenizer and the image processor.
 
         Raises:
@@ -148,21 +162,47 @@ class UniTokMLLMProcessor(ProcessorMixin):
                 `max_length` that would cut through an image.
         """
         if generation_mode == "text":
-            return super().__call__(images=images, text=text, **kwargs)
+            return self._encode(images, text, **kwargs)
         if generation_mode not in ("image", "interleaved", "edit"):
             raise ValueError(f"generation_mode is 'text', 'image', 'interleaved' or 'edit', got {generation_mode!r}.")
         if text is None:
             raise ValueError(f"generation_mode={generation_mode!r} needs a text.")
         texts = [text] if isinstance(text, str) else list(text)
+        if kwargs.get("sanitize_control_tokens") and generation_mode != "interleaved":
+            texts = mark_control_tokens(texts, self._control_tokens())
         if generation_mode == "edit":
             return self._edit_inputs(images, texts, **kwargs)
         if generation_mode == "image":
             texts = [self.image_prompt(t) for t in texts]
-        inputs = super().__call__(images=images, text=texts, **kwargs)
-        unconditional = super().__call__(text=[UNCONDITIONAL_PROMPT + self.boi_token], **kwargs)
+        inputs = self._encode(images, texts, **kwargs)
+        unconditional = self._encode(None, [UNCONDITIONAL_PROMPT + self.boi_token], **kwargs)
         return BatchFeature(
             {**inputs, **{f"unconditional_{name}": unconditional[name] for name in ("input_ids", "attention_mask")}}
         )
+
+    def _control_tokens(self) -> re.Pattern:
+        """Matches every token that is more than text to the model."""
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+    def _encode(self, images, text, sanitize_control_tokens: bool | None = None, **kwargs) -> BatchFeature:
+        """The library's call. With `sanitize_control_tokens`, for which it needs a template that writes the BOS, it is
+        given none, and the BOS and the padding are added here."""
+        if not sanitize_control_tokens:
+            return super().__call__(images=images, text=text, **kwargs)
+        options = {**self.text_kwargs, **kwargs.pop("text_kwargs", {})}
+        names = ("padding", "max_length", "pad_to_multiple_of", "return_tensors", "add_special_tokens", "truncation")
+        options |= {name: kwargs.pop(name) for name in names if name in kwargs}
+        if options.pop("truncation", False):
+            raise ValueError("sanitize_control_tokens does not go with truncation.")
+        bos = self.tokenizer.bos_token
+        adds_bos = options.pop("add_special_tokens", True) and bos and bos in self.tokenizer("").tokens()
+        unpadded = {"add_special_tokens": False, "padding": False, "return_tensors": None}
+        marked = {"sanitize_control_tokens": True, "text_kwargs": unpadded}
+        inputs = dict(super().__call__(images=images, text=text, **kwargs, **marked))
+        rows = [[self.tokenizer.bos_token_id] * bool(adds_bos) + row for row in inputs.pop("input_ids")]
+        inputs.pop("attention_mask")
+        return BatchFeature({**self.tokenizer.pad({"input_ids": rows}, **options), **inputs})
 
     def _edit_inputs(self, images, texts: list[str], **kwargs) -> BatchFeature:
         if images is None:
@@ -173,13 +213,9 @@ class UniTokMLLMProcessor(ProcessorMixin):
         if len(groups) != len(texts):
             raise ValueError(f"Got {len(groups)} images (or groups of them) for {len(texts)} instructions.")
         counts = [len(group) for group in groups]
-        inputs = super().__call__(
-            images=groups, text=[self.edit_prompt(t, n) for t, n in zip(texts, counts)], **kwargs
-        )
-        null = super().__call__(
-            images=groups, text=[self.edit_prompt(UNCONDITIONAL_PROMPT, n) for n in counts], **kwargs
-        )
-        text_alone = super().__call__(text=[self.edit_prompt(t, 0) for t in texts], **kwargs)
+        inputs = self._encode(groups, [self.edit_prompt(t, n) for t, n in zip(texts, counts)], **kwargs)
+        null = self._encode(groups, [self.edit_prompt(UNCONDITIONAL_PROMPT, n) for n in counts], **kwargs)
+        text_alone = self._encode(None, [self.edit_prompt(t, 0) for t in texts], **kwargs)
         for prefix, other in (("unconditional", null), ("text_alone", text_alone)):
             inputs |= {f"{prefix}_{name}": other[name] for name in ("input_ids", "attention_mask")}
         return BatchFeature(dict(inputs))
