@@ -14,7 +14,7 @@ def test_a_packed_layer_gives_what_the_layer_gives(shape, bias, dtype):
     linear = nn.Linear(24, 40, bias=bias).to(dtype)
     inputs = torch.randn(shape).to(dtype)
     with torch.no_grad():
-        packed = pack_linears(linear)
+        packed = pack_linears(linear, min_weights=0)
         assert isinstance(packed, UniTokPackedLinear)
         torch.testing.assert_close(packed(inputs), linear(inputs))
 
@@ -23,7 +23,7 @@ def test_everything_but_the_linear_layers_is_shared_and_the_module_stays_as_it_i
     shared = nn.Linear(8, 8)
     model = nn.Sequential(nn.Sequential(shared, nn.LayerNorm(8)), nn.Dropout(), shared).eval()
     before = dict(model.named_modules())
-    packed = pack_linears(model)
+    packed = pack_linears(model, min_weights=0)
     assert dict(model.named_modules()) == before
     assert packed[0][0] is packed[2] and isinstance(packed[2], UniTokPackedLinear)
     assert packed[0][1] is model[0][1] and packed[1] is model[1]
@@ -32,7 +32,13 @@ def test_everything_but_the_linear_layers_is_shared_and_the_module_stays_as_it_i
     with torch.no_grad():
         shared.weight.zero_()  # no change reaches a packed copy; the next one has it
     assert packed(inputs).std() > 0
-    torch.testing.assert_close(pack_linears(model)(inputs), model(inputs))
+    torch.testing.assert_close(pack_linears(model, min_weights=0)(inputs), model(inputs))
+
+
+def test_small_layers_are_left_alone():
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 511))
+    packed = pack_linears(model)
+    assert isinstance(packed[0], UniTokPackedLinear) and packed[1] is model[1]
 
 
 def test_what_cannot_be_packed_is_left_alone():
@@ -45,7 +51,7 @@ def test_what_cannot_be_packed_is_left_alone():
         nn.Conv2d(3, 4, 1),
         nn.LayerNorm(4),
     ):
-        assert pack_linears(module) is module
+        assert pack_linears(module, min_weights=0) is module
     with torch.autocast("cpu", torch.bfloat16):
         linear = nn.Linear(4, 4)
-        assert pack_linears(linear) is linear
+        assert pack_linears(linear, min_weights=0) is linear

@@ -485,9 +485,8 @@ def take_picture(path: Path) -> None:
     """Chat and Draw side by side, as one PNG."""
     with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as (address, _), browser_page(address) as page:
         expect.set_options(timeout=WAIT)
-        red_circle().save(f"{folder}/circle.png")
-        for number, text in enumerate(("what color is the shape?", "make it blue", "draw a yellow triangle"), start=1):
-            ask(page, text, *([Path(folder) / "circle.png"] if number == 1 else []))
+        for number, text in enumerate(("draw a red circle", "make it blue", "what color is the shape?"), start=1):
+            ask(page, text)
             expect(answers(page)).to_have_count(number)
             page.wait_for_timeout(5000)
         page.screenshot(path=f"{folder}/chat.png")

@@ -8,6 +8,7 @@ is another: it compares the picture alone with neither).
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -21,10 +22,13 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from .packing_unitok import pack_linears
 from .streaming_unitok import UniTokImageStreamer
 
 
 IMAGE_INPUTS = ("pixel_values", "image_codes")
+MAX_GUIDANCE = 1e6  # logits times it stay finite in float32
+MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
 def uniform_noise(seeds: list[int], num_return_sequences: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -75,6 +79,9 @@ class UniTokGenerationMixin(GenerationMixin):
             ValueError: another mode.
         """
         if generation_mode == "text":
+            input_ids = kwargs.get("input_ids", inputs)
+            if input_ids is not None:
+                self._check_room(input_ids, 1)
             return super().generate(inputs, *args, **kwargs)
         if generation_mode == "image":
             return self.generate_image_codes(kwargs.pop("input_ids", inputs), *args, **kwargs)
@@ -167,14 +174,17 @@ class UniTokGenerationMixin(GenerationMixin):
                 guidance without an unconditional prompt.
         """
         for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
-            if scale < 1:
-                raise ValueError(f"{name} must be at least 1 (1: no guidance), got {scale}.")
+            if not 1 <= scale <= MAX_GUIDANCE:
+                raise ValueError(
+                    f"{name} must be at least 1 (1: no guidance) and at most {MAX_GUIDANCE:g}, got {scale}."
+                )
         if num_return_sequences < 1:
             raise ValueError(f"num_return_sequences must be at least 1, got {num_return_sequences}.")
         if num_positions is None:
             num_positions = self.config.num_image_positions
         if num_positions < 1:
             raise ValueError(f"num_positions must be at least 1, got {num_positions}.")
+        self._check_room(input_ids, num_positions)
         if not (input_ids[:, -1] == self.config.boi_token_id).all():
             raise ValueError(
                 f"Each prompt must end with the token that opens an image ({self.config.boi_token_id}): make prompts "
@@ -211,11 +221,13 @@ class UniTokGenerationMixin(GenerationMixin):
             logits = logits + sum(scale * (logits - other) for scale, other in zip(scales, others))
             if noise is None:
                 return logits.argmax(dim=-1)
+            logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no temperature makes infinity of them
             return sample_codes(warpers(None, logits), noise[:, position, k])
 
         prompt_length = inputs_embeds.shape[1]
         attention_mask = F.pad(attention_mask, (0, num_positions), value=1)
         position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
+        llm, embedder, depth_head = (pack_linears(m) for m in (self.get_decoder(), self.embedder, self.depth_head))
         llm_cache = DynamicCache(config=self.config.text_config) if use_cache else None
         embedder_cache = DynamicCache() if use_cache else None
         groups = []
@@ -223,25 +235,23 @@ class UniTokGenerationMixin(GenerationMixin):
             for position in tqdm(range(num_positions), desc="drawing", disable=not progress, leave=False):
                 end = prompt_length + position
                 start = end - inputs_embeds.shape[1]
-                hidden_states = self.get_decoder()(
+                hidden_states = llm(
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask[:, :end],
                     position_ids=position_ids[:, start:end],
                     cache=llm_cache,
                     use_cache=use_cache,
                 ).last_hidden_state[:, -1]
-                groups.append(
-                    self.depth_head.generate(hidden_states, lambda logits, k, p=position: choose(logits, p, k))
-                )
+                groups.append(depth_head.generate(hidden_states, lambda logits, k, p=position: choose(logits, p, k)))
                 if streamer is not None and streamer.put(torch.stack(groups, dim=2)):
                     break
                 if position + 1 == num_positions:
                     break
                 if use_cache:
-                    drawn = self.embedder(groups[-1][:, :, None], embedder_cache)
+                    drawn = embedder(groups[-1][:, :, None], embedder_cache)
                     inputs_embeds = drawn.repeat(len(branches), 1, 1)
                 else:
-                    drawn = self.embedder(torch.stack(groups, dim=2)).repeat(len(branches), 1, 1)
+                    drawn = embedder(torch.stack(groups, dim=2)).repeat(len(branches), 1, 1)
                     inputs_embeds = torch.cat([inputs_embeds[:, :prompt_length], drawn], dim=1)
         finally:
             if streamer is not None:
@@ -282,6 +292,7 @@ class UniTokGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"max_new_tokens must be at least 1 and max_images at least 0, got {max_new_tokens} and {max_images}."
             )
+        self._check_room(input_ids, 1)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         image_codes = self.encode_images(pixel_values) if pixel_values is not None else image_codes
         if image_codes is None:
@@ -295,7 +306,13 @@ class UniTokGenerationMixin(GenerationMixin):
         for ids, mask, codes in zip(input_ids, attention_mask, of_row):
             prompt = ids[mask.bool()][None]
             sequence, codes = self._interleave_one(
-                prompt, codes, unconditional, max_new_tokens, max_images, dict(image_options or {}), text_options
+                prompt,
+                codes,
+                unconditional,
+                max_new_tokens,
+                max_images,
+                dict(image_options or {}),
+                dict(text_options),
             )
             output.sequences.append(sequence[0, prompt.shape[1] :])
             output.image_codes.append(codes)
@@ -340,8 +357,11 @@ class UniTokGenerationMixin(GenerationMixin):
 
     @staticmethod
     def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0 (do_sample=False is greedy), got {temperature}.")
+        if not MIN_TEMPERATURE <= temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be above 0 (do_sample=False is greedy), from {MIN_TEMPERATURE:.2g}, and finite, "
+                f"got {temperature}."
+            )
         if top_k < 0:
             raise ValueError(f"top_k must be at least 0 (0: all codes), got {top_k}.")
         if not 0 < top_p <= 1:
@@ -357,10 +377,24 @@ class UniTokGenerationMixin(GenerationMixin):
     def _seeds(seed: int | list[int] | None, num_prompts: int) -> list[int]:
         if seed is None:
             return torch.randint(2**31, (num_prompts,)).tolist()
-        seeds = [seed] * num_prompts if isinstance(seed, int) else list(seed)
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * num_prompts
         if len(seeds) != num_prompts:
             raise ValueError(f"Got {len(seeds)} seeds for {num_prompts} prompts.")
+        if not all(isinstance(one, Integral) and one >= 0 for one in seeds):
+            raise ValueError(f"seed must be an integer of at least 0, or one for each prompt, got {seed}.")
         return seeds
+
+    def _check_room(self, input_ids: torch.Tensor, num_positions: int) -> None:
+        """
+        Raises:
+            ValueError: the prompts (B, T) and what shall follow do not fit into the LLM.
+        """
+        most = self.config.text_config.max_position_embeddings
+        if input_ids.shape[1] + num_positions > most:
+            raise ValueError(
+                f"The prompt is too long: {input_ids.shape[1]} tokens, and {num_positions} to follow, do not fit into "
+                f"the model's {most} positions."
+            )
 
     def _other_branch(self, scale_name, name, input_ids, attention_mask, image_codes, batch):
         """Embeddings and mask, a row for each prompt, of the prompts that a guidance leads away from."""

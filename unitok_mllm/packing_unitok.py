@@ -23,9 +23,14 @@ class UniTokPackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(hidden_states, self.weight, self.bias, "none", [], "")
 
 
-def _can_pack(linear: nn.Linear) -> bool:
+MIN_WEIGHTS = 2**18  # a smaller layer stays in the processor's caches, where the layout does not matter
+
+
+def _can_pack(linear: nn.Linear, min_weights: int) -> bool:
     """Whether it is a plain float32 or bfloat16 layer on a CPU that oneDNN serves, without hooks of anyone's."""
     weight = linear.weight
+    if weight.numel() < min_weights:
+        return False
     if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
         return False
     if type(weight) not in (nn.Parameter, torch.Tensor) or weight.device.type != "cpu":
@@ -35,7 +40,7 @@ def _can_pack(linear: nn.Linear) -> bool:
     )
 
 
-def pack_linears(module: nn.Module) -> nn.Module:
+def pack_linears(module: nn.Module, min_weights: int = MIN_WEIGHTS) -> nn.Module:
     """The module for inference on a CPU, its linear layers with packed weights; everything else is shared with it.
 
     The module itself is left as it is. Where there is nothing to pack (another device or dtype, a CPU that oneDNN does
@@ -44,18 +49,19 @@ def pack_linears(module: nn.Module) -> nn.Module:
 
     Args:
         module: any module in eval mode, also a whole model.
+        min_weights: layers with fewer weights are left as they are.
     """
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return module
-    return _pack(module, {})
+    return _pack(module, min_weights, {})
 
 
-def _pack(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+def _pack(module: nn.Module, min_weights: int, known: dict[nn.Module, nn.Module]) -> nn.Module:
     if module not in known:
         if type(module) is nn.Linear:
-            known[module] = UniTokPackedLinear(module) if _can_pack(module) else module
+            known[module] = UniTokPackedLinear(module) if _can_pack(module, min_weights) else module
         else:
-            children = {name: child and _pack(child, known) for name, child in module._modules.items()}
+            children = {name: child and _pack(child, min_weights, known) for name, child in module._modules.items()}
             known[module] = module
             if any(children[name] is not child for name, child in module._modules.items()):
                 known[module] = copy.copy(module)
