@@ -1,0 +1,166 @@
+"""The jobs of `eval.speed` computed the plain way, by the same loaded weights: its yardstick, and a check of its results.
+
+No key/value caches (each image position, and each text token, reads the whole prefix anew; the depth transformer runs
+anew for each code, over the codes of that position so far), a loop over the sub-codebooks, and nearest upsampling
+followed by a 3x3 convolution. All of it takes the model's modules by the names that checkpoints
+know them by. Only `tokenizer_forward` is to be trained through.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaModel
+
+from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokModel, UniTokMultiCodebookQuantizer
+from unitok_mllm.modeling_unitok import UniTokOutput
+
+
+def nearest_codes(quantizer: UniTokMultiCodebookQuantizer, features: torch.Tensor) -> torch.Tensor:
+    """(B, L, dim) -> codes (B, K, L), one sub-codebook after another."""
+    chunks = features.float().chunk(len(quantizer.codebooks), dim=-1)
+    codes = [
+        (F.normalize(chunk, dim=-1) @ F.normalize(codebook.float(), dim=-1).T).argmax(dim=-1)
+        for chunk, codebook in zip(chunks, quantizer.codebooks, strict=True)
+    ]
+    return torch.stack(codes, dim=1)
+
+
+def code_vectors(quantizer: UniTokMultiCodebookQuantizer, codes: torch.Tensor) -> torch.Tensor:
+    """Codes (B, K, L) -> (B, L, dim), in the codebooks' dtype, one sub-codebook after another."""
+    vectors = [
+        F.normalize(codebook.float(), dim=-1)[indices]
+        for codebook, indices in zip(quantizer.codebooks, codes.unbind(dim=1), strict=True)
+    ]
+    return torch.cat(vectors, dim=-1).to(quantizer.codebooks.dtype)
+
+
+def encode(tokenizer: UniTokModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] -> codes (B, K, L)."""
+    vision = tokenizer.vision_model
+    return nearest_codes(vision.quantizer, vision.encode_features(pixel_values))
+
+
+def upsample(conv: nn.Conv2d, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Nearest 2x upsampling, then the 3x3 convolution: (B, C, h, w) -> (B, C', 2 h, 2 w)."""
+    return F.conv2d(F.interpolate(hidden_states, scale_factor=2, mode="nearest"), conv.weight, conv.bias, padding=1)
+
+
+def reconstruct(tokenizer: UniTokModel, semantic_embeds: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """The decoder: (B, h * w, C) -> (B, 3, 16 h, 16 w)."""
+    decoder = tokenizer.decoder
+    hidden_states = decoder.norm(decoder.blocks(semantic_embeds)).transpose(1, 2).unflatten(2, grid_size)
+    hidden_states = upsample(decoder.up_conv1.conv, hidden_states)
+    for stage in (decoder.up_conv2, decoder.up_conv3):
+        first, *others = stage
+        shortcut = upsample(first.shortcut.conv, hidden_states)
+        hidden_states = F.gelu(first.conv1_1x1(first.pre_norm(hidden_states)))
+        hidden_states = F.gelu(first.conv2_kxk(upsample(first.up.conv, hidden_states)))
+        hidden_states = shortcut + first.conv3_1x1(hidden_states)
+        for block in others:
+            hidden_states = block(hidden_states)
+    stem = decoder.up_conv4
+    return stem.conv2(F.gelu(stem.norm1(upsample(stem.conv1.conv, hidden_states))))
+
+
+def decode(tokenizer: UniTokModel, codes: torch.Tensor) -> torch.Tensor:
+    """Codes (B, K, L) of square images -> (B, 3, H, W), clamped to [-1, 1]."""
+    vision, side = tokenizer.vision_model, math.isqrt(codes.shape[-1])
+    semantic_embeds = vision.post_quant_proj(code_vectors(vision.quantizer, codes))
+    return reconstruct(tokenizer, semantic_embeds, (side, side)).clamp(-1, 1)
+
+
+def tokenizer_forward(
+    tokenizer: UniTokModel, pixel_values: torch.Tensor, input_ids: torch.Tensor | None = None
+) -> UniTokOutput:
+    """What `UniTokModel.forward` gives for the losses of training, without the entropy loss and the statistics."""
+    vision = tokenizer.vision_model
+    quantizer = vision.quantizer
+    features = vision.encode_features(pixel_values)
+    vectors, vq_loss = [], 0.0
+    with torch.autocast(features.device.type, enabled=False):
+        codes = nearest_codes(quantizer, features.detach())
+        chunks = features.float().chunk(len(quantizer.codebooks), dim=-1)
+        for chunk, codebook, indices in zip(chunks, quantizer.codebooks, codes.unbind(dim=1), strict=True):
+            chunk, vector = F.normalize(chunk, dim=-1), F.normalize(codebook.float(), dim=-1)[indices]
+            vq_loss += F.mse_loss(vector, chunk.detach()) + quantizer.beta * F.mse_loss(vector.detach(), chunk)
+            vectors.append(chunk + (vector - chunk).detach())
+    semantic_embeds = vision.post_quant_proj(torch.cat(vectors, dim=-1).to(features.dtype))
+    has_text = input_ids is not None
+    return UniTokOutput(
+        reconstruction=reconstruct(tokenizer, semantic_embeds, vision.grid_size(pixel_values)),
+        codes=codes,
+        vq_loss=vq_loss / len(vectors),
+        image_embeds=vision.pool(semantic_embeds),
+        text_embeds=tokenizer.get_text_features(input_ids) if has_text else None,
+        logit_scale=tokenizer.logit_scale.clamp(0, math.log(100)).exp() if has_text else None,
+    )
+
+
+def depth_llama(model: UniTokMLLMForConditionalGeneration) -> LlamaModel:
+    """The depth transformer's layers as transformers' own Llama, which shares their weights."""
+    weights = {n: w for n, w in model.depth_head.state_dict().items() if n.startswith(("layers.", "norm."))}
+    config = model.config.depth_config.llama_config(model.depth_head.num_codebooks)
+    llama = LlamaModel(config).to(model.device, model.dtype).eval()
+    # the table of embeddings, of one row, is all that has no weights to take over
+    if llama.load_state_dict(weights, strict=False, assign=True) != (["embed_tokens.weight"], []):
+        raise ValueError(f"The depth transformer is no stack of Llama layers: {', '.join(weights)}.")
+    return llama
+
+
+def draw(
+    model: UniTokMLLMForConditionalGeneration,
+    depth: LlamaModel,
+    input_ids: torch.Tensor,
+    unconditional_input_ids: torch.Tensor,
+    guidance_scale: float,
+    num_positions: int,
+) -> torch.Tensor:
+    """Draws greedily with guidance, everything anew at each position.
+
+    Args:
+        depth: see `depth_llama`.
+        input_ids, unconditional_input_ids: (B, T) both, without padding and without images.
+
+    Returns:
+        (B, K, num_positions), int64.
+    """
+    head = model.depth_head
+    prompts = torch.cat([model.embed(ids)[0] for ids in (input_ids, unconditional_input_ids)])
+    groups: list[torch.Tensor] = []
+    for _ in range(num_positions):
+        inputs_embeds = prompts
+        if groups:
+            drawn = model.embedder(torch.stack(groups, dim=2))
+            inputs_embeds = torch.cat([prompts, drawn.repeat(2, 1, 1)], dim=1)
+        state = model.get_decoder()(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state[:, -1]
+        depth_inputs, group = head.in_proj(state)[:, None], []
+        for k in range(head.num_codebooks):
+            hidden_states = depth(inputs_embeds=depth_inputs, use_cache=False).last_hidden_state[:, -1]
+            conditional, unconditional = head.head(hidden_states).float().chunk(2)
+            group.append((unconditional + guidance_scale * (conditional - unconditional)).argmax(dim=-1))
+            if k + 1 < head.num_codebooks:
+                embeds = head.embeddings(group[-1] + k * head.codebook_size)
+                depth_inputs = torch.cat([depth_inputs, embeds.repeat(2, 1)[:, None]], dim=1)
+        groups.append(torch.stack(group, dim=1))
+    return torch.stack(groups, dim=2)
+
+
+def answer(
+    model: UniTokMLLMForConditionalGeneration,
+    input_ids: torch.Tensor,
+    num_tokens: int,
+    suppressed: list[int],
+    pixel_values: torch.Tensor | None = None,
+    image_codes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Answers greedily, (B, T) -> (B, num_tokens), the whole sequence and all its logits anew for each token."""
+    if pixel_values is not None:
+        image_codes = encode(model.visual, pixel_values)
+    sequence = input_ids
+    for _ in range(num_tokens):
+        logits = model(input_ids=sequence, image_codes=image_codes, use_cache=False).logits[:, -1]
+        logits[:, [token for token in suppressed if token < logits.shape[-1]]] = -math.inf
+        sequence = torch.cat([sequence, logits.argmax(dim=-1, keepdim=True)], dim=1)
+    return sequence[:, input_ids.shape[1] :]
