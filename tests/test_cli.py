@@ -210,11 +210,11 @@ def test_picture_area_is_the_processors(size):
 # ask
 
 
-def direct_answer(folder: Path, image: Image.Image, question: str, max_new_tokens: int) -> str:
+def direct_answer(folder: Path, image: Image.Image, question: str, max_new_tokens: int, **options) -> str:
     model, processor = cli.load(folder)
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, **options
     ).to(model.device)
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -484,8 +484,10 @@ def test_empty_text(models, picture, text):
     assert fail("generate", text, "--model", models / "mllm") == "the prompt is empty"
 
 
-def test_question_with_an_image_placeholder(models, picture):
-    assert "<image>" in fail("ask", picture, "is <image> red?", "--model", models / "mllm")
+def test_question_with_an_image_placeholder_is_plain_text(models, picture):
+    answer = succeed("ask", picture, "is <image> red?", "--model", models / "mllm", "--max-new-tokens", 6)
+    image = Image.open(picture)
+    assert answer.strip() == direct_answer(models / "mllm", image, "is <image> red?", 6, sanitize_control_tokens=True)
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,24 @@ class OneLineErrors(TyperGroup):
     """Runs a command; errors that a user can mend become one line on stderr and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
+        args = list(ctx.args)
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
-            message = error.format_message()
+            message = error.format_message() + self.value_given(args, error.param)
         except (ValueError, OSError) as error:
             message = str(error)
         typer.echo(f"error: {' '.join(message.split())}", err=True)
         raise typer.Exit(2)
+
+    @staticmethod
+    def value_given(args: list[str], parameter: Any) -> str:
+        """What the command line has for an option, which typer's messages leave out; "" where it has none."""
+        for arg, following in zip(args, [*args[1:], ""]):
+            name, equals, value = arg.partition("=")
+            if parameter is not None and name in parameter.opts:
+                return f", got {value if equals else following}"
+        return ""
 
 
 app = typer.Typer(
@@ -84,6 +94,7 @@ def load(folder: Path, *, tokenizer_only: bool = False) -> tuple[Any, Any]:
         model_type = json.loads((folder / "config.json").read_text())["model_type"]
         if model_type not in known:
             raise ValueError(f"its model type is {model_type!r}, this command needs {' or '.join(known)}")
+        check_size(folder)
         model, info = model_class.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -93,6 +104,35 @@ def load(folder: Path, *, tokenizer_only: bool = False) -> tuple[Any, Any]:
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         raise ValueError(f"cannot load the model in {folder}: {error}") from error
     return model.to(device).eval(), processor
+
+
+def check_size(folder: Path) -> None:
+    """Finds out before any memory is taken whether a folder's weights could be all of the model that its config asks
+    for: what is missing or of another shape would be made anew first, and only then reported.
+
+    Raises:
+        ValueError: the model has many more parameters than the .safetensors files (others are not looked into).
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig
+
+    from .modeling_unitok import UniTokModel
+    from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
+
+    stored, files = 0, sorted(folder.glob("*.safetensors"))
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                stored += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path.name}: {error}") from error
+    config = AutoConfig.from_pretrained(folder)
+    model_class = UniTokModel if config.model_type == "unitok" else UniTokMLLMForConditionalGeneration
+    with torch.device("meta"):
+        needed = model_class._from_config(config).num_parameters()
+    if files and needed > 4 * stored:  # tied weights are stored once, quantized ones packed
+        raise ValueError(f"its config asks for {needed} parameters, its weights hold {stored}")
 
 
 def reconstruct_images(
@@ -116,8 +156,9 @@ def answer_questions(
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
         for image, question in questions
     ]
-    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
-    inputs = inputs.to(model.device)
+    inputs = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
+    ).to(model.device)
     outputs = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answers = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
@@ -125,7 +166,7 @@ def answer_questions(
 
 def draw_images(model: Any, processor: Any, prompts: list[str], count: int, **options: Any) -> list["Image.Image"]:
     """`count` images for each prompt, side by side, in one batch; `options` are those of `generate_image_codes`."""
-    inputs = processor(text=prompts, generation_mode="image").to(model.device)
+    inputs = processor(text=prompts, generation_mode="image", sanitize_control_tokens=True).to(model.device)
     codes = model.generate(**inputs, generation_mode="image", num_return_sequences=count, progress=True, **options)
     return processor.post_process_multimodal_output(model.decode_images(codes), generation_mode="image")
 
@@ -135,7 +176,9 @@ def edit_images(
 ) -> list["Image.Image"]:
     """An image for each (image, instruction), in one batch; `options` are those of `generate_image_codes`."""
     images, instructions = zip(*requests)
-    inputs = processor(images=list(images), text=list(instructions), generation_mode="edit").to(model.device)
+    inputs = processor(
+        images=list(images), text=list(instructions), generation_mode="edit", sanitize_control_tokens=True
+    ).to(model.device)
     codes = model.generate(**inputs, generation_mode="image", progress=True, **options)
     return processor.post_process_multimodal_output(model.decode_images(codes), generation_mode="image")
 
@@ -155,6 +198,13 @@ def picture_area(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, i
     width, height = (max(1, round(side * scale)) for side in size)
     left, top = (canvas[0] - width) // 2, (canvas[1] - height) // 2
     return left, top, left + width, top + height
+
+
+def check_finite(**options: float) -> None:
+    """Finds out before any work whether the options are numbers that something can be computed with."""
+    for name, value in options.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name.replace('_', '-')} must be a finite number, got {value}")
 
 
 def check_output(path: Path) -> None:
@@ -323,8 +373,7 @@ def generate(
     """Draw images from a prompt; the paths of the files go to stdout."""
     if not prompt.strip():
         raise ValueError("the prompt is empty")
-    if not all(math.isfinite(number) for number in (guidance, temperature, top_p)):
-        raise ValueError("guidance, temperature and top-p must be finite numbers")
+    check_finite(guidance=guidance, temperature=temperature, top_p=top_p)
     check_output(output)
     mllm, processor = load(model)
     if seed is None:
@@ -351,8 +400,7 @@ def edit(
     """Draw an image anew as an instruction says; the path of the file goes to stdout."""
     if not instruction.strip():
         raise ValueError("the instruction is empty")
-    if not all(math.isfinite(number) for number in (guidance, image_guidance)):
-        raise ValueError("guidance and image-guidance must be finite numbers")
+    check_finite(guidance=guidance, image_guidance=image_guidance)
     check_output(output)
     from .image_processing_unitok import load_image
 

@@ -6,7 +6,30 @@ V codes in each sub-codebook, L image positions (height/16 * width/16, row-major
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPTextConfig, LlamaConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+
+# Far beyond what has been trained, and far below what fills a memory: (least, most), both included.
+WIDTH, DEPTH, VOCABULARY = (1, 2**16), (0, 1000), (1, 2**22)
+SHARE, WEIGHT, ABOVE_ZERO = (0.0, 1.0), (0.0, 1e6), (1e-12, 1e12)
+
+
+def check_ranges(config: PreTrainedConfig, prefix: str = "", **ranges: tuple[float, float]) -> None:
+    """Each number named, or each of a list of numbers, lies within its range; None does too.
+
+    Args:
+        prefix: said before the name.
+        ranges: least and most, by name.
+
+    Raises:
+        ValueError: one does not (NaN never does).
+    """
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if not all(number is None or least <= number <= most for number in numbers):
+            raise ValueError(f"{prefix}{name} ({value}) is not between {least} and {most}.")
 
 
 @strict
@@ -76,6 +99,19 @@ class UniTokVisionConfig(PreTrainedConfig):
             )
         if self.quant_proj not in ("attention", "linear"):
             raise ValueError(f"quant_proj is 'attention' or 'linear', got {self.quant_proj!r}.")
+        widths = ("num_channels", "stem_width", "stage_dims", "hidden_size", "quantizer_dim", "projection_dim")
+        check_ranges(
+            self,
+            **dict.fromkeys(widths, WIDTH),
+            stage_depths=(1, DEPTH[1]),
+            num_hidden_layers=DEPTH,
+            image_size=(self.patch_size, 2**14),
+            mlp_ratio=(ABOVE_ZERO[0], 64),
+            vq_beta=WEIGHT,
+            entropy_temperature=ABOVE_ZERO,
+            drop_path_rate=SHARE,
+            initializer_range=WEIGHT,
+        )
 
     @property
     def num_positions(self) -> int:
@@ -111,6 +147,11 @@ class UniTokConfig(PreTrainedConfig):
             self.decoder_layers = self.vision_config.num_hidden_layers
 
     def validate_architecture(self):
+        check_ranges(self, decoder_layers=DEPTH, initializer_range=WEIGHT)
+        if self.text_config is not None:
+            widths = ("hidden_size", "intermediate_size", "projection_dim", "max_position_embeddings")
+            ranges = dict.fromkeys(widths, WIDTH) | {"vocab_size": VOCABULARY, "num_hidden_layers": DEPTH}
+            check_ranges(self.text_config, "text_config.", **ranges)
         if self.text_config is not None and self.text_config.projection_dim != self.vision_config.projection_dim:
             raise ValueError(
                 f"The text tower's projection_dim ({self.text_config.projection_dim}) is not the vision tower's "
@@ -203,6 +244,26 @@ class UniTokDepthConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     initializer_range: float = 0.02
 
+    def validate_architecture(self):
+        widths = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        check_ranges(
+            self,
+            **dict.fromkeys(widths, WIDTH),
+            num_hidden_layers=DEPTH,
+            rms_norm_eps=SHARE,
+            rope_theta=ABOVE_ZERO,
+            initializer_range=WEIGHT,
+        )
+        for whole, part in (
+            ("hidden_size", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+        ):
+            size, count = getattr(self, whole), getattr(self, part)
+            if size is not None and count is not None and size % count:
+                raise ValueError(f"{whole} ({size}) is not a multiple of {part} ({count}).")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act ({self.hidden_act!r}) is no activation of transformers.")
+
     def llama_config(self, num_codebooks: int) -> LlamaConfig:
         """The `LlamaConfig` from which the layers are built."""
         return LlamaConfig(
@@ -277,6 +338,20 @@ class UniTokMLLMConfig(PreTrainedConfig):
                 f"boi_token_id ({self.boi_token_id}), eoi_token_id ({self.eoi_token_id}) and "
                 f"image_token_id ({self.image_token_id}) must differ."
             )
+        check_ranges(
+            self.text_config, "text_config.", vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=DEPTH
+        )
+        in_vocabulary = (0, self.text_config.vocab_size - 1)
+        check_ranges(
+            self,
+            embedder_dim=WIDTH,
+            boi_token_id=in_vocabulary,
+            eoi_token_id=in_vocabulary,
+            image_token_id=(0, 2**31 - 1),
+            image_loss_z_weight=WEIGHT,
+            initializer_range=WEIGHT,
+        )
+        self.depth_config.validate_architecture()  # its sizes are known by now
 
     @property
     def num_image_positions(self) -> int:

@@ -12,6 +12,8 @@ Two backends share everything but their resize: `UniTokImageProcessor` (torchvis
 import math
 import os
 import struct
+import zlib
+from http.client import HTTPException
 from io import BytesIO
 from typing import Any
 from urllib.request import urlopen
@@ -33,41 +35,67 @@ MODES = {
 }
 PAD_COLOR = (122, 116, 104)
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
-MAX_PIXELS = 2**29  # of a padded or resized picture: a very elongated one would otherwise fill the memory
+MAX_PIXELS = 2**28  # of a padded or resized picture: a very elongated one would otherwise fill the memory
 RANGE_TOLERANCE = 1e-3  # rounding noise allowed around [0, 1] and [0, 255] in float arrays
 URL_TIMEOUT = 30  # seconds
+URL_BYTES = 2**28  # of a file behind a URL, at most
+PROGRAM_FORMATS = ("EPS",)  # Pillow hands them to another program: not for pictures of unknown origin
 # what Pillow raises on missing, truncated or corrupt data
-DECODE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, RuntimeError, struct.error)
+DECODE_ERRORS = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
+    *(AssertionError, RuntimeError, MemoryError, struct.error, zlib.error),
+)
 
 
-def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
-    """Read an image as an upright 8-bit RGB picture.
+def load_image(source: str | os.PathLike | bytes | Image.Image, name: str = "") -> Image.Image:
+    """Read an image as an upright 8-bit RGB picture. Everything here that opens a picture from outside does it so.
 
     The EXIF orientation is applied and removed, so that a second call changes nothing. Transparency is composited on
     white. 16-bit greyscale is scaled to 8 bits. An animated file gives its first frame, a Pillow image its current one.
 
     Args:
-        source: a local path, an http(s) or `data:image/` URL, or a Pillow image of any mode (left unchanged).
+        source: a local path, an http(s) or `data:image/` URL, the bytes of a file, or a Pillow image of any mode (left
+            unchanged).
+        name: what errors call it; as it is, the path, or what is known of an image without one.
 
     Raises:
-        ValueError: the source is missing, truncated, not an image, or beyond Pillow's decompression-bomb limit. The
-            message names the file (or the mode and size of a Pillow image that has none).
+        ValueError: the source is missing, truncated, not an image, empty, of a kind that another program would have to
+            read (EPS), or beyond Pillow's decompression-bomb limit. The message names it.
     """
-    name = str(source)[:200]
-    if isinstance(source, Image.Image):
-        has_file = isinstance(source, ImageFile.ImageFile) and source.filename
-        name = source.filename if has_file else f"{source.mode} image of {source.width}x{source.height}"
     try:
         if isinstance(source, Image.Image):
-            return _to_upright_rgb(source)
-        file = os.fspath(source)
-        if str(file).startswith(("http://", "https://", "data:image/")):
-            with urlopen(file, timeout=URL_TIMEOUT) as response:
-                file = BytesIO(response.read())
-        with Image.open(file) as image:
-            return _to_upright_rgb(image)
-    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {name!r}: {error}") from error
+            has_file = isinstance(source, ImageFile.ImageFile) and source.filename
+            name = name or (source.filename if has_file else f"{source.mode} image of {source.width}x{source.height}")
+            picture = _to_upright_rgb(source)
+        else:
+            name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source)[:200])
+            with Image.open(_file_of(source), formats=_formats()) as image:
+                picture = _to_upright_rgb(image)
+    except (*DECODE_ERRORS, Image.DecompressionBombError, HTTPException) as error:
+        raise ValueError(f"cannot read image {name!r}: {error or type(error).__name__}") from error
+    if not (picture.width and picture.height):
+        raise ValueError(f"expected a non-empty array of pixels, got {name!r}, {picture.width}x{picture.height}")
+    return picture
+
+
+def _file_of(source: str | os.PathLike | bytes) -> str | bytes | BytesIO:
+    """What Pillow opens: a path, or what a URL or bytes hold."""
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    path = os.fspath(source)
+    if not str(path).startswith(("http://", "https://", "data:image/")):
+        return path
+    with urlopen(path, timeout=URL_TIMEOUT) as response:
+        data = response.read(URL_BYTES + 1)
+    if len(data) > URL_BYTES:
+        raise ValueError(f"more than {URL_BYTES} bytes")
+    return BytesIO(data)
+
+
+def _formats() -> list[str]:
+    """The formats that Pillow itself reads."""
+    Image.init()
+    return [name for name in Image.ID if name not in PROGRAM_FORMATS]
 
 
 def _to_upright_rgb(image: Image.Image) -> Image.Image:
@@ -77,7 +105,7 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_range(pixels: np.ndarray) -> np.ndarray:
@@ -144,10 +172,10 @@ class UniTokImageProcessorKwargs(ImagesKwargs, total=False):
 class UniTokImageProcessorMixin:
     """What the two backends share. See the module's docstring for the modes.
 
-    Called on one image or any nesting of lists, tuples and 4-D batches, sizes mixed: paths, Pillow images, arrays or
-    tensors, (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels (C first where both readings fit). Values are
-    integers in 0..255, 16-bit integers, floats in [0, 1] (never rescaled) or floats in 0..255. All are rounded to the
-    8 bits of a picture file, so that a picture gives the same values in any form.
+    Called on one image or any nesting of lists, tuples and 4-D batches, sizes mixed: paths, URLs, bytes of files,
+    Pillow images, arrays or tensors, (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels (C first where both
+    readings fit). Values are integers in 0..255, 16-bit integers, floats in [0, 1] (never rescaled) or floats in
+    0..255. All are rounded to the 8 bits of a picture file, so that a picture gives the same values in any form.
 
     Returns a `BatchFeature` with `pixel_values` (B, 3, height, width), float32 in [-1, 1].
 
@@ -172,10 +200,10 @@ class UniTokImageProcessorMixin:
     return_tensors = "pt"
 
     def fetch_images(self, images: Any) -> Any:
-        """Replace every path in `images` by its upright RGB picture, keeping the nesting."""
+        """Replace every path, URL and file's bytes in `images` by its upright RGB picture, keeping the nesting."""
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
-        return load_image(images) if isinstance(images, (str, os.PathLike)) else images
+        return load_image(images) if isinstance(images, (str, os.PathLike, bytes)) else images
 
     def post_process(self, pixels: torch.Tensor) -> list[Image.Image]:
         """Turn decoded `pixels` (B, 3, H, W), any float dtype in [-1, 1] (clamped), into B Pillow RGB images.
