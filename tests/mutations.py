@@ -75,8 +75,9 @@ def files() -> dict[str, bytes]:
                 file = io.BytesIO()
                 try:
                     picture.save(file, file_format, **how)
-                except (OSError, ValueError, KeyError):  # the format has no such mode, or no second frame
-                    continue
+                    Image.open(file).load()
+                except (OSError, ValueError, KeyError):
+                    continue  # no such mode or second frame, or not to be read back (Pillow 12: YCbCr in TIFF)
                 made[f"{file_format} {mode} {name}"] = file.getvalue()
     return made
 

@@ -178,7 +178,8 @@ def test_tokenizers_losses_are_counted_on_top(folder, tokenizer_config):
     vgg, judge = full.parts[-2:]
     assert full.parts[:-2] == bare.parts
     assert sum(part.forward for part in bare.parts) == pytest.approx(bare.forward_flops, rel=1e-3)
-    assert bare.step_flops == pytest.approx(3 * bare.forward_flops, rel=0.02)
+    # a little less than three times: the upsampling kernels are sums of weights, and the sums are no parameters
+    assert bare.step_flops == pytest.approx(3 * bare.forward_flops, rel=0.04)
     assert vgg.trainable == 0 and vgg.parameters == 14_714_688 + 1472  # VGG-16's convolutions, LPIPS's weights
     assert vgg.forward == pytest.approx(2 * 2 * 15.35e9 * (48 / 224) ** 2, rel=0.01)  # two images, 15.35 GMAC at 224
     assert vgg.step == pytest.approx(1.5 * vgg.forward, rel=0.01)
