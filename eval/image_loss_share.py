@@ -15,8 +15,8 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers import LlamaConfig
 
+from eval.speed import SMOLLM2
 from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokMLLMForConditionalGeneration
 
 
@@ -25,17 +25,8 @@ IMAGES, TEXT = 4, 40
 
 
 def build_model() -> UniTokMLLMForConditionalGeneration:
-    llm = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
     visual = UniTokConfig.preset("tiny", image_size=256, codebook_size=4096)
-    return UniTokMLLMForConditionalGeneration(UniTokMLLMConfig(text_config=llm, visual_config=visual)).train()
+    return UniTokMLLMForConditionalGeneration(UniTokMLLMConfig(text_config=SMOLLM2, visual_config=visual)).train()
 
 
 def measure(share: float, runs: int) -> dict:

@@ -76,7 +76,7 @@ from unitok_mllm import (
     UniTokMLLMForConditionalGeneration,
     UniTokModel,
 )
-from unitok_mllm.cli import SHIPPED_MODEL
+from unitok_mllm.cli import SHIPPED_MODEL, answer_questions
 
 
 DTYPES = ("float32", "bfloat16")
@@ -572,14 +572,9 @@ def first_answer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
     mllm, processor = subject.mllm.to(getattr(torch, settings.dtype)), AutoProcessor.from_pretrained(settings.folder)
     picture = Image.new("RGB", (64, 64), "lavender")
     ImageDraw.Draw(picture).ellipse((20, 16, 44, 40), fill="red")
-    question = [{"type": "image", "image": picture}, {"type": "text", "text": "what color is the shape?"}]
 
     def ask() -> str:
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=True, return_dict=True
-        ).to(settings.device)
-        ids = mllm.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-        return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return answer_questions(mllm, processor, [(picture, "what color is the shape?")], ANSWER_TOKENS)[0]
 
     options = {"batch": 1, "amount": 1, "unit": "answers/s", "counted": False, "describe": repr}
     yield Job(Way(ask), **options, detail="first", runs=1)

@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 
+MIN_WEIGHTS = 2**18  # a smaller layer stays in the processor's caches, where the layout does not matter
+
+
 class UniTokPackedLinear(nn.Module):
     """`linear` with a blocked copy of its weight, which later changes of the weight do not reach."""
 
@@ -21,9 +24,6 @@ class UniTokPackedLinear(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(hidden_states, self.weight, self.bias, "none", [], "")
-
-
-MIN_WEIGHTS = 2**18  # a smaller layer stays in the processor's caches, where the layout does not matter
 
 
 def _can_pack(linear: nn.Linear, min_weights: int) -> bool:
