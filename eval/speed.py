@@ -34,7 +34,8 @@ Each job runs in a process of its own, in which memory is the job's. A row's
                         whether that is 0, or below 1e-4
     codes_equal_to_fp32, psnr_to_fp32   in bfloat16, of the photographs; PSNR in dB
 
-In bfloat16 training keeps float32 weights under autocast, as the trainings do.
+In bfloat16 training keeps float32 weights under autocast, as the trainings do; those of the 7b preset, which would not
+fit on a card with their gradients and moments, are bfloat16 too. What gradient checkpointing computes again is counted.
 """
 
 import ctypes
@@ -131,7 +132,10 @@ class Settings:
     seconds: float = field(default=60.0, metadata={"help": "no further run of a row begins after so many seconds"})
     positions: int = field(default=0, metadata={"help": "image positions to draw; 0: all"})
     threads: int = field(default=0, metadata={"help": "of the CPU; 0: torch's choice"})
-    compile: bool = field(default=False, metadata={"help": "decode by a decoder that torch.compile has compiled"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the decoder, and the model that is trained"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "train with less memory and more arithmetic"}
+    )
     naive: bool = field(default=False, metadata={"help": "also the naive way, as a yardstick"})
     output: str = field(default="", metadata={"help": "JSON file for all of it"})
 
@@ -170,10 +174,14 @@ class Settings:
 
 @dataclass
 class Way:
-    """One way to compute a job: seconds and FLOPs are those of `run` less those of `less`."""
+    """One way to compute a job: seconds and FLOPs are those of `run` less those of `less`.
+
+    `counted` is what FLOPs and memory are taken of, None for `run`: the steps of a CUDA graph cannot be seen.
+    """
 
     run: Callable[[], Any]
     less: Callable[[], Any] | None = None
+    counted: Callable[[], Any] | None = None
 
 
 @dataclass
@@ -237,8 +245,8 @@ class Measurement:
     peak: int | None = None
 
 
-def load_subject(settings: Settings, trains: bool) -> Subject:
-    """The model, float32 but for a 7B LLM's weights that are not trained; see `encode_jobs` for what casts it."""
+def load_subject(settings: Settings) -> Subject:
+    """The model, float32 but for a 7B LLM's weights; see `encode_jobs` for what casts it."""
     torch.manual_seed(0)
     if settings.folder:
         is_tokenizer = isinstance(AutoConfig.from_pretrained(settings.folder), UniTokConfig)
@@ -253,8 +261,7 @@ def load_subject(settings: Settings, trains: bool) -> Subject:
             config = UniTokMLLMConfig(text_config=SMOLLM2, visual_config=visual, image_token_id=SMOLLM2.vocab_size)
             mllm = UniTokMLLMForConditionalGeneration(config)
         else:
-            dtype = torch.float32 if trains else getattr(torch, settings.dtype)
-            llm = AutoModelForCausalLM.from_config(LLAMA_2_7B, dtype=dtype)
+            llm = AutoModelForCausalLM.from_config(LLAMA_2_7B, dtype=getattr(torch, settings.dtype))
             mllm = UniTokMLLMForConditionalGeneration.from_parts(llm, UniTokModel(UniTokConfig.preset("large")))
     return Subject(mllm.visual, mllm.eval(), "random weights", has_visual=settings.preset != "smollm2")
 
@@ -402,8 +409,9 @@ def draw_jobs(subject: Subject, settings: Settings, sampled: bool = False) -> It
         prompts = dict(zip(("input_ids", "unconditional_input_ids"), ids.to(settings.device)))
         options = {"guidance_scale": GUIDANCE, "num_positions": positions}
         how = {"do_sample": True, "top_k": 20, "seed": 0} if sampled else {"do_sample": False}
+        draw = partial(mllm.generate, generation_mode="image", **prompts, **options, **how)
         yield Job(
-            Way(partial(mllm.generate, generation_mode="image", **prompts, **options, **how)),
+            Way(draw, counted=partial(draw, cuda_graph=False)),
             batch,
             batch,
             "images/s",
@@ -485,6 +493,10 @@ def idle_adamw(module: nn.Module) -> torch.optim.AdamW:
 
 def train_tokenizer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
     tokenizer = subject.tokenizer.requires_grad_(True).train()
+    if settings.gradient_checkpointing:
+        tokenizer.gradient_checkpointing_enable()
+    if settings.compile:
+        tokenizer.compile()
     pixels = photographs(tokenizer.config.vision_config.image_size).to(settings.device)
     text, weights, optimizer = tokenizer.config.text_config, LossArguments().weights(1.0), idle_adamw(tokenizer)
     for batch in settings.train_batches:
@@ -543,6 +555,12 @@ def training_batch(config: UniTokMLLMConfig, batch: int, mix: str, packed: bool,
 def train_mllm_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
     """Each batch with half of its samples writing (a single one writes), and one of them with all mixes and packed."""
     mllm = subject.mllm.requires_grad_(True).train()
+    if settings.preset == "7b" and not settings.model:
+        mllm.to(getattr(torch, settings.dtype))
+    if settings.gradient_checkpointing:
+        mllm.gradient_checkpointing_enable()
+    if settings.compile:
+        mllm.compile()
     optimizer = idle_adamw(mllm)
     rows = [(batch, "half" if batch > 1 else "write", False) for batch in settings.train_batches]
     middle = 4 if 4 in settings.train_batches else max(settings.train_batches)
@@ -706,7 +724,7 @@ def count(way: Way, trained: nn.Module | None, settings: Settings) -> Measuremen
     counter = flop_counter(trained is not None)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with eager, hooks, counter, PeakMemory(settings.device) as memory:
-        output = way.run()
+        output = (way.counted or way.run)()
     flops = counter.get_total_flops()
     if way.less is not None:
         with flop_counter(False) as counter:
@@ -795,7 +813,7 @@ def run_job(settings: Settings, name: str, peaks: dict[str, float]) -> list[dict
         if name in WITHOUT_MODEL:
             jobs = WITHOUT_MODEL[name](settings)
         else:
-            subject = load_subject(settings, name.startswith("train"))
+            subject = load_subject(settings)
             jobs, note = JOBS[name](subject, settings), subject.note
         rows = []
         for job in jobs:

@@ -1,8 +1,9 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList, StaticCache, SuppressTokensLogitsProcessor
 
+from unitok_mllm import generation_unitok
 from unitok_mllm.generation_unitok import sample_codes
 
 
@@ -136,10 +137,31 @@ def test_cache_batch_and_order_do_not_change_a_picture(draw, guidance_scale, do_
     assert torch.equal(draw(**options, seed=[5, 6, 7], num_positions=4), codes[..., :4])
 
 
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False}, {"guidance_scale": 3.0, "top_k": 5, "num_return_sequences": 2}]
+)
+def test_caches_of_fixed_length_draw_the_same(monkeypatch, draw, options):
+    expected = draw(**options)
+    lengths = []
+
+    def static_cache(model, max_length):
+        lengths.append(max_length)
+        return StaticCache(config=model.config.text_config, max_cache_len=max_length)
+
+    monkeypatch.setattr(generation_unitok, "static_cache", static_cache)
+    monkeypatch.setattr(generation_unitok, "UniTokCudaGraph", lambda step: step)
+    assert torch.equal(draw(**options), expected)
+    assert len(lengths) == 1 and lengths[0] > L + 20
+    assert torch.equal(draw(**options, num_positions=1), expected[..., :1])
+    assert torch.equal(draw(**options, cuda_graph=False), expected)
+    assert len(lengths) == 2
+
+
 @pytest.mark.parametrize("guidance_scale, branches", [(1, 1), (1.0, 1), (3.0, 2)])
 def test_each_image_token_takes_one_step_of_everything(lively_mllm, draw, guidance_scale, branches):
     calls = {"llm": [], "embedder": [], "depth": []}
-    parts = {"llm": lively_mllm.get_decoder().layers[0], "depth": lively_mllm.depth_head.layers[1]}
+    depth_layer = lively_mllm.depth_head.layers[1]
+    parts = {"llm": lively_mllm.get_decoder().layers[0], "depth": depth_layer.self_attn.q_proj}
     for name, part in parts.items():
         part.register_forward_pre_hook(lambda _, args, name=name: calls[name].append(tuple(args[0].shape[:2])))
     lively_mllm.embedder.register_forward_pre_hook(lambda _, args: calls["embedder"].append(tuple(args[0].shape)))
@@ -147,7 +169,7 @@ def test_each_image_token_takes_one_step_of_everything(lively_mllm, draw, guidan
     rows, prompt_length = 3 * branches, calls["llm"][0][1]
     assert calls["llm"] == [(rows, prompt_length)] + [(rows, 1)] * (L - 1) and prompt_length > 20
     assert calls["embedder"] == [(3, K, 1)] * (L - 1)
-    assert calls["depth"] == [(rows, 1)] * (K * L)
+    assert calls["depth"] == [(rows, depth_layer.hidden_size)] * (K * L)
 
 
 def test_guidance_1_ignores_the_unconditional_prompt(lively_mllm, processor, draw):

@@ -435,3 +435,19 @@ def test_inductor_gives_the_same_codes_pixels_logits_and_drawings(lively_mllm, p
     drawn = lively_mllm.generate(**prompt, generation_mode="image", seed=3)
     lively_mllm.get_decoder().compile(dynamic=True)
     assert torch.equal(lively_mllm.generate(**prompt, generation_mode="image", seed=3), drawn)
+
+
+@pytest.mark.slow
+def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(lively_mllm, processor):
+    torch._dynamo.reset()
+    batch = dict(DataCollatorForVisionLanguageModeling(processor)([sample(color) for color in ANSWERS]))
+    batch |= {"image_codes": lively_mllm.encode_images(batch.pop("pixel_values"))}
+    batch |= {"image_targets": torch.tensor([True, False, True, False])}
+    lively_mllm(**batch).loss.backward()
+    expected = {name: p.grad for name, p in lively_mllm.named_parameters() if p.grad is not None}
+    assert len(expected) > 30
+    lively_mllm.zero_grad()
+    lively_mllm.compile()
+    lively_mllm(**batch).loss.backward()
+    for name, parameter in lively_mllm.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected.get(name), rtol=1e-3, atol=1e-5)

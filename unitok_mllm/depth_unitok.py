@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import DynamicCache
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from .configuration_unitok import UniTokMLLMConfig
 
@@ -33,7 +33,10 @@ class UniTokDepthTransformer(nn.Module):
         self.layers = nn.ModuleList(
             [LlamaDecoderLayer(llama_config, i) for i in range(llama_config.num_hidden_layers)]
         )
-        self.norm = LlamaRMSNorm(width, eps=llama_config.rms_norm_eps)
+        self.norm = nn.RMSNorm(width, eps=llama_config.rms_norm_eps)
+        for layer in self.layers:  # torch's own norm is one kernel on CUDA, and keeps no float32 copy for backward
+            layer.input_layernorm = nn.RMSNorm(width, eps=llama_config.rms_norm_eps)
+            layer.post_attention_layernorm = nn.RMSNorm(width, eps=llama_config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(llama_config)
         self.head = nn.Linear(width, self.codebook_size)
 
@@ -41,12 +44,6 @@ class UniTokDepthTransformer(nn.Module):
         """The rotary cosines and sines of inputs 1..K."""
         position_ids = torch.arange(self.num_codebooks, device=hidden_states.device)[None]
         return self.rotary_emb(hidden_states, position_ids=position_ids)
-
-    def _decode(self, inputs_embeds, position_embeddings, cache: DynamicCache | None = None) -> torch.Tensor:
-        hidden_states = inputs_embeds
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, position_embeddings=position_embeddings, cache=cache)
-        return self.head(self.norm(hidden_states))
 
     def forward(self, hidden_states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """Teacher-forced logits.
@@ -62,7 +59,10 @@ class UniTokDepthTransformer(nn.Module):
         inputs_embeds = torch.cat(
             [self.in_proj(hidden_states)[:, None], self.embeddings(codes[:, :-1] + offsets)], dim=1
         )
-        return self._decode(inputs_embeds, self._positions(inputs_embeds))
+        position_embeddings = self._positions(inputs_embeds)
+        for layer in self.layers:
+            inputs_embeds = layer(inputs_embeds, position_embeddings=position_embeddings)
+        return self.head(self.norm(inputs_embeds))
 
     def generate(
         self, hidden_states: torch.Tensor, choose: Callable[[torch.Tensor, int], torch.Tensor]
@@ -77,16 +77,55 @@ class UniTokDepthTransformer(nn.Module):
         Returns:
             (B, K), int64.
         """
-        inputs_embeds = self.in_proj(hidden_states)[:, None]
-        cosines, sines = self._positions(inputs_embeds)
-        cache, codes = DynamicCache(), []
+        hidden_states, codes = self.in_proj(hidden_states), []
+        cosines, sines = (table[0] for table in self._positions(hidden_states))
+        first, second = sines.chunk(2, dim=-1)
+        rotation = cosines, torch.cat([-first, second], dim=-1)
+        attention = self.layers[0].self_attn
+        num_kv_heads = attention.config.num_key_value_heads
+        cache_shape = (len(hidden_states), num_kv_heads, self.num_codebooks, attention.head_dim)
+        caches = hidden_states.new_empty((len(self.layers), 2, *cache_shape))
         for k in range(self.num_codebooks):
-            logits = self._decode(inputs_embeds, (cosines[:, k : k + 1], sines[:, k : k + 1]), cache)
-            codes.append(choose(logits[:, 0], k))
+            for layer, cache in zip(self.layers, caches):
+                hidden_states = self._step(layer, hidden_states, k, rotation, cache)
+            codes.append(choose(self.head(self.norm(hidden_states)), k))
             if k + 1 < self.num_codebooks:
                 embeds = self.embeddings(codes[-1] + k * self.codebook_size)
-                inputs_embeds = embeds.repeat(len(hidden_states) // len(embeds), 1)[:, None]
+                hidden_states = embeds.repeat(len(hidden_states) // len(embeds), 1)
         return torch.stack(codes, dim=1)
+
+    @staticmethod
+    def _step(
+        layer: LlamaDecoderLayer,
+        hidden_states: torch.Tensor,
+        k: int,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        cache: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the layer makes of input k (N, D) after those before it, in few small operations.
+
+        Args:
+            rotation: rotary cosines, and sines of which the first half is negative, (K, head_dim) each.
+            cache: keys and values, (2, N, heads, K, head_dim); gets those of input k.
+        """
+        attention = layer.self_attn
+        normed = layer.input_layernorm(hidden_states)
+        query, key, value = (
+            projection(normed).unflatten(-1, (-1, attention.head_dim))  # (N, heads, head_dim)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        num_heads, num_kv_heads = query.shape[1], key.shape[1]
+        both = torch.cat([query, key], dim=1)
+        cosines, sines = rotation
+        both = torch.addcmul(both * cosines[k], both.roll(attention.head_dim // 2, -1), sines[k])
+        query, cache[0, :, :, k] = both.split([num_heads, num_kv_heads], dim=1)
+        cache[1, :, :, k] = value
+        keys, values = cache[:, :, :, : k + 1]
+        attended = F.scaled_dot_product_attention(
+            query[:, :, None], keys, values, scale=attention.scaling, enable_gqa=num_heads != num_kv_heads
+        )
+        hidden_states = hidden_states + attention.o_proj(attended.flatten(1))
+        return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
 __all__ = ["UniTokDepthTransformer"]

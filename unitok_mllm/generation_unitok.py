@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache, GenerationMixin
+from transformers.cache_utils import StaticLayer
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -22,6 +23,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from .cuda_graph_unitok import UniTokCudaGraph, static_cache
 from .packing_unitok import pack_linears
 from .streaming_unitok import UniTokImageStreamer
 
@@ -138,6 +140,7 @@ class UniTokGenerationMixin(GenerationMixin):
         num_return_sequences: int = 1,
         num_positions: int | None = None,
         use_cache: bool = True,
+        cuda_graph: bool = True,
         progress: bool = False,
         streamer: UniTokImageStreamer | None = None,
     ) -> torch.Tensor:
@@ -162,6 +165,8 @@ class UniTokGenerationMixin(GenerationMixin):
             num_return_sequences: samples for each prompt.
             num_positions: code groups to draw; None for a whole image (L).
             use_cache: False to compute everything anew at each step (slow; gives the same codes).
+            cuda_graph: False to launch all kernels of each step from Python (slow; gives the same codes), as is done where
+                no graph is possible: see `cuda_graph_unitok`.
             progress: show a progress bar.
             streamer: shown the codes so far after each position; it may stop the drawing.
 
@@ -193,11 +198,12 @@ class UniTokGenerationMixin(GenerationMixin):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         warpers = self._warpers(temperature, top_k, top_p)
-        noise = None
+        noise_shape = (num_positions, self.depth_head.num_codebooks)
         if do_sample:
-            seeds = self._seeds(seed, len(input_ids))
-            noise_shape = (num_positions, self.depth_head.num_codebooks)
-            noise = uniform_noise(seeds, num_return_sequences, noise_shape).to(input_ids.device)
+            noise = uniform_noise(self._seeds(seed, len(input_ids)), num_return_sequences, noise_shape)
+        else:
+            noise = torch.zeros(len(input_ids) * num_return_sequences, *noise_shape)  # not looked at
+        noise = noise.to(input_ids.device)
 
         inputs_embeds, image_codes = self.embed(input_ids, pixel_values, image_codes)
         branches, scales = [(inputs_embeds, attention_mask)], []
@@ -216,43 +222,63 @@ class UniTokGenerationMixin(GenerationMixin):
                 scales.append(scale - 1)
         inputs_embeds, attention_mask = self._stack(branches, num_return_sequences)
 
-        def choose(logits: torch.Tensor, position: int, k: int) -> torch.Tensor:
+        def choose(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
             logits, *others = logits.float().chunk(len(branches))
             logits = logits + sum(scale * (logits - other) for scale, other in zip(scales, others))
-            if noise is None:
+            if not do_sample:
                 return logits.argmax(dim=-1)
             logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no temperature makes infinity of them
-            return sample_codes(warpers(None, logits), noise[:, position, k])
+            return sample_codes(warpers(None, logits), noise)
 
         prompt_length = inputs_embeds.shape[1]
         attention_mask = F.pad(attention_mask, (0, num_positions), value=1)
         position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
         llm, embedder, depth_head = (pack_linears(m) for m in (self.get_decoder(), self.embedder, self.depth_head))
-        llm_cache = DynamicCache(config=self.config.text_config) if use_cache else None
-        embedder_cache = DynamicCache() if use_cache else None
+        fixed_cache = static_cache(self, attention_mask.shape[1]) if use_cache and cuda_graph else None
+        if fixed_cache is not None:
+            llm_cache, embedder_cache = fixed_cache, Cache(layers=[StaticLayer(num_positions)])
+        elif use_cache:
+            llm_cache, embedder_cache = DynamicCache(config=self.config.text_config), DynamicCache()
+        else:
+            llm_cache = embedder_cache = None
+
+        def next_group(inputs_embeds, attention_mask, position_ids, noise) -> torch.Tensor:
+            """The codes (B, K) of the position after these inputs (R * B, T, D)."""
+            hidden_states = llm(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=llm_cache,
+                use_cache=use_cache,
+            ).last_hidden_state[:, -1]
+            return depth_head.generate(hidden_states, lambda logits, k: choose(logits, noise[:, k]))
+
+        def embed_drawn(codes: torch.Tensor) -> torch.Tensor:
+            return embedder(codes, embedder_cache).repeat(len(branches), 1, 1)
+
+        def step(group, attention_mask, position_ids, noise) -> torch.Tensor:
+            """The codes (B, K) after those of the position before."""
+            return next_group(embed_drawn(group[:, :, None]), attention_mask, position_ids, noise)
+
+        if fixed_cache is not None:
+            step = UniTokCudaGraph(step)
         groups = []
         try:
             for position in tqdm(range(num_positions), desc="drawing", disable=not progress, leave=False):
                 end = prompt_length + position
-                start = end - inputs_embeds.shape[1]
-                hidden_states = llm(
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=attention_mask[:, :end],
-                    position_ids=position_ids[:, start:end],
-                    cache=llm_cache,
-                    use_cache=use_cache,
-                ).last_hidden_state[:, -1]
-                groups.append(depth_head.generate(hidden_states, lambda logits, k, p=position: choose(logits, p, k)))
+                mask = attention_mask if fixed_cache is not None else attention_mask[:, :end]
+                if use_cache and position > 0:
+                    group = step(groups[-1], mask, position_ids[:, end - 1 : end], noise[:, position])
+                else:
+                    drawn = [embed_drawn(torch.stack(groups, dim=2))] if groups else []
+                    group = next_group(
+                        torch.cat([inputs_embeds, *drawn], dim=1), mask, position_ids[:, :end], noise[:, position]
+                    )
+                groups.append(group)
+                if progress and group.device.type == "cuda":
+                    torch.cuda.synchronize(group.device)  # or the bar would run ahead
                 if streamer is not None and streamer.put(torch.stack(groups, dim=2)):
                     break
-                if position + 1 == num_positions:
-                    break
-                if use_cache:
-                    drawn = embedder(groups[-1][:, :, None], embedder_cache)
-                    inputs_embeds = drawn.repeat(len(branches), 1, 1)
-                else:
-                    drawn = embedder(torch.stack(groups, dim=2)).repeat(len(branches), 1, 1)
-                    inputs_embeds = torch.cat([inputs_embeds[:, :prompt_length], drawn], dim=1)
         finally:
             if streamer is not None:
                 streamer.end()

@@ -87,10 +87,15 @@ class UniTokProjectionAttention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = self.qkv(hidden_states) + bias
         query, key, value = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mask = None
         if cache is not None:
             key, value = cache.update(key, value, 0)
+            if cache.is_compileable:  # of a fixed length, not all of it in use
+                mask = torch.arange(key.shape[2], device=key.device)[None] < cache.get_seq_length()
         is_causal = self.causal and length > 1
-        hidden_states = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)  # (B, heads, L, dims)
+        hidden_states = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal
+        )  # (B, heads, L, dims)
         if self.narrowing:
             hidden_states = F.adaptive_avg_pool1d(hidden_states.mean(dim=1), self.out_dim)
         else:
@@ -120,7 +125,7 @@ class UniTokAttentionProjection(nn.Module):
         """(B, L, in_dim) -> (B, L, out_dim).
 
         With a `cache` (and a causal projection) the tokens follow those seen before: a whole prefix at first, then one
-        token at a time.
+        token at a time; a cache of fixed length takes one token at a time from the first.
         """
         attended = self.attn(self.norm1(hidden_states), cache)
         hidden_states = self.proj(self.norm3(hidden_states)) + attended

@@ -138,7 +138,7 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
     input_modalities = ("image", "text")
     output_modalities = ("image", "text")
     accepts_loss_kwargs = False
-    _no_split_modules = [*UniTokPreTrainedModel._no_split_modules, "LlamaDecoderLayer"]
+    _no_split_modules = [*UniTokPreTrainedModel._no_split_modules, "UniTokDepthTransformer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -394,8 +394,8 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
             codes = stand_in((1, self.depth_head.num_codebooks), dtype=torch.long)
             return self.depth_head(hidden_states[:1, 0], codes), None
         image_targets = image_targets.to(device=hidden_states.device, dtype=torch.bool)
-        is_target = input_ids == self.config.image_token_id
-        is_target[is_target.clone()] = image_targets.repeat_interleave(image_codes.shape[-1])
+        is_image = input_ids == self.config.image_token_id
+        is_target = is_image.masked_scatter(is_image, image_targets.repeat_interleave(image_codes.shape[-1]))
         is_token = torch.ones_like(is_target) if attention_mask is None else attention_mask.bool()
         if (is_target & ~F.pad(is_token[:, :-1], (1, 0))).any():
             raise ValueError(
