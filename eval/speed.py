@@ -41,6 +41,7 @@ fit on a card with their gradients and moments, are bfloat16 too. What gradient 
 import ctypes
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -53,7 +54,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
 import psutil
@@ -174,14 +175,10 @@ class Settings:
 
 @dataclass
 class Way:
-    """One way to compute a job: seconds and FLOPs are those of `run` less those of `less`.
-
-    `counted` is what FLOPs and memory are taken of, None for `run`: the steps of a CUDA graph cannot be seen.
-    """
+    """One way to compute a job: seconds and FLOPs are those of `run` less those of `less`."""
 
     run: Callable[[], Any]
     less: Callable[[], Any] | None = None
-    counted: Callable[[], Any] | None = None
 
 
 @dataclass
@@ -409,15 +406,15 @@ def draw_jobs(subject: Subject, settings: Settings, sampled: bool = False) -> It
         prompts = dict(zip(("input_ids", "unconditional_input_ids"), ids.to(settings.device)))
         options = {"guidance_scale": GUIDANCE, "num_positions": positions}
         how = {"do_sample": True, "top_k": 20, "seed": 0} if sampled else {"do_sample": False}
-        draw = partial(mllm.generate, generation_mode="image", **prompts, **options, **how)
         yield Job(
-            Way(draw, counted=partial(draw, cuda_graph=False)),
+            Way(partial(mllm.generate, generation_mode="image", **prompts, **options, **how)),
             batch,
             batch,
             "images/s",
             draw_bytes(mllm, 2 * batch, PROMPT_TOKENS, positions),
             detail="" if positions == mllm.config.num_image_positions else f"{positions} positions",
             naive=None if sampled else Way(partial(naive.draw, mllm, depth, **prompts, **options)),
+            counted=settings.device == "cpu",  # replays of a CUDA graph cannot be seen
         )
 
 
@@ -599,22 +596,29 @@ def first_answer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
     yield Job(Way(ask), **options, detail="later")
 
 
-def imported_too_much() -> list[str]:
-    """Which heavy libraries `import unitok_mllm` brings along, in a fresh process."""
-    program = f"import sys, unitok_mllm; print(*sorted(set({NOT_AT_IMPORT}) & set(sys.modules)))"
+def import_in_fresh_process(line: str) -> list[str]:
+    """Which heavy libraries the line of Python brings along."""
+    program = f"import sys; {line}; print(*sorted(set({NOT_AT_IMPORT}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     return done.stdout.split()
 
 
 def import_jobs(settings: Settings) -> Iterator[Job]:
-    yield Job(
-        Way(imported_too_much),
-        1,
-        1,
-        "imports/s",
-        counted=False,
-        describe=lambda found: f"imports {', '.join(found) or 'none of ' + ', '.join(NOT_AT_IMPORT)}",
-    )
+    """The package, and what it stands on: no import of it can be shorter."""
+    for detail, line in (
+        ("", "import unitok_mllm"),
+        ("transformers alone", "from transformers import AutoImageProcessor, AutoProcessor, LlamaForCausalLM"),
+        ("torchvision alone", "import torchvision"),
+    ):
+        yield Job(
+            Way(partial(import_in_fresh_process, line)),
+            1,
+            1,
+            "imports/s",
+            detail=detail,
+            counted=False,
+            describe=lambda found: f"imports {', '.join(found) or 'none of ' + ', '.join(NOT_AT_IMPORT)}",
+        )
 
 
 JOBS = {
@@ -724,7 +728,7 @@ def count(way: Way, trained: nn.Module | None, settings: Settings) -> Measuremen
     counter = flop_counter(trained is not None)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with eager, hooks, counter, PeakMemory(settings.device) as memory:
-        output = (way.counted or way.run)()
+        output = way.run()
     flops = counter.get_total_flops()
     if way.less is not None:
         with flop_counter(False) as counter:
@@ -830,13 +834,23 @@ def run_job(settings: Settings, name: str, peaks: dict[str, float]) -> list[dict
     return rows
 
 
+def end_with_parent() -> None:
+    """Lets this process end as soon as the one that started it does, however that ends."""
+
+    def watch() -> None:
+        connection.wait([parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def in_own_process(settings: Settings, name: str, peaks: dict[str, float]) -> list[dict]:
     """`run_job` in a fresh process.
 
     Raises:
         BrokenProcessPool: it was killed, as for memory.
     """
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=end_with_parent) as pool:
         return pool.submit(run_job, settings, name, peaks).result()
 
 

@@ -142,8 +142,8 @@ def test_the_shipped_model_draws_as_on_a_cpu():
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 def test_gradients_are_those_of_a_cpu(lively_mllm, attention):
     batch = make_batch(SAMPLES)
-    expected = gradients(lively_mllm, batch)
-    model = lively_mllm.to("cuda")
+    expected = {name: gradient.clone() for name, gradient in gradients(lively_mllm, batch).items()}
+    model = lively_mllm.to("cuda")  # takes the gradients along
     model.language_model.set_attn_implementation(attention)
     for name, gradient in gradients(model, {key: value.to("cuda") for key, value in batch.items()}).items():
         torch.testing.assert_close(

@@ -18,7 +18,7 @@ from eval.emoji import retrieval
 from training import easy_vqa, emoji
 from training.arguments import parse_yaml_and_command_line
 from training.data import Source
-from training.prepare_data import app
+from training.prepare_data import app, prepare_easy_vqa
 from training.train_mllm import MLLMArguments
 
 
@@ -59,6 +59,10 @@ def packages(tmp_path) -> Path:
 
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def turns_of(row: dict) -> list[str]:
+    return [turn["value"] for turn in row["conversations"]]
 
 
 def test_emoji_become_pictures_on_white_captions_and_questions(packages, tmp_path):
@@ -104,10 +108,23 @@ def test_easy_vqa_keeps_its_splits_and_all_its_questions(tmp_path):
     for edit, dialogue in zip(rows["edits"][::1000], rows["dialogues"][::1000]):
         color = edit["conversations"][0]["value"].removeprefix("<image>\nmake it ")
         assert edit["image"] == dialogue["image"] and edit["image"][1].endswith(f"_{color}.png")
-        assert dialogue["conversations"][-1]["value"] == color
-        assert color not in dialogue["conversations"][0]["value"]
+        assert turns_of(dialogue)[-4:] == [f"make it {color}", "<image>", "what color is the shape?", color]
+        assert f"draw a {color}" not in turns_of(dialogue)[0]
         colors = [c for _, c in Image.open(tmp_path / edit["image"][1]).getcolors()]
         assert set(colors).intersection(easy_vqa.RGB.values()) == {easy_vqa.RGB[color]}
+
+
+def test_a_third_of_easy_vqas_dialogues_begin_with_questions_about_the_users_picture(tmp_path, monkeypatch):
+    samples = easy_vqa.load("train")[:20]
+    monkeypatch.setattr(easy_vqa, "load", lambda split: samples)
+    prepare_easy_vqa(tmp_path)
+    beginnings = [turns_of(row)[:-4] for row in json.loads((tmp_path / "train_dialogues.json").read_text())]
+    for sample, uploaded, *drawn in zip(samples, beginnings[::3], beginnings[1::3], beginnings[2::3]):
+        turns = [uploaded[0].removeprefix("<image>\n"), *uploaded[1:]]
+        assert uploaded[0] != turns[0] and {*zip(turns[::2], turns[1::2])} <= {*sample.questions}
+        assert drawn == 2 * [[f"draw {sample.caption}", "<image>"]]
+    assert {len(turns) for turns in beginnings[::3]} == {2, 4}
+    assert beginnings[0] == ["<image>\nis there a black shape?", "no"]  # of a blue rectangle
 
 
 def test_recoloring_changes_the_shape_alone_and_back_again():

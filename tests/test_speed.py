@@ -4,7 +4,10 @@ Nothing here is timed.
 """
 
 import json
+import subprocess
+import sys
 
+import psutil
 import pytest
 import torch
 from conftest import enliven
@@ -248,11 +251,25 @@ def test_a_bad_command_line_ends_in_one_line_that_names_the_choices(arguments, e
     assert str(raised.value).startswith(f"error: {error}")
 
 
-def test_importing_the_package_imports_no_heavy_library(capsys):
-    (row,) = run_job(Settings(device="cpu", runs=1), "import", PEAKS)
-    assert row["note"] == "imports none of deepspeed, diffusers, lmms_eval, gradio, peft, datasets, open_clip"
-    assert row["flops"] is None and row["of_gemm"] is None and row["seconds"] > 0
-    assert json.loads(capsys.readouterr().out) == row
+def test_importing_the_package_imports_no_heavy_library():
+    package, *others = speed.import_jobs(Settings(device="cpu"))
+    heavy = "none of deepspeed, diffusers, lmms_eval, gradio, peft, datasets, open_clip"
+    assert package.describe(package.fast.run()) == f"imports {heavy}"
+    assert [job.detail for job in others] == ["transformers alone", "torchvision alone"]
+    assert speed.import_in_fresh_process("import datasets") == ["datasets"]
+
+
+@pytest.mark.slow
+def test_no_job_outlives_a_killed_benchmark():
+    arguments = [sys.executable, "-m", "eval.speed", "--jobs", "draw", "--runs", "1000", "--seconds", "1000"]
+    parent = psutil.Popen([*arguments, "--device", "cpu", "--threads", "1"], stdout=subprocess.PIPE)
+    assert b"peaks" in parent.stdout.readline()
+    children = parent.children(recursive=True)
+    assert children
+    parent.kill()
+    parent.wait()
+    gone, alive = psutil.wait_procs(children, timeout=30)
+    assert gone and not alive
 
 
 @pytest.mark.parametrize("processes", ["one", pytest.param("its own", marks=pytest.mark.slow)])

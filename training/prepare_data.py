@@ -5,7 +5,8 @@
 
 The folder gets `images/`, and for each split `<split>_captions.jsonl` ({"image", "caption"} a line),
 `<split>_conversations.json` (questions, in the format of LLaVA) and `<split>_dialogues.json` (pictures asked for in
-words); easy-VQA's also `<split>_edits.json` (a picture, "make it blue", and the picture in blue).
+words; in a third of easy-VQA's the user's own, asked about and then changed); easy-VQA's also `<split>_edits.json` (a
+picture, "make it blue", and the picture in blue).
 """
 
 import json
@@ -36,6 +37,12 @@ def write_captions(path: Path, captions: list[tuple[str, str]]) -> None:
     path.write_text("".join(json.dumps({"image": image, "caption": caption}) + "\n" for image, caption in captions))
 
 
+def asked_about(questions: list[tuple[str, str]], rng: random.Random) -> list[str]:
+    """A dialogue's first turns: the user's own picture with one or two of its questions, and their answers."""
+    first, *others = (turn for pair in rng.sample(questions, rng.randint(1, 2)) for turn in pair)
+    return [f"{IMAGE}\n{first}", *others]
+
+
 def prepare_easy_vqa(folder: Path) -> None:
     for split in ("train", "test"):
         captions, questions, edits, dialogues = [], [], [], []
@@ -49,14 +56,17 @@ def prepare_easy_vqa(folder: Path) -> None:
                 conversation([name], f"{IMAGE}\n{question}", answer) for question, answer in sample.questions
             ]
             other_colors = sorted(set(easy_vqa.COLORS).difference(sample.caption.split()))
-            colors = random.Random(number).sample(other_colors, EDITS_PER_IMAGE)
-            for color, picture in zip(colors, easy_vqa.recolor(Image.open(sample.image), colors)):
+            rng = random.Random(number)
+            colors = rng.sample(other_colors, EDITS_PER_IMAGE)
+            drawn = [f"draw {sample.caption}", IMAGE]
+            beginnings = [asked_about(sample.questions, rng), *[drawn] * (EDITS_PER_IMAGE - 1)]
+            pictures = easy_vqa.recolor(Image.open(sample.image), colors)
+            for color, picture, beginning in zip(colors, pictures, beginnings):
                 recolored = f"images/{split}_recolored/{sample.image.stem}_{color}.png"
                 picture.save(folder / recolored)
                 ask, pair = f"make it {color}", [name, recolored]
                 edits.append(conversation(pair, f"{IMAGE}\n{ask}", IMAGE))
-                turns = f"draw {sample.caption}", IMAGE, ask, IMAGE, "what color is the shape?", color
-                dialogues.append(conversation(pair, *turns))
+                dialogues.append(conversation(pair, *beginning, ask, IMAGE, "what color is the shape?", color))
         write_captions(folder / f"{split}_captions.jsonl", captions)
         for kind, rows in (("conversations", questions), ("edits", edits), ("dialogues", dialogues)):
             (folder / f"{split}_{kind}.json").write_text(json.dumps(rows))
