@@ -84,7 +84,10 @@ class UniTokDepthTransformer(nn.Module):
         attention = self.layers[0].self_attn
         num_kv_heads = attention.config.num_key_value_heads
         cache_shape = (len(hidden_states), num_kv_heads, self.num_codebooks, attention.head_dim)
-        caches = hidden_states.new_empty((len(self.layers), 2, *cache_shape))
+        dtype = hidden_states.dtype
+        if hidden_states.device.type == "cpu":
+            dtype = torch.promote_types(dtype, torch.float32)  # see `growing_cache_unitok`
+        caches = hidden_states.new_empty((len(self.layers), 2, *cache_shape), dtype=dtype)
         for k in range(self.num_codebooks):
             for layer, cache in zip(self.layers, caches):
                 hidden_states = self._step(layer, hidden_states, k, rotation, cache)
@@ -121,10 +124,11 @@ class UniTokDepthTransformer(nn.Module):
         query, cache[0, :, :, k] = both.split([num_heads, num_kv_heads], dim=1)
         cache[1, :, :, k] = value
         keys, values = cache[:, :, :, : k + 1]
+        query = query[:, :, None].to(keys.dtype)
         attended = F.scaled_dot_product_attention(
-            query[:, :, None], keys, values, scale=attention.scaling, enable_gqa=num_heads != num_kv_heads
+            query, keys, values, scale=attention.scaling, enable_gqa=num_heads != num_kv_heads
         )
-        hidden_states = hidden_states + attention.o_proj(attended.flatten(1))
+        hidden_states = hidden_states + attention.o_proj(attended.flatten(1).to(hidden_states.dtype))
         return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 

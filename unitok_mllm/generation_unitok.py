@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import Cache, GenerationMixin
 from transformers.cache_utils import StaticLayer
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -24,6 +24,7 @@ from transformers.generation.logits_process import (
 )
 
 from .cuda_graph_unitok import UniTokCudaGraph, static_cache
+from .growing_cache_unitok import UniTokGrowingLayer, growing_cache
 from .packing_unitok import pack_linears
 from .streaming_unitok import UniTokImageStreamer
 
@@ -238,7 +239,8 @@ class UniTokGenerationMixin(GenerationMixin):
         if fixed_cache is not None:
             llm_cache, embedder_cache = fixed_cache, Cache(layers=[StaticLayer(num_positions)])
         elif use_cache:
-            llm_cache, embedder_cache = DynamicCache(config=self.config.text_config), DynamicCache()
+            llm, llm_cache = growing_cache(llm, attention_mask.shape[1])
+            embedder_cache = Cache(layers=[UniTokGrowingLayer(num_positions)])
         else:
             llm_cache = embedder_cache = None
 

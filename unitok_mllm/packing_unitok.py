@@ -6,6 +6,7 @@ what torch's compiler uses after freezing a model.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -53,20 +54,30 @@ def pack_linears(module: nn.Module, min_weights: int = MIN_WEIGHTS) -> nn.Module
     """
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return module
-    return _pack(module, min_weights, {})
+    return copy_changed(
+        module,
+        lambda m: UniTokPackedLinear(m) if type(m) is nn.Linear and _can_pack(m, min_weights) else m,
+    )
 
 
-def _pack(module: nn.Module, min_weights: int, known: dict[nn.Module, nn.Module]) -> nn.Module:
+def copy_changed(
+    module: nn.Module, change: Callable[[nn.Module], nn.Module], known: dict[nn.Module, nn.Module] | None = None
+) -> nn.Module:
+    """The module with some of those in it changed, all else shared; itself where nothing is.
+
+    Args:
+        change: returns a module to stand in another's place, which is then gone through in turn, or the same one.
+        known: what has been changed so far.
+    """
+    known = {} if known is None else known
     if module not in known:
-        if type(module) is nn.Linear:
-            known[module] = UniTokPackedLinear(module) if _can_pack(module, min_weights) else module
-        else:
-            children = {name: child and _pack(child, min_weights, known) for name, child in module._modules.items()}
-            known[module] = module
-            if any(children[name] is not child for name, child in module._modules.items()):
-                known[module] = copy.copy(module)
-                known[module]._modules = children
+        changed = change(module)
+        children = {n: child and copy_changed(child, change, known) for n, child in changed._modules.items()}
+        if any(children[name] is not child for name, child in changed._modules.items()):
+            changed = copy.copy(changed) if changed is module else changed
+            changed._modules = children
+        known[module] = changed
     return known[module]
 
 
-__all__ = ["UniTokPackedLinear", "pack_linears"]
+__all__ = ["UniTokPackedLinear", "copy_changed", "pack_linears"]
