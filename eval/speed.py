@@ -191,6 +191,7 @@ class Job:
         least_bytes: see the module's docstring; without activations.
         trained: the module whose parameters take gradients; None for inference.
         counted: False to time it alone, without a run before that counts FLOPs and memory.
+        first: what is timed is the very first run.
         runs: instead of the settings'.
         best: the fastest run instead of the median.
         quality: further fields of the row.
@@ -206,6 +207,7 @@ class Job:
     naive: Way | None = None
     trained: nn.Module | None = None
     counted: bool = True
+    first: bool = False
     runs: int | None = None
     best: bool = False
     quality: dict[str, float] = field(default_factory=dict)
@@ -592,7 +594,7 @@ def first_answer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
         return answer_questions(mllm, processor, [(picture, "what color is the shape?")], ANSWER_TOKENS)[0]
 
     options = {"batch": 1, "amount": 1, "unit": "answers/s", "counted": False, "describe": repr}
-    yield Job(Way(ask), **options, detail="first", runs=1)
+    yield Job(Way(ask), **options, detail="first", runs=1, first=True)
     yield Job(Way(ask), **options, detail="later")
 
 
@@ -742,7 +744,7 @@ def measure(job: Job, with_naive: bool, settings: Settings) -> list[Measurement]
     ways = [job.fast, job.naive] if with_naive and job.naive is not None else [job.fast]
     with torch.set_grad_enabled(job.trained is not None):
         measured = [count(way, job.trained, settings) if job.counted else Measurement(None, 0.0, 0) for way in ways]
-        if settings.compile:
+        if settings.compile or (settings.device != "cpu" and not job.first):  # what compiles or loads at its first run
             for way in ways:
                 way.run()
         times: list[list[float]] = [[] for _ in ways]

@@ -293,7 +293,9 @@ def demo(
             "It draws", "the first two samples of each prompt, none picked by hand", list(zip(shapes, shape_pairs))
         ),
         Section(
-            "It draws emoji", f"each name in two styles, {' and '.join(EMOJI_STYLES)}", list(zip(EMOJI, emoji_pairs))
+            "It draws emoji",
+            f"each name in two styles, {' and '.join(EMOJI_STYLES)}; it was never shown the second apple",
+            list(zip(EMOJI, emoji_pairs)),
         ),
         Section("It recolors", "a test image, and what it became", [(text, (old, new)) for (old, text), new in edits]),
     ]
