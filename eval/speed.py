@@ -9,7 +9,8 @@ Presets: `tiny` is the shipped model; `smollm2` an LLM of SmolLM2-135M's size wi
 `large` the large tokenizer; `7b` an LLM of Llama-2-7B's size with the large tokenizer, for a GPU. All but the first have
 random weights. Jobs:
 
-    encode, decode      images to codes, codes to images (photographs that scikit-image and scikit-learn ship)
+    encode, decode      images to codes, codes to images (photographs that scikit-image and scikit-learn ship); packed:
+                        by `pack_linears(tokenizer)`, on a CPU
     draw                text to image codes, guidance 5, greedily; draw_sampled: from the 20 likeliest codes
     answer              time to the first token of an answer about a picture, and the tokens that follow
     train_tokenizer     one step: forward, the losses that need no other network, backward, AdamW
@@ -79,6 +80,7 @@ from unitok_mllm import (
     UniTokModel,
 )
 from unitok_mllm.cli import SHIPPED_MODEL, answer_questions
+from unitok_mllm.packing_unitok import pack_linears
 
 
 DTYPES = ("float32", "bfloat16")
@@ -348,8 +350,10 @@ def peaks_jobs(settings: Settings) -> Iterator[Job]:
     """The machine's own best."""
     size = 2048 if settings.device == "cpu" else 8192
     matrix = torch.rand(size, size, dtype=getattr(torch, settings.dtype), device=settings.device)
+    linear = nn.Linear(size, size, bias=False, device=settings.device, dtype=matrix.dtype)
+    product = partial(pack_linears(linear), matrix)  # on a CPU by oneDNN, whose products are the fastest
     options = {"batch": 1, "amount": 1, "runs": 20, "best": True}
-    yield Job(Way(lambda: matrix @ matrix), **options, unit="products", least_bytes=3 * nbytes(matrix), detail="GEMM")
+    yield Job(Way(product), **options, unit="products", least_bytes=3 * nbytes(matrix), detail="GEMM")
     memory = torch.ones(2**27, device=settings.device)  # 512 MiB, more than caches hold
     yield Job(Way(memory.sum), **options, unit="sums", least_bytes=nbytes(memory), detail="bandwidth")
 
@@ -364,15 +368,13 @@ def encode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
         quality = {"codes_equal_to_fp32": (tokenizer.encode(pixels) == true_codes).float().mean().item()}
     for batch in settings.batches:
         images = repeat_to(pixels, batch)
+        least = encode_bytes(tokenizer, images, tokenizer.encode(images))
+        options = {"batch": batch, "amount": batch, "unit": "images/s", "least_bytes": least, "quality": quality}
         yield Job(
-            Way(partial(tokenizer.encode, images)),
-            batch,
-            batch,
-            "images/s",
-            encode_bytes(tokenizer, images, tokenizer.encode(images)),
-            naive=Way(partial(naive.encode, tokenizer, images)),
-            quality=quality,
+            Way(partial(tokenizer.encode, images)), naive=Way(partial(naive.encode, tokenizer, images)), **options
         )
+        if (packed := pack_linears(tokenizer)) is not tokenizer:
+            yield Job(Way(partial(packed.encode, images)), detail="packed", **options)
 
 
 def decode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
@@ -387,15 +389,11 @@ def decode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
         tokenizer.decoder.compile()
     for batch in settings.batches:
         codes = repeat_to(all_codes, batch)
-        yield Job(
-            Way(partial(tokenizer.decode, codes)),
-            batch,
-            batch,
-            "images/s",
-            decode_bytes(tokenizer, codes, repeat_to(pixels, batch).to(tokenizer.dtype)),
-            naive=Way(partial(naive.decode, tokenizer, codes)),
-            quality=quality,
-        )
+        least = decode_bytes(tokenizer, codes, repeat_to(pixels, batch).to(tokenizer.dtype))
+        options = {"batch": batch, "amount": batch, "unit": "images/s", "least_bytes": least, "quality": quality}
+        yield Job(Way(partial(tokenizer.decode, codes)), naive=Way(partial(naive.decode, tokenizer, codes)), **options)
+        if (packed := pack_linears(tokenizer)) is not tokenizer:
+            yield Job(Way(partial(packed.decode, codes)), detail="packed", **options)
 
 
 def draw_jobs(subject: Subject, settings: Settings, sampled: bool = False) -> Iterator[Job]:

@@ -27,6 +27,7 @@ from training.codes import shard_path, write_metadata, write_shard
 from training.files import IMAGE_SUFFIXES, BrokenSamples, ImageStore, read_rows
 from training.image_text_data import augmentation, random_numbers, sample_seed
 from unitok_mllm import UniTokModel
+from unitok_mllm.packing_unitok import pack_linears
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, MODES, UniTokImageProcessor
 
 
@@ -158,7 +159,7 @@ def main(
         raise ValueError(f"There is no model in {visual_model}: it has no .safetensors file.")
     keys, store = image_keys(data, image_folder)
     model = UniTokModel.from_pretrained(visual_model, dtype=torch.bfloat16 if bf16 else torch.float32)
-    model = model.to(device).eval()
+    model = pack_linears(model.to(device).eval())
     config = model.config.vision_config
     num_shards = -(-len(keys) // shard_size)
     metadata = {
