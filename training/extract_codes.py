@@ -27,8 +27,8 @@ from training.codes import shard_path, write_metadata, write_shard
 from training.files import IMAGE_SUFFIXES, BrokenSamples, ImageStore, read_rows
 from training.image_text_data import augmentation, random_numbers, sample_seed
 from unitok_mllm import UniTokModel
-from unitok_mllm.packing_unitok import pack_linears
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, MODES, UniTokImageProcessor
+from unitok_mllm.packing_unitok import pack_linears
 
 
 class Format(str, Enum):
