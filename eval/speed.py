@@ -740,7 +740,8 @@ def count(way: Way, trained: nn.Module | None, settings: Settings) -> Measuremen
 def measure(job: Job, with_naive: bool, settings: Settings) -> list[Measurement]:
     """Counts, then times the job's ways in turn, so that what else the machine does meets them alike."""
     ways = [job.fast, job.naive] if with_naive and job.naive is not None else [job.fast]
-    with torch.set_grad_enabled(job.trained is not None):
+    trains = job.trained is not None
+    with torch.inference_mode(not trains), torch.set_grad_enabled(trains):
         measured = [count(way, job.trained, settings) if job.counted else Measurement(None, 0.0, 0) for way in ways]
         if settings.compile or (settings.device != "cpu" and not job.first):  # what compiles or loads at its first run
             for way in ways:

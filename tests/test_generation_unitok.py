@@ -157,6 +157,16 @@ def test_caches_of_fixed_length_draw_the_same(monkeypatch, draw, options):
     assert len(lengths) == 2
 
 
+def test_inference_mode_draws_the_same_and_leaves_the_model_trainable(draw, lively_mllm):
+    expected = draw(guidance_scale=3.0)
+    with torch.inference_mode():
+        assert torch.equal(draw(guidance_scale=3.0), expected)
+    assert torch.equal(draw(guidance_scale=3.0), expected)
+    codes = torch.zeros(1, K, L, dtype=torch.long)
+    lively_mllm.embedder(codes).sum().backward()
+    assert lively_mllm.embedder.fc2.weight.grad.norm() > 0
+
+
 @pytest.mark.parametrize("guidance_scale, branches", [(1, 1), (1.0, 1), (3.0, 2)])
 def test_each_image_token_takes_one_step_of_everything(lively_mllm, draw, guidance_scale, branches):
     calls = {"llm": [], "embedder": [], "depth": []}

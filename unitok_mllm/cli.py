@@ -152,6 +152,8 @@ def answer_questions(
     model: Any, processor: Any, questions: list[tuple["Image.Image", str]], max_new_tokens: int
 ) -> list[str]:
     """The model's greedy answers to (image, question) pairs, in one batch."""
+    import torch
+
     chats = [
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
         for image, question in questions
@@ -159,28 +161,37 @@ def answer_questions(
     inputs = processor.apply_chat_template(
         chats, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
     ).to(model.device)
-    outputs = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    with torch.inference_mode():
+        outputs = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answers = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
 
 def draw_images(model: Any, processor: Any, prompts: list[str], count: int, **options: Any) -> list["Image.Image"]:
     """`count` images for each prompt, side by side, in one batch; `options` are those of `generate_image_codes`."""
+    import torch
+
     inputs = processor(text=prompts, generation_mode="image", sanitize_control_tokens=True).to(model.device)
-    codes = model.generate(**inputs, generation_mode="image", num_return_sequences=count, progress=True, **options)
-    return processor.post_process_multimodal_output(model.decode_images(codes), generation_mode="image")
+    with torch.inference_mode():
+        codes = model.generate(**inputs, generation_mode="image", num_return_sequences=count, progress=True, **options)
+        pixels = model.decode_images(codes)
+    return processor.post_process_multimodal_output(pixels, generation_mode="image")
 
 
 def edit_images(
     model: Any, processor: Any, requests: list[tuple["Image.Image", str]], **options: Any
 ) -> list["Image.Image"]:
     """An image for each (image, instruction), in one batch; `options` are those of `generate_image_codes`."""
+    import torch
+
     images, instructions = zip(*requests)
     inputs = processor(
         images=list(images), text=list(instructions), generation_mode="edit", sanitize_control_tokens=True
     ).to(model.device)
-    codes = model.generate(**inputs, generation_mode="image", progress=True, **options)
-    return processor.post_process_multimodal_output(model.decode_images(codes), generation_mode="image")
+    with torch.inference_mode():
+        codes = model.generate(**inputs, generation_mode="image", progress=True, **options)
+        pixels = model.decode_images(codes)
+    return processor.post_process_multimodal_output(pixels, generation_mode="image")
 
 
 def psnr(original: "Image.Image", reconstruction: "Image.Image") -> float:
