@@ -71,8 +71,9 @@ def test_where_something_else_attends_the_decoder_and_its_dtype_stay(llm):
     llm.layers[0].forward = llm.layers[0].forward  # as hooks of accelerate do
     assert growing_cache(llm, 9)[0] is llm
     del llm.layers[0].forward
-    llm.compile()
-    assert growing_cache(llm, 9)[0] is llm
+    llm.layers[1].mlp.compile()
+    decoder, cache = growing_cache(llm, 9)
+    assert decoder is llm and [type(layer) for layer in cache.layers] == [DynamicLayer, DynamicLayer]
 
 
 @torch.no_grad()

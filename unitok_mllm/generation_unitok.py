@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import Cache, GenerationMixin
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.cache_utils import StaticLayer
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 )
 
 from .cuda_graph_unitok import UniTokCudaGraph, static_cache
-from .growing_cache_unitok import UniTokGrowingLayer, growing_cache
+from .growing_cache_unitok import UniTokGrowingLayer, growing_cache, is_compiled
 from .packing_unitok import pack_linears
 from .streaming_unitok import UniTokImageStreamer
 
@@ -240,7 +240,9 @@ class UniTokGenerationMixin(GenerationMixin):
             llm_cache, embedder_cache = fixed_cache, Cache(layers=[StaticLayer(num_positions)])
         elif use_cache:
             llm, llm_cache = growing_cache(llm, attention_mask.shape[1])
-            embedder_cache = Cache(layers=[UniTokGrowingLayer(num_positions)])
+            embedder_cache = (
+                DynamicCache() if is_compiled(embedder) else Cache(layers=[UniTokGrowingLayer(num_positions)])
+            )
         else:
             llm_cache = embedder_cache = None
 

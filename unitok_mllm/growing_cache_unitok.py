@@ -47,8 +47,11 @@ def growing_cache(llm: nn.Module, max_length: int) -> tuple[nn.Module, DynamicCa
     """The LLM's decoder and a cache of up to `max_length` tokens for it.
 
     On a CPU and in a dtype below float32, the decoder is a copy that shares all weights and attends in float32, the
-    cache's dtype. Layers that slide or keep other state than keys and values are the library's own.
+    cache's dtype. Layers that slide or keep other state than keys and values are the library's own, and so are all of a
+    compiled decoder's: the compiler fails at parts, of changing length, of a tensor.
     """
+    if is_compiled(llm):
+        return llm, DynamicCache(config=llm.config)
     dtype = None
     if _can_attend_in_float32(llm):
         llm, dtype = copy_changed(llm, _attending_in_cache_dtype), torch.float32
@@ -59,13 +62,18 @@ def growing_cache(llm: nn.Module, max_length: int) -> tuple[nn.Module, DynamicCa
     return llm, cache
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `compile()` has been called on it or on a part of it."""
+    return any(part._compiled_call_impl is not None for part in module.modules())
+
+
 def _can_attend_in_float32(llm: nn.Module) -> bool:
     """Whether all of it is torch's attention on a CPU, called as it is written."""
     if not isinstance(llm, PreTrainedModel) or llm.device.type != "cpu" or llm.dtype.itemsize > 2:
         return False
     if llm.config._attn_implementation != "sdpa":
         return False
-    return not any("forward" in vars(m) or m._compiled_call_impl is not None for m in llm.modules())
+    return not any("forward" in vars(module) for module in llm.modules())
 
 
 def _attending_in_cache_dtype(module: nn.Module) -> nn.Module:
@@ -86,4 +94,4 @@ def _attend_in_cache_dtype(module, query, key, value, attention_mask, **kwargs):
 AttentionInterface.register(CACHE_DTYPE_ATTENTION, _attend_in_cache_dtype)
 AttentionMaskInterface.register(CACHE_DTYPE_ATTENTION, sdpa_mask)
 
-__all__ = ["UniTokGrowingLayer", "growing_cache"]
+__all__ = ["UniTokGrowingLayer", "growing_cache", "is_compiled"]
