@@ -53,6 +53,15 @@ def test_logits_are_those_of_a_llama_fed_the_state_and_the_embedded_codes(depth,
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("num_hidden_layers", [0, 1])
+def test_few_layers_or_none_choose_the_teacher_forced_codes(config, states, num_hidden_layers):
+    config.depth_config.num_hidden_layers = num_hidden_layers
+    depth = UniTokDepthTransformer(config).eval()
+    codes = depth.generate(states, lambda logits, k: logits.argmax(dim=-1))
+    assert torch.equal(depth(states, codes).argmax(dim=-1), codes)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("branches", [1, 2])
 def test_cached_steps_give_the_teacher_forced_logits(depth, codes, branches):
     states, seen, order = torch.randn(branches * N, LLM_WIDTH), [], []

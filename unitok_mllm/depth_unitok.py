@@ -81,13 +81,15 @@ class UniTokDepthTransformer(nn.Module):
         cosines, sines = (table[0] for table in self._positions(hidden_states))
         first, second = sines.chunk(2, dim=-1)
         rotation = cosines, torch.cat([-first, second], dim=-1)
-        attention = self.layers[0].self_attn
-        num_kv_heads = attention.config.num_key_value_heads
-        cache_shape = (len(hidden_states), num_kv_heads, self.num_codebooks, attention.head_dim)
         dtype = hidden_states.dtype
         if hidden_states.device.type == "cpu":
             dtype = torch.promote_types(dtype, torch.float32)  # see `growing_cache_unitok`
-        caches = hidden_states.new_empty((len(self.layers), 2, *cache_shape), dtype=dtype)
+        caches = [
+            hidden_states.new_empty((2, len(hidden_states), heads, self.num_codebooks, width), dtype=dtype)
+            for heads, width in (
+                (layer.self_attn.config.num_key_value_heads, layer.self_attn.head_dim) for layer in self.layers
+            )
+        ]
         for k in range(self.num_codebooks):
             for layer, cache in zip(self.layers, caches):
                 hidden_states = self._step(layer, hidden_states, k, rotation, cache)
