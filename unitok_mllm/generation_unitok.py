@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 )
 
 from .cuda_graph_unitok import UniTokCudaGraph, static_cache
-from .growing_cache_unitok import UniTokGrowingLayer, growing_cache, is_compiled
+from .growing_cache_unitok import growing_cache
 from .packing_unitok import pack_linears
 from .streaming_unitok import UniTokImageStreamer
 
@@ -240,9 +240,7 @@ class UniTokGenerationMixin(GenerationMixin):
             llm_cache, embedder_cache = fixed_cache, Cache(layers=[StaticLayer(num_positions)])
         elif use_cache:
             llm, llm_cache = growing_cache(llm, attention_mask.shape[1])
-            embedder_cache = (
-                DynamicCache() if is_compiled(embedder) else Cache(layers=[UniTokGrowingLayer(num_positions)])
-            )
+            embedder_cache = DynamicCache()
         else:
             llm_cache = embedder_cache = None
 

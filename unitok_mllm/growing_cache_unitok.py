@@ -50,21 +50,15 @@ def growing_cache(llm: nn.Module, max_length: int) -> tuple[nn.Module, DynamicCa
     cache's dtype. Layers that slide or keep other state than keys and values are the library's own, and so are all of a
     compiled decoder's: the compiler fails at parts, of changing length, of a tensor.
     """
-    if is_compiled(llm):
-        return llm, DynamicCache(config=llm.config)
-    dtype = None
+    cache, dtype = DynamicCache(config=llm.config), None
+    if any(module._compiled_call_impl is not None for module in llm.modules()):
+        return llm, cache
     if _can_attend_in_float32(llm):
         llm, dtype = copy_changed(llm, _attending_in_cache_dtype), torch.float32
-    cache = DynamicCache(config=llm.config)
     cache.layers = [
         UniTokGrowingLayer(max_length, dtype) if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
     return llm, cache
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether `compile()` has been called on it or on a part of it."""
-    return any(part._compiled_call_impl is not None for part in module.modules())
 
 
 def _can_attend_in_float32(llm: nn.Module) -> bool:
@@ -94,4 +88,4 @@ def _attend_in_cache_dtype(module, query, key, value, attention_mask, **kwargs):
 AttentionInterface.register(CACHE_DTYPE_ATTENTION, _attend_in_cache_dtype)
 AttentionMaskInterface.register(CACHE_DTYPE_ATTENTION, sdpa_mask)
 
-__all__ = ["UniTokGrowingLayer", "growing_cache", "is_compiled"]
+__all__ = ["UniTokGrowingLayer", "growing_cache"]
