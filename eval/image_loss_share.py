@@ -16,23 +16,17 @@ from typing import Annotated
 import torch
 import typer
 
-from eval.speed import SMOLLM2
-from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokMLLMForConditionalGeneration
+from eval.speed import smollm2_mllm
 
 
 SHARES = (1.0, 0.5, 0.25)
 IMAGES, TEXT = 4, 40
 
 
-def build_model() -> UniTokMLLMForConditionalGeneration:
-    visual = UniTokConfig.preset("tiny", image_size=256, codebook_size=4096)
-    return UniTokMLLMForConditionalGeneration(UniTokMLLMConfig(text_config=SMOLLM2, visual_config=visual)).train()
-
-
 def measure(share: float, runs: int) -> dict:
     """Median seconds of a step, and the growth of the largest resident set over it in MiB."""
     torch.manual_seed(0)
-    model = build_model()
+    model = smollm2_mllm().train()
     config = model.config
     positions = config.num_image_positions
     ids = torch.randint(10, 1000, (IMAGES, TEXT + positions + 1))

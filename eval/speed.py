@@ -61,13 +61,11 @@ from typing import Any
 import psutil
 import torch
 from PIL import Image, ImageDraw
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaConfig, PreTrainedModel
 
 from eval import naive
 from eval._common import check_model_folder, parse_settings, versions, write_atomically
@@ -246,6 +244,13 @@ class Measurement:
     peak: int | None = None
 
 
+def smollm2_mllm() -> UniTokMLLMForConditionalGeneration:
+    """With an LLM of SmolLM2-135M's size, 8 codebooks of 4096 and 256 positions; the visual tokenizer is a stand-in."""
+    visual = UniTokConfig.preset("tiny", image_size=256, codebook_size=4096)
+    config = UniTokMLLMConfig(text_config=SMOLLM2, visual_config=visual, image_token_id=SMOLLM2.vocab_size)
+    return UniTokMLLMForConditionalGeneration(config)
+
+
 def load_subject(settings: Settings) -> Subject:
     """The model, float32 but for a 7B LLM's weights; see `encode_jobs` for what casts it."""
     torch.manual_seed(0)
@@ -258,9 +263,7 @@ def load_subject(settings: Settings) -> Subject:
         if settings.preset == "large":
             return Subject(UniTokModel(UniTokConfig.preset("large")).eval(), note="random weights")
         if settings.preset == "smollm2":
-            visual = UniTokConfig.preset("tiny", image_size=256, codebook_size=4096)
-            config = UniTokMLLMConfig(text_config=SMOLLM2, visual_config=visual, image_token_id=SMOLLM2.vocab_size)
-            mllm = UniTokMLLMForConditionalGeneration(config)
+            mllm = smollm2_mllm()
         else:
             llm = AutoModelForCausalLM.from_config(LLAMA_2_7B, dtype=getattr(torch, settings.dtype))
             mllm = UniTokMLLMForConditionalGeneration.from_parts(llm, UniTokModel(UniTokConfig.preset("large")))
@@ -358,6 +361,30 @@ def peaks_jobs(settings: Settings) -> Iterator[Job]:
     yield Job(Way(memory.sum), **options, unit="sums", least_bytes=nbytes(memory), detail="bandwidth")
 
 
+def coding_jobs(
+    tokenizer: UniTokModel,
+    name: str,
+    inputs: torch.Tensor,
+    bytes_of: Callable[[UniTokModel, torch.Tensor, torch.Tensor], int],
+    quality: dict[str, float],
+    settings: Settings,
+) -> Iterator[Job]:
+    """The tokenizer's "encode" or "decode", by itself and, where layers can be packed, by packed ones."""
+    models = dict.fromkeys((tokenizer, pack_linears(tokenizer)))  # one, where there is nothing to pack
+    for batch in settings.batches:
+        rows = repeat_to(inputs, batch)
+        least = bytes_of(tokenizer, rows, getattr(tokenizer, name)(rows))
+        options = {"batch": batch, "amount": batch, "unit": "images/s", "least_bytes": least, "quality": quality}
+        for model in models:
+            is_packed = model is not tokenizer
+            yield Job(
+                Way(partial(getattr(model, name), rows)),
+                detail="packed" * is_packed,
+                naive=None if is_packed else Way(partial(getattr(naive, name), tokenizer, rows)),
+                **options,
+            )
+
+
 def encode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
     tokenizer = subject.tokenizer
     pixels = photographs(tokenizer.config.vision_config.image_size).to(settings.device)
@@ -366,15 +393,7 @@ def encode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
         true_codes = tokenizer.encode(pixels)
         tokenizer.to(getattr(torch, settings.dtype))
         quality = {"codes_equal_to_fp32": (tokenizer.encode(pixels) == true_codes).float().mean().item()}
-    for batch in settings.batches:
-        images = repeat_to(pixels, batch)
-        least = encode_bytes(tokenizer, images, tokenizer.encode(images))
-        options = {"batch": batch, "amount": batch, "unit": "images/s", "least_bytes": least, "quality": quality}
-        yield Job(
-            Way(partial(tokenizer.encode, images)), naive=Way(partial(naive.encode, tokenizer, images)), **options
-        )
-        if (packed := pack_linears(tokenizer)) is not tokenizer:
-            yield Job(Way(partial(packed.encode, images)), detail="packed", **options)
+    yield from coding_jobs(tokenizer, "encode", pixels, encode_bytes, quality, settings)
 
 
 def decode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
@@ -387,13 +406,7 @@ def decode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
         quality = {"psnr_to_fp32": psnr(tokenizer.decode(all_codes), true_pixels).mean().item()}
     if settings.compile:
         tokenizer.decoder.compile()
-    for batch in settings.batches:
-        codes = repeat_to(all_codes, batch)
-        least = decode_bytes(tokenizer, codes, repeat_to(pixels, batch).to(tokenizer.dtype))
-        options = {"batch": batch, "amount": batch, "unit": "images/s", "least_bytes": least, "quality": quality}
-        yield Job(Way(partial(tokenizer.decode, codes)), naive=Way(partial(naive.decode, tokenizer, codes)), **options)
-        if (packed := pack_linears(tokenizer)) is not tokenizer:
-            yield Job(Way(partial(packed.decode, codes)), detail="packed", **options)
+    yield from coding_jobs(tokenizer, "decode", all_codes, decode_bytes, quality, settings)
 
 
 def draw_jobs(subject: Subject, settings: Settings, sampled: bool = False) -> Iterator[Job]:
@@ -482,20 +495,21 @@ def training_step(
     return loss.detach()
 
 
-def idle_adamw(module: nn.Module) -> torch.optim.AdamW:
-    """An optimizer that does all its work and, at a rate of 0, leaves the weights as they are, so that every run
-    computes the same."""
-    return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.0, fused=True)
+def made_trainable(module: PreTrainedModel, settings: Settings) -> tuple[PreTrainedModel, torch.optim.AdamW]:
+    """The model as the settings train it, and an optimizer that does all its work and, at a rate of 0, leaves the
+    weights as they are, so that every run computes the same."""
+    module.requires_grad_(True).train()
+    if settings.gradient_checkpointing:
+        module.gradient_checkpointing_enable()
+    if settings.compile:
+        module.compile()
+    return module, torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.0, fused=True)
 
 
 def train_tokenizer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
-    tokenizer = subject.tokenizer.requires_grad_(True).train()
-    if settings.gradient_checkpointing:
-        tokenizer.gradient_checkpointing_enable()
-    if settings.compile:
-        tokenizer.compile()
+    tokenizer, optimizer = made_trainable(subject.tokenizer, settings)
     pixels = photographs(tokenizer.config.vision_config.image_size).to(settings.device)
-    text, weights, optimizer = tokenizer.config.text_config, LossArguments().weights(1.0), idle_adamw(tokenizer)
+    text, weights = tokenizer.config.text_config, LossArguments().weights(1.0)
     for batch in settings.train_batches:
         images, ids = repeat_to(pixels, batch), None
         if text is not None:
@@ -551,14 +565,9 @@ def training_batch(config: UniTokMLLMConfig, batch: int, mix: str, packed: bool,
 
 def train_mllm_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
     """Each batch with half of its samples writing (a single one writes), and one of them with all mixes and packed."""
-    mllm = subject.mllm.requires_grad_(True).train()
     if settings.preset == "7b" and not settings.model:
-        mllm.to(getattr(torch, settings.dtype))
-    if settings.gradient_checkpointing:
-        mllm.gradient_checkpointing_enable()
-    if settings.compile:
-        mllm.compile()
-    optimizer = idle_adamw(mllm)
+        subject.mllm.to(getattr(torch, settings.dtype))
+    mllm, optimizer = made_trainable(subject.mllm, settings)
     rows = [(batch, "half" if batch > 1 else "write", False) for batch in settings.train_batches]
     middle = 4 if 4 in settings.train_batches else max(settings.train_batches)
     rows += [(middle, "read", False), (middle, "write", False), (middle, "half", True)]
@@ -857,6 +866,8 @@ def in_own_process(settings: Settings, name: str, peaks: dict[str, float]) -> li
 
 def show(rows: list[dict]) -> None:
     """A table on standard error, beside the lines of JSON on standard output."""
+    from training.plan import markdown_table
+
     shown = {
         "job": lambda row: f"{row['job']} {row['detail']}".strip() + (", naive" if row["way"] == "naive" else ""),
         "batch": lambda row: str(row["batch"]),
@@ -871,9 +882,7 @@ def show(rows: list[dict]) -> None:
         "equal": lambda row: "yes" if row["equal"] else f"{row['difference']:.1g} apart",
     }
     needs = {"GFLOP": "flops", "least MB": "least_bytes", "MiB": "memory_mib"}
-    table = Table(box=box.MARKDOWN)
-    for column in shown:
-        table.add_column(column, justify="left" if column == "job" else "right", no_wrap=True)
+    table = markdown_table(*shown)
     for row in rows:
         known = [row[needs.get(column, column.lower().replace(" ", "_"))] is not None for column in shown]
         table.add_row(*[cell(row) if is_known else "" for cell, is_known in zip(shown.values(), known)])
