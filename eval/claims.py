@@ -421,7 +421,7 @@ def plot(rows: list[dict], title: str) -> bytes:
 def summarize(output_dir: Path, runs: list[Run], claims: ClaimsArguments) -> dict:
     """Writes `claims.json`, `claims.md` and `claims.png` of those of the runs that are finished; one at least is."""
     paths = {run.name: output_dir / "runs" / run.name / "result.json" for run in runs}
-    results = [json.loads(path.read_text()) for path in paths.values() if path.is_file()]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths.values() if path.is_file()]
     rows = aggregate(results)
     report = {
         "benchmark": BENCHMARK,

@@ -371,7 +371,7 @@ def read_finished(output: str, wanted: dict[str, dict]) -> dict[str, dict]:
     """The parts in an earlier output whose settings are those wanted now."""
     if not Path(output).is_file():
         return {}
-    parts = json.loads(Path(output).read_text())["parts"]
+    parts = json.loads(Path(output).read_text(encoding="utf-8"))["parts"]
     return {name: part for name, part in parts.items() if part["settings"] == wanted.get(name)}
 
 

@@ -506,7 +506,7 @@ def read_finished(settings: Settings, key: str, digest: str) -> dict | None:
     """The report of an earlier run with the same settings and images."""
     if not Path(settings.output).is_file():
         return None
-    report = json.loads(Path(settings.output).read_text())
+    report = json.loads(Path(settings.output).read_text(encoding="utf-8"))
     is_same = (report.get("key"), report.get("image_digest")) == (key, digest)
     return report if is_same and (settings.skip_broken or not report["broken"]) else None
 

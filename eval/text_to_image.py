@@ -282,10 +282,12 @@ def vqa_scores(
     """
     with tempfile.TemporaryDirectory() as folder:
         pairs, scores = Path(folder) / "pairs.json", Path(folder) / "scores.json"
-        pairs.write_text(json.dumps([[str(path.absolute()), text] for path, text in zip(pictures, texts)]))
+        pairs.write_text(
+            json.dumps([[str(path.absolute()), text] for path, text in zip(pictures, texts)]), encoding="utf-8"
+        )
         command = [python, "-m", "eval.vqa_score", str(pairs), str(scores), "--model", model, "--device", device]
         subprocess.run([*command, "--batch_size", str(batch_size)], check=True, cwd=ROOT)
-        return json.loads(scores.read_text())
+        return json.loads(scores.read_text(encoding="utf-8"))
 
 
 def summarize(pictures: list[Picture], scores: list[float]) -> dict:
@@ -350,13 +352,13 @@ class Evaluation:
         }
         self._check_folder()
         results = self.folder / "results.json"
-        self.earlier = json.loads(results.read_text()) if results.is_file() else {}
+        self.earlier = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
 
     def _check_folder(self) -> None:
         """Refuses a folder of other pictures."""
         path = self.folder / "settings.json"
         if path.is_file():
-            there = json.loads(path.read_text())
+            there = json.loads(path.read_text(encoding="utf-8"))
             changed = [
                 f"{name} was {there.get(name)}, now {value}"
                 for name, value in self.drawn_with.items()

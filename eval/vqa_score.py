@@ -23,9 +23,12 @@ def main() -> None:
     import t2v_metrics
 
     scorer = t2v_metrics.get_score_model(model=arguments.model, device=arguments.device)
-    rows = [{"images": [picture], "texts": [text]} for picture, text in json.loads(arguments.pairs.read_text())]
+    rows = [
+        {"images": [picture], "texts": [text]}
+        for picture, text in json.loads(arguments.pairs.read_text(encoding="utf-8"))
+    ]
     scores = scorer.batch_forward(dataset=rows, batch_size=arguments.batch_size)  # (N, 1, 1)
-    arguments.scores.write_text(json.dumps(scores.flatten().tolist()))
+    arguments.scores.write_text(json.dumps(scores.flatten().tolist()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -510,7 +510,7 @@ def evaluate(settings: Settings) -> dict:
     images = {"images_sha256": sha256([benchmark.images, benchmark.labels, benchmark.parts])}
     output = Path(settings.output)
     path = output.with_suffix(".nearest.safetensors")
-    report = json.loads(output.read_text()) if output.is_file() else {}
+    report = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
     tensors = read_tensors(path, measured, benchmark.images)
     state.wait_for_everyone()  # all have read before one writes
     if report.get("measured") == measured | images:

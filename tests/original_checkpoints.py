@@ -57,7 +57,7 @@ MLLM_CONFIG = {
 
 def reference_state(name: str, shrink: int = 1) -> dict[str, torch.Tensor]:
     """The tensors that `fixtures/{name}_keys.json` lists; every dimension that `shrink` divides is divided by it."""
-    shapes = json.loads((FIXTURES / f"{name}_keys.json").read_text())
+    shapes = json.loads((FIXTURES / f"{name}_keys.json").read_text(encoding="utf-8"))
     return {
         key: torch.tensor(reference_tensor(key, [size if size % shrink else size // shrink for size in shape]))
         for key, shape in shapes.items()
@@ -74,7 +74,7 @@ def write_mllm_folder(
 ) -> Path:
     """An original MLLM folder; `config` overrides entries of its config.json."""
     tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(MLLM_CONFIG | config))
+    (folder / "config.json").write_text(json.dumps(MLLM_CONFIG | config), encoding="utf-8")
     names = sorted(state)
     for shard, part in enumerate((names[::2], names[1::2]), start=1):
         tensors = {name: state[name] for name in part}

@@ -37,9 +37,9 @@ def _no_accelerator_of_another_test():
 def runs(tmp_path, monkeypatch):
     """Plans the runs of the shipped config, with options of the command line."""
     monkeypatch.chdir(tmp_path)
-    for path in yaml.safe_load(CONFIG.read_text())["held_out"].values():
+    for path in yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["held_out"].values():
         Path(path).parent.mkdir(parents=True)
-        Path(path).write_text("{}")
+        Path(path).write_text("{}", encoding="utf-8")
     return lambda *options: plan(*parse_yaml_and_command_line(TYPES, [str(CONFIG), *options]))
 
 
@@ -52,7 +52,7 @@ def config(tmp_path, text_tokenizer):
     samples["test"].append(unclear)
     for split, rows in samples.items():
         lines = [json.dumps({"image": str(sample.image), "caption": sample.caption}) + "\n" for sample in rows]
-        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     vision = {"image_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"stem_width": 8, "stage_dims": [8, 16], "stage_depths": [1, 1]}
     values = {
@@ -71,7 +71,7 @@ def config(tmp_path, text_tokenizer):
         "save_steps": 1,
     }
     path = tmp_path / "claims.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return str(path)
 
 
@@ -131,7 +131,9 @@ def test_a_run_is_named_after_all_that_its_result_hangs_on(runs):
     assert names == [run.name for run in runs("--logging_steps", "7") if run.name in names]
     for options in (("--steps", "5"), ("--limit", "3"), ("--batch_size", "4"), ("--learning_rate", "1e-4")):
         assert not {*names} & {run.name for run in runs(*options)}, options
-    Path(yaml.safe_load(CONFIG.read_text())["held_out"]["easy-VQA test"]).write_text("{} ")
+    Path(yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["held_out"]["easy-VQA test"]).write_text(
+        "{} ", encoding="utf-8"
+    )
     assert not {*names} & {run.name for run in runs()}
 
 
@@ -217,23 +219,23 @@ def test_a_killed_comparison_goes_on_and_a_finished_one_is_not_repeated(config, 
     paths = sorted((tmp_path / "out" / "runs").glob("*/result.json"))
     times = {path: path.stat().st_mtime_ns for path in paths}
     assert [path.parent.name[:9] for path in paths] == ["k1-joint-", "k8-joint-"]
-    assert len(json.loads((tmp_path / "out" / "claims.json").read_text())["missing_runs"]) == 1
+    assert len(json.loads((tmp_path / "out" / "claims.json").read_text(encoding="utf-8"))["missing_runs"]) == 1
 
     main([config])
     assert {path: path.stat().st_mtime_ns for path in paths} == times
-    report = json.loads((tmp_path / "out" / "claims.json").read_text())
+    report = json.loads((tmp_path / "out" / "claims.json").read_text(encoding="utf-8"))
     assert report["missing_runs"] == [] and len(report["runs"]) == len(report["rows"]) == 3
     third = report["runs"][2]
     assert third["supervision"] == "reconstruction" and third["resumed_from_step"] == 2
     assert [run["resumed_from_step"] for run in report["runs"][:2]] == [0, 0]
     assert third["held_out"]["test images"]["zero_shot"] is None
     assert capsys.readouterr().out.rstrip().endswith(table(report["rows"]).splitlines()[-1])
-    assert table(report["rows"]) in (tmp_path / "out" / "claims.md").read_text()
+    assert table(report["rows"]) in (tmp_path / "out" / "claims.md").read_text(encoding="utf-8")
     assert Image.open(tmp_path / "out" / "claims.png").format == "PNG"
 
     monkeypatch.setattr(claims.train_tokenizer, "main", None)  # would be called if anything were trained again
     main([config])
-    assert json.loads((tmp_path / "out" / "claims.json").read_text()) == report
+    assert json.loads((tmp_path / "out" / "claims.json").read_text(encoding="utf-8")) == report
 
     first = report["runs"][0]
     folder = tmp_path / "out" / "runs" / first["run"]
@@ -241,7 +243,7 @@ def test_a_killed_comparison_goes_on_and_a_finished_one_is_not_repeated(config, 
     tokenizer = UniTokModel.from_pretrained(folder / "release").eval()
     quantizer = tokenizer.vision_model.quantizer
     assert quantizer.codebooks.shape == (1, 64, 64)
-    images = [json.loads(line)["image"] for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    images = [json.loads(line)["image"] for line in (tmp_path / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     pixels = AutoImageProcessor.from_pretrained(folder / "release")(images)["pixel_values"]
     codes = tokenizer.encode(pixels)
     errors = (tokenizer.decode(codes) - pixels).square().flatten(1).mean(dim=1)
@@ -257,6 +259,8 @@ def test_a_killed_comparison_goes_on_and_a_finished_one_is_not_repeated(config, 
 
 def test_an_image_that_cannot_be_read_is_named(config, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
-    (tmp_path / "test.jsonl").write_text(json.dumps({"image": "broken.png", "caption": CLASSES[0]}) + "\n")
+    (tmp_path / "test.jsonl").write_text(
+        json.dumps({"image": "broken.png", "caption": CLASSES[0]}) + "\n", encoding="utf-8"
+    )
     with pytest.raises(SystemExit, match=r"error: broken.png in row 0 of .*test.jsonl"):
         main([config, "--codebooks", "1"])

@@ -290,7 +290,7 @@ def test_edit_is_the_models(workplace, models, picture):
 
 def test_edit_needs_words_and_a_picture(workplace, models, picture):
     assert fail("edit", picture, "  ") == "the instruction is empty"
-    Path("text.png").write_text("no image")
+    Path("text.png").write_text("no image", encoding="utf-8")
     assert "text.png" in fail("edit", "text.png", "make it blue", "--model", models / "mllm")
     assert "image" in fail("edit", picture, "make it blue", "--image-guidance", 0.5, "--model", models / "mllm")
 
@@ -431,10 +431,10 @@ def test_unknown_model(workplace, picture, command):
 )
 def test_broken_model(workplace, models, picture, flaw):
     folder = shutil.copytree(models / "mllm", workplace / "broken")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     vision = config["visual_config"]["vision_config"]
     if flaw == "not json":
-        (folder / "config.json").write_text("{")
+        (folder / "config.json").write_text("{", encoding="utf-8")
     elif flaw == "no weights":
         (folder / "model.safetensors").write_bytes(b"none")
     else:
@@ -448,7 +448,7 @@ def test_broken_model(workplace, models, picture, flaw):
             vision["image_size"] = SIZE + 1
         elif flaw == "sizes":
             vision["codebook_size"] = 16
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     expected = {"other type": "'llama'", "bad geometry": "49", "sizes": "codebooks"}.get(flaw, "cannot load the model")
     assert expected in fail("ask", picture, "what?", "--model", folder)
     assert expected in fail("reconstruct", picture, "--model", folder)
@@ -470,7 +470,7 @@ def test_tokenizer_answers_no_questions(models, picture):
 
 
 def test_bad_image(workplace, models):
-    Path("text.png").write_text("no image")
+    Path("text.png").write_text("no image", encoding="utf-8")
     model = ("--model", models / "mllm")
     assert "nowhere.png" in fail("ask", "nowhere.png", "what?", *model)
     assert "nowhere.png" in fail("reconstruct", "nowhere.png", *model)

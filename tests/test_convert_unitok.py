@@ -321,7 +321,7 @@ def test_a_torch_file_of_something_else_raises_and_names_the_file(tmp_path, cont
 def test_a_file_that_is_no_torch_file_raises_and_names_the_file(small_checkpoint, tmp_path, damage, allow_pickle):
     path = saved(small_checkpoint, tmp_path)
     if damage == "text":
-        path.write_text("a text\nof two lines")
+        path.write_text("a text\nof two lines", encoding="utf-8")
     elif damage == "truncated":
         path.write_bytes(path.read_bytes()[:5000])
     else:

@@ -35,9 +35,11 @@ def folder(tmp_path):
         captions.append({"image": f"{i}.png", "caption": f"shape {i}"})
         turns = [{"from": "human", "value": f"<image>\nwhat is {i}?"}, {"from": "gpt", "value": f"a {i}"}]
         conversations.append({"image": f"{i}.png", "conversations": turns})
-    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
-    (tmp_path / "conversations.json").write_text(json.dumps(conversations))
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"blue {i}"}) + "\n" for i in range(4)))
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions), encoding="utf-8")
+    (tmp_path / "conversations.json").write_text(json.dumps(conversations), encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"blue {i}"}) + "\n" for i in range(4)), encoding="utf-8"
+    )
     return tmp_path
 
 
@@ -145,7 +147,7 @@ def test_conditions_are_dropped_one_at_a_time_where_pictures_are_the_answer():
 
 def test_a_picture_of_a_refused_shape_is_an_unusable_sample(texts, tmp_path):
     Image.new("RGB", (60000, 1)).save(tmp_path / "line.png")
-    (tmp_path / "captions.jsonl").write_text('{"image": "line.png", "caption": "a line"}')
+    (tmp_path / "captions.jsonl").write_text('{"image": "line.png", "caption": "a line"}', encoding="utf-8")
     source = Source(str(tmp_path / "captions.jsonl"), type="captions")
     with pytest.raises(UnusableSample, match="line.png"):
         source.sample(0, texts, 0.0, np.random.default_rng(0))

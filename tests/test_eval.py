@@ -161,16 +161,16 @@ def test_finished_parts_outlive_an_interruption_and_are_not_measured_again(argum
         with pytest.raises(SystemExit, match="--resume"):
             evaluation.main(arguments)
     output = tmp_path / "out.json"
-    first = json.loads(output.read_text())["parts"]
+    first = json.loads(output.read_text(encoding="utf-8"))["parts"]
     assert list(first) == ["reconstruction", "vqa"]
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.Evaluation, "reconstruction", interrupted)
         patch.setattr(evaluation.Evaluation, "vqa", interrupted)
         evaluation.main([*arguments, "--resume"])
-        second = json.loads(output.read_text())["parts"]
+        second = json.loads(output.read_text(encoding="utf-8"))["parts"]
         evaluation.main([*arguments, "--resume", "--guidance", "1"])
-    third = json.loads(output.read_text())["parts"]
+    third = json.loads(output.read_text(encoding="utf-8"))["parts"]
     assert first == {name: second[name] for name in first} == {name: third[name] for name in first}
     assert (second["text_to_image"]["settings"]["guidance"], third["text_to_image"]["settings"]["guidance"]) == (3, 1)
     with Image.open(tmp_path / "out.png") as sheet:
@@ -180,7 +180,7 @@ def test_finished_parts_outlive_an_interruption_and_are_not_measured_again(argum
 
 def test_report_holds_numbers_that_can_be_had_directly(arguments, mllm, processor, tmp_path):
     evaluation.main([*arguments, "--skip", "text_to_image,edit"])
-    report = json.loads((tmp_path / "out.json").read_text())
+    report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     samples = load("test")[:2]
     pixels = processor.image_processor([str(sample.image) for sample in samples])["pixel_values"]
     codes = mllm.encode_images(pixels)
@@ -197,7 +197,7 @@ def test_report_holds_numbers_that_can_be_had_directly(arguments, mllm, processo
 
 def test_edits_are_judged_by_the_new_color_and_the_old_shape(arguments, mllm, processor, tmp_path):
     evaluation.main([*arguments, "--skip", "reconstruction,vqa,text_to_image"])
-    part = json.loads((tmp_path / "out.json").read_text())["parts"]["edit"]
+    part = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["parts"]["edit"]
     (settings,) = HfArgumentParser(evaluation.Settings).parse_args_into_dataclasses(arguments)
     judge, labels = load_judge(settings.judge), load_labels(load("test")[:2])
     assert part["images"] == (labels != UNKNOWN).all(dim=1).sum() > 0

@@ -37,7 +37,7 @@ def test_merges_go_on_with_the_most_frequent_pairs(text_tokenizer):
 def test_old_texts_read_as_before_and_new_words_as_the_mean_of_their_pieces(mllm, processor, tmp_path):
     before, after, captions = tmp_path / "before", tmp_path / "after", tmp_path / "captions.jsonl"
     save_release(mllm, processor, before, torch.float32)
-    captions.write_text("".join(json.dumps({"caption": text}) + "\n" for text in TEXTS))
+    captions.write_text("".join(json.dumps({"caption": text}) + "\n" for text in TEXTS), encoding="utf-8")
     old_tokenizer = processor.tokenizer
     size = len(old_tokenizer) + 10
     arguments = [str(before), str(after), "--captions", str(captions), "--vocab-size", str(size)]

@@ -31,7 +31,7 @@ def folder(tmp_path, visual_tokenizer) -> Path:
     for name in NAMES:
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / name)
     rows = [{"image": name, "caption": "red"} for name in (*NAMES, *NAMES[:3])]
-    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return tmp_path
 
 
@@ -109,7 +109,9 @@ def test_every_kind_of_data_names_the_same_images(folder, extract):
     turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
     rows = [{"image": NAMES[0]}, {"image": NAMES[:4]}, {}, *({"image": name} for name in NAMES[2:])]
     (folder / "data").mkdir()
-    (folder / "data/talk.json").write_text(json.dumps([row | {"conversations": turns} for row in rows]))
+    (folder / "data/talk.json").write_text(
+        json.dumps([row | {"conversations": turns} for row in rows]), encoding="utf-8"
+    )
     with wds.TarWriter(f"{folder}/00.tar") as first, wds.TarWriter(f"{folder}/01.tar") as second:
         for i, name in enumerate(NAMES):
             sample = {"__key__": name.removesuffix(".png"), "png": (folder / name).read_bytes(), "txt": "red"}
@@ -125,8 +127,8 @@ def test_every_kind_of_data_names_the_same_images(folder, extract):
 
 
 def test_data_without_images_is_refused(folder):
-    (folder / "text.json").write_text(json.dumps([{"text": "red"}]))
-    (folder / "text.jsonl").write_text(json.dumps({"text": "red"}) + "\n")
+    (folder / "text.json").write_text(json.dumps([{"text": "red"}]), encoding="utf-8")
+    (folder / "text.jsonl").write_text(json.dumps({"text": "red"}) + "\n", encoding="utf-8")
     for data in ("text.json", "text.jsonl", "model"):
         with pytest.raises(ValueError, match=f"{data} names no image"):
             image_keys(f"{folder}/{data}")
@@ -173,7 +175,7 @@ def test_other_settings_in_the_same_folder_are_refused(folder, extract):
     with pytest.raises(ValueError, match="other settings: weights_sha256"):
         extract("codes")
     with pytest.raises(ValueError, match="other settings: keys_sha256 .*num_images 10 .now 1., num_shards 4 .now 1."):
-        (folder / "captions.jsonl").write_text(json.dumps({"image": NAMES[0]}) + "\n")
+        (folder / "captions.jsonl").write_text(json.dumps({"image": NAMES[0]}) + "\n", encoding="utf-8")
         extract("codes")
     assert contents(folder / "codes") == before
     with pytest.raises(ValueError, match="2 variants would be the same"):

@@ -61,7 +61,7 @@ def test_guide_runs_as_written(guide, folder):
         state = reference_state("tokenizer_base_depth2", shrink=8)
         torch.save(tokenizer_checkpoint(state, "vitamin_base"), "unitok_tokenizer.pth")
     names = {}
-    for language, block in BLOCK.findall((ROOT / "docs" / guide).read_text()):
+    for language, block in BLOCK.findall((ROOT / "docs" / guide).read_text(encoding="utf-8")):
         if language == "python":
             exec(block, names)
         elif language == "bash":
@@ -71,7 +71,7 @@ def test_guide_runs_as_written(guide, folder):
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_commands_that_are_not_run_have_only_known_options(guide):
-    text = (ROOT / "docs" / guide).read_text()
+    text = (ROOT / "docs" / guide).read_text(encoding="utf-8")
     for language, block in BLOCK.findall(text):
         for line in block.splitlines() if language == "text" else ():
             known, given = known_options(shlex.split(line))
@@ -80,6 +80,6 @@ def test_commands_that_are_not_run_have_only_known_options(guide):
 
 def test_links_lead_somewhere():
     for path in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), (path.name, target)

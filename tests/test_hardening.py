@@ -160,7 +160,7 @@ def test_one_function_opens_every_picture_from_outside():
         str(path.relative_to(ROOT))
         for package in ("unitok_mllm", "training", "eval")
         for path in (ROOT / package).rglob("*.py")
-        if "Image.open(" in path.read_text()
+        if "Image.open(" in path.read_text(encoding="utf-8")
     }
     own = {f"training/{name}.py" for name in ("prepare_data", "emoji", "model_card")}
     own |= {"eval/judge.py", "eval/text_to_image.py"}
@@ -219,9 +219,9 @@ def test_damaged_weights_are_refused_by_name(folder):
     ],
 )
 def test_a_config_far_larger_than_the_weights_is_refused_before_memory_is_taken(folder, part, name, value):
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config[part][name] = value
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match=r"its config asks for \d+ parameters, its weights hold \d+"):
         cli.load(folder)
 
@@ -275,7 +275,7 @@ def code_folder(folder: Path, **changes) -> Path:
     """A folder with one shard of one image."""
     metadata = METADATA | {"num_shards": 1} | changes
     write_metadata(folder, METADATA | {"num_shards": 1, "format": metadata["format"]})
-    (folder / "metadata.json").write_text(json.dumps(metadata))
+    (folder / "metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
     suffix = "tar" if metadata["format"] == "webdataset" else "parquet"
     write_shard(folder / f"000000.{suffix}", {"a.png": torch.arange(K * L).view(1, K, L) % V})
     return folder
@@ -296,7 +296,7 @@ def code_folder(folder: Path, **changes) -> Path:
 )
 def test_settings_of_codes_that_cannot_be_are_named(tmp_path, changes, message):
     code_folder(tmp_path)
-    (tmp_path / "metadata.json").write_text(json.dumps(METADATA | {"num_shards": 1} | changes))
+    (tmp_path / "metadata.json").write_text(json.dumps(METADATA | {"num_shards": 1} | changes), encoding="utf-8")
     with pytest.raises(ValueError, match=f"metadata.json is broken: {message}"):
         CodeStore(tmp_path)
 
@@ -304,7 +304,7 @@ def test_settings_of_codes_that_cannot_be_are_named(tmp_path, changes, message):
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00\xff"])
 def test_settings_of_codes_that_are_no_settings_are_named(tmp_path, content):
     code_folder(tmp_path)
-    (tmp_path / "metadata.json").write_text(content)
+    (tmp_path / "metadata.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match="metadata.json is broken: "):
         CodeStore(tmp_path)
 
@@ -554,7 +554,8 @@ def killed_at(event: int, work: Callable[[], None]) -> bool:
 def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path):
     def writer(text: str) -> Callable[[Path], None]:
         return lambda folder: (
-            [(folder / name).write_text(text) for name in ("config.json", "model.safetensors")] and None
+            [(folder / name).write_text(text, encoding="utf-8") for name in ("config.json", "model.safetensors")]
+            and None
         )
 
     target = tmp_path / "release"
@@ -595,8 +596,8 @@ def test_a_kill_while_a_report_is_written_leaves_the_old_or_the_new_one(tmp_path
         write_atomically(path, b'{"old": 1}')
         if not killed_at(event, lambda: write_atomically(path, b'{"new": 2}')):
             break
-        assert json.loads(path.read_text()) == {"old": 1}
-    assert event > 2 and json.loads(path.read_text()) == {"new": 2}
+        assert json.loads(path.read_text(encoding="utf-8")) == {"old": 1}
+    assert event > 2 and json.loads(path.read_text(encoding="utf-8")) == {"new": 2}
 
 
 def test_a_full_disk_leaves_codes_and_reports_as_they_were(tmp_path):
@@ -650,7 +651,7 @@ def test_a_full_disk_leaves_the_tokenizer_training_its_last_checkpoint(tmp_path)
 
 
 def test_a_full_disk_leaves_the_mllm_training_its_last_checkpoint(tmp_path, lively_mllm, processor):
-    (tmp_path / "text.jsonl").write_text('{"text": "what is red"}\n' * 8)
+    (tmp_path / "text.jsonl").write_text('{"text": "what is red"}\n' * 8, encoding="utf-8")
     data = MLLMDataset([Source(str(tmp_path / "text.jsonl"), "text")], SampleTexts(processor, 50))
     set_visual_aside(lively_mllm)
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "report_to": "none"}

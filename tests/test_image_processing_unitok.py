@@ -389,7 +389,7 @@ def save_truncated(path):
 BAD_FILES = {
     "truncated.jpg": (save_truncated, "truncated"),
     "truncated.png": (save_truncated, "truncated"),
-    "text.png": (lambda path: path.write_text("not a picture"), "cannot identify image file"),
+    "text.png": (lambda path: path.write_text("not a picture", encoding="utf-8"), "cannot identify image file"),
     "empty.gif": (lambda path: path.write_bytes(b""), "cannot identify image file"),
     "missing.png": (lambda path: None, "No such file"),
     "folder.png": (lambda path: path.mkdir(), "Is a directory"),

@@ -58,9 +58,9 @@ def folder(tmp_path):
     rows = []
     for i in range(8):
         picture(i).save(tmp_path / f"images/{i}.png")
-        (tmp_path / f"images/{i}.txt").write_text(f"red {i}")
+        (tmp_path / f"images/{i}.txt").write_text(f"red {i}", encoding="utf-8")
         rows.append({"image": f"images/{i}.png", "caption": f"red {i}"})
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return tmp_path
 
 
@@ -181,7 +181,7 @@ def test_the_kinds_of_folders_and_data_sets_give_the_same_samples(folder, build,
     table.cast_column("picture", datasets.Image()).to_parquet(folder / "hub/train.parquet")
     (folder / "captioned").mkdir()
     rows = [{"image": str(folder / f"images/{i}.png"), "caption": f"red {i}"} for i in range(8)]
-    (folder / "captioned/captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "captioned/captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     columns = {"kind": "hf", "image_column": "picture", "caption_column": "text"}
     for options in (
         {},
@@ -200,7 +200,9 @@ def test_the_kinds_of_folders_and_data_sets_give_the_same_samples(folder, build,
 
 def test_sources_are_joined_repeated_and_have_their_own_changes(folder, build, transform):
     source = {"kind": "folder", "path": f"{folder}/train.jsonl"}
-    (folder / "few.jsonl").write_text((folder / "train.jsonl").read_text().splitlines()[5])
+    (folder / "few.jsonl").write_text(
+        (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()[5], encoding="utf-8"
+    )
     few = {"kind": "folder", "path": f"{folder}/few.jsonl", "repeat": 3, "max_shift": 5}
     dataset = build_image_text_dataset([source, few], transform, 0)
     assert numbers(dataset) == [0, 1, 2, 3, 4, 5, 6, 7, 5, 5, 5]
@@ -230,7 +232,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(build):
 def test_the_next_readable_sample_takes_a_broken_ones_place(folder, build, caplog):
     (folder / "images/2.png").write_bytes(b"no picture")
     (folder / "images/7.png").unlink()
-    (folder / "images/3.txt").write_text(" ")
+    (folder / "images/3.txt").write_text(" ", encoding="utf-8")
     dataset = build(max_broken_share=1)
     assert numbers(dataset) == [0, 1, 3, 3, 4, 5, 6, 0]
     assert dataset.broken.seen == 10 and dataset.broken.broken == 2
@@ -241,7 +243,7 @@ def test_the_next_readable_sample_takes_a_broken_ones_place(folder, build, caplo
 
 def test_rows_without_an_image_or_a_caption_are_broken(folder, build):
     rows = [{"image": "images/1.png", "caption": "red"}, {"image": "images/2.png"}, {"caption": "blue"}]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     dataset = build(max_broken_share=1)
     assert numbers(dataset) == [1, 1, 1] and dataset.broken.broken == 3
 

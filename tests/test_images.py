@@ -31,8 +31,8 @@ def folder(tmp_path):
     for name, color in COLORS.items():
         (tmp_path / "val" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "val" / name).write_bytes(png(color))
-    (tmp_path / "val/cat/readme.txt").write_text("no image")
-    (tmp_path / "val/cat/._a.png").write_text("hidden")
+    (tmp_path / "val/cat/readme.txt").write_text("no image", encoding="utf-8")
+    (tmp_path / "val/cat/._a.png").write_text("hidden", encoding="utf-8")
     return tmp_path / "val"
 
 

@@ -132,7 +132,7 @@ def emoji_data(folder: Path) -> Path:
             rows.append(Emoji(f"{name}.png", name, style, "any", held_out=(style, name) == ("twitter", "frog")))
             noise = torch.randint(0, 256, (48, 48, 3), dtype=torch.uint8).numpy()
             Image.fromarray(noise).save(folder / rows[-1].image)
-    (folder / "emoji.json").write_text(json.dumps([asdict(row) for row in rows]))
+    (folder / "emoji.json").write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
     return folder
 
 
@@ -156,20 +156,22 @@ def test_the_cards_numbers_are_those_of_the_evaluations(release, photo, tmp_path
     reconstruction.main([*model, *on_cpu, *images])
     shapes = ["--dataset", "easy-vqa", "--limit", "5", "--use_cpu", "--workers", "0", "--output", str(files["shot"])]
     zero_shot.main([*model, *shapes, "--text_tokenizer", str(release)])
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    (tmp_path / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
     drawn = ["--prompts", str(tmp_path / "prompts.txt"), "--samples", "1", "--output", str(tmp_path / "drawn")]
     text_to_image.main([*model, *on_cpu, *drawn])
     files["drawn"] = tmp_path / "drawn" / "results.json"
-    result = json.loads(files["drawn"].read_text())
+    result = json.loads(files["drawn"].read_text(encoding="utf-8"))
     result["metrics"]["clip_score"] = {"settings": {"clip": "a/clip"}, "mean": 0.28125, "by_prompt": {}}
-    files["drawn"].write_text(json.dumps(result))
+    files["drawn"].write_text(json.dumps(result), encoding="utf-8")
 
     others = json.dumps(result).replace(digest, "0" * 64)
-    (tmp_path / "others.json").write_text(others)
-    (tmp_path / "speed.json").write_text(json.dumps({"benchmark": "speed", "seconds": 1.0}))
-    (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "begun.json").write_text(json.dumps(result | {"metrics": {}}))
-    (tmp_path / "old.json").write_text(json.dumps({n: v for n, v in result.items() if n != "versions"}))
+    (tmp_path / "others.json").write_text(others, encoding="utf-8")
+    (tmp_path / "speed.json").write_text(json.dumps({"benchmark": "speed", "seconds": 1.0}), encoding="utf-8")
+    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
+    (tmp_path / "begun.json").write_text(json.dumps(result | {"metrics": {}}), encoding="utf-8")
+    (tmp_path / "old.json").write_text(
+        json.dumps({n: v for n, v in result.items() if n != "versions"}), encoding="utf-8"
+    )
     extra = [str(tmp_path / f"{name}.json") for name in ("others", "speed", "broken", "none", "begun", "old")]
     before = load(release).text
     main([str(release), "--results", *map(str, files.values()), *extra, "--license", "mit", "--tags", "unitok", "vqa"])
@@ -179,7 +181,7 @@ def test_the_cards_numbers_are_those_of_the_evaluations(release, photo, tmp_path
         assert reason in message
     assert digest == folder_digest(str(release))
 
-    card, known = load(release), {name: json.loads(path.read_text()) for name, path in files.items()}
+    card, known = load(release), {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
     assert (card.data.license, card.data.model_name, card.data.tags) == ("mit", "circles", ["unitok", "vqa"])
     assert card.text.startswith(before.rstrip())
     found = {
@@ -219,14 +221,14 @@ def test_the_cards_numbers_are_those_of_the_evaluations(release, photo, tmp_path
 
 
 def test_a_hand_written_card_is_never_overwritten(release, mllm, processor, caplog):
-    (release / "README.md").write_text("# My own words")
+    (release / "README.md").write_text("# My own words", encoding="utf-8")
     save_release(mllm, processor, release, torch.float16)
-    assert (release / "README.md").read_text() == "# My own words"
+    assert (release / "README.md").read_text(encoding="utf-8") == "# My own words"
     assert "README.md is hand-written (it has no line '<!-- Written by training.model_card." in caplog.text
     assert load_file(release / "model.safetensors")["depth_head.head.weight"].dtype == torch.float16
     with pytest.raises(SystemExit, match="error: .* is hand-written"):
         main([str(release), "--license", "mit"])
-    assert (release / "README.md").read_text() == "# My own words"
+    assert (release / "README.md").read_text(encoding="utf-8") == "# My own words"
 
 
 def test_a_card_that_fails_leaves_the_old_release(release, mllm, processor, monkeypatch):
@@ -238,10 +240,10 @@ def test_a_card_that_fails_leaves_the_old_release(release, mllm, processor, monk
 
 
 def test_folders_without_a_card_get_one_and_others_are_refused(release, processor, tmp_path, llama_config):
-    before = (release / "README.md").read_text()
+    before = (release / "README.md").read_text(encoding="utf-8")
     (release / "README.md").unlink()
     main([str(release)])
-    assert (release / "README.md").read_text() == before
+    assert (release / "README.md").read_text(encoding="utf-8") == before
     with pytest.raises(SystemExit, match="error: there is no model folder"):
         main([str(tmp_path)])
     llama_config.save_pretrained(tmp_path)

@@ -324,7 +324,7 @@ def test_command_line_prints_and_writes_the_plan(folder, tmp_path):
     options = ("--samples", 1e7, "--gpus", 4, "--mfu", 0.5, "--gpu-flops", 1e14, "--text-length", 40)
     result = run_cli("mllm", "--llm", folder, "--visual", folder, *options, "--json", tmp_path / "plan.json")
     assert result.exit_code == 0, result.output
-    written = json.loads((tmp_path / "plan.json").read_text())
+    written = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
     assert written["days"] == 1e7 * written["step_flops"] / (4 * 1e14 * 0.5) / 86400
     assert written["run"]["gpus_per_node"] == 4 and len(written["memory"]) == 5
     assert f"{written['days']:.3g} days = 1e+07 samples" in result.output
@@ -377,7 +377,9 @@ def test_deepspeed_config_is_complete(name, stage, offload, mllm, tmp_path):
 
 
 def readme_commands() -> list[list[str]]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "training" / "launch" / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(
+        r"```bash\n(.*?)```", (ROOT / "training" / "launch" / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     return [shlex.split(line) for block in blocks for line in block.splitlines()]
 
 
@@ -403,7 +405,7 @@ def test_hostfile_and_the_deepspeed_command(monkeypatch):
 
 def test_slurm_script_starts_torchrun_on_every_node(tmp_path):
     for name, answer in (("scontrol", "printf 'n7\\nn8\\n'"), ("srun", 'echo "$@"')):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{answer}\n")
+        (tmp_path / name).write_text(f"#!/bin/bash\n{answer}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
     slurm = {"JOB_NODELIST": "n[7-8]", "JOB_NUM_NODES": "2", "GPUS_ON_NODE": "8", "JOB_ID": "42"}
     result = subprocess.run(

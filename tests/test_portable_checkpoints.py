@@ -135,7 +135,7 @@ def test_a_release_loads_and_agrees_in_a_fresh_environment(tmp_path, fresh_pytho
     picture = Image.new("RGB", (64, 64), "lavender")
     ImageDraw.Draw(picture).ellipse((20, 16, 44, 40), fill="red")
     picture.save(tmp_path / "photo.jpg")
-    card = (tmp_path / "mllm/README.md").read_text().split("```python\n")[1].split("```")[0]
+    card = (tmp_path / "mllm/README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     run = run_elsewhere(fresh_python, card.replace("What is this?", "what shape is present?"), tmp_path)
     assert run.stdout.strip() == "circle", run.stderr
     with Image.open(tmp_path / "drawing.png") as drawing:

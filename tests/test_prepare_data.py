@@ -58,7 +58,7 @@ def packages(tmp_path) -> Path:
 
 
 def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def turns_of(row: dict) -> list[str]:
@@ -82,7 +82,7 @@ def test_emoji_become_pictures_on_white_captions_and_questions(packages, tmp_pat
     pictures = emoji.read_table(folder)
     assert [e.caption for e in pictures if not e.held_out] == [row["caption"] for row in train]
     assert [e.image for e in pictures if e.held_out] == [row["image"] for row in test]
-    first = json.loads((folder / "train_conversations.json").read_text())[0]
+    first = json.loads((folder / "train_conversations.json").read_text(encoding="utf-8"))[0]
     assert first["conversations"] == [
         {"from": "human", "value": "<image>\nwhat is this?"},
         {"from": "gpt", "value": train[0]["caption"].split(" emoji")[0]},
@@ -101,7 +101,7 @@ def test_easy_vqa_keeps_its_splits_and_all_its_questions(tmp_path):
     result = CliRunner().invoke(app, ["easy-vqa", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert [len(rows_of(tmp_path / f"{split}_captions.jsonl")) for split in ("train", "test")] == [4000, 1000]
-    rows = {kind: json.loads((tmp_path / f"train_{kind}.json").read_text()) for kind in KINDS}
+    rows = {kind: json.loads((tmp_path / f"train_{kind}.json").read_text(encoding="utf-8")) for kind in KINDS}
     assert len(rows["conversations"]) == len(get_train_questions()[0]) == 38575
     assert len(rows["edits"]) == len(rows["dialogues"]) == 3 * 4000
     assert all((tmp_path / image).is_file() for kind in KINDS for row in rows[kind][::100] for image in row["image"])
@@ -118,7 +118,9 @@ def test_a_third_of_easy_vqas_dialogues_begin_with_questions_about_the_users_pic
     samples = easy_vqa.load("train")[:20]
     monkeypatch.setattr(easy_vqa, "load", lambda split: samples)
     prepare_easy_vqa(tmp_path)
-    beginnings = [turns_of(row)[:-4] for row in json.loads((tmp_path / "train_dialogues.json").read_text())]
+    beginnings = [
+        turns_of(row)[:-4] for row in json.loads((tmp_path / "train_dialogues.json").read_text(encoding="utf-8"))
+    ]
     for sample, uploaded, *drawn in zip(samples, beginnings[::3], beginnings[1::3], beginnings[2::3]):
         turns = [uploaded[0].removeprefix("<image>\n"), *uploaded[1:]]
         assert uploaded[0] != turns[0] and {*zip(turns[::2], turns[1::2])} <= {*sample.questions}

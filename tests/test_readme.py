@@ -9,7 +9,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_examples_run_as_written_and_the_shipped_model_answers_right(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(examples) == 4
     names = {}
     exec("\n".join(examples), names)

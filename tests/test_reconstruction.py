@@ -95,7 +95,7 @@ def command(model, photos, inception_weights, vgg_weights, tmp_path):
 def run(arguments: list[str]) -> dict:
     """The report of a run."""
     evaluation.main(arguments)
-    return json.loads(Path(arguments[arguments.index("--output") + 1]).read_text())
+    return json.loads(Path(arguments[arguments.index("--output") + 1]).read_text(encoding="utf-8"))
 
 
 def run_in_this_process_of_several(arguments: list[str]) -> None:
@@ -186,7 +186,7 @@ def test_two_processes_and_a_broken_image_in_between_give_the_same(command, phot
     with monkeypatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         debug_launcher(run_in_this_process_of_several, (arguments,), num_processes=2)
-    report = json.loads((tmp_path / "two.json").read_text())
+    report = json.loads((tmp_path / "two.json").read_text(encoding="utf-8"))
     assert (report["processes"], report["images"]) == (2, IMAGES)
     assert_same(report["metrics"], expected["metrics"])
     assert not (tmp_path / "two.json.parts").exists()
@@ -365,7 +365,7 @@ def test_rfid_of_two_torchrun_processes_is_torch_fidelitys(command, inception_we
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*launcher, "-m", "eval.reconstruction", *arguments], check=True, env=environment)
-    report = json.loads((tmp_path / "out.json").read_text())
+    report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert report["processes"] == 2
     assert report["metrics"]["rfid"] == pytest.approx(fidelity(saved, inception_weights, "2048"), rel=1e-4)
 

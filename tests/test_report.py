@@ -58,7 +58,7 @@ def numbers(value) -> list[str]:
 
 
 def write(path, result):
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(result), encoding="utf-8")
     return path
 
 
@@ -122,7 +122,8 @@ def test_what_comes_is_escaped_and_nothing_is_loaded_from_elsewhere(tmp_path):
 def test_published_numbers_stand_with_their_source_beside_what_they_belong_to_and_else_at_the_end(tmp_path):
     claims, speed = write(tmp_path / "claims.json", CLAIMS), tmp_path / "speed.json"
     speed.write_text(
-        '{"job": "encode", "batch": 1, "seconds": 0.0101}\n{"job": "decode", "batch": 1, "seconds": 0.039}\n'
+        '{"job": "encode", "batch": 1, "seconds": 0.0101}\n{"job": "decode", "batch": 1, "seconds": 0.039}\n',
+        encoding="utf-8",
     )
     page = text_of(make_report([claims, speed], "title"))
     first, second = page.split("<h2")[1:3]
@@ -171,7 +172,7 @@ def test_pictures_that_a_result_names_or_has_beside_it_are_embedded(tmp_path):
 def test_the_command_writes_a_page_or_says_which_file_is_wrong(tmp_path):
     good, page = write(tmp_path / "good.json", EASY_VQA), tmp_path / "out" / "page.html"
     outcome = CliRunner().invoke(CLI, [str(good), str(good), "--output", str(page), "--title", "Ours & theirs"])
-    assert outcome.exit_code == 0 and "<h1>Ours &amp; theirs</h1>" in page.read_text()
+    assert outcome.exit_code == 0 and "<h1>Ours &amp; theirs</h1>" in page.read_text(encoding="utf-8")
     broken = tmp_path / "broken.json"
     for content, message in (
         (None, f"there is no result file {broken}"),
@@ -180,7 +181,7 @@ def test_the_command_writes_a_page_or_says_which_file_is_wrong(tmp_path):
         ("", f"{broken} is not JSON"),
     ):
         if content is not None:
-            broken.write_text(content)
+            broken.write_text(content, encoding="utf-8")
         outcome = CliRunner().invoke(CLI, [str(good), str(broken), "--output", str(tmp_path / "none.html")])
         assert outcome.exit_code == 1 and message in str(outcome.exception) + outcome.output
         assert not (tmp_path / "none.html").exists()

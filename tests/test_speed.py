@@ -280,7 +280,7 @@ def test_the_whole_program(processes, folder, tmp_path, capfd, monkeypatch):
     arguments = ["--model", folder, "--jobs", "encode", "--batches", "2", "--runs", "1", "--device", "cpu"]
     speed.main([*arguments, "--output", str(output), "--threads", "1"])
     printed = capfd.readouterr()
-    result = json.loads(output.read_text())
+    result = json.loads(output.read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in printed.out.splitlines()]
     assert result["benchmark"] == "speed" and result["rows"] == rows
     gemm, bandwidth, encode = rows

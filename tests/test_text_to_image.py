@@ -75,7 +75,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
 def prompts(tmp_path_factory) -> Path:
     """Two prompts of GenEval."""
     path = tmp_path_factory.mktemp("prompts") / "evaluation_metadata.jsonl"
-    path.write_text(FILES["geneval"])
+    path.write_text(FILES["geneval"], encoding="utf-8")
     return path
 
 
@@ -112,7 +112,9 @@ def test_each_format_is_read(format, given, tmp_path):
     path = tmp_path / "prompts"
     path.write_bytes(b"\xef\xbb\xbf" + FILES[format].encode())  # a byte order mark is no part of a prompt
     if format == "genai":
-        (tmp_path / "genai_skills.json").write_text('{"basic": [0], "negation": [7], "advanced": [7]}')
+        (tmp_path / "genai_skills.json").write_text(
+            '{"basic": [0], "negation": [7], "advanced": [7]}', encoding="utf-8"
+        )
     found, rows = read_prompts(path, format if given else "")
     assert found == format
     assert [(row.text, row.picture(0), row.picture(2), row.groups) for row in rows] == PROMPTS[format]
@@ -120,7 +122,7 @@ def test_each_format_is_read(format, given, tmp_path):
 
 
 def test_one_line_of_geneval_is_geneval(tmp_path):
-    (tmp_path / "one.jsonl").write_text(json.dumps(GENEVAL[0]))
+    (tmp_path / "one.jsonl").write_text(json.dumps(GENEVAL[0]), encoding="utf-8")
     format, (prompt,) = read_prompts(tmp_path / "one.jsonl")
     assert (format, prompt.text) == ("geneval", "a photo of a bench")
 
@@ -141,7 +143,7 @@ def test_one_line_of_geneval_is_geneval(tmp_path):
 def test_unusable_prompt_files_are_named(content, message, tmp_path):
     path = tmp_path / "prompts.any"
     if content is not None:
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as error:
         read_prompts(path)
     assert str(path) in str(error.value)
@@ -151,8 +153,8 @@ def test_folder_is_laid_out_as_geneval_expects(drawn):
     assert sorted(pictures(drawn)) == [f"0000{i}/samples/000{sample}.png" for i in (0, 1) for sample in (0, 1)]
     assert len(set(pictures(drawn).values())) == 4
     for i, row in enumerate(GENEVAL):
-        assert json.loads((drawn / "images" / f"0000{i}" / "metadata.jsonl").read_text()) == row
-    results = json.loads((drawn / "results.json").read_text())
+        assert json.loads((drawn / "images" / f"0000{i}" / "metadata.jsonl").read_text(encoding="utf-8")) == row
+    results = json.loads((drawn / "results.json").read_text(encoding="utf-8"))
     assert results["benchmark"] == "geneval"
     assert (results["prompts"], results["pictures"], results["drawing"]["drawn"]) == (2, 4, 4)
     assert results["prompt"] == "{prompt} Generate an image based on this description.<boi>"
@@ -178,7 +180,7 @@ def test_two_processes_and_other_batches_draw_the_same(prompts, drawn, tmp_path)
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     assert pictures(tmp_path / "two") == pictures(drawn)
-    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    results = json.loads((tmp_path / "two" / "results.json").read_text(encoding="utf-8"))
     assert (results["drawing"]["drawn"], results["drawing"]["processes"]) == (4, 2)
 
     evaluation.main(arguments(prompts, tmp_path / "three", "--batch_size", "3"))
@@ -195,14 +197,14 @@ def test_only_missing_and_broken_pictures_are_drawn_again(prompts, drawn, tmp_pa
     evaluation.main(arguments(prompts, drawn, "--batch_size", "3"))  # one of the others is in their batch
     assert pictures(drawn) == before
     assert {path: path.stat().st_mtime_ns for path in others} == times
-    assert json.loads((drawn / "results.json").read_text())["drawing"]["drawn"] == 2
+    assert json.loads((drawn / "results.json").read_text(encoding="utf-8"))["drawing"]["drawn"] == 2
     assert "4 pictures of 2 prompts, 2 drawn" in capsys.readouterr().out
 
 
 def test_nothing_is_loaded_when_nothing_is_missing_and_a_part_can_be_asked_for(prompts, drawn, monkeypatch):
     monkeypatch.setattr(evaluation, "load_model", None)
     evaluation.main(arguments(prompts, drawn, "--limit", "1"))
-    assert json.loads((drawn / "results.json").read_text())["pictures"] == 2
+    assert json.loads((drawn / "results.json").read_text(encoding="utf-8"))["pictures"] == 2
 
 
 def test_pictures_of_other_settings_are_refused(prompts, drawn, tmp_path):
@@ -213,7 +215,7 @@ def test_pictures_of_other_settings_are_refused(prompts, drawn, tmp_path):
 
     assert "guidance was 5.0, now 2.0" in error("--guidance", "2")
     assert "seed was 0, now 7" in error("--seed", "7")
-    (tmp_path / "other.txt").write_text("a photo of a bench")
+    (tmp_path / "other.txt").write_text("a photo of a bench", encoding="utf-8")
     assert "format was geneval, now text; prompts_sha256 was" in error(file=tmp_path / "other.txt")
     (tmp_path / "mine" / "images").mkdir(parents=True)
     assert "has images/ but no settings.json" in error(output=tmp_path / "mine")
@@ -243,7 +245,7 @@ def test_errors_take_one_line_and_come_before_the_work(options, message, prompts
 def test_long_prompts_are_named_or_truncated(tmp_path):
     processor = AutoProcessor.from_pretrained(TINY)
     long = "a red circle and " * 300
-    (tmp_path / "long.txt").write_text(f"a red circle\n{long}")
+    (tmp_path / "long.txt").write_text(f"a red circle\n{long}", encoding="utf-8")
     with pytest.raises(
         SystemExit, match=r"prompt 00001 is too long: its \d+ tokens and the 16 of an image do not fit"
     ):
@@ -283,18 +285,18 @@ def test_clip_score_is_that_of_the_hand_computation(prompts, drawn, clip_folder,
     opposite = [100 * max(-cosine, 0) for cosine in cosines]
     assert max(opposite) > 0.1
     evaluation.main(arguments(prompts, drawn, "--clip", str(clip_folder), "--batch_size", "3"))
-    results = json.loads((drawn / "results.json").read_text())["metrics"]["clip_score"]
+    results = json.loads((drawn / "results.json").read_text(encoding="utf-8"))["metrics"]["clip_score"]
     assert results["mean"] == pytest.approx(sum(opposite) / 4, abs=1e-3)
     assert results["by_prompt"]["00001"] == pytest.approx(sum(opposite[2:]) / 2, abs=1e-3)
     assert results["by_group"]["counting"] == results["by_prompt"]["00001"]
 
     monkeypatch.setattr(evaluation, "clip_scores", None)  # a finished metric is kept
     evaluation.main(arguments(prompts, drawn, "--clip", str(clip_folder)))
-    assert json.loads((drawn / "results.json").read_text())["metrics"]["clip_score"] == results
+    assert json.loads((drawn / "results.json").read_text(encoding="utf-8"))["metrics"]["clip_score"] == results
 
 
 def test_a_missing_clip_model_and_a_broken_picture_are_named(clip_folder, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=f"cannot load a CLIP model from {tmp_path}"):
         clip_scores([tmp_path / "broken.png"], ["a"], str(tmp_path))
@@ -322,7 +324,7 @@ def test_fid_is_that_of_torch_fidelity(prompts, drawn, tmp_path, monkeypatch):
         Image.new("RGB", (64, 64), color).save(reference / f"{i}.png")
     options = ["--fid_reference", str(reference.parent), "--inception_weights", str(weights)]
     evaluation.main(arguments(prompts, drawn, *options))
-    results = json.loads((drawn / "results.json").read_text())["metrics"]["fid"]
+    results = json.loads((drawn / "results.json").read_text(encoding="utf-8"))["metrics"]["fid"]
     expected = torch_fidelity.calculate_metrics(
         input1=str(drawn / "images"),
         input2=str(reference.parent),
@@ -357,11 +359,12 @@ def test_vqa_score_is_asked_for_each_picture_and_its_prompt(prompts, drawn, tmp_
         "class Scorer:\n"
         "    def batch_forward(self, dataset, batch_size):\n"
         "        rows = [Path(r['images'][0]).stat().st_size + len(r['texts'][0]) for r in dataset]\n"
-        "        return numpy.array(rows).reshape(-1, 1, 1) / 2**16\n"
+        "        return numpy.array(rows).reshape(-1, 1, 1) / 2**16\n",
+        encoding="utf-8",
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     evaluation.main(arguments(prompts, drawn, "--vqa_score", "clip-flant5-xxl"))
-    results = json.loads((drawn / "results.json").read_text())["metrics"]["vqa_score"]
+    results = json.loads((drawn / "results.json").read_text(encoding="utf-8"))["metrics"]["vqa_score"]
     sizes = [len(data) for _, data in sorted(pictures(drawn).items())]
     expected = [sum(sizes[2 * i : 2 * i + 2]) / 2 + len(row["prompt"]) for i, row in enumerate(GENEVAL)]
     assert results["by_prompt"] == {"00000": expected[0] / 2**16, "00001": expected[1] / 2**16}

@@ -54,9 +54,11 @@ def data(tmp_path) -> dict[str, dict]:
         captions.append({"image": f"{i}.png", "caption": f"a red circle {i}"})
         turns = [{"from": "human", "value": "<image>\nwhat is this?"}, {"from": "gpt", "value": f"a blue shape {i}"}]
         conversations.append({"image": f"{i}.png", "conversations": turns})
-    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
-    (folder / "conversations.json").write_text(json.dumps(conversations))
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"what is red {i}"}) + "\n" for i in range(8)))
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions), encoding="utf-8")
+    (folder / "conversations.json").write_text(json.dumps(conversations), encoding="utf-8")
+    (folder / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"what is red {i}"}) + "\n" for i in range(8)), encoding="utf-8"
+    )
     return {
         "read": {"path": f"{folder}/conversations.json"},
         "caption": {"path": f"{folder}/captions.jsonl", "type": "captions"},
@@ -82,7 +84,7 @@ def write_config(path: Path, start: Path, sources: list[dict], **options) -> Pat
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    path.write_text(yaml.safe_dump(config | options))
+    path.write_text(yaml.safe_dump(config | options), encoding="utf-8")
     return path
 
 
@@ -106,7 +108,7 @@ def run(config: Path, processes: int = 1, *options: str) -> Path:
 
 def losses(folder: Path) -> list[tuple[float, float, float]]:
     """(loss, text_loss, image_loss) of each step."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [(h["loss"], h.get("text_loss", 0.0), h.get("image_loss", 0.0)) for h in history if "loss" in h]
 
 
@@ -287,7 +289,7 @@ def test_an_adapter_answers_in_a_fresh_process_as_it_did_in_training(tmp_path, s
     question = {"image": str(pictures / "0.png"), "question": "what is this?"}
     options = {"max_steps": 30, "sample_questions": [question]} | LORA
     main([str(write_config(tmp_path / "run.yaml", start, [data["read"]], **options))])
-    (trained,) = json.loads((tmp_path / "run/samples/step-30.json").read_text())["answers"]
+    (trained,) = json.loads((tmp_path / "run/samples/step-30.json").read_text(encoding="utf-8"))["answers"]
     command = [sys.executable, "-c", FRESH_PROCESS, tmp_path / "run/adapter", *question.values()]
     fresh = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert fresh.stdout == trained["answer"] and "blue shape" in trained["answer"]
@@ -335,13 +337,13 @@ def test_samples_are_drawn_and_answered_at_evaluations(tmp_path, start, data):
     main([str(write_config(tmp_path / "run.yaml", start, [data["draw"]], **options))])
     samples = tmp_path / "run/samples"
     assert {path.name for path in samples.iterdir()} == {f"step-{n}.{e}" for n in (2, 4) for e in ("png", "json")}
-    answers = json.loads((samples / "step-4.json").read_text())["answers"]
+    answers = json.loads((samples / "step-4.json").read_text(encoding="utf-8"))["answers"]
     assert answers[0]["question"] == "what is this?" and isinstance(answers[0]["answer"], str)
     assert Image.open(samples / "step-4.png").getcolors(100000)
-    history = json.loads((tmp_path / "run/trainer_state.json").read_text())["log_history"]
+    history = json.loads((tmp_path / "run/trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     assert sum("eval_loss" in line for line in history) == 2
 
-    card = (tmp_path / "run/release/README.md").read_text()
+    card = (tmp_path / "run/release/README.md").read_text(encoding="utf-8")
     (last,) = (line for line in history if "loss" in line and line["step"] == 4)
     assert f"Started from `{start}`." in card and f"| `{data['draw']['path']}` | task draw, type captions |" in card
     assert "| steps | 4 |\n| samples in a step | 4 |\n| learning rate | 0.001 |\n" in card and "| float32 |" in card

@@ -357,7 +357,7 @@ def small_open_clip(tmp_path: Path) -> nn.Module:
     config["text_cfg"] |= {"context_length": 9, "vocab_size": 60, "width": 64, "heads": 2, "layers": 2}
     config["vision_cfg"]["timm_drop_path"] = 0.0
     path = tmp_path / "ViTamin-S-small.json"
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config), encoding="utf-8")
     open_clip.add_model_config(path)
     clip = open_clip.create_model(path.stem).eval()
     with torch.no_grad():
@@ -410,14 +410,15 @@ def captioned_folder(tmp_path) -> Path:
     for i in range(9):
         Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
         lines.append(json.dumps({"image": f"{i}.png", "caption": "a red circle"}) + "\n")
-    (folder / "train_captions.jsonl").write_text("".join(lines))
+    (folder / "train_captions.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder / "train_captions.jsonl"
 
 
 def test_the_script_trains_on_a_folder_reports_and_releases(tmp_path, captioned_folder, text_tokenizer):
     text_tokenizer.save_pretrained(tmp_path / "text")
     config = tmp_path / "config.yaml"
-    config.write_text(f"""
+    config.write_text(
+        f"""
 vision_overrides: {{image_size: 32, hidden_size: 32, num_attention_heads: 2, num_hidden_layers: 1}}
 text_tokenizer: {tmp_path / "text"}
 datasets:
@@ -438,7 +439,9 @@ logging_steps: 1
 report_to: [tensorboard]
 use_cpu: true
 card: {{license: mit}}
-""")
+""",
+        encoding="utf-8",
+    )
     main([str(config), "--learning_rate", "1e-3"])
     release = tmp_path / "run" / "release"
     model = AutoModel.from_pretrained(release)

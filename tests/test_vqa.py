@@ -69,8 +69,12 @@ def run(tmp_path, *options, limit=QUESTIONS):
     """The JSON of a run, and its answers in the order of the questions."""
     output = tmp_path / "out.json"
     vqa.main(["--model", TINY, "--output", str(output), "--limit", str(limit), "--device", "cpu", *options])
-    rows = [json.loads(line) for line in (tmp_path / "out.answers.0.jsonl").read_text().split("\n") if line]
-    return json.loads(output.read_text()), [row["answer"] for row in sorted(rows, key=lambda row: row["doc_id"])]
+    rows = [
+        json.loads(line) for line in (tmp_path / "out.answers.0.jsonl").read_text(encoding="utf-8").split("\n") if line
+    ]
+    return json.loads(output.read_text(encoding="utf-8")), [
+        row["answer"] for row in sorted(rows, key=lambda row: row["doc_id"])
+    ]
 
 
 @pytest.mark.parametrize("options", [["--batch_size", "1"], ["--batch_size", "8", "--force_simple", "true"]])
@@ -114,19 +118,19 @@ def test_the_same_command_goes_on_where_it_was_cut_off(expected, tmp_path, monke
     monkeypatch.setattr(UniTokMLLM, "_generate", generate_once)
     with pytest.raises(SystemExit, match="The same command goes on"):
         run(tmp_path, "--batch_size", "5", limit=12)
-    with (tmp_path / "out.answers.0.jsonl").open("a") as file:
+    with (tmp_path / "out.answers.0.jsonl").open("a", encoding="utf-8") as file:
         file.write('\n{"key": "half a li')
     monkeypatch.setattr(UniTokMLLM, "_generate", generate_and_count)
     vqa.main(["--model", TINY, "--output", str(tmp_path / "out.json"), "--limit", "12", "--batch_size", "8"])
     assert batches == [5, 7]
-    first = json.loads((tmp_path / "out.json").read_text())["parts"]["easy_vqa"]
+    first = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["parts"]["easy_vqa"]
     assert (
         first["metrics"]["easy_vqa"]["accuracy"] == count_right(*(each[:12] for each in expected))["all"]["accuracy"]
     )
 
     monkeypatch.setattr(vqa, "simple_evaluate", None)  # a finished task is not run again
     vqa.main(["--model", TINY, "--output", str(tmp_path / "out.json"), "--limit", "12"])
-    assert json.loads((tmp_path / "out.json").read_text())["parts"]["easy_vqa"] == first
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["parts"]["easy_vqa"] == first
 
 
 def test_generation_settings_of_the_command_are_the_tasks(expected, tmp_path):
@@ -343,7 +347,7 @@ def test_data_that_cannot_be_had_are_named_and_finished_tasks_kept(tmp_path, mon
     monkeypatch.setattr(ConfigurableTask.download.retry, "wait", wait_none())
     with pytest.raises(SystemExit, match="error: task pope: .*lmms-lab-encoder/POPE"):
         run(tmp_path, "--tasks", "easy_vqa,pope", limit=2)
-    assert list(json.loads((tmp_path / "out.json").read_text())["parts"]) == ["easy_vqa"]
+    assert list(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["parts"]) == ["easy_vqa"]
 
 
 def test_lmms_eval_finds_the_plug_in(monkeypatch):
@@ -359,7 +363,7 @@ def test_lmms_eval_finds_the_plug_in(monkeypatch):
 
 def test_the_package_does_not_know_lmms_eval():
     sources = list((ROOT / "unitok_mllm").glob("*.py"))
-    assert len(sources) > 5 and not any("lmms" in path.read_text() for path in sources)
+    assert len(sources) > 5 and not any("lmms" in path.read_text(encoding="utf-8") for path in sources)
 
 
 @pytest.mark.slow
@@ -370,13 +374,13 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     command += ["-m", "eval.vqa", "--model", TINY, "--output", str(tmp_path / "two" / "out.json")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     subprocess.run([*command, "--limit", "11", "--device", "cpu"], cwd=ROOT, env=environment, check=True, timeout=600)
-    two = json.loads((tmp_path / "two" / "out.json").read_text())
+    two = json.loads((tmp_path / "two" / "out.json").read_text(encoding="utf-8"))
     assert two["processes"] == 2
     assert {**two["parts"]["easy_vqa"], "seconds": 0} == {**one["parts"]["easy_vqa"], "seconds": 0}
     rows = [
         json.loads(line)
         for rank in range(2)
-        for line in (tmp_path / "two" / f"out.answers.{rank}.jsonl").read_text().split("\n")
+        for line in (tmp_path / "two" / f"out.answers.{rank}.jsonl").read_text(encoding="utf-8").split("\n")
         if line
     ]
     assert [row["answer"] for row in sorted(rows, key=lambda row: row["doc_id"])] == answers

@@ -185,7 +185,7 @@ def test_what_cannot_be_asked_or_drawn(shared):
 
 
 def test_unreadable_pictures_are_named_without_their_folder(tmp_path):
-    (tmp_path / "notes.png").write_text("no picture")
+    (tmp_path / "notes.png").write_text("no picture", encoding="utf-8")
     with pytest.raises(ValueError, match="^notes.png is not a picture that can be read$"):
         web.read_picture(str(tmp_path / "notes.png"))
     with pytest.raises(ValueError, match="^gone.png is no longer kept"):
@@ -276,7 +276,7 @@ def server(workplace: Path) -> Iterator[tuple[str, Path]]:
     port = free_port()
     command = [sys.executable, "-m", "unitok_mllm.cli", "serve", "--port", str(port), "--max-upload-mb", "1"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(temporary), "CUDA_VISIBLE_DEVICES": ""}
-    with open(workplace / "log", "w") as log:
+    with open(workplace / "log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=workplace, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -285,7 +285,7 @@ def server(workplace: Path) -> Iterator[tuple[str, Path]]:
                 httpx.get(address, timeout=30)
                 break
             except httpx.ConnectError:
-                assert process.poll() is None, (workplace / "log").read_text()
+                assert process.poll() is None, (workplace / "log").read_text(encoding="utf-8")
                 time.sleep(0.1)
         yield address, temporary
     finally:
@@ -296,7 +296,7 @@ def server(workplace: Path) -> Iterator[tuple[str, Path]]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> Iterator[tuple[str, Path]]:
     workplace = tmp_path_factory.mktemp("served")
-    (workplace / "secret.txt").write_text("secret")
+    (workplace / "secret.txt").write_text("secret", encoding="utf-8")
     with server(workplace) as (address, temporary):
         yield address, temporary
     assert list(temporary.glob("unitok-mllm-*")) == []  # nothing is kept
@@ -388,7 +388,7 @@ def test_reconstruct_and_name(page, picture):
 @pytest.mark.web
 def test_what_is_no_picture_gives_a_message(page, tmp_path):
     for name in ("notes.txt", "notes.png"):
-        (tmp_path / name).write_text("no picture")
+        (tmp_path / name).write_text("no picture", encoding="utf-8")
     ask(page, "what?", tmp_path / "notes.png")
     expect(page.get_by_text("notes.png is not a picture that can be read")).to_be_visible()
     page.get_by_role("tab", name="Tokenizer").click()

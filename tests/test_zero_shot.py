@@ -68,7 +68,9 @@ def open_clip_folder(tmp_path) -> str:
     folder = tmp_path / "open_clip"
     folder.mkdir()
     save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": mean_and_std}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": mean_and_std}), encoding="utf-8"
+    )
     return f"local-dir:{folder}"
 
 
@@ -84,7 +86,7 @@ def emoji_folder(tmp_path) -> Path:
             rows.append(Emoji(f"{i}.png", name, style, "any", held_out=style == "twitter" and i > 6))
             noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy()
             Image.fromarray(noise).save(folder / rows[-1].image)
-    (folder / "emoji.json").write_text(json.dumps([asdict(row) for row in rows]))
+    (folder / "emoji.json").write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
     return folder
 
 
@@ -95,7 +97,7 @@ def run(tmp_path):
     def run(*options: str, output: str = "out") -> tuple[dict, dict[str, torch.Tensor]]:
         file = tmp_path / f"{output}.json"
         zero_shot.main([*options, "--output", str(file), "--use_cpu", "--workers", "0"])
-        return json.loads(file.read_text()), load_file(file.with_suffix(".nearest.safetensors"))
+        return json.loads(file.read_text(encoding="utf-8")), load_file(file.with_suffix(".nearest.safetensors"))
 
     return run
 
@@ -266,12 +268,14 @@ def test_broken_image_is_named_and_costs_no_finished_work(unitok_folder, emoji_f
     with monkeypatch.context() as patch:
         patch.setattr(zero_shot, "SYSTEMS", dict.fromkeys(zero_shot.SYSTEMS))  # nothing is loaded
         assert run(*options)[0] == report
-    rows = json.loads((emoji_folder / "emoji.json").read_text())
-    (emoji_folder / "emoji.json").write_text(json.dumps(rows[:19]))  # one picture less, which leaves the names
+    rows = json.loads((emoji_folder / "emoji.json").read_text(encoding="utf-8"))
+    (emoji_folder / "emoji.json").write_text(
+        json.dumps(rows[:19]), encoding="utf-8"
+    )  # one picture less, which leaves the names
     with monkeypatch.context() as patch:
         patch.setattr(zero_shot.UniTokSystem, "embed_images", None)
         assert run(*options)[0]["images"] == 19
-    (emoji_folder / "emoji.json").write_text(json.dumps(rows))
+    (emoji_folder / "emoji.json").write_text(json.dumps(rows), encoding="utf-8")
     assert run(*options, "--image_mode", "understand")[0]["preprocessing"] == "UniTokImageProcessor, understand"
 
 
@@ -292,7 +296,10 @@ def test_two_processes_give_what_one_gives(unitok_folder, emoji_folder, run, tmp
     output = tmp_path / "two.json"
     arguments = [*options, "--output", str(output), "--use_cpu", "--workers", "1"]
     start_processes(one_of_two, (port, arguments), nprocs=2, start_method="fork")  # spawned ones import all anew
-    of_two, both = load_file(output.with_suffix(".nearest.safetensors")), json.loads(output.read_text())
+    of_two, both = (
+        load_file(output.with_suffix(".nearest.safetensors")),
+        json.loads(output.read_text(encoding="utf-8")),
+    )
     assert torch.equal(of_two["nearest"], tensors["nearest"]) and len(tensors["nearest"].unique(dim=0)) > 1
     torch.testing.assert_close(of_two["classifier"], tensors["classifier"])
     assert both["parts"] == report["parts"] and both["measured"] == report["measured"]

@@ -20,7 +20,7 @@ def parse_yaml_and_command_line(dataclass_types: tuple, argv: list[str] | None =
         parser.parse_args(["--help"])
     if not Path(argv[0]).is_file():
         parser.error(f"the first argument is a YAML config; there is no file {argv[0]}")
-    values = yaml.safe_load(Path(argv[0]).read_text()) or {}
+    values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}
     known = {action.dest for action in parser._actions}
     if unknown := sorted(values.keys() - known):
         parser.error(f"{argv[0]} has unknown keys: {', '.join(unknown)}")

@@ -40,7 +40,7 @@ def read_metadata(path: Path) -> dict:
         ValueError: the file is no JSON, or a number or the format is missing or out of its range.
     """
     try:
-        metadata = json.loads(path.read_text())
+        metadata = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is broken: {error}") from error
     if not isinstance(metadata, dict):
@@ -88,7 +88,7 @@ def write_metadata(folder: Path, metadata: dict) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".metadata.{os.getpid()}.unfinished"
-    unfinished.write_text(json.dumps(metadata, indent=2) + "\n")
+    unfinished.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 

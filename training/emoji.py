@@ -96,7 +96,7 @@ def load(packages: Path, categories: list[str] | None = None) -> list[Emoji]:
 
 def read_table(folder: Path) -> list[Emoji]:
     """The emoji that `training.prepare_data` has put into a folder."""
-    return [Emoji(**row) for row in json.loads((folder / TABLE).read_text())]
+    return [Emoji(**row) for row in json.loads((folder / TABLE).read_text(encoding="utf-8"))]
 
 
 def write_images(emoji: list[Emoji], packages: Path, folder: Path) -> None:

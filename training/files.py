@@ -47,7 +47,9 @@ def read_rows(path: Path) -> list[dict] | datasets.Dataset:
     if path.suffix not in (".json", *readers):
         raise ValueError(f"Data comes as .json, .jsonl or .parquet, not as {path}.")
     try:
-        rows = json.loads(path.read_text()) if path.suffix == ".json" else readers[path.suffix](str(path))
+        rows = (
+            json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else readers[path.suffix](str(path))
+        )
     except (ValueError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"cannot read the data file {path}: {error.__cause__ or error}") from error
     if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) or isinstance(rows, datasets.Dataset):

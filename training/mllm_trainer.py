@@ -251,7 +251,9 @@ class SamplesCallback(TrainerCallback):
                     callback.tb_writer.add_image("samples", to_tensor(sheet), step)
                 if answers:
                     callback.tb_writer.add_text("answers", json.dumps(answers, indent=1), step)
-        (folder / f"step-{step}.json").write_text(json.dumps({"step": step, "answers": answers}, indent=2) + "\n")
+        (folder / f"step-{step}.json").write_text(
+            json.dumps({"step": step, "answers": answers}, indent=2) + "\n", encoding="utf-8"
+        )
 
     def _draw(self, model, prompt: str):
         inputs = self.processor(text=prompt, generation_mode="image").to(model.device)

@@ -141,7 +141,7 @@ def hardware(device: torch.device, processes: int) -> str:
 
 
 def _read(path: str) -> str:
-    return Path(path).read_text() if Path(path).is_file() else ""
+    return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
 
 
 def check_metadata(metadata: dict) -> None:

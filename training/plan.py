@@ -579,7 +579,7 @@ def show(plan: Plan, output: Path | None) -> None:
         f"/ ({run.gpus} GPUs x {run.gpu_flops:.4g} FLOP/s x MFU {run.mfu:g}) / 86400 s"
     )
     if output is not None:
-        output.write_text(json.dumps(asdict(plan), indent=2) + "\n")
+        output.write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
 
 
 def gemm_flops(size: int = 1536, runs: int = 10) -> float:
@@ -789,7 +789,7 @@ def check_command(
         table.add_row(name, *[str(value(check)) for check in checks])
     Console(width=119).print(table)
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(check) for check in checks], indent=2) + "\n")
+        json_file.write_text(json.dumps([asdict(check) for check in checks], indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

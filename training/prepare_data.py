@@ -34,7 +34,10 @@ def conversation(images: list[str], *turns: str) -> dict:
 
 
 def write_captions(path: Path, captions: list[tuple[str, str]]) -> None:
-    path.write_text("".join(json.dumps({"image": image, "caption": caption}) + "\n" for image, caption in captions))
+    path.write_text(
+        "".join(json.dumps({"image": image, "caption": caption}) + "\n" for image, caption in captions),
+        encoding="utf-8",
+    )
 
 
 def asked_about(questions: list[tuple[str, str]], rng: random.Random) -> list[str]:
@@ -69,20 +72,20 @@ def prepare_easy_vqa(folder: Path) -> None:
                 dialogues.append(conversation(pair, *beginning, ask, IMAGE, "what color is the shape?", color))
         write_captions(folder / f"{split}_captions.jsonl", captions)
         for kind, rows in (("conversations", questions), ("edits", edits), ("dialogues", dialogues)):
-            (folder / f"{split}_{kind}.json").write_text(json.dumps(rows))
+            (folder / f"{split}_{kind}.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 def prepare_emoji(folder: Path, packages: Path, categories: list[str]) -> None:
     pictures = emoji.load(packages, categories)
     emoji.write_images(pictures, packages, folder)
-    (folder / emoji.TABLE).write_text(json.dumps([asdict(picture) for picture in pictures]))
+    (folder / emoji.TABLE).write_text(json.dumps([asdict(picture) for picture in pictures]), encoding="utf-8")
     for split, held_out in (("train", False), ("test", True)):
         rows = [e for e in pictures if e.held_out == held_out]
         write_captions(folder / f"{split}_captions.jsonl", [(e.image, e.caption) for e in rows])
         questions = [conversation([e.image], f"{IMAGE}\n{emoji.QUESTION}", e.name) for e in rows]
         dialogues = [conversation([e.image], f"draw {e.caption}", IMAGE, emoji.QUESTION, e.name) for e in rows]
         for kind, values in (("conversations", questions), ("dialogues", dialogues)):
-            (folder / f"{split}_{kind}.json").write_text(json.dumps(values))
+            (folder / f"{split}_{kind}.json").write_text(json.dumps(values), encoding="utf-8")
 
 
 app = typer.Typer(help=__doc__, add_completion=False)

@@ -69,7 +69,9 @@ def save_release(
         model.save_pretrained(unfinished, state_dict=state_dict)
         processor.save_pretrained(unfinished)
         config = unfinished / "config.json"
-        config.write_text(re.sub(r'"dtype": "b?float16"', '"dtype": "float32"', config.read_text()))
+        config.write_text(
+            re.sub(r'"dtype": "b?float16"', '"dtype": "float32"', config.read_text(encoding="utf-8")), encoding="utf-8"
+        )
         write_release_card(unfinished, folder, run)
 
     write_folder(folder, write)

@@ -91,7 +91,7 @@ def load(folder: Path, *, tokenizer_only: bool = False) -> tuple[Any, Any]:
     processor_class = AutoImageProcessor if tokenizer_only else AutoProcessor
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     try:
-        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         if model_type not in known:
             raise ValueError(f"its model type is {model_type!r}, this command needs {' or '.join(known)}")
         check_size(folder)

@@ -293,7 +293,7 @@ def convert_mllm(source: Path, tokenizer: Path, folder: Path, allow_pickle: bool
     if not (source / "config.json").is_file():
         raise ConversionError(f"{source} has no config.json.")
     state = _read_shards(source, allow_pickle)
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     text_config = AutoConfig.for_model("llama", **{k: v for k, v in config.items() if k != "model_type"})
     text_tokenizer = AutoTokenizer.from_pretrained(source)
     boi_token, eoi_token = text_tokenizer.convert_ids_to_tokens([3, 4])

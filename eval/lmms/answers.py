@@ -17,7 +17,7 @@ class AnswerLog:
         self.path = None if path is None else Path(f"{path}.{rank}.jsonl")
         if path is not None:
             for file in sorted(Path(path).parent.glob(f"{Path(path).name}.*.jsonl")):
-                for line in file.read_text().splitlines():
+                for line in file.read_text(encoding="utf-8").splitlines():
                     self._read(line)
 
     def _read(self, line: str) -> None:
@@ -32,5 +32,5 @@ class AnswerLog:
         self.answers.update({row["key"]: row["answer"] for row in rows})
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(f"\n{json.dumps(row)}" for row in rows)
