@@ -4,9 +4,11 @@
     torchrun --nproc_per_node 8 -m eval.reconstruction --model unitok-large --images imagenet/val
     python -m eval.reconstruction --system diffusers --model stabilityai/sd-vae-ft-mse --images imagenet/val
     python -m eval.reconstruction --model unitok_mllm/checkpoints/tiny --images photos --skip rfid,lpips --proxy
+    python -m eval.reconstruction --model unitok-large --images imagenet_reference_batch --preprocessing center_crop
 
 `--images` is whatever `eval.images` opens. All systems get the same pictures: UniTokImageProcessorPil's `reconstruct`
-mode (LANCZOS to 1.125 of `--image_size`, centre crop). Everything is scored on 8-bit images, as they would be saved as
+mode (LANCZOS to 1.125 of `--image_size`, centre crop), or the centre alone of pictures that have their size already
+(`--preprocessing center_crop`, as UniTok's own rFID is measured). Everything is scored on 8-bit images, as they would be saved as
 PNG (`--save_images` does save them): rFID (https://arxiv.org/abs/1706.08500) by torch-fidelity's Inception network and
 formula, with float64 statistics; PSNR; SSIM (https://doi.org/10.1109/TIP.2003.819861: Gaussian window of 11, sigma
 1.5, each of RGB); LPIPS (https://arxiv.org/abs/1801.03924) on VGG-16. `--proxy` adds a Fréchet distance of
@@ -41,6 +43,7 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torchvision.models import VGG16_Weights
+from torchvision.transforms.functional import center_crop, pil_to_tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -56,6 +59,7 @@ from eval.images import (
     processed,
     stamp,
 )
+from eval.protocol import number
 from training.losses import psnr
 from training.perceptual import VGGDistance
 from unitok_mllm import UniTokImageProcessorPil, UniTokModel
@@ -66,6 +70,7 @@ METRICS = ("rfid", "psnr", "ssim", "lpips", "codes")
 PER_IMAGE = ("psnr", "ssim", "lpips")
 PROXY = "proxy_fd_efficientnet_lite0"
 INCEPTION_LAYERS = ("64", "192", "768", "2048")
+PREPROCESSING = ("reconstruct", "center_crop")
 DTYPES = ("float32", "bfloat16", "float16")
 SHOWN = 8  # images on the sheet
 SAVE_SECONDS = 60
@@ -92,6 +97,10 @@ class Settings:
     image_column: str = field(default="image", metadata={"help": "of a Hugging Face data set"})
     limit: int | None = field(default=None, metadata={"help": "only so many images, evenly spread"})
     image_size: int | None = field(default=None, metadata={"help": "side in pixels; UniTok's own, 256 for diffusers"})
+    preprocessing: str = field(
+        default="reconstruct",
+        metadata={"help": "reconstruct, or center_crop for pictures that have their size already"},
+    )
     dtype: str = field(default="float32", metadata={"help": "of the system: float32, bfloat16 or float16"})
     batch_size: int = field(default=32, metadata={"help": "images at a time in each process"})
     workers: int = field(default=4, metadata={"help": "what reads images, in each process; 0: the process itself"})
@@ -117,6 +126,8 @@ class Settings:
             raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}")
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
+        if self.preprocessing not in PREPROCESSING:
+            raise ValueError(f"unknown preprocessing {self.preprocessing!r}, expected {' or '.join(PREPROCESSING)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}, expected one of {', '.join(DTYPES)}")
         if self.inception_layer not in INCEPTION_LAYERS:
@@ -192,6 +203,17 @@ def load_system(settings: Settings, device: torch.device) -> UniTokSystem | Diff
     if settings.system == "unitok":
         return UniTokSystem(settings.model, dtype, device)
     return DiffusersSystem(settings.model, settings.subfolder, dtype, device)
+
+
+def centre(size: int, picture: Image.Image) -> torch.Tensor:
+    """The centre of a picture as it is, (3, size, size) in [-1, 1].
+
+    Raises:
+        ValueError: the picture is smaller.
+    """
+    if min(picture.size) < size:
+        raise ValueError(f"{picture.width}x{picture.height} pixels, center_crop takes the {size}x{size} in the middle")
+    return pil_to_tensor(center_crop(picture, [size, size])) / 127.5 - 1
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
@@ -281,6 +303,33 @@ def lpips_distance(weights: str, device: torch.device) -> Callable[[torch.Tensor
     return lambda images, originals: network(images / 127.5 - 1, originals / 127.5 - 1).flatten()
 
 
+def load_metrics(settings: Settings, device: torch.device) -> tuple[dict[str, Callable], dict[str, Callable]]:
+    """What measures two sets of images, and what makes features of one, by the metric's name.
+
+    Raises:
+        ValueError: weights or a package are missing; names all that are.
+    """
+    loaders = {}
+    if "rfid" in settings.metrics:
+        loaders["rfid"] = partial(inception_features, settings.inception_weights, settings.inception_layer)
+    if settings.proxy:
+        loaders[PROXY] = lite0_features
+    if "lpips" in settings.metrics:
+        loaders["lpips"] = partial(lpips_distance, settings.vgg_weights)
+    networks, missing = {}, []
+    for name, load in loaders.items():
+        try:
+            networks[name] = load(device)
+        except ValueError as error:
+            missing.append(str(error))
+    if missing:
+        raise ValueError(" ".join(missing))
+    metrics = {name: metric for name, metric in (("psnr", psnr_of_uint8), ("ssim", ssim)) if name in settings.metrics}
+    if "lpips" in networks:
+        metrics["lpips"] = networks.pop("lpips")
+    return metrics, networks
+
+
 def second_moments(features: torch.Tensor) -> torch.Tensor:
     """(B, D) -> (D + 1, D + 1), float64 on the CPU: the sum of outer products of the rows, each with a 1 appended.
 
@@ -346,30 +395,25 @@ class Evaluation:
         self.device = state.device
         if settings.device and state.num_processes == 1:
             self.device = torch.device(settings.device)
-        self.metrics = {
-            name: metric for name, metric in (("psnr", psnr_of_uint8), ("ssim", ssim)) if name in settings.metrics
-        }
-        self.networks = {}
         with state.local_main_process_first():  # who downloads
-            if "rfid" in settings.metrics:
-                self.networks["rfid"] = inception_features(
-                    settings.inception_weights, settings.inception_layer, self.device
-                )
-            if settings.proxy:
-                self.networks[PROXY] = lite0_features(self.device)
-            if "lpips" in settings.metrics:
-                self.metrics["lpips"] = lpips_distance(settings.vgg_weights, self.device)
+            self.metrics, self.networks = load_metrics(settings, self.device)
             self.system = load_system(settings, self.device)
         self.image_size = settings.image_size or self.system.image_size
-        self.image_processor = UniTokImageProcessorPil(
-            mode="reconstruct", size={"height": self.image_size, "width": self.image_size}
-        )
+        if settings.preprocessing == "center_crop":
+            self.preprocess = partial(centre, self.image_size)
+        else:
+            size = {"height": self.image_size, "width": self.image_size}
+            self.preprocess = partial(processed, UniTokImageProcessorPil(mode="reconstruct", size=size))
+
+    @property
+    def preprocessing(self) -> str:
+        """How pictures are prepared."""
+        return f"{self.settings.preprocessing}, {self.image_size}x{self.image_size}"
 
     def batches(self, indices: list[int]) -> Iterator[ImageBatch]:
         """See `eval.images.load_batches`; broken images come as such."""
         size, workers = self.settings.batch_size, self.settings.workers
-        preprocess = partial(processed, self.image_processor)
-        return load_batches(self.images, preprocess, indices, size, workers, skip_broken=True)
+        return load_batches(self.images, self.preprocess, indices, size, workers, skip_broken=True)
 
     def measure(self, indices: list[int], save: Callable[[Tally], None]) -> None:
         """Measures images; the tally of those done is saved every minute, at the end, and when an error ends it."""
@@ -488,12 +532,16 @@ def write_sheet(tally: Tally, names: list[str], path: Path) -> None:
 
 
 def settings_key(settings: Settings, images: EvalImages) -> str:
-    """Of all that the numbers hang on but the images' contents: settings, names, and stamps of the weights' files."""
+    """Hash of what the numbers depend on but the images' contents: settings, names, versions, the weights' files."""
     values = {name: value for name, value in asdict(settings).items() if name not in NOT_IN_KEY}
     files = [path for path in (settings.inception_weights, settings.vgg_weights) if path]
     if Path(settings.model).is_dir():
         files += sorted(path for path in Path(settings.model, settings.subfolder).iterdir() if path.is_file())
-    values |= {"files": [[str(path), stamp(path)] for path in files], "names": images.names}
+    values |= {
+        "files": [[str(path), stamp(path)] for path in files],
+        "names": images.names,
+        "versions": all_versions(),
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -581,9 +629,9 @@ def finish(evaluation: Evaluation, key: str, tally: Tally, start: float) -> dict
         "image_digest": evaluation.images.digest(),
         "settings": asdict(settings),
         "model_sha256": folder_digest(settings.model) if settings.system == "unitok" else None,
-        "versions": versions() | _versions_of("torch-fidelity", "lpips", "diffusers", "timm", "pillow"),
+        "versions": all_versions(),
         "system": type(evaluation.system.model).__name__,
-        "preprocessing": f"UniTokImageProcessorPil, mode reconstruct, {evaluation.image_size}x{evaluation.image_size}",
+        "preprocessing": evaluation.preprocessing,
         "image_size": evaluation.image_size,
         "device": str(evaluation.device),
         "processes": evaluation.state.num_processes,
@@ -592,6 +640,7 @@ def finish(evaluation: Evaluation, key: str, tally: Tally, start: float) -> dict
         "broken": [evaluation.images.names[index] for index in broken],
         "seconds": round(time.perf_counter() - start, 1),
         "process_seconds": round(tally["seconds"].item(), 1),
+        "numbers": numbers(metrics, evaluation, len(names) - len(broken)),
         "metrics": metrics,
         "notes": notes,
         "sheet": str(sheet),
@@ -601,14 +650,46 @@ def finish(evaluation: Evaluation, key: str, tally: Tally, start: float) -> dict
     return report
 
 
-def _versions_of(*packages: str) -> dict[str, str]:
-    found = {}
-    for package in packages:
+def all_versions() -> dict[str, str]:
+    """Of the libraries that the numbers depend on, those that are installed."""
+    found = versions()
+    for package in ("torch-fidelity", "lpips", "diffusers", "timm", "pillow"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # of a system or metric that was not asked for
             continue
     return found
+
+
+MEASURES = {  # by key: name, unit, and what computes it
+    "rfid": ("rFID", "", "torch-fidelity, Inception's 2048 features"),
+    "psnr_db": ("PSNR", "dB", "mean over 8-bit images"),
+    "ssim": ("SSIM", "", "Gaussian window of 11, mean over 8-bit images"),
+    "lpips_vgg": ("LPIPS", "", "lpips, VGG-16, mean over 8-bit images"),
+    "codebook_usage_percent": ("codes in use", "%", "codes chosen at all, mean over sub-codebooks"),
+}
+
+
+def numbers(metrics: dict, evaluation: Evaluation, count: int) -> list[dict]:
+    """The metrics with their protocol (`eval.protocol`), of `count` images that could be measured.
+
+    A location whose name contains "imagenet" is taken for ImageNet.
+    """
+    location, total = evaluation.settings.images, len(evaluation.images)
+    return [
+        number(
+            "ImageNet" if "imagenet" in location.lower() else location,
+            name,
+            metrics[key],
+            unit,
+            split=f"{count} images" if count == total else f"{count} of {total} images",
+            images=evaluation.preprocessing,
+            reference="the same images",
+            tool=tool,
+        )
+        for key, (name, unit, tool) in MEASURES.items()
+        if key in metrics
+    ]
 
 
 ROWS = (

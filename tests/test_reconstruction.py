@@ -329,14 +329,57 @@ def test_missing_weights_are_named_with_what_to_do(command, tmp_path, monkeypatc
             run(command("out.json", option, ""))
         with pytest.raises(SystemExit, match=f"there is no file nowhere.pth \\({option}\\)"):
             run(command("out.json", option, "nowhere.pth"))
+    monkeypatch.setattr(evaluation.EvalImages, "__getitem__", None)  # no image is read before
+    both = r"rfid needs .*weights-inception.* by --skip rfid\. lpips needs .*vgg16.* by --skip lpips\.$"
+    with pytest.raises(SystemExit, match=both):
+        run(command("out.json", "--inception_weights", "", "--vgg_weights", ""))
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(SystemExit, match="rfid needs .*other.pth.*Missing key.*Give --inception_weights FILE"):
         run(command("out.json", "--inception_weights", str(tmp_path / "other.pth")))
 
 
+def test_center_crop_keeps_pixels_and_refuses_smaller_pictures(command, photos, tmp_path):
+    saved = tmp_path / "saved"
+    names = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
+    options = ["--skip", "rfid,lpips", "--preprocessing", "center_crop", "--save_images", str(saved)]
+    report = run(command("out.json", *options))
+    for name in names:
+        with Image.open(photos / name) as original, Image.open(saved / "originals" / f"{name}.png") as cropped:
+            left, top = (round((side - SIDE) / 2) for side in original.size)
+            assert np.array_equal(np.asarray(original)[top : top + SIDE, left : left + SIDE], cropped)
+    assert {n["metric"]: n["value"] for n in report["numbers"]} == {
+        "PSNR": report["metrics"]["psnr_db"],
+        "SSIM": report["metrics"]["ssim"],
+        "codes in use": report["metrics"]["codebook_usage_percent"],
+    }
+    assert report["numbers"][0]["protocol"] == {
+        "split": "10 images",
+        "prompt": None,
+        "sampling": None,
+        "images": "center_crop, 48x48",
+        "reference": "the same images",
+        "tool": "mean over 8-bit images",
+    }
+    other = run(command("some.json", "--skip", "rfid,lpips", "--limit", "4"))
+    assert [n["protocol"]["split"] for n in other["numbers"]] == ["4 of 10 images"] * 3
+    assert other["numbers"][0]["protocol"]["images"] == "reconstruct, 48x48"
+    Image.open(photos / names[0]).crop((0, 0, 47, 60)).save(photos / names[0])
+    with pytest.raises(SystemExit, match=r"a/0.png: 47x60 pixels, center_crop takes the 48x48 in the middle"):
+        run(command("small.json", "--skip", "rfid,lpips", "--preprocessing", "center_crop"))
+
+
+def test_results_of_other_versions_are_not_gone_on_with(command, monkeypatch):
+    arguments = command("out.json", "--skip", "rfid,lpips", "--limit", "3")
+    first = run(arguments)
+    assert run(arguments) == first
+    monkeypatch.setattr(evaluation, "all_versions", lambda: {"torch": "1.0"})
+    assert run(arguments)["key"] != first["key"]
+
+
 @pytest.mark.parametrize(
     "options, error",
     [
+        (["--preprocessing", "resize"], "unknown preprocessing 'resize', expected reconstruct or center_crop"),
         (["--system", "vqgan"], "unknown system 'vqgan', expected unitok or diffusers"),
         (["--skip", "fid"], "cannot skip fid; the metrics are rfid, psnr, ssim, lpips, codes"),
         (["--batch_size", "0"], "batch_size must be at least 1, got 0"),

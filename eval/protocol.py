@@ -1,0 +1,96 @@
+"""How a number was measured: the words that evaluations store with their numbers, and that published numbers carry.
+
+An evaluation's JSON has a list `numbers`, each made by `number`; `published.yaml` says of numbers that others published
+what they were measured on and how, and names the command that measures them so here. `eval.report` sets two numbers side
+by side only where every field agrees (`differences`).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+
+PUBLISHED = Path(__file__).with_name("published.yaml")
+FIELDS = ("split", "prompt", "sampling", "images", "reference", "tool")
+
+
+def number(
+    benchmark: str,
+    metric: str,
+    value: float,
+    unit: str = "",
+    *,
+    split: str,
+    images: str,
+    tool: str,
+    prompt: str | None = None,
+    sampling: str | None = None,
+    reference: str | None = None,
+) -> dict:
+    """One entry of a result's `numbers`.
+
+    Args:
+        unit: "%" for values out of 100, "dB", or nothing.
+        split: which samples, and how many where that is a choice.
+        images: how pictures are prepared before they are read, or how drawings are stored before they are scored.
+        tool: what computes the value.
+        prompt: the text given to the model, with placeholders in braces; None where it is given none.
+        sampling: how answers or pictures are drawn; None where nothing is.
+        reference: what outputs are compared with.
+    """
+    protocol = dict(zip(FIELDS, (split, prompt, sampling, images, reference, tool)))
+    return {"benchmark": benchmark, "metric": metric, "value": value, "unit": unit, "protocol": protocol}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number that others published.
+
+    Attributes:
+        source: where the number stands.
+        protocol: a value for each of FIELDS, None where a field does not apply to the system; None as a whole where
+            the procedure is not known.
+        procedure: where the procedure stands.
+        command: what measures it here, by the same procedure; "" where the model is not to be had.
+    """
+
+    benchmark: str
+    metric: str
+    unit: str
+    value: float
+    system: str
+    source: str
+    protocol: dict[str, str | None] | None
+    procedure: str
+    command: str
+
+
+def read_published() -> list[Published]:
+    """The numbers of `published.yaml`.
+
+    Raises:
+        ValueError: an entry whose protocol has other fields than FIELDS.
+    """
+    numbers = []
+    for entry in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")):
+        protocol = entry["protocol"]
+        if protocol is not None and tuple(protocol) != FIELDS:
+            raise ValueError(f"{entry['benchmark']} has {', '.join(protocol)}, expected {', '.join(FIELDS)}")
+        shared = {name: entry.get(name, "") for name in ("benchmark", "metric", "unit", "procedure", "command")}
+        numbers += [Published(**shared, protocol=protocol, **one) for one in entry["numbers"]]
+    return numbers
+
+
+def differences(measured: dict[str, str | None], published: Published) -> list[str]:
+    """What keeps a number measured by this protocol from being compared with a published one; [] for nothing.
+
+    A field that does not apply to the published system is not compared.
+    """
+    if published.protocol is None:
+        return [f"its procedure is not known ({published.procedure})"]
+    return [
+        f"{name}: here {measured[name]!r}, published {value!r}"
+        for name, value in published.protocol.items()
+        if value is not None and measured[name] != value
+    ]
