@@ -2,13 +2,15 @@
 
     python -m eval.zero_shot --model unitok-large --images imagenet/val --output runs/imagenet.json
     torchrun --nproc_per_node 8 -m eval.zero_shot --model unitok-large --images imagenet/val
+    python -m eval.zero_shot --model unitok-large --images my/pictures
     python -m eval.zero_shot --model unitok_mllm/checkpoints/tiny --dataset easy-vqa
     python -m eval.zero_shot --model runs/tokenizer-tiny/model --dataset emoji
     python -m eval.zero_shot --system clip --model openai/clip-vit-large-patch14 --images imagenet/val
     python -m eval.zero_shot --system open_clip --model ViTamin-L-256 --pretrained datacomp1b --images imagenet/val
 
 A class is the mean, brought to unit length again, of its prompts' embeddings of unit length (CLIP, arXiv 2103.00020,
-section 3.1.4). ImageNet has the names and the 80 prompts that open_clip ships; easy-VQA's test images have the 24 pairs
+section 3.1.4). `--images` is a folder with a folder for each class, named after it ("red_circle" is a red circle), or
+ImageNet's validation images, whose 1000 synsets have the names that open_clip ships; the prompts are CLIP's 80. easy-VQA's test images have the 24 pairs
 of colour and shape ("a red circle"); the emoji have their names, each in the captions of both styles.
 
 Beside the JSON lie a .nearest.safetensors with `classifier` (classes, dims) and `nearest` (images, 5), the classes
@@ -25,7 +27,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -37,7 +39,6 @@ from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import safe_open
 from torch.nn import functional as F
-from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -50,7 +51,8 @@ from transformers import (
 )
 
 from eval._common import check_model_folder, folder_digest, png_bytes, versions, write_atomically
-from eval.images import load_batches
+from eval.images import FolderImages, load_batches, stamp
+from eval.protocol import number
 from training import easy_vqa
 from training.emoji import STYLES, TABLE, Emoji, read_table
 from training.extract_codes import file_digest
@@ -88,7 +90,7 @@ class Settings:
     image_mode: str = field(
         default="", metadata={"help": "unitok: preprocessing; empty: classify for --images, the model's own otherwise"}
     )
-    images: str = field(default="", metadata={"help": "ImageNet's validation images: a folder for each synset"})
+    images: str = field(default="", metadata={"help": "a folder with a folder of images for each class"})
     dataset: str = field(default="", metadata={"help": "in place of --images: easy-vqa or emoji"})
     data: str = field(default="runs/data/emoji", metadata={"help": "the emoji, as training.prepare_data writes them"})
     templates: str = field(default="openai", metadata={"help": "prompts for --images: openai (80) or simple (7)"})
@@ -123,6 +125,7 @@ class Benchmark:
     Attributes:
         classes: C names; templates: what makes a prompt of a name.
         images: N paths; labels: each one's number among the classes; parts: what each is counted under.
+        totals: how many images each part has on disk, where only some of them are taken.
     """
 
     title: str
@@ -131,6 +134,7 @@ class Benchmark:
     images: list[str]
     labels: list[int]
     parts: list[str]
+    totals: Counter = field(default_factory=Counter)
 
     @property
     def names(self) -> list[str]:
@@ -148,32 +152,41 @@ class Benchmark:
             count = min(limit or len(own), len(own))
             rows += [own[i * len(own) // count] for i in range(count)]
         images, labels, parts = ([values[i] for i in rows] for values in (self.images, self.labels, self.parts))
-        return Benchmark(self.title, self.classes, self.templates, images, labels, parts)
+        return replace(self, images=images, labels=labels, parts=parts, totals=Counter(self.parts))
 
 
-def imagenet(folder: str, templates: str) -> Benchmark:
-    """ImageNet's validation images; its synsets' folders, in order, are the classes that open_clip names.
+def class_folders(folder: str, templates: str) -> Benchmark:
+    """Images in folders named after their classes, or ImageNet's, in folders named after its 1000 synsets.
 
     Raises:
-        ValueError: there are not 1000 folders, or one is not named like a synset.
-        FileNotFoundError: a class has no image.
+        ValueError: no folder or no images, an image outside of the classes' folders, a class without images, fewer
+            than two classes, two folders of one name, or synsets that are not ImageNet's 1000.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"there is no image folder {folder}")
-    names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
-    if odd := [name for name in names if not SYNSET.fullmatch(name)]:
-        raise ValueError(f"{folder} has {odd[0]}, which is no synset such as n01440764")
-    if len(names) != len(open_clip.IMAGENET_CLASSNAMES):
-        raise ValueError(f"{folder} has {len(names)} class folders, ImageNet has {len(open_clip.IMAGENET_CLASSNAMES)}")
-    images, labels = zip(*ImageFolder(folder).samples)
-    return Benchmark(
-        "ImageNet",
-        open_clip.IMAGENET_CLASSNAMES,
-        TEMPLATES[templates],
-        list(images),
-        list(labels),
-        ["validation"] * len(images),
-    )
+    images = FolderImages(folder)
+    if images.labels is None:
+        stray = next(name for name in images.names if "/" not in name)
+        raise ValueError(f"{folder}/{stray} lies in no class's folder")
+    folders = [path.name for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith(".")]
+    if empty := sorted(set(folders) - set(images.class_names)):
+        raise ValueError(f"{folder}/{empty[0]} has no images")
+    title, part, classes = Path(folder).resolve().name, "all", images.class_names
+    if all(map(SYNSET.fullmatch, classes)):
+        if len(classes) != len(open_clip.IMAGENET_CLASSNAMES):
+            raise ValueError(
+                f"{folder} has {len(classes)} synsets, ImageNet has {len(open_clip.IMAGENET_CLASSNAMES)}: name the "
+                "folders of other classes by words"
+            )
+        title, part, classes = "ImageNet", "validation", open_clip.IMAGENET_CLASSNAMES
+    else:
+        classes = [name.replace("_", " ") for name in classes]
+        if twice := [name for name, count in Counter(classes).items() if count > 1]:
+            raise ValueError(f"{folder} has two folders for the class {twice[0]!r}")
+        if len(classes) < 2:
+            raise ValueError(f"{folder} has one class, {classes[0]!r}: there is nothing to choose")
+    paths = [f"{folder}/{name}" for name in images.names]
+    return Benchmark(title, classes, TEMPLATES[templates], paths, images.labels, [part] * len(paths))
 
 
 def colored_shapes() -> Benchmark:
@@ -214,9 +227,9 @@ def emoji(folder: str) -> Benchmark:
 
 
 def load_benchmark(settings: Settings) -> Benchmark:
-    """What the settings ask for; raises what `imagenet` and `emoji` raise."""
+    """What the settings ask for; raises what `class_folders` and `emoji` raise."""
     if settings.images:
-        whole = imagenet(settings.images, settings.templates)
+        whole = class_folders(settings.images, settings.templates)
     else:
         whole = colored_shapes() if settings.dataset == "easy-vqa" else emoji(settings.data)
     return whole.limited(settings.limit)
@@ -239,7 +252,8 @@ class UniTokSystem:
         self.image_processor = AutoImageProcessor.from_pretrained(settings.model)
         self.mode = settings.image_mode or ("classify" if settings.images else self.image_processor.mode)
         self.tokenize = text_encoder(settings, self.model.config.text_config, self.image_processor)
-        self.preprocessing = f"UniTokImageProcessor, {self.mode}"
+        size = self.image_processor.size
+        self.preprocessing = f"UniTokImageProcessor, {self.mode}, {size['width']}x{size['height']}"
 
     def preprocess(self, picture: Image.Image) -> torch.Tensor:
         """-> (3, H, W)."""
@@ -291,7 +305,8 @@ class CLIPSystem:
             raise ValueError(f"{settings.model} is a {kind} model, not a clip one")
         self.model = CLIPModel.from_pretrained(settings.model, dtype=torch.float32).to(device).eval()
         self.processor = CLIPProcessor.from_pretrained(settings.model)
-        self.preprocessing = type(self.processor.image_processor).__name__
+        size = self.processor.image_processor.crop_size
+        self.preprocessing = f"{type(self.processor.image_processor).__name__}, {size['width']}x{size['height']}"
 
     def preprocess(self, picture: Image.Image) -> torch.Tensor:
         """-> (3, H, W)."""
@@ -465,8 +480,17 @@ def sha256(values: list) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
+def stamped(images: list[str]) -> list[str]:
+    """Paths with what changes when the file does."""
+    return [f"{image} {stamp(image) if Path(image).is_file() else 'missing'}" for image in images]
+
+
 def read_tensors(path: Path, measured: dict, images: list[str]) -> dict[str, torch.Tensor]:
-    """What an earlier run that measured the same has found, with a row of -1 in `nearest` for each image it lacks."""
+    """What an earlier run that measured the same has found, with a row of -1 in `nearest` for each image it lacks.
+
+    Args:
+        images: as `stamped` names them.
+    """
     if not path.is_file():
         return {}
     with safe_open(path, "pt") as file:
@@ -479,21 +503,40 @@ def read_tensors(path: Path, measured: dict, images: list[str]) -> dict[str, tor
     return {**tensors, "nearest": torch.stack([known.get(image, unknown) for image in images])}
 
 
-def summary(settings: Settings, benchmark: Benchmark, nearest: torch.Tensor) -> dict:
+def summary(settings: Settings, benchmark: Benchmark, nearest: torch.Tensor, preprocessing: str) -> dict:
     """What the JSON says of N images, of which `nearest` (N, 5) are the nearest classes."""
-    labels, parts = torch.tensor(benchmark.labels), {}
+    labels, parts, numbers = torch.tensor(benchmark.labels), {}, []
+    templates = [template("{}") for template in benchmark.templates]
+    prompt = f"{settings.templates} ({len(templates)} templates)" if settings.images else " / ".join(templates)
     for part in dict.fromkeys(benchmark.parts):
         rows = [i for i, name in enumerate(benchmark.parts) if name == part]
         mixed_up = confusions(nearest[rows], labels[rows], benchmark.classes)
         parts[part] = {**accuracy(nearest[rows], labels[rows]), "most_frequent_confusions": mixed_up}
+        of_all = f" of {benchmark.totals[part]}" if len(rows) < benchmark.totals[part] else ""
+        numbers += [
+            number(
+                benchmark.title,
+                f"zero-shot {title}",
+                100 * parts[part][key],
+                "%",
+                split=f"{part}, {len(rows)}{of_all} images",
+                prompt=prompt,
+                images=preprocessing,
+                reference=f"{len(benchmark.classes)} classes",
+                tool="nearest mean text embedding",
+            )
+            for key, title in (("top1", "top-1"), ("top5", "top-5"))
+        ]
     return {
         "benchmark": f"zero-shot classification, {benchmark.title}",
         "settings": asdict(settings),
         "versions": versions() | {name: importlib.metadata.version(name) for name in ("open_clip_torch", "easy-vqa")},
-        "prompts": [template("{}") for template in benchmark.templates],
+        "prompts": templates,
+        "preprocessing": preprocessing,
         "seed": None,  # nothing is drawn
         "classes": len(benchmark.classes),
         "images": len(benchmark.images),
+        "numbers": numbers,
         "parts": parts,
     }
 
@@ -507,11 +550,12 @@ def evaluate(settings: Settings) -> dict:
     start, state = time.perf_counter(), PartialState(cpu=settings.use_cpu)
     benchmark = load_benchmark(settings)
     measured = what_is_measured(settings, benchmark)
-    images = {"images_sha256": sha256([benchmark.images, benchmark.labels, benchmark.parts])}
+    files = stamped(benchmark.images)
+    images = {"images_sha256": sha256([files, benchmark.labels, benchmark.parts])}
     output = Path(settings.output)
     path = output.with_suffix(".nearest.safetensors")
     report = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
-    tensors = read_tensors(path, measured, benchmark.images)
+    tensors = read_tensors(path, measured, files)
     state.wait_for_everyone()  # all have read before one writes
     if report.get("measured") == measured | images:
         return report
@@ -523,7 +567,7 @@ def evaluate(settings: Settings) -> dict:
     def save_tensors() -> None:
         tensors["seconds"] = torch.tensor(seconds_before + time.perf_counter() - start)
         if state.is_main_process:
-            metadata = {"measured": json.dumps(measured), "images": json.dumps(benchmark.images)}
+            metadata = {"measured": json.dumps(measured), "images": json.dumps(files)}
             write_atomically(path, safetensors.torch.save(tensors, metadata))
 
     if "classifier" not in tensors:
@@ -533,8 +577,7 @@ def evaluate(settings: Settings) -> dict:
         save_tensors()
     classify(system, benchmark, tensors, save_tensors, settings.batch_size, settings.workers)
     report = {
-        **summary(settings, benchmark, tensors["nearest"]),
-        "preprocessing": system.preprocessing,
+        **summary(settings, benchmark, tensors["nearest"], system.preprocessing),
         "device": str(state.device),
         "seconds": round(tensors["seconds"].item(), 1),
         "measured": measured | images,

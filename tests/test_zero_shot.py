@@ -153,7 +153,7 @@ def test_clip_agrees_with_its_logits_per_image(clip_folder, run):
     assert len(tensors["nearest"].unique(dim=0)) > 1
     assert report["parts"]["test"]["top1"] == (logits.argmax(dim=1) == labels).double().mean().item()
     assert report["prompts"] == ["a {}"] and report["images"] == 24 and report["classes"] == 24
-    assert report["preprocessing"].startswith("CLIPImageProcessor")
+    assert report["preprocessing"] == "CLIPImageProcessor, 32x32"
 
 
 def test_open_clip_agrees_with_its_own_classifier(open_clip_folder, run):
@@ -188,7 +188,21 @@ def test_shipped_model_names_shapes_the_same_in_batches_of_any_size(run):
     right = (similarity.argmax(dim=1) == labels).sum().item()
     assert right >= 17  # of all 888 images: 92.3%
     assert report["parts"]["test"]["top1"] == right / 21
-    assert report["preprocessing"] == "UniTokImageProcessor, understand"
+    assert report["preprocessing"] == "UniTokImageProcessor, understand, 64x64"
+    assert report["numbers"][0] == {
+        "benchmark": "easy-VQA, 24 pairs of colour and shape",
+        "metric": "zero-shot top-1",
+        "value": 100 * right / 21,
+        "unit": "%",
+        "protocol": {
+            "split": "test, 21 of 888 images",
+            "prompt": "a {}",
+            "sampling": None,
+            "images": "UniTokImageProcessor, understand, 64x64",
+            "reference": "24 classes",
+            "tool": "nearest mean text embedding",
+        },
+    }
 
 
 def test_imagenet_has_the_names_of_open_clip_and_photographs_are_cropped(unitok_folder, tmp_path, run):
@@ -200,7 +214,13 @@ def test_imagenet_has_the_names_of_open_clip_and_photographs_are_cropped(unitok_
     options = ["--model", unitok_folder, "--images", str(tmp_path / "val"), "--limit", "4"]
     report, tensors = run(*options, "--templates", "simple", "--batch_size", "512")
     assert tensors["classifier"].shape == (1000, 20) and len(report["prompts"]) == 7
-    assert report["prompts"][0] == "itap of a {}." and report["preprocessing"] == "UniTokImageProcessor, classify"
+    assert report["prompts"][0] == "itap of a {}."
+    protocol = report["numbers"][0]["protocol"]
+    assert (report["numbers"][0]["benchmark"], protocol["split"]) == ("ImageNet", "validation, 4 of 1000 images")
+    assert (protocol["prompt"], protocol["images"]) == (
+        "simple (7 templates)",
+        "UniTokImageProcessor, classify, 48x48",
+    )
 
     system = zero_shot.UniTokSystem(settings(model=unitok_folder), torch.device("cpu"))
     goldfish = zero_shot.class_embeddings(system, ["goldfish"], open_clip.SIMPLE_IMAGENET_TEMPLATES, 7)
@@ -217,6 +237,68 @@ def test_imagenet_has_the_names_of_open_clip_and_photographs_are_cropped(unitok_
     }
 
 
+@pytest.fixture
+def own_folder(tmp_path) -> Path:
+    """Three classes of a user's own, pictures in folders below them too."""
+    for i, name in enumerate(("red_circle", "red_circle", "blue square", "fire-engine/deep")):
+        path = tmp_path / "own" / name / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.randint(0, 256, (60, 40, 3), dtype=torch.uint8).numpy()).save(path)
+    return tmp_path / "own"
+
+
+def test_folders_are_named_after_their_classes(unitok_folder, own_folder, run, capsys):
+    options = ["--model", unitok_folder, "--images", str(own_folder)]
+    report, tensors = run(*options)
+    assert report["benchmark"] == "zero-shot classification, own" and report["classes"] == 3
+    system = zero_shot.UniTokSystem(settings(dataset="", images="any", model=unitok_folder), torch.device("cpu"))
+    names = ["blue square", "fire-engine", "red circle"]
+    classifier = zero_shot.class_embeddings(system, names, open_clip.OPENAI_IMAGENET_TEMPLATES, 64)
+    torch.testing.assert_close(tensors["classifier"], classifier)
+    files = [own_folder / name for name in ("blue square/2.png", "fire-engine/deep/3.png", "red_circle/0.png")]
+    files.append(own_folder / "red_circle/1.png")
+    pixels = system.image_processor([str(file) for file in files], mode="classify")["pixel_values"]
+    nearest = zero_shot.nearest_classes(system.embed_images(pixels), tensors["classifier"])
+    assert torch.equal(tensors["nearest"].long(), nearest)
+    right = (nearest[:, 0] == torch.tensor([0, 1, 2, 2])).double().mean().item()
+    assert report["parts"]["all"]["top1"] == right and report["parts"]["all"]["top5"] == 1
+    assert report["numbers"][0]["protocol"]["prompt"] == "openai (80 templates)"
+    assert "zero-shot classification, own: 3 classes, 80 prompts each" in capsys.readouterr().out
+
+    Image.new("RGB", (50, 50), "red").save(files[0])  # a changed picture is looked at again, the others are not
+    seen, embed_images = [], zero_shot.UniTokSystem.embed_images
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            zero_shot.UniTokSystem,
+            "embed_images",
+            lambda self, pixels: seen.append(len(pixels)) or embed_images(self, pixels),
+        )
+        run(*options)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda own: (own / "stray.png").write_bytes(b"x"), "own/stray.png lies in no class's folder"),
+        (lambda own: (own / "void").mkdir(), "own/void has no images"),
+        (lambda own: (own / "red_circle").rename(own / "blue_square"), "has two folders for the class 'blue square'"),
+        (
+            lambda own: [path.rename(own / f"n0000000{i}") for i, path in enumerate(sorted(own.iterdir()))],
+            "has 3 synsets, ImageNet has 1000: name the folders of other classes by words",
+        ),
+        (
+            lambda own: [path.rename(own / "red_circle" / str(i)) for i, path in enumerate(own.glob("[bf]*"))],
+            "has one class, 'red circle': there is nothing to choose",
+        ),
+    ],
+)
+def test_folders_that_name_no_classes_are_refused(own_folder, change, message):
+    change(own_folder)
+    with pytest.raises(ValueError, match=message):
+        zero_shot.class_folders(str(own_folder), "openai")
+
+
 def test_emoji_are_counted_apart_and_prompted_by_their_captions(unitok_folder, emoji_folder, run, capsys):
     report, tensors = run("--model", unitok_folder, "--dataset", "emoji", "--data", str(emoji_folder))
     pictures = zero_shot.read_table(emoji_folder)
@@ -227,7 +309,7 @@ def test_emoji_are_counted_apart_and_prompted_by_their_captions(unitok_folder, e
         right = tensors["nearest"][rows] == labels[rows, None]
         assert report["parts"][part]["images"] == {"seen": 17, "held_out": 3}[part]
         assert report["parts"][part]["top5"] == right.any(dim=1).double().mean().item()
-    assert report["preprocessing"] == "UniTokImageProcessor, reconstruct"
+    assert report["preprocessing"] == "UniTokImageProcessor, reconstruct, 48x48"
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("zero-shot classification, emoji of two styles: 10 classes, 2 prompts each")
     assert lines[3].split() == [
@@ -276,7 +358,7 @@ def test_broken_image_is_named_and_costs_no_finished_work(unitok_folder, emoji_f
         patch.setattr(zero_shot.UniTokSystem, "embed_images", None)
         assert run(*options)[0]["images"] == 19
     (emoji_folder / "emoji.json").write_text(json.dumps(rows), encoding="utf-8")
-    assert run(*options, "--image_mode", "understand")[0]["preprocessing"] == "UniTokImageProcessor, understand"
+    assert run(*options, "--image_mode", "understand")[0]["preprocessing"] == "UniTokImageProcessor, understand, 48x48"
 
 
 def one_of_two(rank: int, port: int, arguments: list[str]) -> None:
@@ -346,9 +428,7 @@ def test_model_without_a_text_tower_or_of_another_kind_is_refused(unitok_folder,
     "folders, message",
     [
         (None, "there is no image folder"),
-        (["n00000001", "n00000002"], "has 2 class folders, ImageNet has 1000"),
-        (["n00000001", "0002"], "has 0002, which is no synset such as n01440764"),
-        ([f"n{number:08}" for number in range(1000)], "Found no valid file for the classes n00000000"),
+        (["red", "blue"], "val has no images"),
     ],
 )
 def test_wrong_image_folders_are_named(tmp_path, run, folders, message):
