@@ -112,18 +112,38 @@ def test_usage_is_a_moving_average_of_how_often_codes_are_chosen(quantizer):
         codes = naive_codes(quantizer, features)
         shares.append(torch.stack([codes[:, k].flatten().bincount(minlength=V) / (B * L) for k in range(K)]))
     quantizer.train()(first)
-    torch.testing.assert_close(quantizer.usage, shares[0])
+    torch.testing.assert_close(quantizer.usage, 0.01 * shares[0])
     assert quantizer.codebook_usage == 100 * (shares[0] > 0).float().mean()
     quantizer(second)
-    torch.testing.assert_close(quantizer.usage, 0.99 * shares[0] + 0.01 * shares[1])
+    torch.testing.assert_close(quantizer.usage, 0.0099 * shares[0] + 0.01 * shares[1])
 
 
-@pytest.mark.parametrize("state", ["eval", "frozen"])
+def test_the_first_batch_counts_no_more_than_any_other():
+    quantizer = UniTokMultiCodebookQuantizer(1, 4, D).train()
+    for code in [0, *[1] * 120]:
+        quantizer(quantizer.decode(torch.full((1, 1, 3), code)))
+    share = quantizer.usage / quantizer.usage.sum()
+    weights = 0.99 ** torch.arange(120, -1, -1.0)  # of each batch, Adam's average
+    torch.testing.assert_close(share[0, :2], torch.stack([weights[0], weights[1:].sum()]) / weights.sum())
+    assert quantizer.codebook_usage == 50  # 0.43% of the tokens are more than 1% of an even share
+    for _ in range(80):
+        quantizer(quantizer.decode(torch.ones(1, 1, 3, dtype=torch.long)))
+    assert quantizer.codebook_usage == 25
+
+
+def test_usage_of_older_checkpoints_which_adds_up_to_1_stays_what_it_was(quantizer, features):
+    share = torch.rand(K, V).softmax(dim=1)
+    quantizer.load_state_dict({"codebooks": quantizer.codebooks, "usage": share})
+    quantizer.train()(features)
+    torch.testing.assert_close(quantizer.usage.sum(dim=1), torch.ones(K))
+
+
+@pytest.mark.parametrize("state", ["eval", "frozen", "untracked"])
 def test_usage_stands_still_in_eval_mode_and_with_frozen_codebooks(quantizer, features, state):
     quantizer.train()(features)
     before = quantizer.usage.clone()
-    quantizer.eval() if state == "eval" else quantizer.requires_grad_(False)
-    quantizer(torch.randn(B, L, K * D), with_entropy=True)
+    quantizer.train(state != "eval").requires_grad_(state != "frozen")
+    quantizer(torch.randn(B, L, K * D), with_entropy=True, track_usage=state != "untracked")
     assert torch.equal(quantizer.usage, before)
 
 
@@ -133,37 +153,50 @@ def test_usage_of_a_bfloat16_model_counts_beyond_what_bfloat16_can(quantizer):
     features = quantizer.decode(codes)
     quantizer.bfloat16().train()(features)
     torch.testing.assert_close(
-        quantizer.usage[:, :2].float(), torch.tensor([[1000 / 1200, 200 / 1200]] * K), rtol=0.01, atol=0
+        100 * quantizer.usage[:, :2].float(), torch.tensor([[1000 / 1200, 200 / 1200]] * K), rtol=0.01, atol=0
     )
 
 
-def share_usage(rank, port, codebooks, features, queue):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(features))
-    quantizer = UniTokMultiCodebookQuantizer(K, V, K * D).train()
+def usage_and_entropy(codebooks, features):
+    """The usage, the entropy loss, and its gradients at the codebooks and at the features, of one process."""
+    quantizer = UniTokMultiCodebookQuantizer(K, V, K * D, entropy_temperature=0.5).train()
     with torch.no_grad():
         quantizer.codebooks.copy_(torch.from_numpy(codebooks))
-    quantizer(torch.from_numpy(features[rank]))
-    queue.put(quantizer.usage.numpy())
+    features = torch.from_numpy(features).requires_grad_()
+    loss = quantizer(features, with_entropy=True).entropy_loss
+    gradients = torch.autograd.grad(loss, (quantizer.codebooks, features))
+    return [quantizer.usage, loss.detach(), *gradients]
+
+
+def one_of_two(rank, port, codebooks, features, queue):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(features))
+    queue.put((rank, [tensor.numpy() for tensor in usage_and_entropy(codebooks, features[rank])]))
     dist.destroy_process_group()
 
 
-def test_usage_of_two_processes_equals_that_of_one_with_the_whole_batch(quantizer):
+def test_usage_and_entropy_of_two_processes_are_those_of_one_with_the_whole_batch(quantizer):
     features = torch.randn(2, 3, L, K * D)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = mp.get_context("fork")  # a spawned process would import everything anew
     queue = context.SimpleQueue()
-    arguments = (port, quantizer.codebooks.detach().numpy(), features.numpy(), queue)
-    processes = mp.start_processes(share_usage, arguments, nprocs=2, join=False, start_method="fork")
-    usages = [torch.from_numpy(queue.get()) for _ in range(2)]
+    codebooks = quantizer.codebooks.detach().numpy()
+    arguments = (port, codebooks, features.numpy(), queue)
+    processes = mp.start_processes(one_of_two, arguments, nprocs=2, join=False, start_method="fork")
+    results = [[torch.from_numpy(array) for array in arrays] for _, arrays in sorted(queue.get() for _ in range(2))]
     while not processes.join():
         pass
-    quantizer.train()(features.flatten(0, 1))
-    assert quantizer.usage.sum() == K
-    for usage in usages:
-        torch.testing.assert_close(usage, quantizer.usage)
+    usage, loss, at_codebooks, at_features = usage_and_entropy(codebooks, features.flatten(0, 1).numpy())
+    torch.testing.assert_close(usage.sum(), torch.tensor(0.01 * K))
+    for result in results:
+        torch.testing.assert_close(result[0], usage)
+    of_two, codebooks_of_two = ((a + b) / 2 for a, b in zip(results[0][1:3], results[1][1:3]))
+    torch.testing.assert_close(of_two, loss)
+    torch.testing.assert_close(codebooks_of_two, at_codebooks)  # what DistributedDataParallel makes of them
+    torch.testing.assert_close(torch.cat([result[3] for result in results]) / 2, at_features)
+    assert at_codebooks.abs().max() > 1e-3 and at_features.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -15,6 +15,10 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def loads_weights(method: Callable) -> Callable:
     """For a method that reads its module's own weights: where accelerate keeps these elsewhere and brings them in for
     `forward` (CPU and disk offload), it does so for this method too."""
@@ -59,9 +63,9 @@ class UniTokMultiCodebookQuantizer(nn.Module):
 
     Attributes:
         codebooks: parameter, (K, V, dim / K), not normalised.
-        usage: buffer, (K, V), float32: an exponential average over training steps (and over all processes) of the
-            share of tokens that chose each code. It moves only in training mode, and not where the codebooks are
-            frozen.
+        usage: buffer, (K, V), float32: a running (exponential) average over training steps, and over all processes,
+            of the share of tokens that chose each code, begun at 0. Divided by its sum over V it is bias-corrected,
+            as Adam's averages are. It moves only in training mode, and not where the codebooks are frozen.
 
     Raises:
         ValueError: `dim` is not a multiple of K.
@@ -145,12 +149,15 @@ class UniTokMultiCodebookQuantizer(nn.Module):
             vectors = F.normalize(self._gather(self.codebooks, indices).float(), dim=-1)
         return self._join_chunks(vectors, (codes.shape[0], codes.shape[2])).to(self.codebooks.dtype)
 
-    def forward(self, features: torch.Tensor, with_entropy: bool = False) -> UniTokQuantizerOutput:
+    def forward(
+        self, features: torch.Tensor, with_entropy: bool = False, track_usage: bool = True
+    ) -> UniTokQuantizerOutput:
         """Quantizes features with a straight-through gradient, and returns the losses that train the codebooks.
 
         Args:
             features: (B, L, dim), any float dtype.
             with_entropy: also compute the entropy loss, whose memory grows with B * L * K * V.
+            track_usage: count the chosen codes in `usage`; False for features that are not of training images.
         """
         with torch.autocast(features.device.type, enabled=False):
             chunks, codebooks = self._unit_chunks(features), self._unit_codebooks()
@@ -162,7 +169,7 @@ class UniTokMultiCodebookQuantizer(nn.Module):
             vq_loss = F.mse_loss(vectors, chunks.detach()) + self.beta * F.mse_loss(vectors.detach(), chunks)
             entropy_loss = self._entropy_loss(scores) if with_entropy else None
             quantized = chunks + (vectors - chunks).detach()
-        if self.training and self.codebooks.requires_grad:
+        if track_usage and self.training and self.codebooks.requires_grad:
             self._update_usage(indices)
         return UniTokQuantizerOutput(
             features=self._join_chunks(quantized, features.shape[:-1]).to(features.dtype),
@@ -172,11 +179,19 @@ class UniTokMultiCodebookQuantizer(nn.Module):
         )
 
     def _entropy_loss(self, scores: torch.Tensor) -> torch.Tensor:
-        """Mean entropy of each token's soft choice less the entropy of the mean choice; scores (K, N, V)."""
+        """Mean entropy of each token's soft choice less the entropy of the mean choice; scores (K, N, V).
+
+        In training, the mean choice is that of all processes' tokens, the same number on each. Its gradient is that of
+        this process's tokens, so that the mean of the processes' gradients is the gradient of the whole batch.
+        """
         squared_distance = 2 - 2 * scores  # of unit vectors
         log_probs = F.log_softmax(-squared_distance / self.entropy_temperature, dim=-1)
         probs = log_probs.exp()
         mean = probs.mean(dim=1)
+        if self.training and _is_distributed():
+            of_all = mean.detach().clone()
+            dist.all_reduce(of_all)
+            mean = mean + (of_all / dist.get_world_size() - mean).detach()
         token_entropy = -(probs * log_probs).sum(dim=-1).mean()
         mean_entropy = -(mean * mean.clamp_min(1e-10).log()).sum(dim=-1).mean()
         return token_entropy - mean_entropy
@@ -185,16 +200,20 @@ class UniTokMultiCodebookQuantizer(nn.Module):
     def _update_usage(self, indices: torch.Tensor) -> None:
         counts = torch.zeros_like(self.usage, dtype=torch.float32)
         counts.scatter_add_(1, indices, torch.ones_like(indices, dtype=torch.float32))
-        if dist.is_available() and dist.is_initialized():
+        if _is_distributed():
             dist.all_reduce(counts)
         share = counts / counts.sum(dim=1, keepdim=True)
-        decay = torch.where(self.usage.sum() > 0, self.USAGE_DECAY, 0.0)  # the first step sets the average
-        self.usage.copy_(decay * self.usage + (1 - decay) * share)
+        self.usage.copy_(self.USAGE_DECAY * self.usage + (1 - self.USAGE_DECAY) * share)
 
     @property
     def codebook_usage(self) -> torch.Tensor:
-        """Scalar: percent of codes in use, those chosen above 1% of an even share, over all sub-codebooks."""
-        return 100 * (self.usage > 0.01 / self.codebook_size).float().mean()
+        """Scalar: percent of codes in use, over all sub-codebooks, by the running average of the training.
+
+        A code is in use where that average is above 1% of an even share. To report a trained tokenizer, count the codes
+        of an evaluation set instead.
+        """
+        total = self.usage.sum(dim=1, keepdim=True)
+        return 100 * (self.usage > 0.01 / self.codebook_size * total).float().mean()
 
 
 __all__ = ["UniTokMultiCodebookQuantizer", "UniTokQuantizerOutput"]
