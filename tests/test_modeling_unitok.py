@@ -1,5 +1,6 @@
 import copy
 import logging
+import math
 
 import pytest
 import timm
@@ -118,6 +119,10 @@ def test_forward_returns_every_named_part(model, images):
     with torch.no_grad():
         model.logit_scale.fill_(10.0)
     assert model(images).logit_scale.item() == pytest.approx(100)
+    training = model.train()(images, TEXTS).logit_scale
+    assert training.item() == pytest.approx(math.exp(10)) and torch.autograd.grad(training, model.logit_scale)[0] > 0
+    model.clamp_logit_scale()
+    assert model.logit_scale.item() == pytest.approx(math.log(100))
     assert isinstance(model(images, return_dict=False), tuple)
 
 

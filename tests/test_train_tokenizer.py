@@ -3,6 +3,7 @@ import math
 import os
 import signal
 import socket
+from collections.abc import Callable
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import multiprocessing, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from training.arguments import parse_yaml_and_command_line
@@ -91,7 +92,13 @@ def small_model(**vision_overrides) -> UniTokModel:
 
 
 def trainer_of(
-    folder: Path, losses: dict, model: UniTokModel | None = None, dataset=None, samples_per_epoch=None, **arguments
+    folder: Path,
+    losses: dict,
+    model: UniTokModel | None = None,
+    dataset=None,
+    samples_per_epoch=None,
+    eval_dataset=None,
+    **arguments,
 ) -> Recorder:
     losses = LossArguments(**losses)
     networks = {}
@@ -106,11 +113,16 @@ def trainer_of(
     dataset = Noise() if dataset is None else dataset
     model = small_model() if model is None else model
     networks |= {"samples_per_epoch": samples_per_epoch, "eval_pixels": Noise(2).pixel_values}
+    networks["eval_dataset"] = eval_dataset
     return Recorder(model, arguments, losses, dataset, **networks)
 
 
 def copy_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def after_each_step(trainer: TokenizerTrainer, call: Callable[[], None]) -> None:
+    trainer.tokenizer.optimizer.optimizer.register_step_post_hook(lambda optimizer, args, kwargs: call())
 
 
 def test_one_step_with_every_term_moves_every_trained_parameter_and_no_other(tmp_path):
@@ -127,7 +139,15 @@ def test_one_step_with_every_term_moves_every_trained_parameter_and_no_other(tmp
         assert torch.equal(value, judge[name]) == name.startswith("features."), name
     assert all(torch.equal(value, perceptual[name]) for name, value in trainer.perceptual.state_dict().items())
     report = trainer.reports[1]
-    assert report.keys() >= {*TERMS, "loss", "psnr", "codebook_usage", "learning_rate", "grad_norm", "eval_psnr"}
+    assert report.keys() >= {
+        *TERMS,
+        "loss",
+        "psnr",
+        "running_codebook_usage",
+        "learning_rate",
+        "grad_norm",
+        "eval_psnr",
+    }
     expected = sum(report[name] for name in TERMS) + (report["gan_adaptive_weight"] - 1) * report["gan"]
     assert report["loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -149,18 +169,88 @@ def test_terms_without_weight_train_nothing_and_terms_start_late(tmp_path):
     assert any(not torch.equal(v, judge[k]) for k, v in trainer.discriminator.module.state_dict().items())
 
 
-def test_the_released_weights_are_the_average_buffers_too(tmp_path):
-    trainer = trainer_of(tmp_path, {}, ema_decay=0.75)
+def test_the_released_weights_are_the_average_and_the_newest_buffers(tmp_path, caplog):
+    trainer = trainer_of(tmp_path, {}, ema_decay=0.75, ema_warmup=False)
     before = copy_of(trainer.tokenizer.module)
     trainer.train()
     after, released = trainer.tokenizer.module.state_dict(), AutoModel.from_pretrained(tmp_path / "release")
+    buffers = dict(released.named_buffers())
     for name, value in released.state_dict().items():
-        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name])
+        expected = after[name] if name in buffers else 0.75 * before[name] + 0.25 * after[name]
+        torch.testing.assert_close(value, expected)
+    assert "after 1 steps, 75% of it are still the weights that the training began with" in caplog.text
     assert released.vision_model.quantizer.usage.sum() > 0 and released.dtype == torch.float32
     pixels = trainer.eval_pixels
     shown = psnr(released.eval()(pixels).reconstruction, pixels).mean().item()
     assert trainer.reports[1]["eval_psnr"] == pytest.approx(shown, rel=1e-4)
     assert Image.open(tmp_path / "samples" / "step-1.png").size == (2 * SIZE + 6, 2 * SIZE + 6)
+
+
+def test_the_average_warms_up_and_forgets_the_first_weights(tmp_path, caplog):
+    trainer = trainer_of(tmp_path, {}, max_steps=3, ema_decay=0.2)
+    expected = {name: value.clone() for name, value in trainer.tokenizer.module.named_parameters()}
+    seen = []
+    after_each_step(trainer, lambda: seen.append(copy_of(trainer.tokenizer.module)))
+    trainer.train()
+    for decay, weights in zip((1 / 10, 2 / 11, 0.2), seen, strict=True):
+        expected = {name: decay * value + (1 - decay) * weights[name] for name, value in expected.items()}
+    for name, value in trainer.ema.module.named_parameters():
+        torch.testing.assert_close(value, expected[name], msg=name)
+    assert "average that lags" not in caplog.text  # 0.4% are left of them
+    arguments = TokenizerTrainingArguments(output_dir="", ema_decay=0.9999)
+    assert [arguments.ema_decay_after(steps) for steps in (0, 90, 10**6)] == [0.1, 0.91, 0.9999]
+
+
+def test_the_evaluation_is_of_the_set_and_not_of_its_batches(tmp_path):
+    evaluated = Noise(7)
+    pixels, results = evaluated.pixel_values, []
+    for batch_size, workers in ((1, 0), (3, 1), (7, 0)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        arguments = {"per_device_train_batch_size": batch_size, "dataloader_num_workers": workers}
+        trainer = trainer_of(tmp_path / str(batch_size), {}, eval_dataset=evaluated, **arguments)
+        results.append(trainer.evaluate())
+        pixels = torch.stack([evaluated[i]["pixel_values"] for i in range(7)])
+        with torch.no_grad():
+            output = small_model().eval()(pixels)
+        reconstruction = output.reconstruction.clamp(-1, 1)
+        used = [len(codes.unique()) / 16 for codes in output.codes.unbind(dim=1)]
+        expected = {"eval_psnr": psnr(reconstruction, pixels).double().mean().item()}
+        expected |= {"eval_l1": (reconstruction - pixels).abs().mean().item()}
+        expected |= {"eval_codebook_usage": 100 * sum(used) / len(used)}
+        assert results[-1] == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected["eval_codebook_usage"] < 100
+    trainer.eval_dataset, trainer.eval_pixels = None, pixels
+    assert trainer.evaluate() == pytest.approx(expected, rel=1e-5)
+    trainer.eval_dataset = Subset(evaluated, [])
+    with pytest.raises(ValueError, match="The evaluation set has no images"):
+        trainer.evaluate()
+
+
+def test_a_logit_scale_comes_back_to_its_bounds_and_can_leave_them(tmp_path):
+    model = small_model()
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)
+    trainer = trainer_of(tmp_path, {}, model, max_steps=2, learning_rate=0.1)
+    scales = []
+    after_each_step(trainer, lambda: scales.append(model.logit_scale.item()))  # before it is clamped
+    trainer.train()
+    assert scales[0] == pytest.approx(math.log(100) - 0.1, abs=1e-3)  # noise is not told apart: the scale falls
+    assert model.logit_scale.item() == pytest.approx(scales[1])
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(100))
+    trainer.tokenizer.module.train()
+    model(trainer.eval_pixels, torch.tensor([[1, 10, 2, 0]] * 2)).logit_scale.backward()
+    assert model.logit_scale.grad == pytest.approx(100, rel=1e-4)
+
+
+def test_reconstructions_are_not_counted_as_images(tmp_path):
+    usages = []
+    for weight in (0.0, 1.0):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        trainer = trainer_of(tmp_path / str(weight), {"consistency_weight": weight}, max_steps=1)
+        trainer.train()
+        usages.append(trainer.tokenizer.module.vision_model.quantizer.usage)
+    assert torch.equal(*usages) and usages[0].sum() > 0
 
 
 def test_learning_rate_decay_and_optimizer_groups(tmp_path):
@@ -300,7 +390,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
 
 
 TWO = {"max_steps": 3, "adam_epsilon": 1e-3}
-TWO_LOSSES = ALL_TERMS | {"gan_weight": 0.0, "entropy_weight": 0.0}  # whose draws and tokens are each process's own
+TWO_LOSSES = ALL_TERMS | {"gan_weight": 0.0}  # whose draws are each process's own
 
 
 def _free_port() -> int:
@@ -318,17 +408,20 @@ def _one_of_two(rank: int, folder: str, port: int) -> None:
         trainer.tokenizer.module.decoder.register_forward_hook(lambda module, inputs, output: output * math.nan)
     with pytest.raises(FloatingPointError, match="Not finite in step 0: l1, l2"):
         trainer.train()
-    trainer = trainer_of(Path(folder) / "two", TWO_LOSSES, **TWO)
+    trainer = trainer_of(Path(folder) / "two", TWO_LOSSES, eval_dataset=Noise(7), **TWO)
+    evaluated = trainer.evaluate()
     trainer.train()
-    torch.save(trainer.reports, f"{folder}/{rank}.pt")
+    torch.save([evaluated, trainer.reports], f"{folder}/{rank}.pt")
 
 
 def test_two_processes_train_like_one_and_stop_together(tmp_path):
-    one = trainer_of(tmp_path / "one", TWO_LOSSES, per_device_train_batch_size=8, **TWO)
+    one = trainer_of(tmp_path / "one", TWO_LOSSES, per_device_train_batch_size=8, eval_dataset=Noise(7), **TWO)
+    before = one.evaluate()
     one.train()
     multiprocessing.start_processes(_one_of_two, (str(tmp_path), _free_port()), nprocs=2, start_method="forkserver")
     for rank in range(2):
-        reports = torch.load(tmp_path / f"{rank}.pt")
+        evaluated, reports = torch.load(tmp_path / f"{rank}.pt")
+        assert evaluated == pytest.approx(before, rel=1e-5)
         for step in (1, 2, 3):
             shown = {name: reports[step][name] for name in one.reports[step] if not name.startswith("eval")}
             expected = {name: one.reports[step][name] for name in shown}

@@ -2,8 +2,7 @@
 
 Each function returns a scalar, or `(total, {name: value})` with unweighted values under the names they are logged by.
 All are computed in float32, and as means over a process's images, so that the average over processes of a loss (and of
-its gradients, which is what DistributedDataParallel takes) is the loss of the whole batch; only the quantizer's entropy
-loss is of each process's own tokens.
+its gradients, which is what DistributedDataParallel takes) is the loss of the whole batch.
 """
 
 from dataclasses import dataclass, field

@@ -5,6 +5,7 @@ the GAN has started, the discriminator's on the same images; then both optimizer
 weights, which is what is released.
 """
 
+import logging
 import math
 import shutil
 import time
@@ -21,7 +22,7 @@ from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -47,8 +48,10 @@ from unitok_mllm import UniTokModel
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor
 
 
+logger = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "wandb")
 STATE = "state.pt"  # the last file of a checkpoint
+LAG = 0.01  # share of the first weights in the released average, above which there is a warning
 NOT_ON_CARD = ("grad_norm", "discriminator_grad_norm", "images_per_second", "learning_rate")
 
 
@@ -71,7 +74,11 @@ class TokenizerTrainingArguments:
     warmup: float = field(default=0.01, metadata={"help": "share of the steps, linear"})
     final_learning_rate: float = field(default=0.1, metadata={"help": "share of the rate where the cosine ends"})
     max_grad_norm: float = 10.0
-    ema_decay: float = 0.9999
+    ema_decay: float = field(default=0.9999, metadata={"help": "of the average of the weights, which is released"})
+    ema_warmup: bool = field(
+        default=True,
+        metadata={"help": "a decay of at most (1 + n) / (10 + n) after n steps; false: the same all along"},
+    )
     discriminator_learning_rate: float = 2e-5
     discriminator_beta1: float = 0.5
     discriminator_beta2: float = 0.9
@@ -82,7 +89,9 @@ class TokenizerTrainingArguments:
     dataloader_num_workers: int = 0
     seed: int = 0
     logging_steps: int = 50
-    eval_steps: int = field(default=1000, metadata={"help": "steps between grids of originals and reconstructions"})
+    eval_steps: int = field(
+        default=1000, metadata={"help": "steps between evaluations, with grids of reconstructions"}
+    )
     save_steps: int = 1000
     save_total_limit: int = 2
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint, if there is one"})
@@ -95,6 +104,10 @@ class TokenizerTrainingArguments:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
         if unknown := set(self.report_to) - set(TRACKERS):
             raise ValueError(f"report_to may name {' and '.join(TRACKERS)}, got {', '.join(sorted(unknown))}.")
+
+    def ema_decay_after(self, steps: int) -> float:
+        """The decay of the average's next update, after so many."""
+        return min(self.ema_decay, (1 + steps) / (10 + steps)) if self.ema_warmup else self.ema_decay
 
 
 class ResumableBatches(Sampler):
@@ -188,6 +201,8 @@ class TokenizerTrainer:
         perceptual: distance of (reconstruction, pixels), where the perceptual term has a weight.
         discriminator: where the GAN term has a weight.
         eval_pixels: (N, 3, H, W) in [-1, 1], for the grids; None for none.
+        eval_dataset: gives dicts of `pixel_values`, and is evaluated whole; an iterable one must give each process its
+            own share, and end. Without it the `eval_pixels` are evaluated.
         run: what the model card says beside what is known here.
 
     Raises:
@@ -208,9 +223,10 @@ class TokenizerTrainer:
         discriminator: FeatureDiscriminator | None = None,
         eval_pixels: torch.Tensor | None = None,
         run: TrainingRun | None = None,
+        eval_dataset: Dataset | None = None,
     ):
         self.arguments, self.losses = arguments, losses
-        self.train_dataset, self.eval_pixels = train_dataset, eval_pixels
+        self.train_dataset, self.eval_pixels, self.eval_dataset = train_dataset, eval_pixels, eval_dataset
         self.image_processor, self.text_tokenizer = image_processor, text_tokenizer
         self.output_dir, self.run = Path(arguments.output_dir), run or TrainingRun()
         self.accelerator = Accelerator(
@@ -227,7 +243,8 @@ class TokenizerTrainer:
             model.activation_checkpointing_enable({"use_reentrant": False})
         device = self.accelerator.device
         self.perceptual = None if perceptual is None else perceptual.to(device)
-        self.ema = ModelEmaV3(model, decay=arguments.ema_decay).to(device)
+        model.clamp_logit_scale()
+        self.ema = ModelEmaV3(model, decay=arguments.ema_decay, exclude_buffers=True).to(device)
         betas = arguments.adam_beta1, arguments.adam_beta2
         optimizer = adamw(model, arguments.learning_rate, betas, arguments.weight_decay, eps=arguments.adam_epsilon)
         self.tokenizer = self._prepare(model.train(), optimizer, self.total_steps)
@@ -300,6 +317,7 @@ class TokenizerTrainer:
             for batch in islice(batches, arguments.gradient_accumulation_steps):
                 batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
                 self._train_on(batch, weights)
+            self.ema.decay = arguments.ema_decay_after(self.step)
             self.ema.update(self.tokenizer.module)
             self.step += 1
             bar.update()
@@ -315,6 +333,8 @@ class TokenizerTrainer:
                 self.history.clear()
                 logged_at, logged_step = now, self.step
             if last or self.step % arguments.eval_steps == 0:
+                if means := self.evaluate():
+                    self._report(means)
                 self._save_grid()
             if save:
                 self._save_checkpoint()
@@ -393,10 +413,11 @@ class TokenizerTrainer:
                 total = total + weights["gan"] * values["gan_adaptive_weight"] * values["gan"]
             values["loss"] = total
             values["psnr"] = psnr(output.reconstruction.detach(), pixels).mean()
-            values["codebook_usage"] = output.codebook_usage
+            values["running_codebook_usage"] = output.codebook_usage
             accelerator.backward(total)
             if accelerator.sync_gradients:
                 values["grad_norm"] = self._update(tokenizer)
+                tokenizer.module.clamp_logit_scale()
             if gan_on:
                 total, named = discriminator_losses(
                     judge.wrapped, blur(pixels, sigma), fake.detach(), draws, losses.gan_consistency_weight
@@ -423,26 +444,73 @@ class TokenizerTrainer:
             tqdm.write(f"step {self.step}/{self.total_steps}  {line}")
 
     @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """What the averaged weights make of the evaluation set; every process must call it.
+
+        Returns:
+            Means over all its images, whatever the batch size and the number of processes: `eval_psnr` (dB) and
+            `eval_l1`; and `eval_codebook_usage`, the percentage of all codes that any of its images is encoded with.
+            Empty where there is no evaluation set.
+
+        Raises:
+            ValueError: there are no images in it.
+        """
+        if self.eval_dataset is None and self.eval_pixels is None:
+            return {}
+        accelerator = self.accelerator
+        counts = torch.zeros_like(self.ema.module.vision_model.quantizer.usage, dtype=torch.int64)  # (K, V)
+        decibels, errors = [], []
+        for pixels in self._eval_batches():
+            pixels = pixels.to(accelerator.device)
+            reconstruction, codes = self._reconstruct(pixels)
+            decibels += psnr(reconstruction, pixels).tolist()
+            errors += (reconstruction - pixels).abs().mean(dim=(1, 2, 3)).tolist()
+            chosen = codes.transpose(0, 1).flatten(1)  # (K, B * L)
+            counts.scatter_add_(1, chosen, torch.ones_like(chosen))
+        counts = accelerator.reduce(counts, "sum")
+        columns = gather_object([[math.fsum(decibels), math.fsum(errors), len(errors)]])
+        decibels, errors, images = (math.fsum(column) for column in zip(*columns))
+        if not images:
+            raise ValueError("The evaluation set has no images.")
+        return {
+            "eval_psnr": decibels / images,
+            "eval_l1": errors / images,
+            "eval_codebook_usage": 100 * (counts > 0).double().mean().item(),
+        }
+
+    def _eval_batches(self) -> Iterator[torch.Tensor]:
+        """The pixels (B, 3, H, W) of this process's share of the evaluation set."""
+        arguments, accelerator = self.arguments, self.accelerator
+        dataset = TensorDataset(self.eval_pixels) if self.eval_dataset is None else self.eval_dataset
+        if not isinstance(dataset, IterableDataset):
+            dataset = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
+        loader = DataLoader(
+            dataset,
+            arguments.per_device_train_batch_size,
+            num_workers=arguments.dataloader_num_workers,
+            generator=torch.Generator(),  # or it would draw from the training's own
+        )
+        for batch in loader:
+            yield batch[0] if self.eval_dataset is None else batch["pixel_values"]
+
+    def _reconstruct(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reconstructions (B, 3, H, W) by the averaged weights, float32 in [-1, 1], and codes (B, K, L)."""
+        with self.accelerator.autocast():
+            output = self.ema.module(pixels)
+        return output.reconstruction.float().clamp(-1, 1), output.codes
+
+    @torch.no_grad()
     def _save_grid(self) -> None:
         """Originals over reconstructions by the averaged weights, as PNG and to the trackers."""
         if self.eval_pixels is None or not self.accelerator.is_main_process:
             return
         pixels = self.eval_pixels.to(self.accelerator.device)
-        with self.accelerator.autocast():
-            output = self.ema.module(pixels)
-        reconstruction = output.reconstruction.float().clamp(-1, 1)
+        reconstruction, _ = self._reconstruct(pixels)
         rows = torch.stack([pixels, reconstruction]).flatten(0, 1)
         grid = make_grid(rows, nrow=len(pixels), normalize=True, value_range=(-1, 1)).cpu()
         path = self.output_dir / "samples" / f"step-{self.step}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(grid, path)
-        self._report(
-            {
-                "eval_psnr": psnr(reconstruction, pixels).mean().item(),
-                "eval_l1": (reconstruction - pixels).abs().mean().item(),
-                "eval_codebook_usage": output.codebook_usage.item(),
-            }
-        )
         for tracker in self.accelerator.trackers:
             tracker.log_images({"reconstructions": grid[None]}, step=self.step)
 
@@ -496,6 +564,15 @@ class TokenizerTrainer:
         return modules if self.discriminator is None else modules | {"discriminator": self.discriminator.module}
 
     def _save_release(self) -> None:
+        lag = math.prod(map(self.arguments.ema_decay_after, range(self.total_steps)))
+        if lag > LAG and self.accelerator.is_main_process:
+            logger.warning(
+                "The released weights are an average that lags: after %d steps, %.0f%% of it are still the weights that "
+                "the training began with. Set ema_warmup, a smaller ema_decay, or more steps.",
+                self.total_steps,
+                100 * lag,
+            )
+
         def write(folder: Path) -> None:
             for part in (self.ema.module, self.image_processor, self.text_tokenizer):
                 if part is not None:

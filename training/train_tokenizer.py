@@ -67,7 +67,9 @@ class TokenizerArguments:
     )
     eval_datasets: list[dict] = field(
         default_factory=list,
-        metadata={"help": "sources whose first images the grids show; empty: those of `datasets`"},
+        metadata={
+            "help": "sources that are evaluated, and whose first images the grids show; empty: the first images of `datasets`"
+        },
     )
     image_mode: str = field(default="reconstruct", metadata={"help": "the image processor's mode"})
     card: dict = field(
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     data = image_processor, text_tokenizer, model.config.text_config.max_position_embeddings, training.seed
     first_step = max(whole_checkpoints(training.output_dir, STATE), default=0)
     train_dataset, samples_per_epoch = build_datasets(arguments.datasets, *data, first_step)
-    eval_dataset = build_datasets(arguments.eval_datasets, *data)[0] if arguments.eval_datasets else train_dataset
+    eval_dataset = build_datasets(arguments.eval_datasets, *data)[0] if arguments.eval_datasets else None
     started_from = [name for name in (arguments.init_from, arguments.init_open_clip) if name]
     trainer = TokenizerTrainer(
         model,
@@ -221,7 +223,8 @@ def main(argv: list[str] | None = None) -> None:
         image_processor,
         text_tokenizer,
         samples_per_epoch,
-        eval_pixels=first_images(eval_dataset, GRID_IMAGES),
+        eval_pixels=first_images(train_dataset if eval_dataset is None else eval_dataset, GRID_IMAGES),
+        eval_dataset=eval_dataset,
         run=TrainingRun(started_from, arguments.datasets, arguments.card),
         **networks,
     )

@@ -34,6 +34,7 @@ from .quantization_unitok import UniTokMultiCodebookQuantizer
 
 # UniTok's GeGLU uses the tanh form of GELU, where timm's ViTamin uses the exact one.
 GEGLU_ACTIVATION = "gelu_tanh"
+LOGIT_SCALE_BOUNDS = (0.0, math.log(100))  # of the parameter, a logarithm
 
 
 @dataclass
@@ -44,7 +45,7 @@ class UniTokOutput(ModelOutput):
         reconstruction: (B, 3, H, W), not clamped.
         codes: (B, K, L), int64.
         vq_loss, entropy_loss: scalars, float32; `entropy_loss` only where it was asked for.
-        codebook_usage: scalar, percent.
+        codebook_usage: scalar, percent: the quantizer's running average over training steps.
         image_embeds, text_embeds: (B, projection_dim), of unit length; `text_embeds` only with `input_ids`.
         logit_scale: scalar, what the cosine similarities are multiplied by; only with a text tower.
         reconstruction_embeds: (B, projection_dim), the embedding of the reconstruction; only where it was asked for.
@@ -375,17 +376,18 @@ class UniTokVisionModel(UniTokPreTrainedModel):
         return F.normalize(self.projection(self.fc_norm(semantic_embeds.mean(dim=1))), dim=-1)
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def forward(self, pixel_values: torch.Tensor, track_usage: bool = True, **kwargs) -> BaseModelOutputWithPooling:
         """Embeds images through their codes, with a straight-through gradient.
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1].
+            track_usage: in training, count their codes in the quantizer's usage.
 
         Returns:
             `last_hidden_state`: the semantic embeddings (B, L, C); `pooler_output`: the image embedding
             (B, projection_dim) of unit length; `hidden_states`: a tuple that holds just `last_hidden_state`.
         """
-        quantized = self.quantizer(self.encode_features(pixel_values))
+        quantized = self.quantizer(self.encode_features(pixel_values), track_usage=track_usage)
         semantic_embeds = self.post_quant_proj(quantized.features)
         return BaseModelOutputWithPooling(
             last_hidden_state=semantic_embeds,
@@ -461,6 +463,12 @@ class UniTokModel(UniTokPreTrainedModel):
             raise ValueError(f"An image of {height}x{width} with stride {stride} does not have {length} positions.")
         return height // stride, width // stride
 
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Bring `logit_scale` back within its bounds; to be called after each optimizer step."""
+        if self.logit_scale is not None:
+            self.logit_scale.clamp_(*LOGIT_SCALE_BOUNDS)
+
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> image embeddings (B, projection_dim), of unit length."""
         return self.vision_model(pixel_values).pooler_output
@@ -497,11 +505,16 @@ class UniTokModel(UniTokPreTrainedModel):
             with_entropy: also compute the quantizer's entropy loss.
             with_reconstruction_embeds: also embed the reconstruction (for cross-task consistency).
         """
-        vision = self.vision_model
+        vision, logit_scale = self.vision_model, self.logit_scale
+        if logit_scale is not None and not self.training:  # clamped in training, its gradient would end at the bounds
+            logit_scale = logit_scale.clamp(*LOGIT_SCALE_BOUNDS)
         grid_size = vision.grid_size(pixel_values)
         quantized = vision.quantizer(vision.encode_features(pixel_values), with_entropy=with_entropy)
         semantic_embeds = vision.post_quant_proj(quantized.features)
         reconstruction = self.decoder(semantic_embeds, grid_size)
+        reconstruction_embeds = None
+        if with_reconstruction_embeds:
+            reconstruction_embeds = vision(reconstruction, track_usage=False).pooler_output
         return UniTokOutput(
             reconstruction=reconstruction,
             codes=quantized.codes,
@@ -510,8 +523,8 @@ class UniTokModel(UniTokPreTrainedModel):
             codebook_usage=vision.quantizer.codebook_usage,
             image_embeds=vision.pool(semantic_embeds),
             text_embeds=None if input_ids is None else self.get_text_features(input_ids, attention_mask),
-            logit_scale=None if self.logit_scale is None else self.logit_scale.clamp(0, math.log(100)).exp(),
-            reconstruction_embeds=self.get_image_features(reconstruction) if with_reconstruction_embeds else None,
+            logit_scale=None if logit_scale is None else logit_scale.exp(),
+            reconstruction_embeds=reconstruction_embeds,
         )
 
 
