@@ -1,51 +1,36 @@
-"""UniTok: one LLM that reads images and draws them. Importing the package registers it with the Auto classes."""
+"""UniTok: one LLM that reads images and draws them. Importing the package registers it with the Auto classes.
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
+Where transformers has been imported before, the classes are registered at once. Otherwise that waits until transformers
+or a module of this package is imported (the command line aside): `unitok-mllm --help` needs neither torch nor
+transformers.
+"""
 
-from .configuration_unitok import UniTokConfig, UniTokDepthConfig, UniTokMLLMConfig, UniTokVisionConfig
-from .image_processing_unitok import UniTokImageProcessor, UniTokImageProcessorPil
-from .modeling_unitok import UniTokModel, UniTokVisionModel
-from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
-from .processing_unitok import UniTokMLLMProcessor
-from .quantization_unitok import UniTokMultiCodebookQuantizer
-from .streaming_unitok import UniTokImageStreamer
+import importlib
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING
 
+
+if TYPE_CHECKING:
+    from .registration import (
+        UniTokConfig,
+        UniTokDepthConfig,
+        UniTokImageProcessor,
+        UniTokImageProcessorPil,
+        UniTokImageStreamer,
+        UniTokMLLMConfig,
+        UniTokMLLMForConditionalGeneration,
+        UniTokMLLMProcessor,
+        UniTokModel,
+        UniTokMultiCodebookQuantizer,
+        UniTokVisionConfig,
+        UniTokVisionModel,
+    )
 
 __version__ = "0.1.0"
-
-for _config, _model in (
-    (UniTokConfig, UniTokModel),
-    (UniTokVisionConfig, UniTokVisionModel),
-    (UniTokMLLMConfig, UniTokMLLMForConditionalGeneration),
-):
-    AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _model)
-    AutoImageProcessor.register(
-        _config, image_processor_classes={"torchvision": UniTokImageProcessor, "pil": UniTokImageProcessorPil}
-    )
-# what `save_pretrained` writes loads elsewhere with `trust_remote_code=True`, without this package
-for _class, _auto_class in (
-    (UniTokConfig, "AutoConfig"),
-    (UniTokVisionConfig, "AutoConfig"),
-    (UniTokMLLMConfig, "AutoConfig"),
-    (UniTokModel, "AutoModel"),
-    (UniTokVisionModel, "AutoModel"),
-    (UniTokMLLMForConditionalGeneration, "AutoModelForImageTextToText"),
-    (UniTokImageProcessor, "AutoImageProcessor"),
-    (UniTokImageProcessorPil, "AutoImageProcessor"),
-    (UniTokMLLMProcessor, "AutoProcessor"),
-):
-    _class.register_for_auto_class(_auto_class)
-AutoModelForImageTextToText.register(UniTokMLLMConfig, UniTokMLLMForConditionalGeneration)
-AutoModelForMultimodalLM.register(UniTokMLLMConfig, UniTokMLLMForConditionalGeneration)
-AutoProcessor.register(UniTokMLLMConfig, UniTokMLLMProcessor)
 
 __all__ = [
     "UniTokConfig",
@@ -61,3 +46,45 @@ __all__ = [
     "UniTokVisionConfig",
     "UniTokVisionModel",
 ]
+
+
+def _register() -> ModuleType:
+    return importlib.import_module(".registration", __name__)
+
+
+class _RegisterAfterFirstImport(MetaPathFinder):
+    """Registers the classes once the first module that imports transformers, or transformers itself, has been loaded."""
+
+    def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
+        own = fullname.startswith(f"{__name__}.") and fullname != f"{__name__}.cli"
+        if not own and fullname != "transformers":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None:
+            return None
+        load = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            _register()
+
+        spec.loader.exec_module = load_and_register
+        return spec
+
+
+if "transformers" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _RegisterAfterFirstImport())
+
+
+def __getattr__(name: str) -> type:
+    """The public classes, imported with the first of them (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_register(), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

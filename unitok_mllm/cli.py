@@ -1,13 +1,16 @@
 """The command line `unitok-mllm`: demo, reconstruct, ask, generate, edit, convert, serve.
 
 Results go to stdout, progress to stderr.  What a user can get wrong ends in one line `error: ...` and exit code 2;
-any other exception is a bug and shows its traceback.  Heavy modules are imported where they are needed.
+any other exception is a bug and shows its traceback.  Heavy modules are imported where they are needed: help, usage
+errors and missing files need neither torch nor transformers, and tests hold them to it.
 """
 
+import codecs
 import json
 import math
 import os
 import random
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,6 +67,12 @@ Guidance = Annotated[
 ]
 
 
+def check_model(folder: Path) -> None:
+    """Finds out before any work whether there is a model in the folder."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no model in {folder}: it has no config.json")
+
+
 def load(folder: Path, *, tokenizer_only: bool = False) -> tuple[Any, Any]:
     """The model of a folder (float32 on a CPU, bfloat16 on a GPU) and its processor.
 
@@ -74,8 +83,7 @@ def load(folder: Path, *, tokenizer_only: bool = False) -> tuple[Any, Any]:
     Raises:
         ValueError, OSError: no such model, or one that does not load whole.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"no model in {folder}: it has no config.json")
+    check_model(folder)
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -218,6 +226,23 @@ def check_finite(**options: float) -> None:
             raise ValueError(f"{name.replace('_', '-')} must be a finite number, got {value}")
 
 
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Finds out before any work whether codes can be drawn with these options."""
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+def utf8(argument: str) -> str:
+    """An argument's text: in a locale that cannot decode it, its bytes are UTF-8.
+
+    Raises:
+        ValueError: they are not.
+    """
+    return os.fsencode(argument).decode() if any("\udc80" <= char <= "\udcff" for char in argument) else argument
+
+
 def check_output(path: Path) -> None:
     """Finds out before any work whether `path` can become a PNG file."""
     if path.suffix.lower() != ".png":
@@ -257,6 +282,7 @@ def demo(
 ) -> None:
     """Read test images of easy-VQA, answer questions, draw from prompts, recolor: all in one picture."""
     check_output(output)
+    check_model(model)
     try:
         import easy_vqa
     except ModuleNotFoundError as error:
@@ -330,6 +356,9 @@ def reconstruct(
     The whole picture is seen, fitted into the model's image size. PSNR leaves the padding around it out.
     --model takes a visual tokenizer's folder or an MLLM's.
     """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"cannot write to {output}: it is not a folder")
+    check_model(model)
     from PIL import Image
 
     from .image_processing_unitok import load_image
@@ -354,7 +383,7 @@ def ask(
         Path, typer.Argument(metavar="IMAGE", exists=True, dir_okay=False, help="Image file, any format.")
     ],
     question: Annotated[
-        str, typer.Argument(metavar="QUESTION", help='What to ask, such as "what color is the shape?".')
+        str, typer.Argument(metavar="QUESTION", parser=utf8, help='What to ask, such as "what color is the shape?".')
     ],
     model: ModelFolder = SHIPPED_MODEL,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
@@ -362,6 +391,7 @@ def ask(
     """Ask a question about an image; the answer alone goes to stdout."""
     if not question.strip():
         raise ValueError("the question is empty")
+    check_model(model)
     from .image_processing_unitok import load_image
 
     picture = load_image(image)
@@ -371,7 +401,9 @@ def ask(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='What to draw, such as "a red circle".')],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", parser=utf8, help='What to draw, such as "a red circle".')
+    ],
     output: Annotated[Path, typer.Option(help="PNG file; numbered on where it exists.")] = Path("unitok-drawing.png"),
     count: Annotated[int, typer.Option(min=1, help="How many samples to draw.")] = 1,
     guidance: Guidance = 3.0,
@@ -387,6 +419,7 @@ def generate(
     if not prompt.strip():
         raise ValueError("the prompt is empty")
     check_finite(guidance=guidance, temperature=temperature, top_p=top_p)
+    check_sampling(temperature, top_p)
     check_output(output)
     mllm, processor = load(model)
     if seed is None:
@@ -402,7 +435,9 @@ def edit(
     image: Annotated[
         Path, typer.Argument(metavar="IMAGE", exists=True, dir_okay=False, help="Image file, any format.")
     ],
-    instruction: Annotated[str, typer.Argument(metavar="INSTRUCTION", help='What to do, such as "make it blue".')],
+    instruction: Annotated[
+        str, typer.Argument(metavar="INSTRUCTION", parser=utf8, help='What to do, such as "make it blue".')
+    ],
     output: Annotated[Path, typer.Option(help="PNG file; numbered on where it exists.")] = Path("unitok-edit.png"),
     guidance: Guidance = 1.0,
     image_guidance: Annotated[
@@ -415,6 +450,7 @@ def edit(
         raise ValueError("the instruction is empty")
     check_finite(guidance=guidance, image_guidance=image_guidance)
     check_output(output)
+    check_model(model)
     from .image_processing_unitok import load_image
 
     picture = load_image(image)
@@ -481,6 +517,7 @@ def serve(
 
     Uploads and drawings lie in a temporary folder: for an hour, or until the end.
     """
+    check_model(model)
     with tempfile.TemporaryDirectory(prefix="unitok-mllm-") as cache:
         # gradio reads these when it is imported
         os.environ |= {"GRADIO_TEMP_DIR": cache, "GRADIO_EXAMPLES_CACHE": f"{cache}/examples"}
@@ -493,8 +530,19 @@ def serve(
         web.serve(mllm, processor, title, host, port, queue_size, max_upload_mb)
 
 
+def escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What stdout gets where its encoding cannot hold the text: the bytes of a path as they were, else an escape."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
 def main() -> None:
     """The entry point of `unitok-mllm`."""
+    codecs.register_error("unitok_mllm", escape)
+    sys.stdout.reconfigure(errors="unitok_mllm")
+    sys.modules.setdefault("wandb", None)  # no command needs it; timm would import it, which takes seconds
     app()
 
 

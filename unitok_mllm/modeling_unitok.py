@@ -10,6 +10,8 @@ The encoder is timm's ViTamin.
 Differences from the reference code: the K sub-codebooks are one (K, V, D) parameter; nearest 2x upsampling followed by
 a 3x3 convolution is computed as one transposed convolution of the small map, which is exact; the text tower is
 transformers' own CLIP text model.
+
+timm is imported where a module of its is built: that takes seconds, which importing this package should not.
 """
 
 import math
@@ -17,9 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from timm.layers import HybridEmbed, LayerNorm2d
-from timm.models.vision_transformer import Block, VisionTransformer
-from timm.models.vitamin import GeGluMlp, MbConvStages, VitCfg
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint_sequential
@@ -115,6 +114,8 @@ class UniTokAttentionProjection(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, num_heads: int, causal: bool):
         super().__init__()
+        from timm.models.vitamin import GeGluMlp
+
         self.norm1 = nn.LayerNorm(in_dim)
         self.attn = UniTokProjectionAttention(in_dim, out_dim, num_heads, causal)
         self.norm3 = nn.LayerNorm(in_dim)
@@ -140,8 +141,12 @@ def quantizer_projection(config: UniTokVisionConfig, in_dim: int, out_dim: int) 
     return UniTokAttentionProjection(in_dim, out_dim, config.num_attention_heads, config.causal_projection)
 
 
-def vitamin_encoder(config: UniTokVisionConfig) -> VisionTransformer:
+def vitamin_encoder(config: UniTokVisionConfig) -> nn.Module:
     """timm's ViTamin of any size, without class token, position embedding or head: pixels to (B, L, C)."""
+    from timm.layers import HybridEmbed
+    from timm.models.vision_transformer import VisionTransformer
+    from timm.models.vitamin import GeGluMlp, MbConvStages, VitCfg
+
     stages = MbConvStages(
         VitCfg(
             embed_dim=(*config.stage_dims, config.hidden_size),
@@ -209,6 +214,8 @@ class UniTokMBConvBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, upsample: bool = False):
         super().__init__()
+        from timm.layers import LayerNorm2d
+
         width = 4 * out_channels
         if upsample:
             self.shortcut = UniTokUpsampleConv(in_channels, out_channels)
@@ -233,6 +240,8 @@ class UniTokDecoderStem(nn.Module):
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
+        from timm.layers import LayerNorm2d
+
         self.conv1 = UniTokUpsampleConv(channels, channels)
         self.norm1 = LayerNorm2d(channels, eps=1e-6)
         self.conv2 = nn.Conv2d(channels, out_channels, 3, padding=1)
@@ -246,6 +255,9 @@ class UniTokDecoder(nn.Module):
 
     def __init__(self, config: UniTokConfig):
         super().__init__()
+        from timm.models.vision_transformer import Block
+        from timm.models.vitamin import GeGluMlp
+
         vision = config.vision_config
         self.gradient_checkpointing = False
         self.blocks = nn.Sequential(

@@ -15,16 +15,20 @@ from torch import nn
 MIN_WEIGHTS = 2**16  # reading fewer takes less time than calling anything
 
 
-class UniTokPackedLinear(nn.Module):
-    """`linear` with a blocked copy of its weight, which later changes of the weight do not reach."""
+class UniTokPackedLinear(nn.Linear):
+    """`linear`, computed with a blocked copy of its weight, which later changes of the weight do not reach.
+
+    `weight` and `bias` are the layer's own, for whatever reads them (peft's DoRA does).
+    """
 
     def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.bias = linear.bias
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.blocked_weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(hidden_states, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(hidden_states, self.blocked_weight, self.bias, "none", [], "")
 
 
 def _can_pack(linear: nn.Linear, min_weights: int) -> bool:

@@ -1,0 +1,111 @@
+"""What is imported when: nothing heavy before the arguments of a command are checked, and nothing that is not needed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+WATCHED = ("PIL", "deepspeed", "gradio", "lmms_eval", "numpy", "timm", "torch", "transformers", "wandb")
+
+
+def run(program: str, *args: str) -> subprocess.CompletedProcess:
+    """Runs a program, which then says last which of the watched packages it has imported."""
+    report = f"lambda: print('imported:', *filter(sys.modules.get, {WATCHED}))"
+    at_exit = f"import atexit, sys; atexit.register({report})\n"
+    command = [sys.executable, "-c", at_exit + program, *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+
+
+def imported(done: subprocess.CompletedProcess) -> set[str]:
+    return set(done.stdout.splitlines()[-1].removeprefix("imported:").split())
+
+
+COMMAND_LINE = "import sys; sys.argv[0] = 'unitok-mllm'; from unitok_mllm.cli import main; main()"
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "expected"),
+    [
+        ("", 2, "Usage"),
+        ("--help", 0, "Usage"),
+        ("--version", 0, "unitok-mllm 0"),
+        *((f"{name} --help", 0, "Usage") for name in "demo reconstruct ask generate edit convert serve".split()),
+        ("paint", 2, "No such command 'paint'"),
+        ("generate circle --colour blue", 2, "No such option: --colour"),
+        ("generate circle --temperature 0", 2, "temperature must be above 0, got 0.0"),
+        ("generate circle --top-p 2", 2, "top_p must be above 0 and at most 1, got 2.0"),
+        ("generate circle --output a.xyz", 2, "must end in .png"),
+        ("ask nowhere.png what?", 2, "'nowhere.png' does not exist"),
+        ("reconstruct nowhere.png", 2, "'nowhere.png' does not exist"),
+        ("reconstruct docs/demo.png --output README.md", 2, "README.md: it is not a folder"),
+        ("edit nowhere.png blue", 2, "'nowhere.png' does not exist"),
+        ("convert nowhere.pth --to new", 2, "'nowhere.pth' does not exist"),
+        ("ask docs/demo.png what? --model nowhere", 2, "no model in nowhere"),
+        ("reconstruct docs/demo.png --model nowhere", 2, "no model in nowhere"),
+        ("generate circle --model nowhere", 2, "no model in nowhere"),
+        ("edit docs/demo.png blue --model nowhere", 2, "no model in nowhere"),
+        ("demo --model nowhere", 2, "no model in nowhere"),
+        ("serve --model nowhere", 2, "no model in nowhere"),
+    ],
+)
+def test_arguments_are_checked_before_anything_heavy_is_imported(command, code, expected):
+    done = run(COMMAND_LINE, *command.split())
+    assert done.returncode == code and expected in done.stdout + done.stderr, done.stderr
+    assert imported(done) == set()
+
+
+def test_the_package_alone_imports_nothing():
+    assert imported(run("import unitok_mllm")) == set()
+
+
+def test_its_classes_need_no_more_than_the_librarys_own():
+    library = run("from transformers import LlamaModel, AutoProcessor")
+    ours = run("from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor")
+    assert imported(ours) == imported(library) and "torch" in imported(ours)
+
+
+def test_a_command_needs_no_wandb():
+    assert "wandb" not in imported(run(COMMAND_LINE, "ask", "docs/demo.png", "what color is the shape?"))
+
+
+SHIPPED = "unitok_mllm/checkpoints/tiny"
+USES = {
+    "package, then library": f"""
+import unitok_mllm
+from transformers import AutoConfig, AutoModel, AutoProcessor
+assert type(AutoConfig.from_pretrained({SHIPPED!r})) is unitok_mllm.UniTokMLLMConfig
+assert type(AutoProcessor.from_pretrained({SHIPPED!r})) is unitok_mllm.UniTokMLLMProcessor
+""",
+    "a module of the package first": f"""
+from unitok_mllm.modeling_unitok import UniTokModel
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoModel
+import unitok_mllm
+assert UniTokModel is unitok_mllm.UniTokModel
+assert AutoModel._model_mapping[unitok_mllm.UniTokConfig] is UniTokModel
+config = AutoConfig.from_pretrained({SHIPPED!r})
+assert AutoModelForMultimodalLM._model_mapping[type(config)] is unitok_mllm.UniTokMLLMForConditionalGeneration
+""",
+    "library, then package": f"""
+from transformers import AutoConfig
+from unitok_mllm import *
+import unitok_mllm
+assert type(AutoConfig.from_pretrained({SHIPPED!r})) is unitok_mllm.UniTokMLLMConfig
+assert [name for name in unitok_mllm.__all__ if name not in globals()] == []
+assert set(unitok_mllm.__all__) <= set(dir(unitok_mllm))
+""",
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_the_classes_are_registered_whatever_is_imported_first(use):
+    done = run(USES[use])
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_name_imports_nothing():
+    done = run("import unitok_mllm; unitok_mllm.UniTokModle")
+    assert "module 'unitok_mllm' has no attribute 'UniTokModle'" in done.stderr
+    assert imported(done) == set()

@@ -1,0 +1,61 @@
+"""Registers the package's classes with transformers' Auto classes. The package imports this module, see there."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .configuration_unitok import UniTokConfig, UniTokDepthConfig, UniTokMLLMConfig, UniTokVisionConfig
+from .image_processing_unitok import UniTokImageProcessor, UniTokImageProcessorPil
+from .modeling_unitok import UniTokModel, UniTokVisionModel
+from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
+from .processing_unitok import UniTokMLLMProcessor
+from .quantization_unitok import UniTokMultiCodebookQuantizer
+from .streaming_unitok import UniTokImageStreamer
+
+
+for _config, _model in (
+    (UniTokConfig, UniTokModel),
+    (UniTokVisionConfig, UniTokVisionModel),
+    (UniTokMLLMConfig, UniTokMLLMForConditionalGeneration),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoImageProcessor.register(
+        _config, image_processor_classes={"torchvision": UniTokImageProcessor, "pil": UniTokImageProcessorPil}
+    )
+# what `save_pretrained` writes loads elsewhere with `trust_remote_code=True`, without this package
+for _class, _auto_class in (
+    (UniTokConfig, "AutoConfig"),
+    (UniTokVisionConfig, "AutoConfig"),
+    (UniTokMLLMConfig, "AutoConfig"),
+    (UniTokModel, "AutoModel"),
+    (UniTokVisionModel, "AutoModel"),
+    (UniTokMLLMForConditionalGeneration, "AutoModelForImageTextToText"),
+    (UniTokImageProcessor, "AutoImageProcessor"),
+    (UniTokImageProcessorPil, "AutoImageProcessor"),
+    (UniTokMLLMProcessor, "AutoProcessor"),
+):
+    _class.register_for_auto_class(_auto_class)
+AutoModelForImageTextToText.register(UniTokMLLMConfig, UniTokMLLMForConditionalGeneration)
+AutoModelForMultimodalLM.register(UniTokMLLMConfig, UniTokMLLMForConditionalGeneration)
+AutoProcessor.register(UniTokMLLMConfig, UniTokMLLMProcessor)
+
+__all__ = [
+    "UniTokConfig",
+    "UniTokDepthConfig",
+    "UniTokImageProcessor",
+    "UniTokImageProcessorPil",
+    "UniTokImageStreamer",
+    "UniTokMLLMConfig",
+    "UniTokMLLMForConditionalGeneration",
+    "UniTokMLLMProcessor",
+    "UniTokModel",
+    "UniTokMultiCodebookQuantizer",
+    "UniTokVisionConfig",
+    "UniTokVisionModel",
+]
