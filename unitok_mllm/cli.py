@@ -229,9 +229,9 @@ def check_finite(**options: float) -> None:
 def check_sampling(temperature: float, top_p: float) -> None:
     """Finds out before any work whether codes can be drawn with these options."""
     if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+        raise ValueError(f"temperature must be above 0, got {temperature}.")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}.")
 
 
 def utf8(argument: str) -> str:
