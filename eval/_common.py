@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,11 +28,16 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
+def picture_bytes(image: Image.Image, format: str) -> bytes:
+    """A picture as a file's content, in a format of Pillow's and at its default quality."""
+    data = io.BytesIO()
+    image.save(data, format=format)
+    return data.getvalue()
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """A picture as a PNG file's content."""
-    png = io.BytesIO()
-    image.save(png, format="png")
-    return png.getvalue()
+    return picture_bytes(image, "png")
 
 
 Settings = TypeVar("Settings")
@@ -72,6 +78,19 @@ def load_model(folder: str, device: str = "") -> tuple[UniTokMLLMForConditionalG
     device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
     return model, AutoProcessor.from_pretrained(folder)
+
+
+@contextmanager
+def weights_needed(metric: str, weights: str, remedy: str):
+    """Turns what loading raises where weights are missing or wrong into a ValueError that says what to do.
+
+    Network errors are OSErrors; what `torch.load` refuses is of many types.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{metric} needs {weights}: {reason}. Give {remedy}.") from error
 
 
 def in_batches(

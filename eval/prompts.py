@@ -2,12 +2,13 @@
 
 | format    | file                                                        | picture of a prompt's first sample   |
 |-----------|-------------------------------------------------------------|--------------------------------------|
-| `genai`   | GenAI-Bench (https://arxiv.org/abs/2406.13743), `genai_image.json` | `00000.png`, by its id        |
+| `genai`   | GenAI-Bench (https://arxiv.org/abs/2406.13743), `genai_image.json` or, of the 527, `prompts.txt` | `00000.png`, by its id |
 | `geneval` | GenEval (https://arxiv.org/abs/2310.11513), `evaluation_metadata.jsonl` | `00000/samples/0000.png` |
 | `mjhq`    | MJHQ-30K (https://arxiv.org/abs/2402.17245), `meta_data.json` | `category/id.png`                  |
 | `parti`   | PartiPrompts (https://arxiv.org/abs/2206.10789), `PartiPrompts.tsv` | `00000.png`, by its row      |
 | `text`    | a prompt a line                                             | `00000.png`, by its number           |
 
+A text file beside a `genai_skills.json` is GenAI-Bench's: its lines are numbered from 1, as its skills number them.
 Sample s > 0 of a prompt is `00000_s.png` (GenEval: `00000/samples/000s.png`).
 """
 
@@ -16,6 +17,9 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+
+
+SKILLS = "genai_skills.json"  # {"counting": [3, 17, ...], ...}, beside GenAI-Bench's prompts
 
 
 @dataclass(frozen=True)
@@ -33,20 +37,24 @@ class Prompt:
     groups: tuple[str, ...] = ()
     metadata: dict | None = None
 
-    def picture(self, sample: int) -> str:
+    def picture(self, sample: int, format: str = "png") -> str:
         """The path of a sample in the picture folder."""
         if self.metadata is not None:
-            return f"{self.name}/samples/{sample:04d}.png"
-        return f"{self.name}_{sample}.png" if sample else f"{self.name}.png"
+            return f"{self.name}/samples/{sample:04d}.{format}"
+        return f"{self.name}_{sample}.{format}" if sample else f"{self.name}.{format}"
 
 
 def _genai(text: str, path: Path) -> list[Prompt]:
-    groups, skills = defaultdict(tuple), path.with_name("genai_skills.json")
-    if skills.is_file():  # {"counting": [3, 17, ...], ...}
+    groups, skills = defaultdict(tuple), path.with_name(SKILLS)
+    if skills.is_file():
         for skill, numbers in json.loads(skills.read_text(encoding="utf-8")).items():
             for number in numbers:
                 groups[f"{int(number):05d}"] += (skill,)
-    return [Prompt(row["prompt"], name, groups[name]) for name, row in json.loads(text).items()]
+    if text.lstrip().startswith("{"):
+        texts = {name: row["prompt"] for name, row in json.loads(text).items()}
+    else:
+        texts = {f"{i:05d}": line.strip() for i, line in enumerate(text.split("\n"), start=1) if line.strip()}
+    return [Prompt(prompt, name, groups[name]) for name, prompt in texts.items()]
 
 
 def _geneval(text: str, path: Path) -> list[Prompt]:
@@ -75,8 +83,8 @@ def _text(text: str, path: Path) -> list[Prompt]:
 FORMATS = {"genai": _genai, "geneval": _geneval, "mjhq": _mjhq, "parti": _parti, "text": _text}
 
 
-def find_format(text: str) -> str:
-    """The format of a prompt file's content.
+def find_format(text: str, path: Path) -> str:
+    """The format of a prompt file by its content and what lies beside it.
 
     Raises:
         ValueError: it begins like JSON and is none, or is JSON of another kind.
@@ -84,7 +92,9 @@ def find_format(text: str) -> str:
     text = text.lstrip()
     if not text.startswith(("{", "[")):
         columns = text.split("\n", 1)[0].split("\t")
-        return "parti" if {"Prompt", "Category"} <= set(columns) else "text"
+        if {"Prompt", "Category"} <= set(columns):
+            return "parti"
+        return "genai" if path.with_name(SKILLS).is_file() else "text"
     first = json.JSONDecoder().raw_decode(text)[0]  # the first line, or all
     if "prompt" in first:
         return "geneval"
@@ -105,7 +115,7 @@ def read_prompts(path: str | Path, format: str = "") -> tuple[str, list[Prompt]]
         raise ValueError(f"there is no prompt file {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        format = format or find_format(text)
+        format = format or find_format(text, path)
         prompts = FORMATS[format](text, path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         wanted = format or "any format (--format names one)"

@@ -75,7 +75,7 @@ def read_published() -> list[Published]:
     numbers = []
     for entry in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")):
         protocol = entry["protocol"]
-        if protocol is not None and tuple(protocol) != FIELDS:
+        if protocol is not None and set(protocol) != set(FIELDS):
             raise ValueError(f"{entry['benchmark']} has {', '.join(protocol)}, expected {', '.join(FIELDS)}")
         shared = {name: entry.get(name, "") for name in ("benchmark", "metric", "unit", "procedure", "command")}
         numbers += [Published(**shared, protocol=protocol, **one) for one in entry["numbers"]]
@@ -90,7 +90,7 @@ def differences(measured: dict[str, str | None], published: Published) -> list[s
     if published.protocol is None:
         return [f"its procedure is not known ({published.procedure})"]
     return [
-        f"{name}: here {measured[name]!r}, published {value!r}"
-        for name, value in published.protocol.items()
-        if value is not None and measured[name] != value
+        f"{name}: here {measured[name]!r}, published {published.protocol[name]!r}"
+        for name in FIELDS
+        if published.protocol[name] not in (None, measured[name])
     ]

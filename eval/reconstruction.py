@@ -26,7 +26,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -40,14 +39,14 @@ from accelerate import PartialState
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torchvision.models import VGG16_Weights
 from torchvision.transforms.functional import center_crop, pil_to_tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval._common import check_model_folder, folder_digest, png_bytes, versions, write_atomically
+from eval._common import check_model_folder, folder_digest, png_bytes, versions, weights_needed, write_atomically
+from eval.fid import load_inception
 from eval.images import (
     EvalImages,
     ImageBatch,
@@ -247,29 +246,10 @@ def ssim(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
     return (similarity / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))).mean(dim=(1, 2, 3))
 
 
-@contextmanager
-def weights_needed(metric: str, weights: str, remedy: str):
-    """Turns what loading raises where weights are missing or wrong into a ValueError that says what to do.
-
-    Network errors are OSErrors; what `torch.load` refuses is of many types.
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{metric} needs {weights}: {reason}. Give {remedy}.") from error
-
-
 def inception_features(weights: str, layer: str, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """torch-fidelity's Inception: uint8 (B, 3, H, W) -> features (B, D), float32."""
     remedy = "--inception_weights FILE, or leave it out by --skip rfid"
-    with weights_needed("rfid", f"Inception's weights ({weights or URL_INCEPTION_V3})", remedy):
-        if weights:  # torch-fidelity unpickles whatever is in the file
-            torch.load(weights, map_location="meta", weights_only=True)
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", [layer], feature_extractor_weights_path=weights or None, verbose=False
-        )
-    network.to(device)
+    network = load_inception("torch-fidelity", weights, device, layer, "rfid", remedy)
     return lambda images: network(images)[0]
 
 

@@ -3,7 +3,7 @@
     python -m eval.text_to_image --model MODEL --prompts genai_image.json --output runs/genai --samples 4 --guidance 5
     torchrun --nproc_per_node 8 -m eval.text_to_image --model MODEL --prompts evaluation_metadata.jsonl ...
     ... --clip openai/clip-vit-large-patch14 --vqa_score clip-flant5-xxl --vqa_python ~/t2v/bin/python
-    ... --prompts meta_data.json --samples 1 --fid_reference mjhq30k_imgs
+    ... --prompts meta_data.json --samples 1 --fid_reference mjhq30k_imgs --fid_tool clean-fid --fid_size 256
 
 Prompt files of GenAI-Bench, GenEval, MJHQ-30K and PartiPrompts, or a prompt a line; see `eval.prompts`, also for the
 names of the pictures. In the output folder: `images/`, laid out as the benchmark's own evaluation expects it (GenEval:
@@ -32,19 +32,27 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from accelerate import PartialState
-from PIL import Image, ImageOps
-from torch.utils.data import Dataset
-from torchvision.transforms.functional import pil_to_tensor
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, HfArgumentParser
 
-from eval._common import check_model_folder, folder_digest, load_model, png_bytes, versions, write_atomically
-from eval.clip_score import clip_scores
+from eval._common import (
+    check_model_folder,
+    folder_digest,
+    load_model,
+    picture_bytes,
+    png_bytes,
+    versions,
+    write_atomically,
+)
+from eval.clip_score import clip_scores, load_clip
+from eval.fid import TOOLS, PictureFiles, fid, load_inception, reference_pictures
+from eval.images import stamp
 from eval.prompts import FORMATS, Prompt, read_prompts
+from eval.protocol import number
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, load_image
 from unitok_mllm.sheet import contact_sheet
@@ -52,13 +60,13 @@ from unitok_mllm.sheet import contact_sheet
 
 ROOT = Path(__file__).parents[1]
 SHOWN = 32  # pictures on the sheet
-REFERENCE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-FID_LAYER = "2048"  # of Inception v3: the last pooling
+IMAGE_FORMATS = {"png": "png", "jpg": "jpeg"}  # and Pillow's names of them
+BENCHMARKS = {"genai": "GenAI-Bench", "geneval": "GenEval", "mjhq": "MJHQ-30K", "parti": "PartiPrompts"}
 WAIT = timedelta(days=7)  # for the slowest process
 METRICS = {  # each metric's options; it is computed if the first one is given
     "clip_score": ("clip",),
     "vqa_score": ("vqa_score",),
-    "fid": ("fid_reference", "fid_size", "inception_weights"),
+    "fid": ("fid_reference", "fid_tool", "fid_size", "inception_weights"),
 }
 FIND_T2V = "import importlib.util, sys; sys.exit(importlib.util.find_spec('t2v_metrics') is None)"
 
@@ -82,13 +90,15 @@ class Settings:
     top_k: int = field(default=0, metadata={"help": "draw from the k likeliest codes; 0: from all"})
     top_p: float = field(default=1.0, metadata={"help": "draw from the likeliest codes that make up this probability"})
     seed: int = field(default=0, metadata={"help": "of all pictures"})
+    image_format: str = field(default="png", metadata={"help": "of the pictures' files: png, or jpg (quality 75)"})
     truncate: bool = field(default=False, metadata={"help": "cut prompts that are too long for the model"})
     batch_size: int = field(default=16, metadata={"help": "pictures at a time, in each process"})
     device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator for each process if there are"})
     clip: str = field(default="", metadata={"help": "CLIP score by this model: a folder, or a name on the hub"})
     fid_reference: str = field(default="", metadata={"help": "FID to the pictures in this folder and those below it"})
+    fid_tool: str = field(default="torch-fidelity", metadata={"help": " or ".join(TOOLS)})
     fid_size: int = field(default=0, metadata={"help": "scale and crop all pictures to this side for FID; 0: don't"})
-    inception_weights: str = field(default="", metadata={"help": "torch-fidelity's Inception weights; '': download"})
+    inception_weights: str = field(default="", metadata={"help": "the FID tool's file of weights; '': download"})
     vqa_score: str = field(default="", metadata={"help": "VQAScore by this model, such as clip-flant5-xxl"})
     vqa_python: str = field(default=sys.executable, metadata={"help": "the Python where t2v-metrics is installed"})
 
@@ -104,12 +114,13 @@ class Settings:
             )
         if self.format and self.format not in FORMATS:
             raise ValueError(f"format is one of {', '.join(FORMATS)}, got {self.format}")
+        for name, known in (("image_format", IMAGE_FORMATS), ("fid_tool", TOOLS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, got {getattr(self, name)}")
         if self.fid_reference:
-            if not importlib.util.find_spec("torch_fidelity"):
-                raise ValueError("--fid_reference needs torch-fidelity: pip install torch-fidelity")
+            if not importlib.util.find_spec(TOOLS[self.fid_tool]):
+                raise ValueError(f"--fid_reference needs {self.fid_tool}: pip install {self.fid_tool}")
             reference_pictures(self.fid_reference)
-            if self.inception_weights:
-                check_weights(self.inception_weights)
         if self.vqa_score and (
             not shutil.which(self.vqa_python)
             or subprocess.run([self.vqa_python, "-c", FIND_T2V], check=False).returncode
@@ -190,88 +201,6 @@ def draw(
     return processor.post_process_multimodal_output(pixels, generation_mode="image")
 
 
-def reference_pictures(folder: str) -> list[Path]:
-    """The pictures in a folder and those below it, sorted.
-
-    Raises:
-        ValueError: no folder, or fewer than two.
-    """
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in REFERENCE_SUFFIXES)
-    if len(paths) < 2:
-        raise ValueError(f"FID needs at least 2 pictures ({', '.join(REFERENCE_SUFFIXES)}) in {folder}: {len(paths)}")
-    return paths
-
-
-def check_weights(path: str) -> None:
-    """
-    Raises:
-        ValueError: no file of plain tensors (torch-fidelity would unpickle anything).
-    """
-    try:
-        torch.load(path, weights_only=True)
-    except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"cannot read Inception weights from {path}: {reason}") from error
-
-
-class PictureFiles(Dataset):
-    """Files as (3, H, W) uint8, as torch-fidelity takes them.
-
-    Args:
-        size: all are scaled and centre-cropped to this side; 0: they are of one size.
-    """
-
-    def __init__(self, paths: list[Path], size: int = 0):
-        self.paths, self.size = paths, (size, size) if size else None
-        self.first_size = load_image(paths[0]).size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        image = load_image(self.paths[index])
-        if self.size:
-            image = ImageOps.fit(image, self.size, Image.Resampling.BICUBIC)
-        elif image.size != self.first_size:
-            raise ValueError(
-                f"{self.paths[index]} is {image.size}, {self.paths[0]} {self.first_size}: --fid_size makes them equal"
-            )
-        return pil_to_tensor(image)
-
-
-def fid(
-    pictures: list[Path],
-    reference: list[Path],
-    weights: str = "",
-    size: int = 0,
-    batch_size: int = 64,
-    device: str | torch.device = "cpu",
-) -> float:
-    """Fréchet inception distance (https://arxiv.org/abs/1706.08500) of two sets of pictures, by torch-fidelity.
-
-    Args:
-        weights: file of torch-fidelity's Inception v3; "" to download it.
-
-    Raises:
-        ValueError: a picture that is broken, or of another size (it is named), or no way to download the weights.
-    """
-    import torch_fidelity
-
-    try:
-        metrics = torch_fidelity.calculate_metrics(
-            input1=PictureFiles(pictures, size),
-            input2=PictureFiles(reference, size),
-            fid=True,
-            feature_layer_fid=FID_LAYER,
-            feature_extractor_weights_path=weights or None,
-            batch_size=batch_size,
-            cuda=torch.device(device).type == "cuda",
-        )
-    except URLError as error:
-        raise ValueError(f"cannot download Inception weights ({error}): name a file as --inception_weights") from error
-    return metrics[torch_fidelity.KEY_METRIC_FID]
-
-
 def vqa_scores(
     pictures: list[Path], texts: list[str], model: str, python: str, batch_size: int = 16, device: str = "cpu"
 ) -> list[float]:
@@ -304,6 +233,12 @@ def summarize(pictures: list[Picture], scores: list[float]) -> dict:
     return {"mean": sum(scores) / len(scores), "by_group": means(by_group), "by_prompt": means(by_prompt)}
 
 
+def sampling(settings: Settings) -> str:
+    """How pictures are drawn, for the protocol."""
+    names = {"guidance": "guidance", "temperature": "temperature", "top_k": "top-k", "top_p": "top-p"}
+    return ", ".join(f"{title} {getattr(settings, name):g}" for name, title in names.items())
+
+
 class Evaluation:
     """A list of pictures to draw and to measure; everything is checked before the work begins.
 
@@ -316,7 +251,7 @@ class Evaluation:
         self.state = PartialState(cpu=settings.device == "cpu", timeout=WAIT)
         self.device = settings.device or str(self.state.device)
         self.format, prompts = read_prompts(settings.prompts, settings.format)
-        self.prompts = prompts[: settings.limit]
+        self.prompts, self.num_prompts = prompts[: settings.limit], len(prompts)
         self.processor = AutoProcessor.from_pretrained(settings.model)
         config = AutoConfig.from_pretrained(settings.model)
         texts = fit_prompts(
@@ -328,7 +263,7 @@ class Evaluation:
         )
         self.pictures = [
             Picture(
-                self.folder / "images" / prompt.picture(sample),
+                self.folder / "images" / prompt.picture(sample, settings.image_format),
                 prompt,
                 text,
                 picture_seed(settings.seed, index, sample),
@@ -341,18 +276,37 @@ class Evaluation:
             if picture.path in names:
                 raise ValueError(f"{settings.prompts} has two pictures called {picture.path}")
             names.add(picture.path)
+        self.size = self.processor.image_processor.size["width"], self.processor.image_processor.size["height"]
         self.drawn_with = {
             "format": self.format,
             "prompts_sha256": hashlib.sha256(json.dumps([(p.name, p.text) for p in prompts]).encode()).hexdigest(),
             "model_sha256": folder_digest(settings.model),
             **{
                 name: getattr(settings, name)
-                for name in ("guidance", "temperature", "top_k", "top_p", "seed", "truncate")
+                for name in ("guidance", "temperature", "top_k", "top_p", "seed", "image_format", "truncate")
             },
         }
         self._check_folder()
         results = self.folder / "results.json"
         self.earlier = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+        self.counts = {"prompts": len(self.prompts), "samples": settings.samples}
+        self.wanted = {
+            name: {**self.counts, **{option: getattr(settings, option) for option in options}}
+            for name, options in METRICS.items()
+            if getattr(settings, options[0])
+        }
+        if "fid" in self.wanted:
+            self.reference = PictureFiles(reference_pictures(settings.fid_reference), settings.fid_size)
+            stamps = "\n".join(f"{path} {stamp(path)}" for path in self.reference.paths)
+            self.wanted["fid"]["reference_sha256"] = hashlib.sha256(stamps.encode()).hexdigest()
+        self.known = {
+            name: part
+            for name, part in self.earlier.get("metrics", {}).items()
+            if self.counts.items() <= part["settings"].items()
+            and part["settings"] == self.wanted.get(name, part["settings"])
+        }
+        if self.state.is_main_process:
+            self._check_networks()
 
     def _check_folder(self) -> None:
         """Refuses a folder of other pictures."""
@@ -370,6 +324,21 @@ class Evaluation:
                 )
         elif (self.folder / "images").is_dir():
             raise ValueError(f"{self.folder} has images/ but no settings.json: give another --output")
+
+    def _check_networks(self) -> None:
+        """Loads what the metrics need, since drawing takes long."""
+        settings, missing = self.settings, []
+        for name, load in (
+            ("clip_score", lambda: load_clip(settings.clip)),
+            ("fid", lambda: load_inception(settings.fid_tool, settings.inception_weights)),
+        ):
+            try:
+                if name in self.wanted and name not in self.known:
+                    load()
+            except ValueError as error:
+                missing.append(" ".join(str(error).split()))
+        if missing:
+            raise ValueError(" ".join(missing))
 
     def draw(self) -> dict:
         """Draws what is missing, in all processes; returns what the JSON says of it."""
@@ -396,7 +365,8 @@ class Evaluation:
                 images = draw(model, self.processor, batch, guidance_scale=self.settings.guidance, **options)
                 for picture, image in zip(batch, images):
                     if picture.path in missing:
-                        write_atomically(picture.path, png_bytes(image))
+                        data = picture_bytes(image, IMAGE_FORMATS[self.settings.image_format])
+                        write_atomically(picture.path, data)
                         bar.update()
         state.wait_for_everyone()
         return {
@@ -418,11 +388,14 @@ class Evaluation:
 
     def fid(self) -> dict:
         """FID to the reference folder."""
-        reference = reference_pictures(self.settings.fid_reference)
-        weights, size = self.settings.inception_weights, self.settings.fid_size
-        value = fid(self._pairs()[0], reference, weights, size, **self._options())
-        version = importlib.metadata.version("torch-fidelity")
-        return {"mean": value, "reference_pictures": len(reference), "torch_fidelity": version}
+        settings, pictures = self.settings, PictureFiles(self._pairs()[0], self.settings.fid_size)
+        value = fid(pictures, self.reference, settings.fid_tool, settings.inception_weights, **self._options())
+        return {
+            "mean": value,
+            "reference_pictures": len(self.reference),
+            "reference_size": list(self.reference.size),
+            "tool_version": importlib.metadata.version(settings.fid_tool),
+        }
 
     def _pairs(self) -> tuple[list[Path], list[str]]:
         """All pictures, and what each was meant to show, whole where the model was given a part."""
@@ -433,17 +406,6 @@ class Evaluation:
 
     def report(self, drawing: dict) -> dict:
         """Measures what is not known yet, and writes `sheet.png` and, after each metric, `results.json`."""
-        counts = {"prompts": len(self.prompts), "samples": self.settings.samples}
-        wanted = {
-            name: {**counts, **{option: getattr(self.settings, option) for option in options}}
-            for name, options in METRICS.items()
-            if getattr(self.settings, options[0])
-        }
-        known = {
-            name: part
-            for name, part in self.earlier.get("metrics", {}).items()
-            if counts.items() <= part["settings"].items() and part["settings"] == wanted.get(name, part["settings"])
-        }
         report = {
             "benchmark": self.format,
             "settings": asdict(self.settings),
@@ -451,25 +413,55 @@ class Evaluation:
             "versions": versions(),
             "prompt": self.processor.image_prompt("{prompt}"),
             "seed": self.settings.seed,
-            **counts,
+            **self.counts,
             "pictures": len(self.pictures),
             "truncated": sum(p.text != p.prompt.text for p in self.pictures[:: self.settings.samples]),
             "drawing": drawing,
-            "metrics": known,
+            "metrics": self.known,
         }
         shown = self.pictures[:SHOWN]
         sheet = contact_sheet([load_image(p.path) for p in shown], [p.text for p in shown])
         write_atomically(self.folder / "sheet.png", png_bytes(sheet))
         self._write(report)
-        for name in [name for name in wanted if name not in known]:
+        for name in [name for name in self.wanted if name not in self.known]:
             start = time.perf_counter()
             values = getattr(self, name)()
             seconds = round(time.perf_counter() - start, 1)
-            report["metrics"][name] = {"settings": wanted[name], "seconds": seconds, **values}
+            part = {"settings": self.wanted[name], "versions": versions(), "seconds": seconds}
+            report["metrics"][name] = {**part, **values}
             self._write(report)
         return report
 
+    def _numbers(self, metrics: dict) -> list[dict]:
+        """The metrics with their protocol (`eval.protocol`)."""
+        settings, numbers = self.settings, []
+        count = len(self.prompts)
+        shared = {
+            "split": f"{count} of {self.num_prompts} prompts, {settings.samples} a prompt",
+            "prompt": self.processor.image_prompt("{prompt}").removesuffix(self.processor.boi_token),
+            "sampling": sampling(settings),
+            "images": f"{settings.image_format} files, {self.size[0]}x{self.size[1]}",
+        }
+        benchmark = BENCHMARKS.get(self.format, Path(settings.prompts).name)
+        for name, part in metrics.items():
+            used = part["settings"]
+            if name == "fid":
+                reference = f"{part['reference_pictures']} pictures of {'x'.join(map(str, part['reference_size']))}"
+                numbers.append(
+                    number(benchmark, "FID", part["mean"], **shared, reference=reference, tool=used["fid_tool"])
+                )
+                continue
+            title, tool = {
+                "clip_score": ("CLIP score", f"CLIP score by {used.get('clip')}"),
+                "vqa_score": ("VQAScore", f"VQAScore by {used.get('vqa_score')}"),
+            }[name]
+            for group, value in {"": part["mean"], **part["by_group"]}.items():
+                metric = f"{title}, {group}" if group else title
+                numbers.append(number(benchmark, metric, value, **shared, reference="the prompts", tool=tool))
+        return numbers
+
     def _write(self, report: dict) -> None:
+        report["numbers"] = self._numbers(report["metrics"])
         write_atomically(self.folder / "results.json", json.dumps(report, indent=2).encode())
 
 

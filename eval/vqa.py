@@ -1,10 +1,13 @@
 """Measures a model on the benchmarks of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), and on easy-VQA.
 
 python -m eval.vqa --model FOLDER --tasks easy_vqa,vqav2_val,gqa,textvqa_val,pope,mme --output runs/vqa.json
+python -m eval.vqa --model FOLDER --tasks llava_textvqa,llava_gqa,llava_pope,llava_mme,llava_mmvet --output runs/vqa.json
 torchrun --nproc_per_node 8 -m eval.vqa --model FOLDER --tasks vqav2_val --batch_size 32 --dtype bfloat16
 
-`python -m lmms_eval --tasks list` names all tasks. Data come from their hub, except easy-VQA's; some tasks (MM-Vet) ask
-a judge behind an API, see lmms-eval. The JSON is written after each task, answers are kept next to it
+`python -m lmms_eval --tasks list` names all tasks. Those called `llava_...` are ours: they ask and count as LLaVA v1.5
+does, which is how UniTok's published numbers were measured (`eval/lmms/tasks/llava`); `llava_vqav2_testdev` and
+`llava_mmvet` write the file for the benchmark's own server. Data come from their hub, except easy-VQA's; some of
+lmms-eval's own tasks (mmvet) ask a judge behind an API, see lmms-eval. The JSON is written after each task, answers are kept next to it
 (`runs/vqa.answers.0.jsonl`) batch by batch: the same command goes on where it was cut off.
 """
 
@@ -26,11 +29,21 @@ from PIL import ImageFile
 from tenacity import RetryError
 
 from eval._common import check_model_folder, folder_digest, parse_settings, versions, write_atomically
-from eval.easy_vqa import read_finished
-from eval.lmms.models.unitok_mllm import UniTokMLLM, UniTokMLLMChat
+from eval.lmms.models.unitok_mllm import UniTokMLLM, UniTokMLLMChat, generation_options
+from eval.protocol import number
 
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # which lmms-eval's import has turned on for the whole process
+TEST_DEV = "llava_vqav2_testdev"
+SCORES = {  # by data set: the benchmark's name, and of each of lmms-eval's metrics its name, what 1 is worth, and a unit
+    "easy_vqa": ("easy-VQA", {"accuracy": ("answers right", 100, "%")}),
+    "textvqa": ("TextVQA", {"exact_match": ("accuracy", 100, "%")}),
+    "vqav2": ("VQAv2", {"exact_match": ("accuracy", 100, "%")}),
+    "gqa": ("GQA", {"exact_match": ("accuracy", 100, "%")}),
+    "pope": ("POPE", {"pope_f1_score": ("F1", 100, "%"), "f1": ("F1", 100, "%")}),
+    "mme": ("MME", {"mme_perception_score": ("perception", 1, "")}),
+    "mmvet": ("MM-Vet", {"gpt_eval_score": ("score", 1, "%")}),
+}
 DECISIVE = ("model", "limit", "gen_kwargs", "force_simple", "dtype", "seed")
 
 
@@ -48,6 +61,9 @@ class Settings:
     batch_size: int = field(default=8, metadata={"help": "questions at a time, in each process"})
     limit: int | None = field(default=None, metadata={"help": "only the first so many questions of each task"})
     gen_kwargs: str = field(default="", metadata={"help": "over the tasks' own: max_new_tokens=32,num_beams=3"})
+    vqav2_questions: str = field(
+        default="", metadata={"help": f"{TEST_DEV}: v2_OpenEnded_mscoco_test2015_questions.json, from visualqa.org"}
+    )
     force_simple: bool = field(
         default=False, metadata={"help": "images, then text, whatever messages a task has; for multiple choice"}
     )
@@ -66,6 +82,14 @@ class Settings:
             if name not in known:
                 near = ", ".join(difflib.get_close_matches(name, known)) or "python -m lmms_eval --tasks list"
                 raise ValueError(f"lmms-eval has no task {name!r}; see {near}")
+
+        if self.vqav2_questions and not Path(self.vqav2_questions).is_file():
+            raise ValueError(f"there is no file {self.vqav2_questions} (--vqav2_questions)")
+        if TEST_DEV in self.task_names and not self.vqav2_questions:
+            raise ValueError(
+                f"{TEST_DEV} needs --vqav2_questions v2_OpenEnded_mscoco_test2015_questions.json (from visualqa.org): "
+                "the server wants a file with all of its questions"
+            )
 
     @property
     def task_names(self) -> list[str]:
@@ -92,6 +116,52 @@ def metrics(values: dict) -> dict[str, float]:
     }
 
 
+def prompt(config: dict) -> str:
+    """A task's prompt with {question} in the question's place."""
+    options = config.get("lmms_eval_specific_kwargs") or {}
+    tokens = "\nReference OCR token: {OCR tokens}" if options.get("ocr") else ""
+    return f"{options.get('pre_prompt', '')}{{question}}{tokens}{options.get('post_prompt', '')}"
+
+
+def sampling(config: dict) -> str:
+    """How a task's answers are drawn."""
+    options, _ = generation_options(config.get("generation_kwargs") or {})
+    names = ("temperature", "top_p", "top_k", "num_beams") if options["do_sample"] else ("num_beams",)
+    rest = [f"{name} {options[name]:g}" for name in names if options.get(name) not in (None, 1)]
+    return ", ".join(["sampling" if options["do_sample"] else "greedy", *rest])
+
+
+def numbers(results: dict, settings: Settings, model: UniTokMLLM) -> list[dict]:
+    """Of what lmms-eval has measured, the benchmarks' scores with their protocol (`eval.protocol`)."""
+    found, image_processor = [], model.processor.image_processor
+    size = f"{image_processor.size['width']}x{image_processor.size['height']}"
+    for task, values in results["results"].items():
+        configs = [results["configs"][part] for part in results["group_subtasks"].get(task) or [task]]
+        config = configs[0]
+        benchmark, scores = SCORES.get(Path(config["dataset_path"]).name.partition("-")[0].lower(), ("", {}))
+        split = ", ".join(part["test_split"].strip() for part in configs)
+        metadata = config.get("metadata")
+        own_tool = metadata.get("tool") if isinstance(metadata, dict) else None
+        for metric, value in metrics(values).items():
+            if metric in scores:
+                title, scale, unit = scores[metric]
+                found.append(
+                    number(
+                        benchmark,
+                        title,
+                        scale * value,
+                        unit,
+                        split=split if settings.limit is None else f"{split}, first {settings.limit}",
+                        prompt=prompt(config),
+                        sampling=sampling(config),
+                        images=f"{image_processor.mode}, {size}",
+                        reference="the split's answers",
+                        tool=own_tool or f"lmms-eval's {metric} of {task}",
+                    )
+                )
+    return found
+
+
 def run_task(name: str, settings: Settings, model: UniTokMLLM) -> dict | None:
     """One task or group, on all processes; what the JSON says of it, on the first.
 
@@ -108,7 +178,12 @@ def run_task(name: str, settings: Settings, model: UniTokMLLM) -> dict | None:
             gen_kwargs=settings.gen_kwargs or None,
             task_manager=task_manager(),
             log_samples=False,
-            cli_args=Namespace(output_path=output, process_with_media=False, reasoning_tags=None),
+            cli_args=Namespace(
+                output_path=output,
+                vqav2_questions=settings.vqav2_questions,
+                process_with_media=False,
+                reasoning_tags=None,
+            ),
             random_seed=settings.seed,
             numpy_random_seed=settings.seed,
             torch_random_seed=settings.seed,
@@ -118,21 +193,48 @@ def run_task(name: str, settings: Settings, model: UniTokMLLM) -> dict | None:
         raise TaskError(f"task {name}: {error.last_attempt.exception()}") from error
     except AssertionError as error:
         raise TaskError(f"task {name}: {error} (multiple choice needs --force_simple)") from error
+    except ValueError as error:
+        raise TaskError(f"task {name}: {error}") from error
     if results is None:
         return None
     counts = results["n-samples"]
     return {
         "questions": {task: count["effective"] for task, count in counts.items()},
+        "numbers": numbers(results, settings, model),
         "metrics": {task: metrics(values) for task, values in results["results"].items()},
         "prompt": {task: model.prompts[task] for task in counts},
         "generation_kwargs": {task: results["configs"][task].get("generation_kwargs") for task in counts},
     }
 
 
+def read_finished(output: str, wanted: dict) -> dict[str, dict]:
+    """The tasks that an earlier run has finished.
+
+    Raises:
+        TaskError: some were run with other settings than those wanted now.
+    """
+    if not Path(output).is_file():
+        return {}
+    parts = json.loads(Path(output).read_text(encoding="utf-8"))["parts"]
+    for name, part in parts.items():
+        if changed := [
+            f"{key} was {part['settings'].get(key)}, now {value}"
+            for key, value in wanted.items()
+            if part["settings"].get(key) != value
+        ]:
+            raise TaskError(f"{output} holds {name} of other settings ({'; '.join(changed)}): give another --output")
+    return parts
+
+
 def evaluate(settings: Settings) -> dict:
-    """Runs the tasks that are not in the output yet with these settings; returns what is known after the last."""
+    """Runs the tasks that are not in the output yet; returns what is known after the last.
+
+    Raises:
+        TaskError: see `run_task` and `read_finished`.
+    """
     digest = folder_digest(settings.model)
     wanted = {name: getattr(settings, name) for name in DECISIVE} | {"model_sha256": digest}
+    finished = read_finished(settings.output, wanted)
     model = (UniTokMLLM if settings.force_simple else UniTokMLLMChat)(
         settings.model,
         batch_size=settings.batch_size,
@@ -147,7 +249,8 @@ def evaluate(settings: Settings) -> dict:
         "versions": versions() | {"lmms_eval": importlib.metadata.version("lmms_eval")},
         "device": str(model.device),
         "processes": model.world_size,
-        "parts": read_finished(settings.output, dict.fromkeys(settings.task_names, wanted)),
+        "numbers": [one for part in finished.values() for one in part.get("numbers", [])],
+        "parts": finished,
     }
     PartialState().wait_for_everyone()  # all processes have read the output before one writes it
     for name in settings.task_names:
@@ -156,7 +259,13 @@ def evaluate(settings: Settings) -> dict:
             part = run_task(name, settings, model)
             if part is not None:
                 seconds = round(time.perf_counter() - start, 1)
-                report["parts"][name] = {"settings": wanted, "seconds": seconds, **part}
+                report["numbers"] += part["numbers"]
+                report["parts"][name] = {
+                    "settings": wanted,
+                    "versions": report["versions"],
+                    "seconds": seconds,
+                    **part,
+                }
                 write_atomically(settings.output, json.dumps(report, indent=2).encode())
     return report
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cleanfid.fid
 import pytest
 import torch
 import torch_fidelity
@@ -13,6 +14,7 @@ from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from transformers import AutoProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from eval import fid as fid_module
 from eval import text_to_image as evaluation
 from eval.clip_score import clip_scores
 from eval.prompts import read_prompts
@@ -119,6 +121,17 @@ def test_each_format_is_read(format, given, tmp_path):
     assert found == format
     assert [(row.text, row.picture(0), row.picture(2), row.groups) for row in rows] == PROMPTS[format]
     assert [row.metadata for row in rows] == (GENEVAL if format == "geneval" else [None, None])
+
+
+def test_lines_beside_genai_benchs_skills_are_numbered_as_the_skills_are(tmp_path):
+    (tmp_path / "prompts.txt").write_text("A baker.\nTwo cats \n", encoding="utf-8")
+    (tmp_path / "genai_skills.json").write_text('{"basic": [1], "advanced": [2], "counting": [2]}', encoding="utf-8")
+    format, rows = read_prompts(tmp_path / "prompts.txt")
+    assert format == "genai"
+    assert [(row.text, row.picture(0, "jpg"), row.groups) for row in rows] == [
+        ("A baker.", "00001.jpg", ("basic",)),
+        ("Two cats", "00002.jpg", ("advanced", "counting")),
+    ]
 
 
 def test_one_line_of_geneval_is_geneval(tmp_path):
@@ -230,7 +243,20 @@ def test_pictures_of_other_settings_are_refused(prompts, drawn, tmp_path):
         (["--samples", "0"], "samples must be at least 1, got 0"),
         (["--guidance", "0.5"], "guidance must be at least 1"),
         (["--fid_reference", "no/such"], "FID needs at least 2 pictures"),
-        (["--fid_reference", "FOLDER", "--inception_weights", "no.pth"], "cannot read Inception weights from no.pth"),
+        (
+            ["--fid_reference", "FOLDER", "--inception_weights", "no.pth"],
+            "fid needs Inception's weights for torch-fidelity (no.pth): ",
+        ),
+        (
+            ["--fid_reference", "FOLDER", "--fid_tool", "clean-fid", "--inception_weights", "no.pt"],
+            "(no.pt): clean-fid reads its weights from a file called inception-2015-12-05.pt. Give --inception_weights",
+        ),
+        (["--fid_tool", "fid"], "fid_tool is one of torch-fidelity, clean-fid, got fid"),
+        (["--image_format", "gif"], "image_format is one of png, jpg, got gif"),
+        (
+            ["--clip", "no/clip", "--fid_reference", "FOLDER", "--inception_weights", "no.pth"],
+            "cannot load a CLIP model from no/clip: ",
+        ),
         (["--vqa_score", "clip-flant5-xxl"], f"--vqa_score needs t2v-metrics, which {sys.executable} has not"),
     ],
 )
@@ -312,7 +338,7 @@ class RandomInception(FeatureExtractorInceptionV3):
 
 
 def test_fid_is_that_of_torch_fidelity(prompts, drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "FID_LAYER", "64")  # the first of Inception's layers: a small covariance
+    monkeypatch.setattr(fid_module, "LAYER", "64")  # the first of Inception's layers: a small covariance
     weights = tmp_path / "inception.pth"
     torch.save({}, weights)
     random = RandomInception("random", ["64"], feature_extractor_weights_path=weights)
@@ -336,6 +362,130 @@ def test_fid_is_that_of_torch_fidelity(prompts, drawn, tmp_path, monkeypatch):
     )["frechet_inception_distance"]
     assert expected > 0.01 and results["mean"] == pytest.approx(expected, rel=1e-6)
     assert results["reference_pictures"] == 3
+    numbers = json.loads((drawn / "results.json").read_text(encoding="utf-8"))["numbers"]
+    (number,) = [number for number in numbers if number["metric"] == "FID"]
+    assert number == {
+        "benchmark": "GenEval",
+        "metric": "FID",
+        "value": results["mean"],
+        "unit": "",
+        "protocol": {
+            "split": "2 of 2 prompts, 2 a prompt",
+            "prompt": "{prompt} Generate an image based on this description.",
+            "sampling": "guidance 5, temperature 1, top-k 20, top-p 1",
+            "images": "png files, 64x64",
+            "reference": "3 pictures of 64x64",
+            "tool": "torch-fidelity",
+        },
+    }
+
+    Image.new("RGB", (64, 64), "black").save(reference / "0.png")  # another reference is measured again
+    evaluation.main(arguments(prompts, drawn, *options))
+    again = json.loads((drawn / "results.json").read_text(encoding="utf-8"))["metrics"]["fid"]["mean"]
+    assert abs(again - results["mean"]) > 0.01
+
+
+class Layers(torch.nn.Module):
+    """In the place of Inception's: 64 colours of 1x1, 4x4 of them, (B, 3, 299, 299) -> (B, 64)."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.conv, self.pool = torch.nn.Conv2d(3, dims // 16, 7), torch.nn.AdaptiveAvgPool2d((4, 4))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.pool(self.conv(pixels).relu()).flatten(1)
+
+
+class Network(torch.nn.Module):
+    """A file of it is read as clean-fid's Inception."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.layers = Layers(dims)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.layers(pixels)
+
+
+@pytest.fixture
+def noise(tmp_path) -> tuple[Path, Path]:
+    """Two folders of pictures, of 40x40 and of 50x30."""
+    for name, shape, count in (("a", (40, 40, 3), 5), ("b", (30, 50, 3), 7)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            pixels = torch.randint(0, 256, shape, dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_clean_fid_is_that_of_clean_fid(noise):
+    network = Network(64)
+    files = [fid_module.PictureFiles(fid_module.reference_pictures(str(folder))) for folder in noise]
+    values = [fid_module.clean_fid(*files, network, batch_size, "cpu") for batch_size in (2, 16)]
+    expected = cleanfid.fid.compute_fid(
+        *map(str, noise), custom_feat_extractor=network, num_workers=0, device=torch.device("cpu"), verbose=False
+    )
+    assert expected > 0.01 and values == pytest.approx([expected, expected], rel=1e-4)
+    same = fid_module.clean_fid(files[0], files[0], network, 4, "cpu")
+    assert abs(same) < 1e-3 * expected
+
+
+def test_clean_fids_weights_are_read_from_a_file(tmp_path, monkeypatch):
+    network = Network(2048).eval()
+    file = tmp_path / fid_module.CLEAN_WEIGHTS
+    torch.jit.script(network).save(str(file))
+    loaded = fid_module.load_inception("clean-fid", str(file))
+    pixels = torch.rand(2, 3, 299, 299) * 255
+    torch.testing.assert_close(loaded(pixels), network((pixels - 128) / 128))
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(
+        ValueError, match=r"fid needs .* clean-fid \(https://.*-12-05.pt\): .*Give --inception_weights"
+    ):
+        fid_module.load_inception("clean-fid", "")
+
+
+def test_jpeg_pictures_are_scored_by_clean_fid_under_the_published_sampling(noise, tmp_path, monkeypatch):
+    file = tmp_path / fid_module.CLEAN_WEIGHTS
+    torch.jit.script(Network(2048)).save(str(file))
+    network = Network(64)
+    monkeypatch.setattr(fid_module, "load_inception", lambda *_: network)  # few dims: an instant
+    meta = tmp_path / "meta_data.json"
+    meta.write_text(FILES["mjhq"], encoding="utf-8")
+    options = ["--samples", "1", "--guidance", "7", "--temperature", "0.9", "--top_k", "2048", "--top_p", "0.96"]
+    options += ["--image_format", "jpg", "--fid_reference", str(noise[0]), "--fid_tool", "clean-fid"]
+    output = tmp_path / "out"
+    evaluation.main(arguments(meta, output, *options, "--fid_size", "64", "--inception_weights", str(file)))
+    drawings = sorted((output / "images").rglob("*.jpg"))
+    assert [path.relative_to(output / "images").as_posix() for path in drawings] == ["logo/9f.jpg", "people/0a1b.jpg"]
+    with Image.open(drawings[0]) as picture:
+        assert picture.format == "JPEG" and picture.quantization[0][0] == 8  # of Pillow's default quality, 75
+    reference = tmp_path / "scaled"
+    reference.mkdir()
+    for path in noise[0].iterdir():
+        Image.open(path).resize((64, 64), Image.Resampling.BICUBIC).save(reference / path.name)
+    expected = cleanfid.fid.compute_fid(
+        str(output / "images"),
+        str(reference),
+        custom_feat_extractor=network,
+        num_workers=0,
+        device=torch.device("cpu"),
+        verbose=False,
+    )
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert results["metrics"]["fid"]["mean"] == pytest.approx(expected, rel=1e-4)
+    (number,) = results["numbers"]
+    assert (number["benchmark"], number["metric"]) == ("MJHQ-30K", "FID")
+    assert number["protocol"] == {
+        "split": "2 of 2 prompts, 1 a prompt",
+        "prompt": "{prompt} Generate an image based on this description.",
+        "sampling": "guidance 7, temperature 0.9, top-k 2048, top-p 0.96",
+        "images": "jpg files, 64x64",
+        "reference": "5 pictures of 64x64",
+        "tool": "clean-fid",
+    }
 
 
 def test_pictures_for_fid_are_of_one_size_or_named(tmp_path):
@@ -343,8 +493,8 @@ def test_pictures_for_fid_are_of_one_size_or_named(tmp_path):
     Image.new("RGB", (8, 8), "red").save(paths[0])
     Image.new("RGB", (8, 6), "blue").save(paths[1])
     with pytest.raises(ValueError, match=r"b.png is \(8, 6\), .*a.png \(8, 8\): --fid_size"):
-        evaluation.PictureFiles(paths)[1]
-    fitted = evaluation.PictureFiles(paths, size=4)[1]
+        fid_module.PictureFiles(paths)[1]
+    fitted = fid_module.PictureFiles(paths, size=4)[1]
     assert torch.equal(fitted, torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None].expand(3, 4, 4))
 
 
@@ -368,3 +518,7 @@ def test_vqa_score_is_asked_for_each_picture_and_its_prompt(prompts, drawn, tmp_
     sizes = [len(data) for _, data in sorted(pictures(drawn).items())]
     expected = [sum(sizes[2 * i : 2 * i + 2]) / 2 + len(row["prompt"]) for i, row in enumerate(GENEVAL)]
     assert results["by_prompt"] == {"00000": expected[0] / 2**16, "00001": expected[1] / 2**16}
+    numbers = json.loads((drawn / "results.json").read_text(encoding="utf-8"))["numbers"]
+    by_metric = {number["metric"]: number for number in numbers if number["metric"].startswith("VQAScore")}
+    assert by_metric["VQAScore, counting"]["value"] == expected[1] / 2**16
+    assert by_metric["VQAScore"]["protocol"]["tool"] == "VQAScore by clip-flant5-xxl"

@@ -35,6 +35,8 @@ from eval.lmms.models.unitok_mllm import (
     generation_options,
     user_content,
 )
+from eval.lmms.tasks.llava import utils as llava
+from eval.protocol import read_published
 from training.easy_vqa import COLORS, SHAPES, load
 
 
@@ -91,6 +93,21 @@ def test_easy_vqa_by_lmms_eval_is_that_of_the_own_count(options, expected, tmp_p
         "accuracy_color": counts["color"]["accuracy"],
         "accuracy_shape": counts["shape"]["accuracy"],
     }
+    (number,) = report["numbers"]
+    assert number == {
+        "benchmark": "easy-VQA",
+        "metric": "answers right",
+        "value": pytest.approx(100 * counts["all"]["accuracy"]),
+        "unit": "%",
+        "protocol": {
+            "split": "test, first 40",
+            "prompt": "{question}",
+            "sampling": "greedy",
+            "images": "understand, 64x64",
+            "reference": "the split's answers",
+            "tool": "exact match",
+        },
+    }
     assert part["prompt"]["easy_vqa"] == f"USER: <image>\n{load('test')[0].questions[0][0]} ASSISTANT:"
     assert f"accuracy                            {counts['all']['accuracy']:.4f}" in capsys.readouterr().out
 
@@ -133,10 +150,184 @@ def test_the_same_command_goes_on_where_it_was_cut_off(expected, tmp_path, monke
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["parts"]["easy_vqa"] == first
 
 
+def test_other_tasks_are_added_and_other_settings_refused(expected, tmp_path, stand_ins):
+    run(tmp_path, limit=2)
+    report, _ = run(tmp_path, "--tasks", "llava_textvqa", limit=2)
+    assert list(report["parts"]) == ["easy_vqa", "llava_textvqa"]
+    assert [number["benchmark"] for number in report["numbers"]] == ["easy-VQA", "TextVQA"]
+    with pytest.raises(
+        SystemExit, match="out.json holds easy_vqa of other settings .limit was 2, now 3.: give another"
+    ):
+        run(tmp_path, limit=3)
+
+
 def test_generation_settings_of_the_command_are_the_tasks(expected, tmp_path):
     report, given = run(tmp_path, "--gen_kwargs", "until=e,num_beams=2", limit=10)
     assert given == [answer.split("e")[0] for answer in expected[0][:10]]
     assert report["parts"]["easy_vqa"]["generation_kwargs"]["easy_vqa"]["num_beams"] == 2
+
+
+WORDS = "Answer the question using a single word or phrase."
+
+
+@pytest.fixture
+def stand_ins(monkeypatch) -> dict[str, list[dict]]:
+    """A few rows in the place of each benchmark, with the columns of lmms-eval's data; by its name."""
+    pictures = [Image.open(sample.image).convert("RGB") for sample in load("test")[:4]]
+    ten = [str(n % 3) for n in range(10)]
+    rows = {
+        "textvqa": [
+            {
+                "question_id": 34602 + n,
+                "question": "what is the brand of this camera?",
+                "ocr_tokens": ["DAKOTA", "DIGITAL", "Single-Use"][: 3 * (n == 0)],
+                "answers": ["no"] * 10,
+                "image": pictures[n],
+            }
+            for n in range(2)
+        ],
+        "VQAv2": [
+            {"question_id": 10 * n, "question": "Is it red?", "answers": None, "image": pictures[n]} for n in (2, 1)
+        ],
+        "GQA": [{"id": str(n), "imageId": f"n{3 - n}", "question": "Is it red?", "answer": "no"} for n in range(4)],
+        "testdev_balanced_images": [{"id": f"n{n}", "image": picture} for n, picture in enumerate(pictures)],
+        "POPE": [
+            {
+                "question_id": str(n),
+                "question": "Is there a circle in the image?",
+                "answer": answer,
+                "image": pictures[n],
+            }
+            for n, answer in enumerate(("yes", "no", "yes"))
+        ],
+        "MME": [
+            {
+                "question_id": f"color/{n // 2}.png",
+                "question": f"Is the shape {color}? Please answer yes or no.",
+                "answer": ("Yes", "No")[n % 2],
+                "category": "color",
+                "image": pictures[n // 2],
+            }
+            for n, color in enumerate(("red", "blue", "teal", "gray"))
+        ],
+        "MMVet": [
+            {
+                "question_id": f"v1_{n}",
+                "question": "What is it?",
+                "answer": "a circle",
+                "image": pictures[n],
+                "capability": "rec",
+            }
+            for n in range(2)
+        ],
+    }
+    rows["textvqa"][1]["answers"] = ten
+    splits = {"textvqa": ["validation"], "VQAv2": ["testdev"], "GQA": ["testdev"], "MME": ["test"], "MMVet": ["test"]}
+    splits["POPE"] = ["adversarial", "popular", "random"]
+
+    def load_dataset(path, name=None, split=None, **_):
+        path = path.removeprefix("lmms-lab-encoder/")
+        if split:
+            return datasets.Dataset.from_list(rows[name])
+        return datasets.DatasetDict({each: datasets.Dataset.from_list(rows[path]) for each in splits[path]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return rows
+
+
+def test_benchmarks_are_asked_and_counted_as_llava_does(stand_ins, tmp_path, monkeypatch):
+    questions = tmp_path / "questions.json"
+    asked = [{"image_id": 1, "question": "?", "question_id": number} for number in (10, 7, 20)]
+    questions.write_text(json.dumps({"info": {}, "questions": asked}), encoding="utf-8")
+    tasks = "llava_textvqa,llava_gqa,llava_pope,llava_mme,llava_mmvet,llava_vqav2_testdev"
+    output = tmp_path / "runs" / "vqa.json"
+    command = ["--model", TINY, "--output", str(output), "--tasks", tasks, "--device", "cpu"]
+    vqa.main([*command, "--vqav2_questions", str(questions)])
+    report = json.loads(output.read_text(encoding="utf-8"))
+    lines = (output.parent / "vqa.answers.0.jsonl").read_text(encoding="utf-8").split("\n")
+    logged = [json.loads(line) for line in lines if line]
+    answers = {(row["task"], row["doc_id"]): row["answer"] for row in logged}
+    texts = {(row["task"], row["doc_id"]): row["question"] for row in logged}
+
+    brand = "What is the brand of this camera?\nReference OCR token:"
+    assert texts["llava_textvqa", 0] == f"{brand} DAKOTA, DIGITAL, Single-Use\n{WORDS}"
+    assert texts["llava_textvqa", 1] == f"{brand} \n{WORDS}"
+    assert texts["llava_gqa", 0] == texts["llava_vqav2_testdev", 0] == f"Is it red?\n{WORDS}"
+    assert texts["llava_pope_popular", 1] == f"Is there a circle in the image?\n{WORDS}"
+    assert texts["llava_mme", 2] == f"Is the shape teal?\n{WORDS}"
+    assert texts["llava_mmvet", 1] == "What is it?"
+    template = report["parts"]["llava_textvqa"]["prompt"]["llava_textvqa"]
+    assert template == f"USER: <image>\n{texts['llava_textvqa', 0]} ASSISTANT:"
+
+    submission = json.loads((output.parent / "vqa.vqav2.json").read_text(encoding="utf-8"))
+    expected = [answers["llava_vqav2_testdev", 1], "", answers["llava_vqav2_testdev", 0]]
+    assert submission == [
+        {"question_id": number, "answer": EvalAIAnswerProcessor()(answer)}
+        for number, answer in zip((10, 7, 20), expected)
+    ]
+    mmvet = json.loads((output.parent / "vqa.mmvet.json").read_text(encoding="utf-8"))
+    assert mmvet == {f"v1_{n}": answers["llava_mmvet", n].strip() for n in range(2)}
+
+    values = {
+        (number["benchmark"], number["protocol"]["split"]): number["value"]
+        for number in report["numbers"]
+        if number["benchmark"] != "MME"
+    }
+    said = [answers["llava_gqa", n].strip().rstrip(".").lower() for n in range(4)]
+    assert values["GQA", "testdev"] == 100 * said.count("no") / 4
+    f1 = llava.pope_f1([(llava.says_yes(answers["llava_pope_random", n]), n != 1) for n in range(3)])
+    assert values["POPE", "adversarial, popular, random"] == pytest.approx(100 * f1)
+    published = {one.benchmark: one for one in read_published()}
+    for number in report["numbers"]:
+        if number["protocol"]["split"] in ("adversarial", "popular", "random"):
+            continue
+        theirs = published[number["benchmark"]]
+        assert number["metric"] == theirs.metric
+        assert {**number["protocol"], "images": "understand, 256x256"} == theirs.protocol
+    assert {number["benchmark"] for number in report["numbers"]} == {"TextVQA", "GQA", "POPE", "MME"}
+
+    questions.write_text(json.dumps({"questions": asked[:2]}), encoding="utf-8")
+    options = ["--tasks", "llava_vqav2_testdev", "--vqav2_questions", str(questions), "--output"]
+    with pytest.raises(SystemExit, match="error: task llava_vqav2_testdev: .*questions.json has no question 20"):
+        vqa.main([*command, *options, str(tmp_path / "other.json")])
+
+
+@pytest.mark.parametrize("task", ["llava_vqav2_testdev", "llava_mmvet"])
+def test_published_protocols_of_files_for_servers_are_those_of_their_tasks(task, stand_ins):
+    (loaded,) = vqa.task_manager().load_task_or_group(task).values()
+    config = loaded.dump_config()
+    benchmark = {"llava_vqav2_testdev": "VQAv2", "llava_mmvet": "MM-Vet"}[task]
+    (published,) = [one for one in read_published() if one.benchmark == benchmark]
+    assert published.protocol == {
+        "split": config["test_split"],
+        "prompt": vqa.prompt(config),
+        "sampling": vqa.sampling(config),
+        "images": "understand, 256x256",
+        "reference": "the split's answers",
+        "tool": config["metadata"]["tool"],
+    }
+
+
+def test_tasks_of_lmms_eval_itself_are_told_from_the_published_ones(stand_ins, tmp_path):
+    report, _ = run(tmp_path, "--tasks", "textvqa_val", limit=2)
+    protocol = report["numbers"][0]["protocol"]
+    assert protocol["prompt"] == f"{{question}}\n{WORDS}" and protocol["split"] == "validation, first 2"
+    assert protocol["tool"] == "lmms-eval's exact_match of textvqa_val"
+
+
+@pytest.mark.parametrize(
+    "answer, is_yes",
+    [("Yes", True), ("yes.", True), ("no", False), ("No, it is", False), ("There is not.", False)]
+    + [("Yes, there is. No doubt", True), ("nothing", True), ("", True)],
+)
+def test_no_is_read_out_of_longer_answers(answer, is_yes):
+    assert llava.says_yes(answer) is is_yes
+
+
+def test_f1_of_yes():
+    pairs = [(True, True)] * 3 + [(True, False)] * 1 + [(False, True)] * 2 + [(False, False)] * 9
+    assert llava.pope_f1(pairs) == pytest.approx(2 * 0.75 * 0.6 / (0.75 + 0.6))
+    assert llava.pope_f1([(False, True)]) == llava.pope_f1([(False, False)]) == 0
 
 
 def test_stop_strings_are_looked_for_after_the_prompt(adapter):
@@ -333,6 +524,11 @@ def test_own_normalization_agrees_with_the_official_one_on_easy_vqa():
         (["--tasks", "qqqqqqqqq"], "see python -m lmms_eval --tasks list"),
         (["--model", "no/such/folder"], "there is no model folder no/such/folder"),
         (["--limit", "0"], "limit must be at least 1, got 0"),
+        (
+            ["--tasks", "llava_vqav2_testdev"],
+            "llava_vqav2_testdev needs --vqav2_questions v2_OpenEnded_mscoco_test2015",
+        ),
+        (["--vqav2_questions", "no.json"], "there is no file no.json (--vqav2_questions)"),
     ],
 )
 def test_errors_take_one_line(options, message):
@@ -358,7 +554,8 @@ def test_lmms_eval_finds_the_plug_in(monkeypatch):
         registry = lmms_eval.models._initialize_model_registry()
     assert registry.get_model_class("unitok_mllm") is UniTokMLLM
     (folder,) = find_spec("eval.lmms.tasks").submodule_search_locations
-    assert TaskManager(include_path=folder, include_defaults=False).all_tasks == ["easy_vqa"]
+    own = TaskManager(include_path=folder, include_defaults=False).all_tasks
+    assert {"easy_vqa", "llava_pope", "llava_textvqa", "llava_vqav2_testdev"} <= set(own)
 
 
 def test_the_package_does_not_know_lmms_eval():
