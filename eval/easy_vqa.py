@@ -45,6 +45,7 @@ from eval.judge import (
     load_pixels,
     make_judge,
 )
+from eval.protocol import number
 from training.easy_vqa import COLORS, KINDS, SHAPES, load, question_kind
 from training.losses import psnr
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
@@ -368,11 +369,14 @@ PARTS = {
 
 
 def read_finished(output: str, wanted: dict[str, dict]) -> dict[str, dict]:
-    """The parts in an earlier output whose settings are those wanted now."""
+    """The parts in an earlier output whose settings are those wanted now; says on stderr which others are dropped."""
     if not Path(output).is_file():
         return {}
     parts = json.loads(Path(output).read_text(encoding="utf-8"))["parts"]
-    return {name: part for name, part in parts.items() if part["settings"] == wanted.get(name)}
+    finished = {name: part for name, part in parts.items() if part["settings"] == wanted.get(name)}
+    for name in parts.keys() - finished.keys():
+        print(f"{output}: {name} was measured with other settings and is not kept", file=sys.stderr)
+    return finished
 
 
 def evaluate(settings: Settings) -> dict:
@@ -388,6 +392,7 @@ def evaluate(settings: Settings) -> dict:
         "versions": versions() | {"easy-vqa": importlib.metadata.version("easy-vqa")},
         "parts": read_finished(settings.output, wanted) if settings.resume else {},
     }
+    report["numbers"] = [one for part in report["parts"].values() for one in part.get("numbers", [])]
     missing = [name for name in PARTS if name not in settings.skipped and name not in report["parts"]]
     if not missing:
         return report
@@ -397,9 +402,57 @@ def evaluate(settings: Settings) -> dict:
         start = time.perf_counter()
         part = getattr(evaluation, name)()
         seconds = round(time.perf_counter() - start, 1)
-        report["parts"][name] = {"settings": wanted[name], "seconds": seconds, **part}
+        part = {"settings": wanted[name], "versions": versions(), "seconds": seconds, **part}
+        part["numbers"] = numbers({name: part}, settings, evaluation.processor)
+        report["parts"][name] = part
+        report["numbers"] += part["numbers"]
         write_atomically(settings.output, json.dumps(report, indent=2).encode())
     return report
+
+
+def numbers(parts: dict[str, dict], settings: Settings, processor: UniTokMLLMProcessor) -> list[dict]:
+    """The parts' main numbers with their protocol (`eval.protocol`)."""
+    side = processor.image_processor.size
+    images = f"{processor.image_processor.mode}, {side['width']}x{side['height']}"
+    split = "test" if settings.limit is None else f"test, first {settings.limit} images"
+    found = []
+    if part := parts.get("reconstruction"):
+        own = {"split": split, "images": images, "reference": "the same images"}
+        found += [
+            number("easy-VQA", "PSNR", part["psnr_mean_of_images_db"], "dB", tool="mean over images", **own),
+            number(
+                "easy-VQA",
+                "codes in use",
+                part["codebook_usage_percent"],
+                "%",
+                tool="codes chosen at all, mean over sub-codebooks",
+                **own,
+            ),
+        ]
+    if part := parts.get("vqa"):
+        own = {"split": split, "prompt": "{question}", "sampling": "greedy", "images": images}
+        share = part["accuracy"]["all"]["accuracy"]
+        own |= {"reference": "the split's answers", "tool": "exact match"}
+        found.append(number("easy-VQA", "answers right", 100 * share, "%", **own))
+    if part := parts.get("text_to_image"):
+        used = part["settings"]
+        own = {
+            "split": f"24 pairs of colour and shape, {used['samples']} drawings each",
+            "prompt": part["prompt"].removesuffix(processor.boi_token),
+            "sampling": f"guidance {used['guidance']:g}, temperature {used['temperature']:g}, top-k {used['top_k']}",
+        }
+        own |= {"images": images, "reference": "colour and shape asked for", "tool": "the judge (eval.judge)"}
+        found.append(number("easy-VQA", "drawings right", 100 * part["both"], "%", **own))
+    if part := parts.get("edit"):
+        used = part["settings"]
+        own = {
+            "split": split,
+            "prompt": EDIT,
+            "sampling": f"greedy, guidance {used['edit_guidance']:g}, image guidance {used['edit_image_guidance']:g}",
+        }
+        own |= {"images": images, "reference": "new colour, old shape", "tool": "the judge (eval.judge)"}
+        found.append(number("easy-VQA", "edits right", 100 * part["both"], "%", **own))
+    return found
 
 
 def table(report: dict) -> str:

@@ -27,8 +27,10 @@ from eval._common import (
     write_atomically,
 )
 from eval.easy_vqa import answer_questions, draw, normalize_answer
+from eval.protocol import number
 from training.emoji import QUESTION, STYLES, TABLE, Emoji, read_table
 from training.losses import psnr
+from unitok_mllm import UniTokMLLMProcessor
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -152,6 +154,40 @@ class Evaluation:
         write_atomically(path, png_bytes(contact_sheet(pictures, captions, columns=8)))
 
 
+def protocol_number(
+    part: str, name: str, count: int, values: dict, settings: Settings, processor: UniTokMLLMProcessor
+) -> dict:
+    """A part's main number with its protocol (`eval.protocol`)."""
+    size, sampling = processor.image_processor.size, None
+    if part == "drawing":
+        sampling = f"guidance {settings.guidance:g}, temperature {settings.temperature:g}, top-k {settings.top_k}"
+    metric, value, unit, prompt, reference, tool = {
+        "reconstruction": ("PSNR", values.get("psnr_db"), "dB", None, "the same pictures", "mean over pictures"),
+        "naming": ("named exactly", 100 * values.get("accuracy", 0), "%", QUESTION, "names", "exact match"),
+        "drawing": (
+            "drawings right",
+            100 * values.get("top1", 0),
+            "%",
+            processor.image_prompt("{name} in {style}").removesuffix(processor.boi_token),
+            "all pictures of the style",
+            "nearest in pixels at 32x32",
+        ),
+    }[part]
+    images = f"{processor.image_processor.mode}, {size['width']}x{size['height']}"
+    return number(
+        "emoji of two styles",
+        metric,
+        value,
+        unit,
+        split=f"{name}, {count} pictures",
+        prompt=prompt,
+        sampling="greedy" if part == "naming" else sampling,
+        images=images,
+        reference=reference,
+        tool=tool,
+    )
+
+
 def evaluate(settings: Settings) -> dict:
     """Runs everything; the JSON is written after each part."""
     evaluation = Evaluation(settings)
@@ -159,14 +195,16 @@ def evaluate(settings: Settings) -> dict:
         "benchmark": "emoji of two styles",
         "settings": asdict(settings) | {"model_sha256": folder_digest(settings.model)},
         "versions": versions(),
+        "numbers": [],
         "parts": {},
     }
-    for name, numbers in evaluation.sets.items():
+    for name, rows in evaluation.sets.items():
         for part in ("reconstruction", "naming", "drawing"):
             start = time.perf_counter()
-            values = getattr(evaluation, part)(numbers)
+            values = getattr(evaluation, part)(rows)
             seconds = round(time.perf_counter() - start, 1)
-            report["parts"].setdefault(part, {})[name] = {"pictures": len(numbers), "seconds": seconds, **values}
+            report["parts"].setdefault(part, {})[name] = {"pictures": len(rows), "seconds": seconds, **values}
+            report["numbers"].append(protocol_number(part, name, len(rows), values, settings, evaluation.processor))
             write_atomically(settings.output, json.dumps(report, indent=2).encode())
     evaluation.sheet(Path(settings.output).with_suffix(".png"))
     return report

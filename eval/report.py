@@ -3,12 +3,13 @@
     python -m eval.report runs/easy_vqa.json runs/emoji.json runs/claims/claims.json --output report.html
 
 Any JSON, or JSON lines, will do: a result is known by its `benchmark` or by keys that only one tool writes, and what
-is in it is tabulated as it comes, so that a result of an unknown kind is shown too. Numbers are rounded on the page and
+is in it is tabulated as it comes, so that a result of an unknown kind is shown too. The page begins with the numbers that
+an evaluation names as its results; digests stand at its end. Numbers are rounded, shares are shown as percent, and all
 stand in full in the tooltip. Pictures that a result names, or that lie beside it under its name (`easy_vqa.png`,
 `easy_vqa-*.png`; `sheet.png`), are part of the page, which needs no other file and prints well.
 
-Published numbers, with their sources, are in `published.yaml`: they stand beside the results that they belong to and,
-where nothing of their kind was measured, at the end.
+A published number (`published.yaml`) stands beside a result where it was measured on the same data in the same way, by
+the protocols of both (`eval.protocol`); where one of another procedure exists, the page says what differs.
 """
 
 import base64
@@ -16,21 +17,25 @@ import glob
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from jinja2 import Environment
 
 from eval._common import versions, write_atomically
+from eval.protocol import Published, differences, read_published
 
 
-PUBLISHED = Path(__file__).with_name("published.yaml")
 ABOUT = ("settings", "versions", "prompt", "prompts", "measured", "configs", "config", "runs")  # shown folded
 LONG = 30  # rows; longer tables are folded
 WIDE = 12  # columns; wider tables are turned
+DIGEST = re.compile(r"(.*_)?(sha256|digest)|key")
+SHARE = re.compile(r"(accuracy|exact_match|f1|top\d|both|color|shape|pope)(_.*)?")  # of 1, where in [0, 1]
+PERCENT = re.compile(r".*_percent(_each)?")
+NUMBER_KEYS = {"benchmark", "metric", "value", "unit", "protocol"}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 TEMPLATE = """\
@@ -45,7 +50,6 @@ body { max-width: 76rem; margin: 2rem auto; padding: 0 1.5rem; background: #fff;
        font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; border-bottom: 2px solid #e1e4e8; margin-top: 3rem; }
 h3, h4 { font-size: 1rem; margin: 1.2rem 0 .4rem; } p, .source { color: #57606a; }
-.beside { display: flex; flex-wrap: wrap; gap: 1rem 3rem; } .beside > * { flex: 1 1 26rem; min-width: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .7rem; border-bottom: 1px solid #e1e4e8;
@@ -59,7 +63,6 @@ img { max-width: 100%; border: 1px solid #e1e4e8; } summary { cursor: pointer; c
 <body>
 {% macro show(block) %}
 {% if block.title %}<h3>{{ block.title }}</h3>{% endif %}
-{% if block.note %}<p>{{ block.note }}</p>{% endif %}
 {% if block.folded %}<details><summary>{{ block.rows | length }} rows</summary>{% endif %}
 <div class="scroll"><table>
 {% if block.columns %}<tr>{% for name in block.columns %}<th>{{ name }}</th>{% endfor %}</tr>{% endif %}
@@ -70,22 +73,19 @@ img { max-width: 100%; border: 1px solid #e1e4e8; } summary { cursor: pointer; c
 {% if block.folded %}</details>{% endif %}
 {% endmacro %}
 <h1>{{ title }}</h1>
+{% if results.rows %}{{ show(results) }}{% endif %}
 <ul>{% for section in sections %}<li><a href="#result-{{ loop.index }}">{{ section.title }}</a></li>{% endfor %}</ul>
 {% for section in sections %}
 <h2 id="result-{{ loop.index }}">{{ section.title }}</h2>
 <p>{{ section.path }}</p>
-<div class="beside">
-<div><h4>As measured</h4>{% for block in section.measured %}{{ show(block) }}{% endfor %}</div>
-{% if section.published %}<div><h4>As published</h4>
-<p>To be compared only where data, image size and procedure are the same.</p>
-{% for block in section.published %}{{ show(block) }}{% endfor %}</div>{% endif %}
-</div>
+{% if section.refused %}<h4>Published, but not to be compared</h4>
+<ul>{% for line in section.refused %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
+{% for block in section.measured %}{{ show(block) }}{% endfor %}
 {% for name, uri in section.pictures %}<h4>{{ name }}</h4><img src="{{ uri }}" alt="{{ name }}">{% endfor %}
-{% if section.about %}<details><summary>Settings and versions</summary>
+{% if section.about %}<details><summary>How it was measured</summary>
 {% for block in section.about %}{{ show(block) }}{% endfor %}</details>{% endif %}
 {% endfor %}
-{% if unmeasured %}<h2>Published, and not measured here</h2>
-{% for block in unmeasured %}{{ show(block) }}{% endfor %}{% endif %}
+{% if digests.rows %}<h2>Digests</h2>{{ show(digests) }}{% endif %}
 <p>{{ footer }}</p>
 </body>
 </html>
@@ -108,22 +108,30 @@ class Block:
     title: str
     columns: list[str]
     rows: list[list[Cell]]
-    note: str = ""
+    may_fold: bool = True
 
     @property
     def folded(self) -> bool:
-        return len(self.rows) > LONG
+        return self.may_fold and len(self.rows) > LONG
 
 
 @dataclass
 class Section:
-    """One result, with the published tables that belong beside it."""
+    """One result.
+
+    Attributes:
+        results: a row for each number that it names as such: name, value, and what was published of the same protocol.
+        refused: what was published of the same benchmark by other procedures, and how they differ.
+        digests: rows of names and digests.
+    """
 
     title: str
     path: str
+    results: list[list[Cell]]
+    refused: list[str]
     measured: list[Block]
     about: list[Block]
-    published: list[Block]
+    digests: list[list[Cell]]
     pictures: list[tuple[str, str]]
 
 
@@ -148,17 +156,27 @@ def short(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:.0f}" if abs(number) >= 1e4 else f"{number:.4g}"
 
 
-def to_cell(value: Any) -> Cell:
-    """The cell of a flat value."""
+def percent(value: float, full: float) -> Cell:
+    """A value out of 100, in the tooltip as it came."""
+    return Cell(f"{value:.1f}%", str(full), number=True)
+
+
+def to_cell(value: Any, path: str = "") -> Cell:
+    """The cell of a flat value; under names that say so, it is a percentage."""
+    names = path.split(" · ")
     if value is None or value == []:
         return Cell("-")
+    if is_number(value) and PERCENT.fullmatch(names[-1]):
+        return percent(value, value)
+    if isinstance(value, float) and 0 <= value <= 1 and any(map(SHARE.fullmatch, names)):
+        return percent(100 * value, value)
     if is_number(value):
         return Cell(short(value), "" if short(value) == str(value) else str(value), number=True)
     if is_spread(value):
         deviation = "" if value["std"] is None else f" ± {short(value['std'])}"
         return Cell(short(value["mean"]) + deviation, json.dumps(value, ensure_ascii=False), number=True)
     if isinstance(value, list):
-        text = ", ".join(to_cell(item).text for item in value)
+        text = ", ".join(to_cell(item, path).text for item in value)
         full = ", ".join(map(str, value))
         return Cell(text, "" if full == text else full)
     return Cell(str(value))
@@ -187,13 +205,17 @@ def to_blocks(value: Any, title: str = "") -> list[Block]:
         if are_alike(list(value.values())):
             return matrix([{"": str(name)} | flattened(item) for name, item in value.items()], title)
         flat = {str(name): item for name, item in value.items() if is_flat(item)}
-        blocks = [Block(title, [], [[Cell(name), to_cell(item)] for name, item in flat.items()])] if flat else []
+        blocks = (
+            [Block(title, [], [[Cell(name), to_cell(item, f"{title} · {name}")] for name, item in flat.items()])]
+            if flat
+            else []
+        )
         for name, item in value.items():
             if not is_flat(item):
                 blocks += to_blocks(item, f"{title} · {name}" if title else str(name))
         return blocks
     if is_flat(value):
-        return [Block(title, [], [[to_cell(value)]])]
+        return [Block(title, [], [[to_cell(value, title)]])]
     return [block for i, item in enumerate(value, start=1) for block in to_blocks(item, f"{title} {i}".strip())]
 
 
@@ -205,24 +227,39 @@ def are_alike(values: list) -> bool:
     return 2 * len(set.intersection(*names)) >= len(set.union(*names)) > 0
 
 
-def without_about(value: Any, path: str, about: dict[str, Any]) -> Any:
-    """The value less what ABOUT names at any depth of dicts, which goes to `about` under its path."""
+def without(value: Any, is_apart: Callable[[str, Any], bool], apart: dict[str, Any], path: str = "") -> Any:
+    """The value less what is set apart by its name and value at any depth of dicts, which goes to `apart` by its path."""
     if not isinstance(value, dict):
         return value
     rest = {}
     for name, item in value.items():
         inner = f"{path} · {name}" if path else str(name)
-        if name in ABOUT:
-            about[inner] = item
+        if is_apart(str(name), item):
+            apart[inner] = item
         else:
-            rest[name] = without_about(item, inner, about)
+            rest[name] = without(item, is_apart, apart, inner)
     return rest
+
+
+def is_digest(name: str, value: Any) -> bool:
+    return isinstance(value, str) and bool(DIGEST.fullmatch(name))
+
+
+def is_numbers(name: str, value: Any) -> bool:
+    """Whether it is what `eval.protocol.number` makes, several of it."""
+    return (
+        name == "numbers"
+        and isinstance(value, list)
+        and all(isinstance(one, dict) and NUMBER_KEYS <= one.keys() for one in value)
+    )
 
 
 def matrix(rows: list[dict], title: str) -> list[Block]:
     """One table of flat rows, its columns as rows where they are many, and further tables for the lists of dicts."""
     columns = list(dict.fromkeys(name for row in rows for name, item in row.items() if is_flat(item)))
-    cells = [[to_cell(row[name]) if name in row else Cell("") for name in columns] for row in rows]
+    cells = [
+        [to_cell(row[name], f"{title} · {name}") if name in row else Cell("") for name in columns] for row in rows
+    ]
     if len(columns) > WIDE:
         blocks = [Block(title, [], [[Cell(name), *column] for name, column in zip(columns, zip(*cells))])]
     else:
@@ -299,38 +336,53 @@ def pictures(result: Any, path: Path) -> list[tuple[str, str]]:
     return uris
 
 
-def read_published() -> list[tuple[list[str], Block]]:
-    """Each published table, with the words in whose results' titles it belongs."""
-    return [
-        (
-            one["beside"],
-            Block(
-                one["title"], one["columns"], [[to_cell(v) for v in row] for row in one["rows"]], one.get("note", "")
-            ),
-        )
-        for one in yaml.safe_load(PUBLISHED.read_text("utf-8"))
-    ]
+def value_cell(value: float, unit: str) -> Cell:
+    """A result's or a published number, with its unit."""
+    if unit == "%":
+        return percent(value, value)
+    cell = to_cell(value)
+    return Cell(f"{cell.text} {unit}".strip(), cell.full, number=True)
 
 
-def belongs(words: list[str], title: str) -> bool:
-    """Whether one of the words is in the title, as a whole word, in whatever case."""
-    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", title, re.IGNORECASE) for word in words)
+def compare(number: dict, published: list[Published]) -> tuple[list[list[Cell]], list[str]]:
+    """Rows of one number, with what others published beside it, and a line for each number that is not comparable."""
+    name = [Cell(f"{number['benchmark']}, {number['metric']}"), Cell(number["protocol"]["split"])]
+    here = [*name, value_cell(number["value"], number["unit"])]
+    rows, refused = [], []
+    for one in published:
+        if (one.benchmark, one.metric) != (number["benchmark"], number["metric"]):
+            continue
+        theirs = value_cell(one.value, one.unit)
+        if reasons := differences(number["protocol"], one):
+            title = f"{one.benchmark}, {one.metric}: {theirs.text}, {one.system} ({one.source})"
+            refused.append(f"{title}. Differs: {'; '.join(reasons)}.")
+        else:
+            rows.append([*here, theirs, Cell(one.system), Cell(one.source)])
+    return rows or [[*here, Cell(""), Cell(""), Cell("")]], refused
 
 
-def to_section(path: Path, published: list[tuple[list[str], Block]]) -> Section:
+def to_section(path: Path, published: list[Published]) -> Section:
     """See `read_result` and `pictures` for what it raises."""
     result = read_result(path)
     title = title_of(result, path)
-    about: dict[str, Any] = {}
-    rest = without_about(result, "", about)
+    digests, numbers, about, results, refused = {}, {}, {}, [], []
+    rest = without(without(result, is_digest, digests), is_numbers, numbers)
+    rest = without(rest, lambda name, _: name in ABOUT, about)
     if isinstance(rest, dict):
         rest.pop("benchmark", None)  # it is the heading
+    for number in numbers.get("numbers", []):
+        rows, lines = compare(number, published)
+        results += [[Cell(title), *row] for row in rows]
+        refused += lines
+    protocols = [{"": f"{one['benchmark']}, {one['metric']}", **one["protocol"]} for one in numbers.get("numbers", [])]
     return Section(
         title=title,
         path=str(path),
+        results=results,
+        refused=refused,
         measured=to_blocks(rest),
-        about=to_blocks(about),
-        published=[block for words, block in published if belongs(words, title)],
+        about=(to_blocks(protocols, "Protocol") if protocols else []) + to_blocks(about),
+        digests=[[Cell(title), Cell(name), Cell(value)] for name, value in digests.items()],
         pictures=pictures(result, path),
     )
 
@@ -343,12 +395,16 @@ def make_report(paths: list[Path], title: str) -> str:
     """
     published = read_published()
     sections = [to_section(path, published) for path in paths]
-    shown = [id(block) for section in sections for block in section.published]
+    rows = [row for section in sections for row in section.results]
+    columns = ["result", "number", "of", "here", "published", "system", "source"]
+    if not any(row[4].text for row in rows):
+        columns, rows = columns[:4], [row[:4] for row in rows]
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE)
     return page.render(
         title=title,
+        results=Block("", columns, rows, may_fold=False),
         sections=sections,
-        unmeasured=[block for _, block in published if id(block) not in shown],
+        digests=Block("", ["result", "name", "digest"], [row for section in sections for row in section.digests]),
         footer="Page made with " + ", ".join(f"{name} {version}" for name, version in versions().items()),
     )
 

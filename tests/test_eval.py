@@ -170,12 +170,20 @@ def test_finished_parts_outlive_an_interruption_and_are_not_measured_again(argum
         evaluation.main([*arguments, "--resume"])
         second = json.loads(output.read_text(encoding="utf-8"))["parts"]
         evaluation.main([*arguments, "--resume", "--guidance", "1"])
+        printed = capsys.readouterr()
+        assert "24 drawings" in printed.out
+        assert "text_to_image was measured with other settings and is not kept" in printed.err
     third = json.loads(output.read_text(encoding="utf-8"))["parts"]
     assert first == {name: second[name] for name in first} == {name: third[name] for name in first}
     assert (second["text_to_image"]["settings"]["guidance"], third["text_to_image"]["settings"]["guidance"]) == (3, 1)
     with Image.open(tmp_path / "out.png") as sheet:
         assert sheet.size[0] > sheet.size[1] / 3
-    assert "24 drawings" in capsys.readouterr().out
+    report = json.loads(output.read_text(encoding="utf-8"))
+    names = ["PSNR", "codes in use", "answers right", "edits right", "drawings right"]
+    assert [number["metric"] for number in report["numbers"]] == names
+    (drawings,) = [number for number in report["numbers"] if number["metric"] == "drawings right"]
+    assert drawings["protocol"]["sampling"] == "guidance 1, temperature 0.7, top-k 20"
+    assert drawings["protocol"]["split"] == "24 pairs of colour and shape, 1 drawings each"
 
 
 def test_report_holds_numbers_that_can_be_had_directly(arguments, mllm, processor, tmp_path):
@@ -192,6 +200,17 @@ def test_report_holds_numbers_that_can_be_had_directly(arguments, mllm, processo
     assert part["codebook_usage_percent"] == pytest.approx(100 * sum(used) / len(used) / 32)
     assert report["parts"]["vqa"]["accuracy"]["all"]["questions"] == sum(len(s.questions) for s in samples)
     assert report["parts"]["vqa"]["prompt"].endswith("USER: <image>\n{question} ASSISTANT:")
+    protocol = {
+        "split": "test, first 2 images",
+        "prompt": "{question}",
+        "sampling": "greedy",
+        "images": "understand, 48x48",
+        "reference": "the split's answers",
+        "tool": "exact match",
+    }
+    share = report["parts"]["vqa"]["accuracy"]["all"]["accuracy"]
+    assert [number["metric"] for number in report["numbers"]] == ["PSNR", "codes in use", "answers right"]
+    assert report["numbers"][2]["value"] == 100 * share and report["numbers"][2]["protocol"] == protocol
     assert report["versions"].keys() == {"torch", "transformers", "unitok_mllm", "easy-vqa"}
 
 

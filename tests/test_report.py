@@ -1,16 +1,21 @@
-"""The page that shows results: every number, nothing unescaped, what was published beside it."""
+"""The page that shows results: every number, nothing unescaped, what was published in the same way beside it."""
 
 import base64
 import html
 import json
 import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from eval.report import main, make_report, read_published, to_blocks
+from eval import text_to_image
+from eval.protocol import FIELDS, Published, differences, number, read_published
+from eval.report import main, make_report, to_blocks
 
 
 CLI = typer.Typer()
@@ -69,10 +74,9 @@ def text_of(page: str) -> str:
 @pytest.mark.parametrize("result", [EASY_VQA, CLAIMS, LMMS, [[1.5, {"deep": [{"deeper": {"x": 7.0625}}]}]], 41.5])
 def test_every_number_given_is_on_the_page_and_every_name(tmp_path, result):
     page = text_of(make_report([write(tmp_path / "some.json", result)], "title"))
-    measured = page[: page.find("Published, and not measured here")]
-    measured = re.sub(r"<h4>As published</h4>.*?</div></div>", "", measured.replace("\n", ""), flags=re.DOTALL)
-    for number in numbers(result):
-        assert re.search(rf"(?<![\w.]){re.escape(number)}(?![\w.])", measured), number
+    measured = page.replace("\n", "")
+    for one in numbers(result):
+        assert re.search(rf"(?<![\w.]){re.escape(one)}(?![\w.])", measured), one
     for text in ("reconstruction", "psnr_db", "a < b", "2.99.1", "USER: {question}ASSISTANT:") * (result is EASY_VQA):
         assert text in measured
 
@@ -119,39 +123,94 @@ def test_what_comes_is_escaped_and_nothing_is_loaded_from_elsewhere(tmp_path):
     assert "@import" not in page and "url(" not in page
 
 
-def test_published_numbers_stand_with_their_source_beside_what_they_belong_to_and_else_at_the_end(tmp_path):
-    claims, speed = write(tmp_path / "claims.json", CLAIMS), tmp_path / "speed.json"
-    speed.write_text(
-        '{"job": "encode", "batch": 1, "seconds": 0.0101}\n{"job": "decode", "batch": 1, "seconds": 0.039}\n',
-        encoding="utf-8",
+def test_shares_and_percentages_are_shown_as_percent():
+    (block,) = to_blocks({"accuracy": 0.98912, "usage_percent": 99.5, "right": 7, "loss": 0.5, "top1": 1.5})
+    assert [(row[1].text, row[1].full) for row in block.rows] == [
+        ("98.9%", "0.98912"),
+        ("99.5%", "99.5"),
+        ("7", ""),
+        ("0.5", ""),
+        ("1.5", ""),
+    ]
+    (block,) = to_blocks({"red circle": 0.875, "blue square": 1.0}, "text_to_image · both_by_pair")
+    assert [row[1].text for row in block.rows] == ["87.5%", "100.0%"]
+    (block,) = to_blocks({"codebook_usage_percent_each": [99.5, 12.0625]})
+    assert (block.rows[0][1].text, block.rows[0][1].full) == ("99.5%, 12.1%", "99.5, 12.0625")
+
+
+PROTOCOL = {
+    "split": "validation",
+    "prompt": "{question}\nReference OCR token: {OCR tokens}\nAnswer the question using a single word or phrase.",
+    "sampling": "greedy",
+    "images": "understand, 256x256",
+    "reference": "the split's answers",
+    "tool": "VQA accuracy over ten answers, as LLaVA's eval_textvqa.py",
+}
+
+
+def textvqa(tmp_path, value: float, **changed: str):
+    one = number("TextVQA", "accuracy", value, "%", **{**PROTOCOL, **changed})
+    result = {"benchmark": "lmms-eval", "settings": {"model_sha256": "beef"}, "numbers": [one]}
+    return write(tmp_path / "vqa.json", result)
+
+
+def test_published_numbers_stand_beside_those_measured_in_the_same_way(tmp_path):
+    page = text_of(make_report([textvqa(tmp_path, 50.126)], "title"))
+    results, rest = page.split("<ul>", 1)
+    (row,) = re.findall(r"<tr>(<td.*?)</tr>", results, flags=re.DOTALL)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", row)
+    assert cells == [
+        "lmms-eval",
+        "TextVQA, accuracy",
+        "validation",
+        "50.1%",
+        "51.6%",
+        "UniTok, Llama-2-7B",
+        "the paper, Table 3",
+    ]
+    assert 'title="50.126"' in row and "not to be compared" not in page
+    assert rest.index("How it was measured") < rest.index("Digests") < rest.index("beef")
+
+
+def test_published_numbers_of_another_procedure_are_refused_by_the_name_of_what_differs(tmp_path):
+    changed = {
+        "prompt": "{question}\nAnswer the question using a single word or phrase.",
+        "split": "validation, first 9",
+    }
+    page = text_of(make_report([textvqa(tmp_path, 40.0, **changed)], "title"))
+    results, rest = page.split("<ul>", 1)
+    assert "40.0%" in results and "51.6" not in results and "published" not in results
+    (line,) = re.findall(r"<li>(TextVQA.*?)</li>", rest, flags=re.DOTALL)
+    assert line == (
+        "TextVQA, accuracy: 51.6%, UniTok, Llama-2-7B (the paper, Table 3). Differs: "
+        "split: here 'validation, first 9', published 'validation'; "
+        f"prompt: here {changed['prompt']!r}, published {PROTOCOL['prompt']!r}."
     )
-    page = text_of(make_report([claims, speed], "title"))
-    first, second = page.split("<h2")[1:3]
-    rest = page.split("<h2")[3]
-    assert "sub-codebooks under one total vocabulary" in first and "8 x 2048" in first and "46.1" in first
-    assert "the paper, Table 8" in first and "0.72" in first and "the paper, Table 6" in first
-    assert ">speed<" in second and "0.0101" in second and "As published" not in second
-    assert "8 x 2048" not in rest
-    for text in ("SD-VAE", "0.87", "70.8", "UniTok's README; the paper, Table 1", "https://arxiv.org/abs/2509.14476"):
-        assert text in rest
-    drawn = {"benchmark": "geneval", "drawn_with": {"model": "tiny"}, "pictures": 8}
-    drawn = text_of(make_report([write(tmp_path / "results.json", drawn)], "title")).split("<h2")[1]
-    assert ">text to image, geneval<" in drawn and "0.59" in drawn and "the paper, Table 4" in drawn
-    lmms = text_of(make_report([write(tmp_path / "lmms.json", LMMS)], "title")).split("<h2")[1]
-    assert "lmms-eval: gqa, mme" in lmms and "76.8" in lmms and "the paper, Table 3" in lmms
 
 
-def test_every_published_row_has_a_name_numbers_and_a_source():
-    for words, block in read_published():
-        assert words and block.columns[-1] == "source"
-        for row in block.rows:
-            assert len(row) == len(block.columns) and not row[-1].number and row[-1].text != "-", row
-            assert any(cell.number for cell in row[1:-1]), row
+@pytest.mark.parametrize("result", [CLAIMS, LMMS, {"benchmark": "geneval", "drawn_with": {"model": "tiny"}}])
+def test_results_on_other_data_or_of_no_known_procedure_have_nothing_published_beside_them(result, tmp_path):
+    page = make_report([write(tmp_path / "r.json", result)], "t")
+    assert "the paper, Table" not in page and "SD-VAE" not in page
 
 
-def test_published_tables_are_found_by_whole_words(tmp_path):
-    page = make_report([write(tmp_path / "x.json", {"benchmark": "programmes on a hommage"})], "t")
-    assert "As published" not in page  # "mme" is in both words
+def test_fields_that_do_not_apply_are_not_compared_and_unknown_procedures_never_agree():
+    known = dict.fromkeys(FIELDS, None) | {"split": "test"}
+    one = Published("b", "m", "", 1.0, "a CNN", "its README", known, "its README", "")
+    measured = {**PROTOCOL, "split": "test"}
+    assert differences(measured, one) == []
+    assert differences({**measured, "split": "train"}, one) == ["split: here 'train', published 'test'"]
+    unknown = Published("b", "m", "", 1.0, "other", "a paper", None, "the source does not tell it", "")
+    assert differences(measured, unknown) == ["its procedure is not known (the source does not tell it)"]
+
+
+def test_every_published_number_has_a_source_and_a_procedure():
+    published = read_published()
+    assert len({(one.benchmark, one.metric, one.system) for one in published}) == len(published) >= 19
+    for one in published:
+        assert one.source and one.procedure and one.system and isinstance(one.value, int | float)
+        assert one.protocol is None or one.protocol["split"] and one.protocol["tool"]
+        assert (one.protocol is None) <= (not one.command)
 
 
 def test_pictures_that_a_result_names_or_has_beside_it_are_embedded(tmp_path):
@@ -185,3 +244,18 @@ def test_the_command_writes_a_page_or_says_which_file_is_wrong(tmp_path):
         outcome = CliRunner().invoke(CLI, [str(good), str(broken), "--output", str(tmp_path / "none.html")])
         assert outcome.exit_code == 1 and message in str(outcome.exception) + outcome.output
         assert not (tmp_path / "none.html").exists()
+
+
+def test_the_command_of_each_published_number_stands_in_the_guide_and_has_its_protocol():
+    guide = (Path(__file__).parents[1] / "docs" / "released_weights.md").read_text(encoding="utf-8")
+    for one in read_published():
+        assert one.command in guide.splitlines() or not one.command, one.command
+        if "eval.text_to_image" in one.command:
+            given = shlex.split(one.command)[3:]
+            options = dict(zip([name.removeprefix("--") for name in given[::2]], given[1::2]))
+            names = ("guidance", "temperature", "top_k", "top_p")
+            used = SimpleNamespace(**{name: float(options[name]) for name in names})
+            assert text_to_image.sampling(used) == one.protocol["sampling"]
+            assert one.protocol["images"].startswith(f"{options['image_format']} files")
+            assert one.protocol["split"].endswith(f"prompts, {options['samples']} a prompt")
+            assert one.protocol["tool"] in (options.get("fid_tool"), f"VQAScore by {options.get('vqa_score')}")
