@@ -247,19 +247,31 @@ def check_output(path: Path) -> None:
     """Finds out before any work whether `path` can become a PNG file."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"cannot write {path}: the name must end in .png")
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: {path.parent} is not a folder")
-    if not os.access(path.parent, os.W_OK):
+    folder = next(parent for parent in path.parents if parent.exists())  # those below it are made
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write {path}: no permission")
 
 
-def save_new(picture: "Image.Image", path: Path) -> Path:
-    """Saves under `path`, or where that exists under the first free of `NAME-1.png`, `NAME-2.png`, ..."""
+def save_new(picture: "Image.Image", path: Path, **notes: object) -> Path:
+    """Saves under `path`, or where that exists under the first free of `NAME-1.png`, `NAME-2.png`, ...
+
+    Args:
+        path: the folders above it are made where they are missing.
+        notes: text chunks of the PNG file, by name.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
     number, free = 0, path
     while free.exists():
         number += 1
         free = path.with_stem(f"{path.stem}-{number}")
-    picture.save(free)
+    info = PngInfo()
+    for name, value in notes.items():
+        info.add_itxt(name, str(value))
+    free.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(free, pnginfo=info)
     return free
 
 
@@ -275,7 +287,9 @@ def main_options(version: Annotated[bool, typer.Option("--version", help="Show t
 @app.command()
 def demo(
     model: ModelFolder = SHIPPED_MODEL,
-    output: Annotated[Path, typer.Option(help="The picture; numbered on where it exists.")] = Path("unitok-demo.png"),
+    output: Annotated[Path, typer.Option(help="The picture, numbered on where it exists; its folder is made.")] = Path(
+        "unitok-demo.png"
+    ),
     images: Annotated[int, typer.Option(min=1, max=100, help="How many test images to read.")] = 6,
     guidance: Guidance = 3.0,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the test images and the samples drawn.")] = 0,
@@ -404,7 +418,9 @@ def generate(
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", parser=utf8, help='What to draw, such as "a red circle".')
     ],
-    output: Annotated[Path, typer.Option(help="PNG file; numbered on where it exists.")] = Path("unitok-drawing.png"),
+    output: Annotated[Path, typer.Option(help="PNG file, numbered on where it exists; its folder is made.")] = Path(
+        "unitok-drawing.png"
+    ),
     count: Annotated[int, typer.Option(min=1, help="How many samples to draw.")] = 1,
     guidance: Guidance = 3.0,
     temperature: Annotated[float, typer.Option(help="Above 0; less is more predictable.")] = 0.7,
@@ -424,10 +440,10 @@ def generate(
     mllm, processor = load(model)
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
-        typer.echo(f"seed {seed}", err=True)
+    typer.echo(f"seed {seed}", err=True)
     options = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    for picture in draw_images(mllm, processor, [prompt], count, **options):
-        typer.echo(save_new(picture, output))
+    for number, picture in enumerate(draw_images(mllm, processor, [prompt], count, **options), start=1):
+        typer.echo(save_new(picture, output, prompt=prompt, sample=f"{number} of {count}", **options))
 
 
 @app.command()
@@ -438,7 +454,9 @@ def edit(
     instruction: Annotated[
         str, typer.Argument(metavar="INSTRUCTION", parser=utf8, help='What to do, such as "make it blue".')
     ],
-    output: Annotated[Path, typer.Option(help="PNG file; numbered on where it exists.")] = Path("unitok-edit.png"),
+    output: Annotated[Path, typer.Option(help="PNG file, numbered on where it exists; its folder is made.")] = Path(
+        "unitok-edit.png"
+    ),
     guidance: Guidance = 1.0,
     image_guidance: Annotated[
         float, typer.Option(min=1, help="Guidance scale of the picture: how closely to follow it; 1 is none.")
