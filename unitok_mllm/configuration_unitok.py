@@ -4,8 +4,11 @@ Paper: UniTok, https://arxiv.org/abs/2502.20321.  Letters used throughout the pa
 V codes in each sub-codebook, L image positions (height/16 * width/16, row-major), C hidden size of the tower.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, CLIPTextConfig, LlamaConfig
+from transformers import AutoConfig, CLIPTextConfig, GenerationConfig, LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
@@ -15,7 +18,7 @@ WIDTH, DEPTH, VOCABULARY = (1, 2**16), (0, 1000), (1, 2**22)
 SHARE, WEIGHT, ABOVE_ZERO = (0.0, 1.0), (0.0, 1e6), (1e-12, 1e12)
 
 
-def check_ranges(config: PreTrainedConfig, prefix: str = "", **ranges: tuple[float, float]) -> None:
+def check_ranges(config: object, prefix: str = "", **ranges: tuple[float, float]) -> None:
     """Each number named, or each of a list of numbers, lies within its range; None does too.
 
     Args:
@@ -32,8 +35,58 @@ def check_ranges(config: PreTrainedConfig, prefix: str = "", **ranges: tuple[flo
             raise ValueError(f"{prefix}{name} ({value}) is not between {least} and {most}.")
 
 
+# What the library, its trainers and its quantizers put into any config, beside the fields of `PreTrainedConfig`.
+LIBRARY_FIELDS = frozenset(GenerationConfig()._get_default_generation_params()) | {
+    *("_attn_implementation", "_attn_implementation_internal", "_experts_implementation_internal", "_name_or_path"),
+    *("attn_implementation", "auto_map", "bos_token_id", "custom_pipelines", "decoder_start_token_id"),
+    *("distributed_config", "eos_token_id", "experts_implementation", "fusion_config", "is_decoder", "model_type"),
+    *("name_or_path", "num_labels", "output_attentions", "pad_token_id", "per_layer_config", "quantization_config"),
+    *("tie_word_embeddings", "tokenizer_class", "torch_dtype", "transformers_weights", "use_cache"),
+}
+
+
+class UniTokPreTrainedConfig(PreTrainedConfig):
+    """What all configs here share: they know their own fields only, and find themselves in a larger model's folder."""
+
+    def __post_init__(self, **kwargs):
+        unknown = kwargs.keys() - LIBRARY_FIELDS
+        if unknown:
+            own = [field.name for field in fields(self) if field.name not in PreTrainedConfig.__annotations__]
+            raise TypeError(
+                f"{type(self).__name__} got unexpected arguments: {', '.join(sorted(unknown))}. "
+                f"It takes {', '.join(own)}."
+            )
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As the library's; of a folder whose model holds this one as a part (at any depth), the part's.
+
+        Raises:
+            ValueError: the folder's model is another and holds none of this type.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if cls.model_type:
+            own = next((part for part in _parts(config_dict) if part.get("model_type") == cls.model_type), None)
+            if own is None:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} holds a model of type {config_dict.get('model_type')!r}, and "
+                    f"none of type {cls.model_type!r} in it."
+                )
+            config_dict = own
+        return config_dict, kwargs
+
+
+def _parts(config_dict: dict) -> Iterator[dict]:
+    """A config's dict and those in it, the outer ones first."""
+    level = [config_dict]
+    while level:
+        yield from level
+        level = [value for part in level for value in part.values() if isinstance(value, dict)]
+
+
 @strict
-class UniTokVisionConfig(PreTrainedConfig):
+class UniTokVisionConfig(UniTokPreTrainedConfig):
     """The vision tower: a ViTamin encoder, the multi-codebook quantizer, and the projections around it.
 
     The defaults are the released `large` model; `UniTokConfig.preset` names the others.
@@ -120,7 +173,7 @@ class UniTokVisionConfig(PreTrainedConfig):
 
 
 @strict
-class UniTokConfig(PreTrainedConfig):
+class UniTokConfig(UniTokPreTrainedConfig):
     """The whole tokenizer: vision tower, decoder (the tower's mirror image), and an optional CLIP text tower.
 
     Args:
@@ -220,7 +273,7 @@ PRESETS = {
 
 
 @strict
-class UniTokDepthConfig(PreTrainedConfig):
+class UniTokDepthConfig(UniTokPreTrainedConfig):
     """The depth transformer that predicts the K codes of one image position, one after the other.
 
     Its layers are Llama's, with RoPE positions 0..K-1.
@@ -282,8 +335,50 @@ class UniTokDepthConfig(PreTrainedConfig):
         )
 
 
+@dataclass(frozen=True)
+class LLMSizes:
+    """The sizes of an LLM that the rest is built on, whatever its config calls them.
+
+    Attributes:
+        hidden_size: width of its input embeddings and of the states it gives out.
+        intermediate_size: width of its feed-forward layers; 4 times `hidden_size` where its config names none.
+        vocab_size: tokens it knows.
+        max_positions: the longest sequence it takes; None for no limit.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int | None
+
+
+# What the families of transformers call it; the first that a config has as a number counts.
+_SIZE_NAMES = {
+    "hidden_size": ("word_embed_proj_dim", "hidden_size"),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "dff"),
+    "vocab_size": ("vocab_size",),
+    "max_positions": ("max_position_embeddings", "max_seq_len", "max_target_positions"),
+}
+
+
+def llm_sizes(config: PreTrainedConfig) -> LLMSizes:
+    """The sizes of the LLM that this config describes.
+
+    Raises:
+        ValueError: it names no hidden size or no vocabulary size.
+    """
+    sizes = {
+        size: next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+        for size, names in _SIZE_NAMES.items()
+    }
+    for size in ("hidden_size", "vocab_size"):
+        if sizes[size] is None:
+            raise ValueError(f"The LLM's config ({type(config).__name__}) names no {size}.")
+    return LLMSizes(**{**sizes, "intermediate_size": sizes["intermediate_size"] or 4 * sizes["hidden_size"]})
+
+
 @strict
-class UniTokMLLMConfig(PreTrainedConfig):
+class UniTokMLLMConfig(UniTokPreTrainedConfig):
     """The unified multimodal LLM: any causal LM, the visual tokenizer, the embedder and the depth transformer.
 
     Args:
@@ -317,7 +412,7 @@ class UniTokMLLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        depth, text = self.depth_config, self.text_config
+        depth, text = self.depth_config, llm_sizes(self.text_config)
         same_width = depth.hidden_size in (None, text.hidden_size)
         if depth.hidden_size is None:
             depth.hidden_size = text.hidden_size
@@ -338,10 +433,9 @@ class UniTokMLLMConfig(PreTrainedConfig):
                 f"boi_token_id ({self.boi_token_id}), eoi_token_id ({self.eoi_token_id}) and "
                 f"image_token_id ({self.image_token_id}) must differ."
             )
-        check_ranges(
-            self.text_config, "text_config.", vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=DEPTH
-        )
-        in_vocabulary = (0, self.text_config.vocab_size - 1)
+        check_ranges(self.text_config, "text_config.", num_hidden_layers=DEPTH)
+        check_ranges(self.llm_sizes, "text_config.", vocab_size=VOCABULARY, hidden_size=WIDTH)
+        in_vocabulary = (0, self.llm_sizes.vocab_size - 1)
         check_ranges(
             self,
             embedder_dim=WIDTH,
@@ -352,6 +446,11 @@ class UniTokMLLMConfig(PreTrainedConfig):
             initializer_range=WEIGHT,
         )
         self.depth_config.validate_architecture()  # its sizes are known by now
+
+    @property
+    def llm_sizes(self) -> LLMSizes:
+        """The LLM's sizes, see `llm_sizes`."""
+        return llm_sizes(self.text_config)
 
     @property
     def num_image_positions(self) -> int:

@@ -27,7 +27,7 @@ class UniTokDepthTransformer(nn.Module):
         self.num_codebooks, self.codebook_size = vision.num_codebooks, vision.codebook_size
         llama_config = config.depth_config.llama_config(self.num_codebooks)
         llama_config._attn_implementation = "sdpa"
-        width, llm_width = llama_config.hidden_size, config.text_config.hidden_size
+        width, llm_width = llama_config.hidden_size, config.llm_sizes.hidden_size
         self.in_proj = nn.Identity() if width == llm_width else nn.Linear(llm_width, width, bias=False)
         self.embeddings = nn.Embedding((self.num_codebooks - 1) * self.codebook_size, width)  # one table per code
         self.layers = nn.ModuleList(

@@ -417,8 +417,8 @@ class UniTokGenerationMixin(GenerationMixin):
         Raises:
             ValueError: the prompts (B, T) and what shall follow do not fit into the LLM.
         """
-        most = self.config.text_config.max_position_embeddings
-        if input_ids.shape[1] + num_positions > most:
+        most = self.config.llm_sizes.max_positions
+        if most is not None and input_ids.shape[1] + num_positions > most:
             raise ValueError(
                 f"The prompt is too long: {input_ids.shape[1]} tokens, and {num_positions} to follow, do not fit into "
                 f"the model's {most} positions."

@@ -199,6 +199,19 @@ class UniTokImageProcessorMixin:
     image_std = (0.5, 0.5, 0.5)
     return_tensors = "pt"
 
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As the library's.
+
+        Raises:
+            ValueError: the folder's image processor is another.
+        """
+        settings, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        kind = settings.get("image_processor_type", cls.__name__)
+        if not kind.startswith("UniTokImageProcessor"):
+            raise ValueError(f"{pretrained_model_name_or_path} holds a {kind}, not a UniTokImageProcessor.")
+        return settings, kwargs
+
     def fetch_images(self, images: Any) -> Any:
         """Replace every path, URL and file's bytes in `images` by its upright RGB picture, keeping the nesting."""
         if isinstance(images, (list, tuple)):

@@ -15,7 +15,10 @@ timm is imported where a module of its is built: that takes seconds, which impor
 """
 
 import math
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,7 +27,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint_sequential
 from transformers import Cache, CLIPTextModelWithProjection, PreTrainedModel
 from transformers import initialization as init
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_unitok import UniTokConfig, UniTokVisionConfig
@@ -296,6 +301,16 @@ class UniTokDecoder(nn.Module):
         return self.up_conv4(hidden_states)
 
 
+def part_prefix(names: Iterable[str], own_names: Iterable[str]) -> str:
+    """What the names of a checkpoint begin with where they are those of one part of its model; "" for the whole."""
+    own_names, prefixes = set(own_names), Counter()
+    for name in names:
+        steps = name.split(".")
+        suffixes = (".".join(steps[i:]) for i in range(len(steps)))
+        prefixes.update(name.removesuffix(suffix) for suffix in suffixes if suffix in own_names)
+    return max(prefixes, key=prefixes.get, default="")
+
+
 class UniTokPreTrainedModel(PreTrainedModel):
     """Initialisation and loading shared by the tower and the whole tokenizer."""
 
@@ -322,18 +337,48 @@ class UniTokPreTrainedModel(PreTrainedModel):
         elif isinstance(module, UniTokModel) and module.logit_scale is not None:
             init.constant_(module.logit_scale, math.log(1 / 0.07))
 
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """As the library's, but from the folder of a larger model it takes the part that this one is.
+
+        Raises:
+            ValueError: the folder has not all of this model's weights.
+        """
+        if checkpoint_files is None:
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, *args, **kwargs
+            )
+        names = [name for file in checkpoint_files for name in load_state_dict(file, map_location="meta")]
+        prefix = part_prefix(names, model.state_dict())
+        own_mapping = load_config.weight_mapping
+        if prefix:
+            mapping = [WeightRenaming(rf"^{re.escape(prefix)}", ""), *(own_mapping or [])]
+            load_config = replace(load_config, weight_mapping=mapping)
+        info, offload_index = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        if prefix:
+            model._weight_conversions = own_mapping  # it is saved as itself
+            info.unexpected_keys -= {name for name in names if not name.startswith(prefix)}
+        if missing := sorted(info.missing_keys - model.all_tied_weights_keys.keys()):
+            raise ValueError(
+                f"{load_config.pretrained_model_name_or_path} lacks {len(missing)} of the {len(model.state_dict())} "
+                f"weights of a {type(model).__name__}, {missing[0]} among them."
+            )
+        return info, offload_index
+
 
 class UniTokVisionModel(UniTokPreTrainedModel):
     """The vision tower: pixels to codes and semantic embeddings.
 
     It serves wherever transformers takes a vision tower, LLaVA included (`vision_feature_layer=-1`,
-    `vision_feature_select_strategy="full"`), and loads from a whole tokenizer's folder too.
+    `vision_feature_select_strategy="full"`), and loads from the folder of whatever holds one: a tokenizer, an MLLM, a
+    LLaVA.
     """
 
     config: UniTokVisionConfig
     config_class = UniTokVisionConfig
     base_model_prefix = "vision_model"
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^text_model\.", r"^logit_scale$"]
 
     def __init__(self, config: UniTokVisionConfig):
         super().__init__(config)
@@ -416,7 +461,6 @@ class UniTokModel(UniTokPreTrainedModel):
 
     config_class = UniTokConfig
     base_model_prefix = "visual"
-    _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^embedder\.", r"^depth_head\."]
 
     def __init__(self, config: UniTokConfig):
         super().__init__(config)
@@ -427,8 +471,6 @@ class UniTokModel(UniTokPreTrainedModel):
             self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.post_init()
-        # post_init collects what the tower ignores in this model's folders; here these keys are not foreign
-        self._keys_to_ignore_on_load_unexpected -= self.vision_model._keys_to_ignore_on_load_unexpected
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.get_input_embeddings()

@@ -85,7 +85,7 @@ class UniTokEmbedder(nn.Module):
 
     def __init__(self, config: UniTokMLLMConfig):
         super().__init__()
-        vision, llm_width = config.visual_config.vision_config, config.text_config.hidden_size
+        vision, llm_width = config.visual_config.vision_config, config.llm_sizes.hidden_size
         self.quantizer = UniTokMultiCodebookQuantizer(vision.num_codebooks, vision.codebook_size, vision.quantizer_dim)
         del self.quantizer.codebooks
         shape = vision.num_codebooks, vision.codebook_size, vision.quantizer_dim // vision.num_codebooks
@@ -160,8 +160,6 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         self.depth_head = UniTokDepthTransformer(config)
         self.visual.requires_grad_(False)
         self.post_init()
-        # post_init collects what `visual` ignores in foreign folders; in a folder of this model no key is foreign
-        self._keys_to_ignore_on_load_unexpected -= self.visual._keys_to_ignore_on_load_unexpected
 
     @classmethod
     def from_parts(

@@ -109,7 +109,7 @@ class SharedModel:
     def __init__(self, model, processor):
         self.model, self.processor = model, processor
         self.num_positions = model.config.num_image_positions
-        self.max_positions = model.config.text_config.max_position_embeddings
+        self.max_positions = model.config.llm_sizes.max_positions or sys.maxsize
         self.every = max(1, self.num_positions // FRAMES)
         self._lock = Lock()
 
