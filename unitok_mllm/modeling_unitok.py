@@ -337,13 +337,27 @@ class UniTokPreTrainedModel(PreTrainedModel):
         elif isinstance(module, UniTokModel) and module.logit_scale is not None:
             init.constant_(module.logit_scale, math.log(1 / 0.07))
 
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """As the library's, but from the folder of a larger model it takes the part that this one is.
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As the library's, from the folder of this model or of one that holds it as a part.
 
         Raises:
-            ValueError: the folder has not all of this model's weights.
+            ValueError: the folder lacks some of the weights, and the caller does not ask for `output_loading_info`,
+                which tells it.
         """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, info
+        if info["missing_keys"] and kwargs.get("state_dict") is None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} of the {len(model.state_dict())} "
+                f"weights of a {cls.__name__}, {min(info['missing_keys'])} among them."
+            )
+        return model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """As the library's, but from the folder of a larger model it takes the part that this one is."""
         if checkpoint_files is None:
             return PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, *args, **kwargs
@@ -360,11 +374,6 @@ class UniTokPreTrainedModel(PreTrainedModel):
         if prefix:
             model._weight_conversions = own_mapping  # it is saved as itself
             info.unexpected_keys -= {name for name in names if not name.startswith(prefix)}
-        if missing := sorted(info.missing_keys - model.all_tied_weights_keys.keys()):
-            raise ValueError(
-                f"{load_config.pretrained_model_name_or_path} lacks {len(missing)} of the {len(model.state_dict())} "
-                f"weights of a {type(model).__name__}, {missing[0]} among them."
-            )
         return info, offload_index
 
 
