@@ -160,7 +160,7 @@ def fit_prompts(
     room = max_positions - num_image_positions
 
     def length(text: str) -> int:
-        return len(processor.tokenizer(processor.image_prompt(text))["input_ids"])
+        return processor(text=text, generation_mode="image")["input_ids"].shape[1]
 
     texts = [fit_text(prompt.text, length, room) if truncate else prompt.text for prompt in prompts]
     for prompt, text in zip(prompts, texts):

@@ -127,6 +127,52 @@ def test_turns_and_images_that_do_not_pair_up_are_named():
         to_messages([{"from": "robot", "value": "x"}], "<image>", num_images=0)
 
 
+def test_a_turn_that_the_template_has_no_place_for_is_an_unusable_sample(texts):
+    turns = [{"from": who, "value": who} for who in ("system", "developer", "human", "user", "gpt", "assistant")]
+    sample = texts.conversation(to_messages(turns, "<image>", num_images=0))
+    text = texts.processor.decode(sample["input_ids"])
+    assert text == "<s>system developer USER: human USER: user ASSISTANT: gpt</s>ASSISTANT: assistant</s>"
+    late = to_messages([turns[2], turns[0], turns[4]], "<image>", num_images=0)
+    with pytest.raises(UnusableSample, match=r"Turn 2 \(system\) comes too late"):
+        texts.conversation(late)
+    with pytest.raises(UnusableSample, match="from 'tool'"):
+        to_messages([{"from": "tool", "value": "x"}], "<image>", num_images=0)
+
+
+def test_texts_that_spell_control_tokens_are_learned_as_text(texts, processor):
+    spelled = "a </s><s> <image><boi><eoi> b"
+    turns = [{"from": "human", "value": "<image>\nwhat is </s>?"}, {"from": "gpt", "value": "an <eoi></s> or a <boi>"}]
+    samples = {
+        "drawing": (texts.drawing(spelled), 1, ""),
+        "reading": (texts.reading(spelled), 1, spelled),
+        "plain": (texts.plain(spelled), 0, spelled),
+        "conversation": (texts.conversation(to_messages(turns, "<image>", 1)), 1, " an <eoi></s> or a <boi>"),
+    }
+    for name, (sample, images, learned) in samples.items():
+        ids, labels = sample["input_ids"], sample["labels"]
+        tokens = ("bos", "eos"), ("boi", "eoi", "image")
+        names = [getattr(processor.tokenizer, f"{token}_token_id") for token in tokens[0]]
+        names += [getattr(processor, f"{token}_token_id") for token in tokens[1]]
+        assert [(ids == token).sum() for token in names] == [1, 1, images, images, images * L], name
+        assert len(sample["image_targets"]) == images, name
+        assert processor.decode(labels[labels != IGNORE]).removesuffix("</s>").removeprefix("<boi><eoi>") == learned
+        assert (spelled in processor.decode(ids)) == (name != "conversation")
+    prompt = processor(text=spelled, generation_mode="image")["input_ids"][0]
+    assert texts.drawing(spelled)["input_ids"][: len(prompt)].tolist() == prompt.tolist()
+    picture = Image.new("RGB", (9, 9))
+    asked = processor.apply_chat_template(
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is </s>?"}],
+            }
+        ],
+        tokenize=True,
+        add_generation_prompt=True,
+    )[0]
+    assert samples["conversation"][0]["input_ids"][: len(asked)].tolist() == asked.tolist()
+
+
 def test_conditions_are_dropped_one_at_a_time_where_pictures_are_the_answer():
     edit = [{"from": "human", "value": "<image>\nmake it blue"}, {"from": "gpt", "value": "<image>"}]
     messages, names = to_messages(edit, "<image>", num_images=2), ["red.png", "blue.png"]

@@ -1,12 +1,18 @@
+import base64
 import copy
+from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from tokenizers import processors
 from transformers import AutoProcessor, LlamaTokenizer, pipeline
 
+import unitok_mllm
 from unitok_mllm import UniTokImageProcessor, UniTokMLLMProcessor
+from unitok_mllm.processing_unitok import vicuna_chat_template
 
 
 BOS, EOS, BOI, EOI, IMAGE, L = 1, 2, 3, 4, 5, 9
@@ -71,6 +77,169 @@ def test_the_chat_template_is_vicunas(processor, messages, generation_prompt, ex
     assert processor.apply_chat_template(messages, add_generation_prompt=generation_prompt) == expected
 
 
+def turn(role, content="x", **more):
+    return {"role": role, "content": content, **more}
+
+
+def by_every_route(processor, messages):
+    """What the processor and its tokenizer make of a conversation: the text, or the error's."""
+
+    def ids_text(ids):
+        return processor.decode(ids).removeprefix("<s>")
+
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.chat_template = processor.chat_template
+    options = {"tokenize": True, "return_dict": True}
+    routes = (
+        lambda: processor.apply_chat_template(messages),
+        lambda: ids_text(processor.apply_chat_template(messages, **options)["input_ids"][0]),
+        lambda: ids_text(processor.apply_chat_template([messages], **options)["input_ids"][0]),
+        lambda: tokenizer.apply_chat_template(messages, tokenize=False),
+        lambda: ids_text(tokenizer.apply_chat_template(messages, **options)["input_ids"]),
+    )
+    results = []
+    for number, route in enumerate(routes):
+        try:
+            results.append(route())
+        except (ValueError, TemplateError) as error:
+            assert isinstance(error, ValueError) == (number < 3)
+            results.append(f"{error}")
+    assert len(set(results)) == 1, results
+    return results[0]
+
+
+@pytest.mark.parametrize(
+    "messages, expected",
+    [
+        # a developer's words are the system's, and several turns and parts of theirs come one after another
+        ([turn("developer", "Be brief."), turn("user")], "Be brief. USER: x "),
+        ([turn("system", "Be brief."), turn("developer", "Be kind."), turn("user")], "Be brief. Be kind. USER: x "),
+        (
+            [
+                turn("system", [{"type": "text", "text": "Be "}, {"type": "input_text", "text": "brief."}]),
+                turn("user"),
+            ],
+            "Be brief. USER: x ",
+        ),
+        # each turn stays in its own mouth, in whatever order
+        ([turn("user", "a"), turn("user", "b")], f"{SYSTEM} USER: a USER: b "),
+        ([turn("assistant", "a"), turn("assistant", "b")], f"{SYSTEM} ASSISTANT: a</s>ASSISTANT: b</s>"),
+        ([turn("user", [{"type": "input_text", "text": "a"}])], f"{SYSTEM} USER: a "),
+        # what has no place is named
+        ([turn("user"), turn("system")], r"Turn 2 (system) comes too late: its place is before all other turns."),
+        (
+            [turn("user"), turn("developer")],
+            r"Turn 2 (developer) comes too late: its place is before all other turns.",
+        ),
+        *(
+            (
+                [turn("user"), turn(role)],
+                f"Turn 2 ({role}) has an unknown role; known: system, developer, user, assistant.",
+            )
+            for role in ("tool", "function", "narrator", "Assistant", "")
+        ),
+        *(
+            (
+                [turn(role, [{"type": kind, kind: "a.mp4", "url": "a.mp4"}])],
+                f"Turn 1 ({role}) has a part of type '{kind}'; known: text, input_text, output_text, image, "
+                "image_url, input_image.",
+            )
+            for role in ("system", "user", "assistant")
+            for kind in ("video", "audio", "input_audio", "file", "refusal", "thing")
+        ),
+        ([turn("user", [{"type": "text"}])], "Turn 1 (user) has a part of type 'text' without a text."),
+        ([{"role": "user"}], "Turn 1 (user) has no content."),
+        ([turn("user", None)], "Turn 1 (user) has no content."),
+        (
+            [turn("user"), turn("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": {}}}])],
+            "Turn 2 (assistant) has tool_calls, for which this chat template has no place.",
+        ),
+        (
+            [turn("user"), turn("assistant", "a", thinking="b")],
+            "Turn 2 (assistant) has reasoning_content, for which this chat template has no place.",
+        ),
+    ],
+)
+def test_nothing_of_a_conversation_is_lost_or_put_into_anothers_mouth(processor, messages, expected):
+    assert by_every_route(processor, messages) == expected
+
+
+def test_what_else_a_template_is_given_is_refused_by_name(processor):
+    for options in ({"tools": [{"type": "function"}]}, {"documents": [{"title": "a", "text": "b"}]}):
+        for tokenize in (False, True):
+            with pytest.raises(ValueError, match=f"no place for {next(iter(options))}"):
+                processor.apply_chat_template([user("a")], tokenize=tokenize, **options)
+    for empty in ([], [[]]):
+        with pytest.raises(ValueError, match="The conversation has no turns"):
+            processor.apply_chat_template(empty)
+    for part in ({"type": "input_image", "file_id": "7"}, {"type": "image_url"}):
+        with pytest.raises(
+            ValueError, match=rf"Turn 1 \(user\) has a part of type '{part['type']}' without an image_url"
+        ):
+            processor.apply_chat_template([turn("user", [part])])
+    with pytest.raises(ValueError, match=r"Turn 1 \(user\) has a part of type 'str'"):
+        processor.apply_chat_template([turn("user", ["red"])], tokenize=True)
+
+
+def test_pictures_come_from_wherever_a_part_may_name_them(processor, picture, tmp_path):
+    picture.save(tmp_path / "a.png")
+    stream = BytesIO()
+    picture.save(stream, format="png")
+    data = base64.b64encode(stream.getvalue()).decode()
+    url = f"data:image/png;base64,{data}"
+    parts = (
+        {"type": "image", "image": picture},
+        {"type": "image", "image": str(tmp_path / "a.png")},
+        {"type": "image", "path": str(tmp_path / "a.png")},
+        {"type": "image", "url": url},
+        {"type": "image", "base64": data},
+        {"type": "image", "base64": base64.encodebytes(stream.getvalue()).decode()},
+        {"type": "image", "base64": url},
+        {"type": "image_url", "image_url": {"url": url, "detail": "high"}},
+        {"type": "image_url", "image_url": url},
+        {"type": "input_image", "image_url": url},
+    )
+    options = {"tokenize": True, "return_dict": True}
+    expected = processor.apply_chat_template([user(picture, "what?")], **options)
+    rendered = processor.apply_chat_template([user(picture, "what?")])
+    for part in parts:
+        messages = [turn("user", [part, {"type": "text", "text": "what?"}])]
+        before = copy.deepcopy(messages)
+        inputs = processor.apply_chat_template(messages, **options)
+        assert torch.equal(inputs["input_ids"], expected["input_ids"]), part
+        assert torch.equal(inputs["pixel_values"], expected["pixel_values"]), part
+        assert processor.apply_chat_template(messages) == rendered
+        assert [m["content"][1:] for m in messages] == [m["content"][1:] for m in before]  # left as it was
+    with pytest.raises(ValueError, match="cannot read image 'data:image/"):
+        processor.apply_chat_template([turn("user", [{"type": "image", "base64": "abc"}])], **options)
+
+
+def test_texts_may_spell_control_tokens_in_conversations(processor, picture):
+    spelled = "a </s><s> <image><boi><eoi><pad> b"
+    messages = [turn("system", spelled), user(picture, spelled), assistant(spelled), turn("user", spelled)]
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    for conversation in (messages, [messages, [user("red")]]):
+        ids = processor.apply_chat_template(conversation, **options)["input_ids"][0]
+        counts = [(ids == token).sum() for token in (BOS, EOS, BOI, EOI, IMAGE)]
+        assert counts == [1, 1, 1, 1, L]
+        image = processor.image_token
+        expected = processor.apply_chat_template(messages, add_generation_prompt=True)
+        assert processor.decode(ids).removeprefix("<s>").replace(f"<boi>{image * L}<eoi>", image) == expected
+    as_tokens = processor.apply_chat_template([user("a</s>")], tokenize=True, sanitize_control_tokens=False)
+    assert (as_tokens == EOS).sum() == 1
+
+
+def test_the_shipped_folder_has_the_template_of_today():
+    folder = Path(unitok_mllm.__file__).parent / "checkpoints" / "tiny"
+    assert (folder / "chat_template.jinja").read_text(encoding="utf-8") == vicuna_chat_template(system="")
+
+
+def test_the_template_writes_the_processors_own_image_token(with_tokenizer, picture):
+    processor = with_tokenizer(image_token="<picture>")
+    inputs = processor.apply_chat_template([user(picture, "<image>")], tokenize=True, return_dict=True)
+    assert (inputs["input_ids"] == 300).sum() == L and len(inputs["pixel_values"]) == 1
+
+
 BOS_TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}"
 
 
@@ -84,7 +253,7 @@ def test_exactly_one_bos_by_every_route(with_tokenizer, chat_template, change, c
     rendered = processor.apply_chat_template(messages)
     routes = {
         "text": processor(text="red").input_ids,
-        "texts": processor(text=["red", "<s>red", "blue circle"][: 3 if count else 1]).input_ids,
+        "texts": processor(text=["red", "<s>red", "<s><s>blue circle"][: 3 if count else 1]).input_ids,
         "chat": processor.apply_chat_template(messages, tokenize=True),
         "chats": processor.apply_chat_template([messages, messages[:1]], tokenize=True),
         "rendered chat": processor(text=rendered).input_ids,
@@ -156,7 +325,10 @@ def test_images_that_do_not_pair_up_with_their_placeholders_raise(processor, pic
     images = [[picture] * n for n in counts] if isinstance(counts, list) else [picture] * counts or None
     for mode in ("text", "image"):
         with pytest.raises(ValueError, match=message):
-            processor(text=texts, images=images, generation_mode=mode)
+            processor(text=texts, images=images, generation_mode=mode, sanitize_control_tokens=False)
+    if images:
+        with pytest.raises(ValueError, match=message):
+            processor(text=texts, images=images, generation_mode="image")
 
 
 def test_truncation_cuts_text_but_never_an_image(processor, picture):

@@ -63,7 +63,48 @@ def test_the_watcher_hears_of_the_end_when_drawing_fails(lively_mllm, processor,
     streamer = UniTokImageStreamer(lively_mllm, processor, timeout=60)
     with pytest.raises(RuntimeError, match="out of memory"):
         lively_mllm.generate(**inputs, generation_mode="image", streamer=streamer)
-    assert list(streamer) == []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(streamer)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"guidance_scale": 0.5}, ValueError, "guidance_scale must be at least 1"),
+        ({"num_return_sequences": 0}, ValueError, "num_return_sequences must be at least 1"),
+        ({"guidance_scale": 2.0, "unconditional_input_ids": None}, ValueError, "needs unconditional_input_ids"),
+        ({"input_ids": torch.ones(1, 300, dtype=torch.long)}, ValueError, "prompt is too long"),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.long)}, ValueError, "must end with the token that opens an image"),
+        ({"guidance": 2.0}, TypeError, "guidance"),
+        ({"generation_mode": "video"}, ValueError, "generation_mode is 'text', 'image' or 'interleaved', got 'video'"),
+    ],
+)
+def test_the_watcher_sees_what_is_raised_before_the_drawing(lively_mllm, processor, inputs, options, error, message):
+    """In the thread that generates, and in the one that watches; then the streamer can be used again."""
+    errors = []
+
+    def work():
+        try:
+            lively_mllm.generate(**({**inputs, "generation_mode": "image"} | options), streamer=streamer)
+        except Exception as caught:
+            errors.append(caught)
+
+    streamer = UniTokImageStreamer(lively_mllm, processor, every=9, timeout=60)
+    thread = Thread(target=work)
+    thread.start()
+    with pytest.raises(error, match=message) as seen:
+        list(streamer)
+    thread.join()
+    assert errors == [seen.value]
+    lively_mllm.generate(**inputs, generation_mode="image", streamer=streamer)
+    assert len(list(streamer)) == 1 and streamer._queue.empty()
+
+
+def test_a_text_stream_ends_when_generate_refuses_its_prompt(lively_mllm, processor):
+    streamer = TextIteratorStreamer(processor.tokenizer, timeout=60)
+    with pytest.raises(ValueError, match="prompt is too long"):
+        lively_mllm.generate(torch.ones(1, 300, dtype=torch.long), streamer=streamer)
+    assert "".join(streamer) == ""
 
 
 def test_nothing_to_watch_is_an_error(lively_mllm, processor):

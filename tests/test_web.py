@@ -173,15 +173,19 @@ def test_what_cannot_be_asked_or_drawn(shared):
         next(shared.draw("red " * 300, 1, {}))
     with pytest.raises(ValueError, match="the text has 10001 characters, 10000 at most"):
         next(shared.draw("x" * 10_001, 1, {}))
-    for token in ("<image>", "<boi>", "</s>"):
-        with pytest.raises(ValueError, match=f"{token} cannot be part of a text"):
-            next(shared.draw(f"a red {token}", 1, {}))
-        with pytest.raises(ValueError, match=f"{token} cannot be part of a text"):
-            shared.chat_inputs([question(f"what is {token}?", red_circle())])
     with pytest.raises(ValueError, match=r"takes \d+ of the model's 256 positions .11 for each picture.: start a new"):
         shared.chat_inputs([question("what?", *[red_circle()] * 22)])
     with pytest.raises(ValueError, match="a 30000x1 picture is too elongated"):
         shared.chat_inputs([question("what?", Image.new("RGB", (30_000, 1)))])
+
+
+def test_what_visitors_write_is_plain_text(shared, processor):
+    text = "a red </s><boi> <image>"
+    inputs = shared.chat_inputs([question(text, red_circle())])
+    (row,) = inputs["input_ids"].tolist()
+    assert [row.count(token) for token in (EOS, BOI, processor.image_token_id)] == [0, 1, L]
+    assert f"{text} ASSISTANT:" in processor.decode(row)
+    assert len(list(shared.draw(text, 1, DRAWING))) == L
 
 
 def test_unreadable_pictures_are_named_without_their_folder(tmp_path):

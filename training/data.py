@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch.utils.data import Dataset
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -33,11 +34,16 @@ from unitok_mllm.processing_unitok import UNCONDITIONAL_PROMPT
 
 
 IGNORE = -100
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+ROLES = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
+    **{"system": "system", "developer": "system"},
+}
 
 
 class SampleTexts:
     """Token ids and targets of the three kinds of samples, just as the processor writes them for inference.
+
+    Control tokens that a text spells ("</s>", "<image>", ...) are plain text.
 
     Args:
         processor: its chat template must mark the assistant's words with `{% generation %}`.
@@ -54,26 +60,35 @@ class SampleTexts:
             raise ValueError("The chat template does not mark what the assistant says with {% generation %}.")
 
     def conversation(self, messages: list[dict]) -> dict[str, torch.Tensor]:
-        """Turns in the library's format; the assistant's are learned, pictures in them included."""
+        """Turns in the library's format; the assistant's are learned, pictures in them included.
+
+        Raises:
+            UnusableSample: the chat template has no place for something in them, or see `_encode`.
+        """
         special_tokens = self.processor.tokenizer.special_tokens_map
-        (text,), (spans,) = render_jinja_template(
-            [messages], chat_template=self.chat_template, return_assistant_tokens_mask=True, **special_tokens
-        )
+        messages = self.processor.mark_conversation(messages)
+        try:
+            (text,), (spans,) = render_jinja_template(
+                [messages], chat_template=self.chat_template, return_assistant_tokens_mask=True, **special_tokens
+            )
+        except TemplateError as error:
+            raise UnusableSample(str(error)) from error
         return self._encode(text, spans)
 
     def drawing(self, caption: str | None) -> dict[str, torch.Tensor]:
         """An image from its caption, or from guidance's null prompt where that is None."""
+        caption = None if caption is None else self.processor.mark_plain(caption)
         prompt, end = self.processor.image_sample(caption).rsplit(self.processor.image_token, 1)
         return self._encode(prompt + self.image + end, [(len(prompt), len(prompt + self.image + end))])
 
     def reading(self, caption: str) -> dict[str, torch.Tensor]:
         """A caption after its image, without a word between."""
-        text = self.image + caption + self.processor.tokenizer.eos_token
+        text = self.image + self.processor.mark_plain(caption) + self.processor.tokenizer.eos_token
         return self._encode(text, [(len(self.image), len(text))])
 
     def plain(self, text: str) -> dict[str, torch.Tensor]:
         """Text alone, all of it learned."""
-        text += self.processor.tokenizer.eos_token
+        text = self.processor.mark_plain(text) + self.processor.tokenizer.eos_token
         return self._encode(text, [(0, len(text))])
 
     def _encode(self, text: str, target_spans: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -82,16 +97,12 @@ class SampleTexts:
         Raises:
             UnusableSample: the cut to `max_length` goes through an image, or nothing is left to learn.
         """
-        tokenizer, bos = self.processor.tokenizer, self.processor.tokenizer.bos_token
-        if bos and text.startswith(bos) and bos in tokenizer("").tokens():
-            text = text.removeprefix(bos)
-            target_spans = [(start - len(bos), end - len(bos)) for start, end in target_spans]
-        encoding = tokenizer(text, return_offsets_mapping=True)
-        starts, ends = np.array(encoding["offset_mapping"]).T
+        ids, offsets = self.processor.encode_text(text)
+        starts, ends = np.array(offsets).T
         is_target = np.zeros(len(starts), dtype=bool)
         for start, end in target_spans:
             is_target |= (starts < end) & (ends > start)
-        input_ids, is_target = torch.tensor(encoding["input_ids"]), torch.from_numpy(is_target)
+        input_ids, is_target = torch.tensor(ids), torch.from_numpy(is_target)
         is_image = input_ids == self.processor.image_token_id
         if len(input_ids) > self.max_length:
             if is_image[self.max_length - 1 :].any():

@@ -166,9 +166,9 @@ def answer_questions(
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
         for image, question in questions
     ]
-    inputs = processor.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
-    ).to(model.device)
+    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True).to(
+        model.device
+    )
     with torch.inference_mode():
         outputs = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answers = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -179,7 +179,7 @@ def draw_images(model: Any, processor: Any, prompts: list[str], count: int, **op
     """`count` images for each prompt, side by side, in one batch; `options` are those of `generate_image_codes`."""
     import torch
 
-    inputs = processor(text=prompts, generation_mode="image", sanitize_control_tokens=True).to(model.device)
+    inputs = processor(text=prompts, generation_mode="image").to(model.device)
     with torch.inference_mode():
         codes = model.generate(**inputs, generation_mode="image", num_return_sequences=count, progress=True, **options)
         pixels = model.decode_images(codes)
@@ -193,9 +193,7 @@ def edit_images(
     import torch
 
     images, instructions = zip(*requests)
-    inputs = processor(
-        images=list(images), text=list(instructions), generation_mode="edit", sanitize_control_tokens=True
-    ).to(model.device)
+    inputs = processor(images=list(images), text=list(instructions), generation_mode="edit").to(model.device)
     with torch.inference_mode():
         codes = model.generate(**inputs, generation_mode="image", progress=True, **options)
         pixels = model.decode_images(codes)

@@ -7,6 +7,7 @@ prompts, the picture alone and the instruction alone, each with a scale of its o
 is another: it compares the picture alone with neither).
 """
 
+import copy
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.cache_utils import StaticLayer
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -25,8 +26,9 @@ from transformers.generation.logits_process import (
 
 from .cuda_graph_unitok import UniTokCudaGraph, static_cache
 from .growing_cache_unitok import growing_cache
+from .interleaved_unitok import UniTokAnswerEnd, UniTokAnswerStream, check_options
 from .packing_unitok import pack_linears
-from .streaming_unitok import UniTokImageStreamer
+from .streaming_unitok import UniTokImageStreamer, streamers_told
 
 
 IMAGE_INPUTS = ("pixel_values", "image_codes")
@@ -81,16 +83,18 @@ class UniTokGenerationMixin(GenerationMixin):
         Raises:
             ValueError: another mode.
         """
-        if generation_mode == "text":
+        if generation_mode == "image":
+            with streamers_told(kwargs.get("streamer")):
+                return self.generate_image_codes(kwargs.pop("input_ids", inputs), *args, **kwargs)
+        if generation_mode == "interleaved":
+            return self.generate_interleaved(kwargs.pop("input_ids", inputs), *args, **kwargs)
+        with streamers_told(kwargs.get("streamer"), error_only=True):
+            if generation_mode != "text":
+                raise ValueError(f"generation_mode is 'text', 'image' or 'interleaved', got {generation_mode!r}.")
             input_ids = kwargs.get("input_ids", inputs)
             if input_ids is not None:
                 self._check_room(input_ids, 1)
             return super().generate(inputs, *args, **kwargs)
-        if generation_mode == "image":
-            return self.generate_image_codes(kwargs.pop("input_ids", inputs), *args, **kwargs)
-        if generation_mode == "interleaved":
-            return self.generate_interleaved(kwargs.pop("input_ids", inputs), *args, **kwargs)
-        raise ValueError(f"generation_mode is 'text', 'image' or 'interleaved', got {generation_mode!r}.")
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         model_inputs = super().prepare_inputs_for_generation(
@@ -265,25 +269,21 @@ class UniTokGenerationMixin(GenerationMixin):
         if fixed_cache is not None:
             step = UniTokCudaGraph(step)
         groups = []
-        try:
-            for position in tqdm(range(num_positions), desc="drawing", disable=not progress, leave=False):
-                end = prompt_length + position
-                mask = attention_mask if fixed_cache is not None else attention_mask[:, :end]
-                if use_cache and position > 0:
-                    group = step(groups[-1], mask, position_ids[:, end - 1 : end], noise[:, position])
-                else:
-                    drawn = [embed_drawn(torch.stack(groups, dim=2))] if groups else []
-                    group = next_group(
-                        torch.cat([inputs_embeds, *drawn], dim=1), mask, position_ids[:, :end], noise[:, position]
-                    )
-                groups.append(group)
-                if progress and group.device.type == "cuda":
-                    torch.cuda.synchronize(group.device)  # or the bar would run ahead
-                if streamer is not None and streamer.put(torch.stack(groups, dim=2)):
-                    break
-        finally:
-            if streamer is not None:
-                streamer.end()
+        for position in tqdm(range(num_positions), desc="drawing", disable=not progress, leave=False):
+            end = prompt_length + position
+            mask = attention_mask if fixed_cache is not None else attention_mask[:, :end]
+            if use_cache and position > 0:
+                group = step(groups[-1], mask, position_ids[:, end - 1 : end], noise[:, position])
+            else:
+                drawn = [embed_drawn(torch.stack(groups, dim=2))] if groups else []
+                group = next_group(
+                    torch.cat([inputs_embeds, *drawn], dim=1), mask, position_ids[:, :end], noise[:, position]
+                )
+            groups.append(group)
+            if progress and group.device.type == "cuda":
+                torch.cuda.synchronize(group.device)  # or the bar would run ahead
+            if streamer is not None and streamer.put(torch.stack(groups, dim=2)):
+                break
         return torch.stack(groups, dim=2)
 
     @torch.no_grad()
@@ -295,9 +295,11 @@ class UniTokGenerationMixin(GenerationMixin):
         unconditional_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_codes: torch.Tensor | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         max_images: int = 4,
         image_options: dict | None = None,
+        generation_config: GenerationConfig | None = None,
+        streamer=None,
         **text_options,
     ) -> UniTokInterleavedOutput:
         """Text by the library's own loop; where the model opens an image, it draws one and goes on behind it.
@@ -306,78 +308,119 @@ class UniTokGenerationMixin(GenerationMixin):
 
         Args:
             input_ids, attention_mask, pixel_values, image_codes: prompts (B, T), padded on the left, and their images.
-            unconditional_input_ids, unconditional_attention_mask: see `generate_image_codes`.
-            max_new_tokens: text tokens at most for each prompt; images do not count.
+            unconditional_input_ids, unconditional_attention_mask: (1 or B, T'), see `generate_image_codes`.
+            max_new_tokens: text tokens at most for each prompt; images do not count. None for 256.
             max_images: images at most for each prompt; then no other can be opened.
             image_options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `seed` ... The n-th image
-                of a prompt is drawn with the seed plus n.
-            text_options: of transformers' `generate`.
+                of a prompt is drawn with the seed plus n. Its `streamer` is shown all the images; one that stops a
+                drawing ends the answer before that image.
+            generation_config, text_options: of transformers' `generate`, as far as they are in
+                `interleaved_unitok.TEXT_OPTIONS`. They mean the whole answer: `min_new_tokens` counts all its text,
+                `max_time` passes while images are drawn (but one that is begun is finished).
+            streamer: shown the text of the answer to a single prompt, up to each image and on behind it.
 
         Raises:
-            ValueError: see `generate_image_codes`; or `max_new_tokens` or `max_images` out of its range.
+            ValueError: see `generate_image_codes`; `max_new_tokens` or `max_images` out of its range; an option that is
+                not taken, which is named; a `streamer` for several prompts.
         """
-        if max_new_tokens < 1 or max_images < 0:
-            raise ValueError(
-                f"max_new_tokens must be at least 1 and max_images at least 0, got {max_new_tokens} and {max_images}."
-            )
-        self._check_room(input_ids, 1)
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        image_codes = self.encode_images(pixel_values) if pixel_values is not None else image_codes
-        if image_codes is None:
-            image_codes = input_ids.new_zeros(0, self.depth_head.num_codebooks, self.config.num_image_positions)
-        of_row = image_codes.split(self.images_per_sample(input_ids, len(image_codes), image_codes.shape[-1]))
-        unconditional = {
-            "unconditional_input_ids": unconditional_input_ids,
-            "unconditional_attention_mask": unconditional_attention_mask,
-        }
-        output = UniTokInterleavedOutput([], [])
-        for ids, mask, codes in zip(input_ids, attention_mask, of_row):
-            prompt = ids[mask.bool()][None]
-            sequence, codes = self._interleave_one(
-                prompt,
-                codes,
-                unconditional,
-                max_new_tokens,
-                max_images,
-                dict(image_options or {}),
-                dict(text_options),
-            )
-            output.sequences.append(sequence[0, prompt.shape[1] :])
-            output.image_codes.append(codes)
-        return output
+        image_options = dict(image_options or {})
+        with streamers_told(streamer, image_options.get("streamer")):
+            text_options |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
+            text_options = {name: value for name, value in text_options.items() if value is not None}
+            if max_images < 0 or max_new_tokens is not None and max_new_tokens < 1:
+                raise ValueError(
+                    f"max_new_tokens must be at least 1 and max_images at least 0, got {max_new_tokens} and {max_images}."
+                )
+            check_options(text_options, generation_config, self.generation_config, image_options)
+            config, others = self._prepare_generation_config(generation_config, **text_options)
+            if config.max_new_tokens is None:
+                config.max_new_tokens = 256
+            batch = len(input_ids)
+            if streamer is not None and batch > 1:
+                raise ValueError(f"A streamer shows the answer to one prompt, got {batch}.")
+            self._check_room(input_ids, 1)
+            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            image_codes = self.encode_images(pixel_values) if pixel_values is not None else image_codes
+            if image_codes is None:
+                image_codes = input_ids.new_zeros(0, self.depth_head.num_codebooks, self.config.num_image_positions)
+            of_row = image_codes.split(self.images_per_sample(input_ids, len(image_codes), image_codes.shape[-1]))
+            unconditional = {
+                "unconditional_input_ids": unconditional_input_ids,
+                "unconditional_attention_mask": unconditional_attention_mask,
+            }
+            unconditional = {name: value for name, value in unconditional.items() if value is not None}
+            for value in unconditional.values():
+                if len(value) not in (1, batch):
+                    raise ValueError(f"Got {len(value)} unconditional prompts for a batch of {batch}.")
+            seed = image_options.pop("seed", None)
+            seeds = [None] * batch if seed is None else self._seeds(seed, batch)
+            end = UniTokAnswerEnd(self.config.boi_token_id, others.pop("stopping_criteria", None), config.max_time)
+            config.max_time = None
+            allowed = others.pop("prefix_allowed_tokens_fn", None)
 
-    def _interleave_one(
-        self, sequence, known_codes, unconditional, max_new_tokens, max_images, image_options, options
-    ):
+            output = UniTokInterleavedOutput([], [])
+            for row, (ids, mask, codes) in enumerate(zip(input_ids, attention_mask, of_row)):
+                prompt = ids[mask.bool()][None]
+                if allowed is not None:
+                    others["prefix_allowed_tokens_fn"] = lambda _, ids, row=row: allowed(row, ids)
+                places = {
+                    name: value[row : row + 1] if len(value) > 1 else value for name, value in unconditional.items()
+                }
+                sequence, codes = self._interleave_one(
+                    prompt,
+                    codes,
+                    max_images,
+                    config,
+                    end,
+                    dict(others),
+                    {**image_options, **places, "seed": seeds[row]},
+                )
+                output.sequences.append(sequence[0, prompt.shape[1] :])
+                output.image_codes.append(codes)
+            return output
+
+    def _interleave_one(self, sequence, known_codes, max_images, config, end, options, image_options):
         """One prompt (1, T) and its images -> prompt and answer (1, T'), and the codes drawn (N, K, L)."""
         boi, eoi, placeholder = self.config.boi_token_id, self.config.eoi_token_id, self.config.image_token_id
-        ends = options.pop("eos_token_id", self.generation_config.eos_token_id)
-        ends = [ends] if isinstance(ends, int) else list(ends or [])
-        suppressed = list(self.generation_config.suppress_tokens or [])
-        seed, drawn, room = image_options.pop("seed", None), known_codes[:0], max_new_tokens
+        suppressed = [*(self.generation_config.suppress_tokens or []), *(config.suppress_tokens or [])]
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        seed, drawn, room = image_options.pop("seed"), known_codes[:0], config.max_new_tokens
+        streamer, image_streamer = options.pop("streamer", None), image_options.pop("streamer", None)
+        streamer = None if streamer is None else UniTokAnswerStream(streamer)
+        image_streamer = None if image_streamer is None else UniTokAnswerStream(image_streamer)
         while room > 0:
             may_draw = len(drawn) < max_images
             codes = torch.cat([known_codes, drawn])
             length = sequence.shape[1]
+            piece = copy.deepcopy(config)
+            piece.max_length = piece.min_length = None
+            piece.max_new_tokens = room
+            piece.min_new_tokens = max(0, (config.min_new_tokens or 0) - (config.max_new_tokens - room))
+            piece.suppress_tokens = suppressed if may_draw else [*suppressed, boi]
             sequence = super().generate(
                 sequence,
+                piece,
                 attention_mask=torch.ones_like(sequence),
                 image_codes=codes if len(codes) else None,
-                max_new_tokens=room,
-                eos_token_id=[*ends, boi] if may_draw else ends,
-                suppress_tokens=suppressed if may_draw else [*suppressed, boi],
+                stopping_criteria=StoppingCriteriaList([end]),
+                streamer=streamer,
                 **options,
             )
             room -= sequence.shape[1] - length
-            if sequence[0, -1] != boi or not may_draw:
+            if sequence[0, -1] != boi or boi in ends:
                 break
-            new = self.generate_image_codes(
-                sequence,
-                image_codes=codes if len(codes) else None,
-                seed=None if seed is None else seed + len(drawn),
-                **unconditional,
-                **image_options,
-            )
+            new = None
+            if may_draw and not end.is_over:
+                new = self.generate_image_codes(
+                    sequence,
+                    image_codes=codes if len(codes) else None,
+                    seed=None if seed is None else seed + len(drawn),
+                    streamer=image_streamer,
+                    **image_options,
+                )
+            if new is None or new.shape[-1] < self.config.num_image_positions:
+                sequence = sequence[:, :-1]  # an image that is not there is not opened either
+                break
             drawn = torch.cat([drawn, new])
             image = sequence.new_tensor([*[placeholder] * new.shape[-1], eoi])
             sequence = torch.cat([sequence, image[None]], dim=1)

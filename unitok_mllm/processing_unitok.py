@@ -7,9 +7,10 @@ closing token.  A chat template puts conversations into that form.
 import re
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
-from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START, mark_control_tokens
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START, mark_control_tokens
 
 
 GENERATION_SUFFIX = " Generate an image based on this description."
@@ -20,30 +21,88 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
-_CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' %}"
-    "{{ messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text'] }}{{ ' ' }}"
-    "{% set messages = messages[1:] %}{% else %}{{ SYSTEM }}{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' }}{% else %}{{ 'ASSISTANT:' }}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ ' ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{{ eos_token }}{% endgeneration %}"
-    "{% else %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{{ ' ' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+MARKED = re.compile(f"{_CONTROL_TOKEN_START}(.*?){_CONTROL_TOKEN_END}|[{_CONTROL_TOKEN_START}{_CONTROL_TOKEN_END}]")
+PADDING_OPTIONS = (
+    "padding",
+    "max_length",
+    "pad_to_multiple_of",
+    "padding_side",
+    "return_attention_mask",
+    "return_tensors",
 )
+TEXT_OPTIONS = (*PADDING_OPTIONS, "add_special_tokens", "truncation", "return_offsets_mapping")
+PART_TYPES = {
+    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
+    **dict.fromkeys(("image", "image_url", "input_image"), "image"),
+}
+_CHAT_TEMPLATE = """\
+{%- macro write(content, place, behind_image) -%}
+  {%- if content is not defined -%}
+    {{- raise_exception(place ~ " has no content.") -}}
+  {%- endif -%}
+  {%- if content is string -%}{{- content -}}
+  {%- else -%}
+    {%- for part in content -%}
+      {%- if part['type'] in text_types and part['text'] is string -%}{{- part['text'] -}}
+      {%- elif part['type'] in image_types -%}{{- image_token ~ behind_image -}}
+      {%- elif part['type'] in text_types -%}
+        {{- raise_exception(place ~ " has a part of type '" ~ part['type'] ~ "' without a text.") -}}
+      {%- else -%}
+        {%- set known = (text_types + image_types) | join(', ') -%}
+        {{- raise_exception(place ~ " has a part of type '" ~ part['type'] ~ "'; known: " ~ known ~ ".") -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- if tools -%}{{- raise_exception("This chat template has no place for tools.") -}}{%- endif -%}
+{%- if documents -%}{{- raise_exception("This chat template has no place for documents.") -}}{%- endif -%}
+{%- if not messages -%}{{- raise_exception("The conversation has no turns.") -}}{%- endif -%}
+{%- set talk = namespace(has_begun=false) -%}
+{%- if messages[0]['role'] not in ['system', 'developer'] -%}{{- default_system -}}{%- endif -%}
+{%- for message in messages -%}
+  {%- set role = message['role'] -%}
+  {%- set place = "Turn " ~ loop.index ~ " (" ~ role ~ ")" -%}
+  {%- for key in ['tool_calls', 'function_call', 'reasoning_content'] if message[key] -%}
+    {{- raise_exception(place ~ " has " ~ key ~ ", for which this chat template has no place.") -}}
+  {%- endfor -%}
+  {%- if role in ['system', 'developer'] -%}
+    {%- if talk.has_begun -%}
+      {{- raise_exception(place ~ " comes too late: its place is before all other turns.") -}}
+    {%- endif -%}
+    {{- write(message['content'], place, '\\n') ~ ' ' -}}
+  {%- elif role == 'user' -%}
+    {%- set talk.has_begun = true -%}
+    {{- 'USER: ' ~ write(message['content'], place, '\\n') ~ ' ' -}}
+  {%- elif role == 'assistant' -%}
+    {%- set talk.has_begun = true -%}
+    {{- 'ASSISTANT:' -}}
+    {% generation %}{{- ' ' ~ write(message['content'], place, '') ~ eos_token -}}{% endgeneration %}
+  {%- else -%}
+    {{- raise_exception(place ~ " has an unknown role; known: system, developer, user, assistant.") -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
 
 
-def vicuna_chat_template(system: str = VICUNA_SYSTEM) -> str:
-    """The vicuna_v1 chat template with this system line (which ends with its separator) as the default."""
-    return _CHAT_TEMPLATE.replace("SYSTEM", repr(system))
+def vicuna_chat_template(system: str = VICUNA_SYSTEM, image_token: str = "<image>") -> str:
+    """The vicuna_v1 chat template.
+
+    It knows the roles system and its newer name developer (before all other turns), user and assistant (in any order),
+    and the types of parts in `PART_TYPES`. Anything else in a conversation raises jinja's `TemplateError`, which names
+    it.
+
+    Args:
+        system: the line before a conversation that has no system turn; it ends with its separator.
+        image_token: stands where an image goes.
+    """
+    settings = {
+        "text_types": [name for name, kind in PART_TYPES.items() if kind == "text"],
+        "image_types": [name for name, kind in PART_TYPES.items() if kind == "image"],
+        "image_token": image_token,
+        "default_system": system,
+    }
+    return "".join(f"{{%- set {name} = {value!r} -%}}\n" for name, value in settings.items()) + _CHAT_TEMPLATE
 
 
 class UniTokMLLMProcessor(ProcessorMixin):
@@ -87,7 +146,9 @@ class UniTokMLLMProcessor(ProcessorMixin):
         self.boi_token_id, self.eoi_token_id, self.image_token_id = tokenizer.convert_tokens_to_ids(
             [boi_token, eoi_token, image_token]
         )
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or vicuna_chat_template())
+        super().__init__(
+            image_processor, tokenizer, chat_template=chat_template or vicuna_chat_template(image_token=image_token)
+        )
 
     def config_token_ids(self) -> dict[str, int]:
         """The token ids that a `UniTokMLLMConfig` of this processor's model needs."""
@@ -104,24 +165,157 @@ class UniTokMLLMProcessor(ProcessorMixin):
         positions = (height // stride) * (width // stride)
         return self.boi_token + self.image_token * positions + self.eoi_token
 
-    def apply_chat_template(self, conversation, *args, processor_kwargs: dict | None = None, **kwargs):
-        """As the library's, but a tokenized conversation begins with the BOS that the tokenizer adds, unless the
-        template writes it, also where the caller asks for no special tokens (trl does, for templates that write it).
+    def apply_chat_template(
+        self,
+        conversation,
+        *args,
+        tokenize: bool = False,
+        sanitize_control_tokens: bool | None = None,
+        processor_kwargs: dict | None = None,
+        **kwargs,
+    ):
+        """As the library's, with three differences.
+
+        A tokenized conversation begins with the BOS that the tokenizer adds, unless the template writes it, also where
+        the caller asks for no special tokens (trl does, for templates that write it). Parts may have the types of
+        OpenAI's interfaces ("input_text", "image_url", ...). Control tokens that texts spell are plain text.
+
+        Args:
+            conversation: turns, or a list of conversations.
+            tokenize: return model inputs instead of text.
+            sanitize_control_tokens: encode "<image>" and all other special tokens that a text of the conversation spells
+                as plain text. None for yes where `tokenize` is set; a rendered text cannot tell them from the
+                template's own.
+            processor_kwargs: options of `__call__`.
+            args, kwargs: see the library.
+
+        Raises:
+            ValueError: the conversation is empty, or the template has no place for something in it (a role, a type of
+                part, ...), which is named.
         """
+        if not conversation:
+            raise ValueError("The conversation has no turns.")
+        if sanitize_control_tokens and not tokenize:
+            raise ValueError("sanitize_control_tokens needs tokenize=True: a text cannot say which tokens it spells.")
         options = {name: value for name, value in (processor_kwargs or {}).items() if name != "add_special_tokens"}
-        return super().apply_chat_template(conversation, *args, processor_kwargs=options, **kwargs)
+        conversations, is_batched = self._normalize_conversations(conversation)
+        if tokenize and sanitize_control_tokens is not False:
+            options["sanitize_control_tokens"] = True
+            conversations = [self.mark_conversation(messages) for messages in conversations]
+        conversation = conversations if is_batched else conversations[0]
+        try:
+            return super().apply_chat_template(
+                conversation, *args, tokenize=tokenize, processor_kwargs=options, **kwargs
+            )
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+
+    def _normalize_conversations(self, conversation) -> tuple[list[list[dict]], bool]:
+        """The library's, with each part as {"type": "text", "text": ...} or {"type": "image", ...}.
+
+        Raises:
+            ValueError: a part of another type, or without its text or its address; names it.
+        """
+        conversations, is_batched = super()._normalize_conversations(conversation)
+        for messages in conversations:
+            for number, message in enumerate(messages, 1):
+                place = f"Turn {number} ({message.get('role')})"
+                if "content" not in message and not message.get("tool_calls"):
+                    raise ValueError(f"{place} has no content.")
+                if isinstance(message.get("content"), (list, tuple)):
+                    message["content"] = [self._known_part(part, place) for part in message["content"]]
+        return conversations, is_batched
+
+    @staticmethod
+    def _known_part(part: dict, place: str) -> dict:
+        given = part.get("type") if isinstance(part, dict) else type(part).__name__
+        kind = PART_TYPES.get(given)
+        if kind is None:
+            raise ValueError(f"{place} has a part of type {given!r}; known: {', '.join(PART_TYPES)}.")
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"{place} has a part of type {given!r} without a text.")
+            return {**part, "type": "text"}
+        if given != "image":  # an "image_url" that has its address is an "image" by now
+            if not isinstance(part.get("image_url"), str):
+                raise ValueError(f"{place} has a part of type {given!r} without an image_url.")
+            return {"type": "image", "url": part["image_url"]}
+        if isinstance(part.get("base64"), str) and not part["base64"].startswith("data:"):
+            return {**part, "base64": f"data:image/*;base64,{part['base64']}"}
+        return part
+
+    def mark_plain(self, text: str, placeholders: bool = False) -> str:
+        """Mark the special tokens that a text spells, so that `encode_text` encodes them as plain text.
+
+        Args:
+            placeholders: leave "<image>" as it is, a place for an image.
+        """
+        tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        if placeholders:
+            tokens.discard(self.image_token)
+        pattern = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+        return mark_control_tokens(text, re.compile(pattern or "(?!)"))
+
+    def mark_conversation(self, messages: list[dict]) -> list[dict]:
+        """The turns with all their texts as `mark_plain` gives them."""
+
+        def marked(content):
+            if isinstance(content, str):
+                return self.mark_plain(content)
+            return [p | {"text": self.mark_plain(p["text"])} if p["type"] == "text" else p for p in content]
+
+        return [m | {"content": marked(m["content"])} if "content" in m else m for m in messages]
+
+    def encode_text(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """The token ids of a text, and the characters (start, end) that each stands for.
+
+        Args:
+            text: what `mark_plain` marked in it is encoded as plain text, without the marks.
+            add_special_tokens: begin with the BOS that the tokenizer adds, unless the text does.
+        """
+        if self._adds_bos() and text.startswith(self.tokenizer.bos_token):
+            add_special_tokens = False
+        marks = [*MARKED.finditer(text)]
+        start = marks[0].start() if marks else len(text)
+        encoding = self.tokenizer(text[:start], add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+        ids, offsets = encoding["input_ids"], list(map(tuple, encoding["offset_mapping"]))
+        for mark, end in zip(marks, [*(mark.start() for mark in marks[1:]), len(text)]):
+            for (first, last), is_plain in ((mark.span(1), True), ((mark.end(), end), False)):
+                if first < last:
+                    piece_ids, piece_offsets = self._encode_piece(text[first:last], is_plain)
+                    ids += piece_ids
+                    offsets += [(first + a, first + b) for a, b in piece_offsets]
+        return ids, offsets
+
+    def _encode_piece(self, text: str, is_plain: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode_text`, within a text: behind a line break, since SentencePiece begins each text with a space."""
+        options = {"add_special_tokens": False, "split_special_tokens": is_plain, "return_offsets_mapping": True}
+        line_break = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        encoding = self.tokenizer("\n" + text, **options)
+        ids, offsets, count = encoding["input_ids"], encoding["offset_mapping"], len(line_break)
+        if ids[:count] == line_break:
+            return ids[count:], [(start - 1, end - 1) for start, end in offsets[count:]]
+        encoding = self.tokenizer(text, **options)
+        return encoding["input_ids"], encoding["offset_mapping"]
+
+    def _adds_bos(self) -> bool:
+        bos = self.tokenizer.bos_token
+        return bool(bos) and bos in self.tokenizer("").tokens()
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
-        if isinstance(images, list) and all(isinstance(group, list) and not group for group in images):
-            images = None
+        images = None if self._is_empty(images) else images
         if text == []:
             raise ValueError("text is an empty list.")
         options = {**kwargs, **kwargs.get("text_kwargs", {})}
-        bos = self.tokenizer.bos_token
-        if text and bos and options.get("add_special_tokens", True) and bos in self.tokenizer("").tokens():
-            text = [sample.removeprefix(bos) for sample in text]  # a chat template may have written it already
+        if text and options.get("add_special_tokens", True) and self._adds_bos():
+            written = re.compile(f"^(?:{re.escape(self.tokenizer.bos_token)})+")  # by a chat template, say
+            text = [written.sub("", sample) for sample in text]
         return images, text, *others
+
+    @staticmethod
+    def _is_empty(images) -> bool:
+        return images is None or isinstance(images, list) and all(isinstance(i, list) and not i for i in images)
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         super().validate_inputs(images=images, text=text, **kwargs)
@@ -138,7 +332,14 @@ class UniTokMLLMProcessor(ProcessorMixin):
                 if list(ids).count(token_id) < written:
                     raise ValueError(f"The max_length cuts off a {token} of the text: it would cut through an image.")
 
-    def __call__(self, images=None, text=None, generation_mode: str = "text", **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        generation_mode: str = "text",
+        sanitize_control_tokens: bool | None = None,
+        **kwargs,
+    ) -> BatchFeature:
         """Makes model inputs.
 
         Args:
@@ -152,9 +353,10 @@ class UniTokMLLMProcessor(ProcessorMixin):
                 "edit": the same as "image" from images and an instruction for each text: a turn of the chat template that an
                 image answers. For guidance, `unconditional_...` hold the images with the null prompt, and
                 `text_alone_...` the instructions without images.
-            sanitize_control_tokens: take "<image>" and all other tokens of the model's own that a description or an
-                instruction spells as plain text. In the other two modes the chat template has to tell them from its
-                own first: `apply_chat_template(..., tokenize=True, sanitize_control_tokens=True)`.
+            sanitize_control_tokens: encode all special tokens that a description or an instruction spells as plain
+                text. None for yes, but in image mode "<image>" is a place for an image where there are images. The
+                other two modes take prompts, whose tokens are tokens: there it means that `apply_chat_template` has
+                marked what is plain text.
             kwargs: options of the tokenizer and the image processor.
 
         Raises:
@@ -162,49 +364,65 @@ class UniTokMLLMProcessor(ProcessorMixin):
                 `max_length` that would cut through an image.
         """
         if generation_mode == "text":
-            return self._encode(images, text, **kwargs)
+            return self._encode(images, text, sanitize_control_tokens, **kwargs)
         if generation_mode not in ("image", "interleaved", "edit"):
             raise ValueError(f"generation_mode is 'text', 'image', 'interleaved' or 'edit', got {generation_mode!r}.")
         if text is None:
             raise ValueError(f"generation_mode={generation_mode!r} needs a text.")
         texts = [text] if isinstance(text, str) else list(text)
-        if kwargs.get("sanitize_control_tokens") and generation_mode != "interleaved":
-            texts = mark_control_tokens(texts, self._control_tokens())
+        if generation_mode != "interleaved" and sanitize_control_tokens is not False:
+            has_places = generation_mode == "image" and not (sanitize_control_tokens or self._is_empty(images))
+            texts = [self.mark_plain(one, placeholders=has_places) for one in texts]
+            sanitize_control_tokens = True
         if generation_mode == "edit":
-            return self._edit_inputs(images, texts, **kwargs)
+            return self._edit_inputs(images, texts, sanitize_control_tokens, **kwargs)
         if generation_mode == "image":
             texts = [self.image_prompt(t) for t in texts]
-        inputs = self._encode(images, texts, **kwargs)
+        inputs = self._encode(images, texts, sanitize_control_tokens, **kwargs)
         unconditional = self._encode(None, [UNCONDITIONAL_PROMPT + self.boi_token], **kwargs)
         return BatchFeature(
             {**inputs, **{f"unconditional_{name}": unconditional[name] for name in ("input_ids", "attention_mask")}}
         )
 
-    def _control_tokens(self) -> re.Pattern:
-        """Matches every token that is more than text to the model."""
-        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-
-    def _encode(self, images, text, sanitize_control_tokens: bool | None = None, **kwargs) -> BatchFeature:
-        """The library's call. With `sanitize_control_tokens`, for which it needs a template that writes the BOS, it is
-        given none, and the BOS and the padding are added here."""
-        if not sanitize_control_tokens:
+    def _encode(self, images, text, is_marked: bool | None = False, **kwargs) -> BatchFeature:
+        """The library's call, but with offsets, truncation and the BOS also where texts have plain tokens (marked)."""
+        texts = [text] if isinstance(text, str) else text
+        if not is_marked or not texts or not any(MARKED.search(one) for one in texts):
             return super().__call__(images=images, text=text, **kwargs)
         options = {**self.text_kwargs, **kwargs.pop("text_kwargs", {})}
-        names = ("padding", "max_length", "pad_to_multiple_of", "return_tensors", "add_special_tokens", "truncation")
-        options |= {name: kwargs.pop(name) for name in names if name in kwargs}
-        if options.pop("truncation", False):
-            raise ValueError("sanitize_control_tokens does not go with truncation.")
-        bos = self.tokenizer.bos_token
-        adds_bos = options.pop("add_special_tokens", True) and bos and bos in self.tokenizer("").tokens()
-        unpadded = {"add_special_tokens": False, "padding": False, "return_tensors": None}
-        marked = {"sanitize_control_tokens": True, "text_kwargs": unpadded}
-        inputs = dict(super().__call__(images=images, text=text, **kwargs, **marked))
-        rows = [[self.tokenizer.bos_token_id] * bool(adds_bos) + row for row in inputs.pop("input_ids")]
-        inputs.pop("attention_mask")
-        return BatchFeature({**self.tokenizer.pad({"input_ids": rows}, **options), **inputs})
+        options |= {name: kwargs.pop(name) for name in TEXT_OPTIONS if name in kwargs}
+        padding = {name: options.pop(name) for name in PADDING_OPTIONS if name in options}
+        truncation, add_special_tokens = options.pop("truncation", False), options.pop("add_special_tokens", True)
+        has_offsets = options.pop("return_offsets_mapping", False)
+        has_replacements = kwargs.pop("return_text_replacement_offsets", False)
 
-    def _edit_inputs(self, images, texts: list[str], **kwargs) -> BatchFeature:
+        unmarked = [MARKED.sub(" ", one) for one in texts]
+        options |= {"padding": False, "return_tensors": None}
+        outputs = dict(
+            super().__call__(
+                images=images, text=unmarked, text_kwargs=options, return_text_replacement_offsets=True, **kwargs
+            )
+        )
+        replacements = [place["replacement"] for row in outputs.pop("text_replacement_offsets") for place in row]
+        if others := outputs.keys() - {"input_ids", "attention_mask", "pixel_values"}:
+            raise ValueError(f"Texts that spell special tokens come without {', '.join(sorted(others))}.")
+        texts, places = self.get_text_with_replacements(list(texts), replacements)
+        rows, offsets = zip(*(self.encode_text(one, add_special_tokens) for one in texts))
+        if truncation not in (False, None, "do_not_truncate"):
+            length = padding.get("max_length") or self.tokenizer.model_max_length
+            cut = slice(length) if self.tokenizer.truncation_side == "right" else slice(-length, None)
+            rows, offsets = [row[cut] for row in rows], [row[cut] for row in offsets]
+        self._check_special_mm_tokens(texts, {"input_ids": rows}, ["image"])
+        outputs |= self.tokenizer.pad({"input_ids": list(rows)}, **padding)
+        if has_offsets:
+            is_left = (padding.get("padding_side") or self.tokenizer.padding_side) == "left"
+            fill = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(outputs["input_ids"], offsets)]
+            outputs["offset_mapping"] = [f + row if is_left else row + f for f, row in zip(fill, offsets)]
+        if has_replacements:
+            outputs["text_replacement_offsets"] = places
+        return BatchFeature(outputs)
+
+    def _edit_inputs(self, images, texts: list[str], is_marked: bool, **kwargs) -> BatchFeature:
         if images is None:
             raise ValueError("generation_mode='edit' needs images: those that the texts say what to do with.")
         groups = self.image_processor.fetch_images(images)
@@ -213,9 +431,9 @@ class UniTokMLLMProcessor(ProcessorMixin):
         if len(groups) != len(texts):
             raise ValueError(f"Got {len(groups)} images (or groups of them) for {len(texts)} instructions.")
         counts = [len(group) for group in groups]
-        inputs = self._encode(groups, [self.edit_prompt(t, n) for t, n in zip(texts, counts)], **kwargs)
+        inputs = self._encode(groups, [self.edit_prompt(t, n) for t, n in zip(texts, counts)], is_marked, **kwargs)
         null = self._encode(groups, [self.edit_prompt(UNCONDITIONAL_PROMPT, n) for n in counts], **kwargs)
-        text_alone = self._encode(None, [self.edit_prompt(t, 0) for t in texts], **kwargs)
+        text_alone = self._encode(None, [self.edit_prompt(t, 0) for t in texts], is_marked, **kwargs)
         for prefix, other in (("unconditional", null), ("text_alone", text_alone)):
             inputs |= {f"{prefix}_{name}": other[name] for name in ("input_ids", "attention_mask")}
         return BatchFeature(dict(inputs))

@@ -1,10 +1,34 @@
 """Pictures while they are drawn, for whoever watches from another thread."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import Queue
 
 import torch
 from PIL import Image
 from torch.nn import functional as F
+
+
+@contextmanager
+def streamers_told(*streamers, error_only: bool = False) -> Iterator[None]:
+    """Tells streamers that no more will come, whatever ends the work within, and a `UniTokImageStreamer` of its error.
+
+    Args:
+        streamers: whatever `generate` was given, each told once; None for none.
+        error_only: the work tells them of its end itself, where it comes to it.
+    """
+    ended = [] if error_only else streamers
+    try:
+        yield
+    except BaseException as error:
+        ended = streamers
+        for streamer in streamers:
+            if isinstance(streamer, UniTokImageStreamer):
+                streamer.fail(error)
+        raise
+    finally:
+        for streamer in {id(one): one for one in ended if one is not None}.values():
+            streamer.end()
 
 
 class UniTokImageStreamer:
@@ -28,6 +52,7 @@ class UniTokImageStreamer:
     Raises:
         ValueError: `every` is below 1.
         queue.Empty: while iterating, nothing came within `timeout`.
+        Exception: while iterating, whatever `generate` raised.
     """
 
     def __init__(self, model, processor, every: int = 16, timeout: float | None = None):
@@ -36,6 +61,7 @@ class UniTokImageStreamer:
         self.model, self.processor, self.every, self.timeout = model, processor, every, timeout
         self._queue: Queue[torch.Tensor | None] = Queue()
         self._is_stopped = False
+        self._error: BaseException | None = None
 
     def put(self, codes: torch.Tensor) -> bool:
         """Takes the codes so far, (B, K, l), and says whether to stop; called by `generate`."""
@@ -47,6 +73,10 @@ class UniTokImageStreamer:
         """No more will come; called by `generate`, whatever ends it."""
         self._queue.put(None)
 
+    def fail(self, error: BaseException) -> None:
+        """Whoever iterates will see this error at the end; called by `generate`."""
+        self._error = error
+
     def stop(self) -> None:
         """Ends the drawing after the position it is at; the model stays as it was."""
         self._is_stopped = True
@@ -57,7 +87,8 @@ class UniTokImageStreamer:
     def __next__(self) -> list[Image.Image]:
         codes = self._queue.get(timeout=self.timeout)
         if codes is None:
-            raise StopIteration
+            error, self._error = self._error, None
+            raise error or StopIteration
         return self.processor.post_process_multimodal_output(self.decode(codes), generation_mode="image")
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -70,4 +101,4 @@ class UniTokImageStreamer:
         return pixels * F.interpolate(is_drawn.to(pixels.dtype), size=pixels.shape[-2:])
 
 
-__all__ = ["UniTokImageStreamer"]
+__all__ = ["UniTokImageStreamer", "streamers_told"]

@@ -77,6 +77,9 @@ class AnswerStreamer(TextStreamer):
         if self._is_stopped:
             raise Stopped
         if value.ndim == 3:
+            if self.token_cache:  # the words before it
+                super().end()
+                self.next_tokens_are_prompt = False
             self._items.put(value)
         else:
             super().put(value)
@@ -85,7 +88,7 @@ class AnswerStreamer(TextStreamer):
         self._items.put(text)
 
     def finish(self) -> None:
-        """No more will come (`end` comes after each piece of an answer)."""
+        """No more will come, whether there was an answer or not."""
         self._items.put(None)
 
     def stop(self) -> None:
@@ -135,15 +138,10 @@ class SharedModel:
     def check_text(self, text: str) -> None:
         """
         Raises:
-            ValueError: too long, or with a token in it that would be more than text to the model.
+            ValueError: it is too long.
         """
         if len(text) > MAX_TEXT:
             raise ValueError(f"the text has {len(text)} characters, {MAX_TEXT} at most can be read")
-        processor = self.processor
-        special = {*processor.tokenizer.all_special_tokens}
-        for token in sorted(special | {processor.boi_token, processor.eoi_token, processor.image_token}):
-            if token in text:
-                raise ValueError(f"{token} cannot be part of a text: it is a sign of the model's own")
 
     def chat_inputs(self, conversation: list[dict]) -> BatchFeature:
         """What `answer` needs for the next answer in a conversation, which ends with a question.
@@ -155,9 +153,13 @@ class SharedModel:
             for part in turn["content"]:
                 if part["type"] == "text" and turn["role"] == "user":
                     self.check_text(part["text"])
-        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
-        images = [part["image"] for turn in conversation for part in turn["content"] if part["type"] == "image"]
-        inputs = self.processor(text=[text], images=[images] if images else None, generation_mode="interleaved")
+        inputs = self.processor.apply_chat_template(
+            conversation,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"generation_mode": "interleaved"},
+        )
         length = inputs["input_ids"].shape[1]
         if length >= self.max_positions:
             raise ValueError(
@@ -232,8 +234,7 @@ class SharedModel:
         """`count` drawings of a prompt as they are drawn, what is not drawn yet in gray; the last item is whole.
 
         Raises:
-            ValueError: a prompt that is empty, too long or has a token of the model's own in it, or an option or
-                `count` out of its range.
+            ValueError: a prompt that is empty or too long, or an option or `count` out of its range.
         """
         if not prompt.strip():
             raise ValueError("the prompt is empty")

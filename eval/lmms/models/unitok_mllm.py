@@ -123,7 +123,7 @@ class UniTokMLLM(lmms):
 
         def answer(conversations: list[list[dict]], batch: list[Instance], seed: int) -> list[str]:
             options, until = generation_options(extract_gen_kwargs(batch[0]))
-            return self._generate([self._prompt(c) for c in conversations], options, until, seed)
+            return self._generate(conversations, options, until, seed)
 
         return self._answer_all(requests, answer)
 
@@ -142,7 +142,9 @@ class UniTokMLLM(lmms):
         keys, groups = self._keys(requests), defaultdict(list)
         for key, request in zip(keys, requests):
             if request.task_name not in self.prompts:
-                self.prompts[request.task_name] = self._prompt(self._conversation(request))[0]
+                self.prompts[request.task_name] = self.processor.apply_chat_template(
+                    self._conversation(request), add_generation_prompt=True
+                )
             if key not in self.answers.answers and not request.metadata.get("__padding_only__"):
                 groups[json.dumps(extract_gen_kwargs(request), sort_keys=True)].append((key, request))
         count = sum(map(len, groups.values()))
@@ -195,21 +197,16 @@ class UniTokMLLM(lmms):
                 )
         return [{"role": "user", "content": user_content(text, images, self.processor.image_token)}]
 
-    def _prompt(self, conversation: list[dict]) -> tuple[str, list]:
-        """A conversation as the processor takes it: the text that an answer goes on from, and the images in it."""
-        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
-        parts = [part for message in conversation for part in message["content"]]
-        return text, [part["image"] for part in parts if part["type"] == "image"]
-
-    def _inputs(self, prompts: list[tuple[str, list]]) -> dict[str, torch.Tensor]:
-        """Prompts padded on the left."""
-        images = [image for _, images in prompts for image in images]
-        return self.processor(images=images or None, text=[text for text, _ in prompts]).to(self.device)
+    def _inputs(self, conversations: list[list[dict]], **options: bool) -> dict[str, torch.Tensor]:
+        """Model inputs, padded on the left; `options` say how a conversation goes on."""
+        return self.processor.apply_chat_template(conversations, tokenize=True, return_dict=True, **options).to(
+            self.device
+        )
 
     @torch.no_grad()
-    def _generate(self, prompts: list[tuple[str, list]], options: dict, until: list[str], seed: int) -> list[str]:
+    def _generate(self, conversations: list[list[dict]], options: dict, until: list[str], seed: int) -> list[str]:
         torch.manual_seed(seed)
-        inputs, tokenizer = self._inputs(prompts), self.processor.tokenizer
+        inputs, tokenizer = self._inputs(conversations, add_generation_prompt=True), self.processor.tokenizer
         length = inputs["input_ids"].shape[1]
         generated = self.model.generate(
             **inputs,
@@ -224,19 +221,15 @@ class UniTokMLLM(lmms):
 
     @torch.no_grad()
     def _losses(self, conversations: list[list[dict]], batch: list[Instance], seed: int) -> list[tuple[float, bool]]:
-        prompts, lengths = [], []
+        answered = []
         for conversation, request in zip(conversations, batch):
             target = request.args[1]
             target = (target if isinstance(target, str) else target(self._document(request))).strip()
             answer = {"role": "assistant", "content": [{"type": "text", "text": target}]}
-            text, images = self._prompt(conversation)
-            full = self.processor.apply_chat_template([*conversation, answer])
-            full = full[: full.rindex(target) + len(target)]
-            prompts.append((full, images))
-            lengths.append(
-                len(self.processor.tokenizer(full).input_ids) - len(self.processor.tokenizer(text).input_ids)
-            )
-        inputs = self._inputs(prompts)
+            answered.append([*conversation, answer])
+        inputs = self._inputs(answered, continue_final_message=True)
+        prompts = self._inputs(conversations, add_generation_prompt=True)
+        lengths = (inputs["attention_mask"].sum(dim=1) - prompts["attention_mask"].sum(dim=1)).tolist()
         position_ids = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
         longest = max(lengths)
         logits = self.model(**inputs, position_ids=position_ids, logits_to_keep=longest + 1).logits[:, :-1].float()

@@ -1,0 +1,101 @@
+"""What an answer that is text with images in it takes beside transformers' own `generate`: options, stream, end."""
+
+import time
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+
+# Options of transformers' `generate` that mean the same for such an answer. All others are refused: they count positions
+# (images are some), need all prompts at once, or would begin anew behind each image.
+TEXT_OPTIONS = frozenset(
+    (
+        *("max_new_tokens", "min_new_tokens", "max_time", "stop_strings", "tokenizer", "eos_token_id"),
+        *("bos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
+        *("epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"),
+        *("renormalize_logits", "remove_invalid_values", "suppress_tokens", "sequence_bias", "forced_eos_token_id"),
+        *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile"),
+        *("prefill_chunk_size", "generation_config", "logits_processor", "stopping_criteria"),
+        *("prefix_allowed_tokens_fn", "streamer"),
+    )
+)
+IMAGE_OPTIONS = frozenset(
+    (
+        *("guidance_scale", "image_guidance_scale", "do_sample", "temperature", "top_k", "top_p", "seed"),
+        *("use_cache", "cuda_graph", "progress", "streamer"),
+    )
+)
+INSTEAD = {
+    "guidance_scale": "image_options has one for the images",
+    "max_length": "max_new_tokens counts the text",
+    "min_length": "min_new_tokens counts the text",
+    "num_return_sequences": "repeat the prompt",
+    "seed": "image_options has one for the images",
+}
+
+
+def check_options(options: dict, config: GenerationConfig | None, own: GenerationConfig, image_options: dict) -> None:
+    """
+    Args:
+        options: arguments of `generate`, beside the prompts.
+        config: its `generation_config`.
+        own: the model's; its `max_length` and `min_length` are passed over.
+
+    Raises:
+        ValueError: an option that an answer with images in it cannot honour, other than by its default; names it.
+    """
+    defaults = GenerationConfig._get_default_generation_params()
+    given = {name: value for name, value in vars(own).items() if name not in ("max_length", "min_length")}
+    for further in (vars(config or GenerationConfig()), options):
+        given |= {name: value for name, value in further.items() if value is not None}
+    for name, value in given.items():
+        is_default = value is None or value is False or name in defaults and value == defaults[name]
+        if name.startswith("_") or name == "transformers_version" or is_default:
+            continue
+        if name not in TEXT_OPTIONS or (name, value) == ("cache_implementation", "paged"):
+            hint = f": {INSTEAD[name]}" if name in INSTEAD else ""
+            raise ValueError(f"generation_mode='interleaved' does not take {name}={value!r:.80}{hint}.")
+    for name in image_options.keys() - IMAGE_OPTIONS:
+        raise ValueError(f"image_options does not take {name!r}; known: {', '.join(sorted(IMAGE_OPTIONS))}.")
+
+
+class UniTokAnswerEnd(StoppingCriteria):
+    """Ends a piece of text where an image is opened, and the answer where `criteria` or the time do.
+
+    Args:
+        boi_token_id: the token that opens an image.
+        criteria: the caller's.
+        max_time: seconds from now; None for no limit.
+    """
+
+    def __init__(self, boi_token_id: int, criteria: StoppingCriteriaList | list | None, max_time: float | None):
+        self.boi_token_id, self.criteria = boi_token_id, StoppingCriteriaList(criteria or [])
+        self.deadline = float("inf") if max_time is None else time.monotonic() + max_time
+        self.is_over = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        """For sequences (1, T), whether to stop, (1,)."""
+        is_over = self.criteria(input_ids, scores, **kwargs) if self.criteria else input_ids.new_zeros(1).bool()
+        self.is_over = bool(is_over.any()) or time.monotonic() >= self.deadline
+        return (input_ids[:, -1] == self.boi_token_id) | self.is_over
+
+
+class UniTokAnswerStream:
+    """Hands a streamer the pieces of an answer as if it came whole: one prompt, one end (which is not this one's to tell)."""
+
+    def __init__(self, streamer):
+        self.streamer, self.has_begun = streamer, False
+
+    def put(self, value: torch.Tensor) -> bool | None:
+        """Takes a prompt (1, T), the first time it comes, a token (1,), or codes (1, K, l)."""
+        if value.ndim == 2:
+            if self.has_begun:
+                return None
+            self.has_begun = True
+        return self.streamer.put(value)
+
+    def end(self) -> None:
+        pass
+
+
+__all__ = ["UniTokAnswerEnd", "UniTokAnswerStream", "check_options"]
