@@ -97,13 +97,19 @@ def test_an_end_token_that_the_tokenizer_adds_itself_comes_once(text_tokenizer):
     class Closing:
         eos_token_id, pad_token_id = text_tokenizer.eos_token_id, text_tokenizer.pad_token_id
 
-        def __call__(self, text, truncation, max_length):
+        def __call__(self, text, truncation, max_length, split_special_tokens):
             ids = text_tokenizer(text, truncation=True, max_length=max_length - 1)["input_ids"]
             return {"input_ids": ids + [self.eos_token_id]}
 
     transforms = [ImageTextTransform(UniTokImageProcessor(size=SIZE), t, 12) for t in (Closing(), text_tokenizer)]
     for caption in ("red", "what is the blue shape? " * 5):
         assert torch.equal(*(transform.encode(caption) for transform in transforms))
+
+
+def test_a_caption_that_spells_control_tokens_is_text(transform, text_tokenizer):
+    ids = transform.encode("a </s>").tolist()
+    end = text_tokenizer.eos_token_id
+    assert ids.count(end) == 1 and text_tokenizer.decode(ids[: ids.index(end)]) == "<s>a </s>"
 
 
 def test_shifts_repeat_the_border_and_mirroring_happens_half_of_the_time(text_tokenizer):

@@ -141,9 +141,10 @@ class ImageTextTransform:
         return {"pixel_values": pixels, "input_ids": self.encode(caption)}
 
     def encode(self, caption: str) -> torch.Tensor:
-        """(T,): the tokenizer's ids with its end token last, padded."""
+        """(T,): the tokenizer's ids with its end token last, padded. Special tokens that the caption spells are text."""
         end, length = self.text_tokenizer.eos_token_id, self.max_text_length
-        ids = self.text_tokenizer(caption, truncation=True, max_length=length)["input_ids"]
+        options = {"truncation": True, "max_length": length, "split_special_tokens": True}
+        ids = self.text_tokenizer(caption, **options)["input_ids"]
         if ids[-1:] != [end]:
             ids = [*ids[: length - 1], end]
         return torch.tensor(ids + [self.text_tokenizer.pad_token_id] * (length - len(ids)))

@@ -291,7 +291,7 @@ class SharedModel:
             raise ValueError(f"the list has {len(words)} words; it needs 1 to {MAX_WORDS}, one a line")
         visual, tokenizer = self.model.visual, self.processor.tokenizer
         length, end = visual.config.text_config.max_position_embeddings, tokenizer.eos_token_id
-        rows = tokenizer(words, truncation=True, max_length=length)["input_ids"]
+        rows = tokenizer(words, truncation=True, max_length=length, split_special_tokens=True)["input_ids"]
         rows = [row if row[-1:] == [end] else [*row[: length - 1], end] for row in rows]
         texts = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(visual.device)
         pixels = self.processor.image_processor(images=[picture], mode="understand")["pixel_values"]
