@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import tarfile
+from itertools import count, islice
 
 import datasets
 import numpy as np
@@ -287,8 +288,9 @@ def test_streams_stand_alone_and_empty_folders_are_refused(folder, build, transf
     for sources in ([], [stream, stream], [stream, {"kind": "folder", "path": f"{folder}/images"}]):
         with pytest.raises(ValueError, match="one of kind webdataset, or any number of others"):
             build_image_text_dataset(sources, transform, 0)
-    with pytest.raises(ValueError, match="samples_per_epoch must be at least 1, got 0"):
-        build_image_text_dataset(stream | {"samples_per_epoch": 0}, transform, 0)
+    for wrong in ({"samples_per_epoch": 0}, {"shuffle": -1}, {"shards": []}):
+        with pytest.raises(ValueError, match="at least 1 shard, .* got [012] shards, [03] and (1000|-1)"):
+            build_image_text_dataset(stream | wrong, transform, 0)
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no images"):
         build(path=f"{folder}/empty")
@@ -349,13 +351,67 @@ def test_a_stream_gives_captions_with_their_images(stream, transform):
         assert torch.equal(sample["input_ids"], transform.encode(f"red {number}"))
 
 
-def test_a_resampled_epoch_has_its_length_over_nodes_and_workers(stream, monkeypatch):
-    for workers in (0, 2):
-        dataset = stream(resampled=True, samples_per_epoch=43, shuffle=0)
-        nodes = over_nodes(monkeypatch, dataset, workers)
-        assert [len(node) for node in nodes] == [22, 21]
-        assert nodes == over_nodes(monkeypatch, dataset, workers) != over_nodes(monkeypatch, dataset, workers, epoch=1)
-        assert nodes[0][:21] != nodes[1] and set(nodes[0] + nodes[1]) <= set(range(20))
+def test_a_resampled_stream_draws_shards_of_its_own_in_each_lane_and_reads_them_to_the_end(stream, monkeypatch):
+    lanes = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        dataset = stream(resampled=True, shuffle=0, samples_per_epoch=3)
+        samples = islice(DataLoader(dataset, batch_size=4, num_workers=2), 20)
+        batches = [numbers([{"pixel_values": pixels} for pixels in batch["pixel_values"]]) for batch in samples]
+        lanes += [batches[::2], batches[1::2]]
+    assert all(shard == list(range(shard[0], shard[0] + 4)) and shard[0] % 4 == 0 for lane in lanes for shard in lane)
+    assert all(len({shard[0] for shard in lane}) > 2 for lane in lanes) and len(set(map(str, lanes))) == 4
+    dataset.set_epoch(1)
+    assert numbers(islice(dataset, 8)) == lanes[2][0] + lanes[2][1]  # which has no epochs
+
+
+def test_every_sample_comes_though_epochs_are_shorter_than_shards(stream):
+    dataset, seen = stream(resampled=True, samples_per_epoch=3, shuffle=6), []
+    for epoch in range(40):
+        dataset.set_epoch(epoch)
+        for sample in islice(dataset, 3):
+            dataset.record(sample["stream_position"])
+            seen.append(sample)
+    assert set(numbers(seen)) == set(range(20))
+    assert numbers(seen) == numbers(islice(stream(resampled=True, shuffle=6), 120))
+
+
+def used_batches(dataset, workers: int, how_many: int) -> list[dict]:
+    """The next batches of two, epoch after epoch, each of them recorded."""
+    batches, loader = [], DataLoader(dataset, batch_size=2, num_workers=workers, drop_last=True)
+    for epoch in count(dataset.epoch):
+        dataset.set_epoch(epoch)
+        for batch in loader:
+            dataset.record(batch["stream_position"][-1])
+            batches.append(batch)
+            if len(batches) == how_many:
+                return batches
+
+
+@pytest.mark.parametrize("resampled", [False, True])
+@pytest.mark.parametrize(("workers", "world"), [(0, 1), (0, 2), (2, 1), (2, 2)])
+def test_a_stream_goes_on_exactly_where_it_was(tmp_path, stream, monkeypatch, resampled, workers, world):
+    for shard in range(5):
+        with wds.TarWriter(str(tmp_path / f"{shard}.tar")) as writer:
+            for i in range(4 * shard, 4 * shard + 4):
+                writer.write({"__key__": f"{i:04d}", "png": png(picture(i)), "txt": f"red {i}"})
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    options = {"resampled": resampled, "shuffle": 3, "horizontal_flip": True, "max_shift": 5}
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        whole = used_batches(stream(**options), workers, 9)  # beyond an epoch, of two processes
+        for used in (4,) if workers else range(1, 9):
+            before, after = stream(**options), stream(**options)
+            used_batches(before, workers, used)
+            after.load_state_dict(json.loads(json.dumps(before.state_dict()), object_hook=with_lanes))
+            for a, b in zip(used_batches(after, workers, 9 - used), whole[used:], strict=True):
+                assert equal(a, b) and torch.equal(a["stream_position"], b["stream_position"])
+    assert not equal(whole[0], whole[1])
+
+
+def with_lanes(values: dict) -> dict:
+    return {int(key) if key.isdecimal() else key: value for key, value in values.items()}
 
 
 def test_broken_samples_of_a_stream_are_named_and_skipped(stream, shards, caplog):

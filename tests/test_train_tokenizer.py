@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -11,19 +12,22 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import webdataset as wds
 from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import ModelCard
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import multiprocessing, nn
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, Subset
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from training.arguments import parse_yaml_and_command_line
 from training.discriminator import FeatureDiscriminator
 from training.files import whole_checkpoints
+from training.image_text_data import ImageTextStream, ImageTextTransform
 from training.losses import TERMS, LossArguments, psnr
 from training.perceptual import FrozenFeatures, perceptual_distance
+from training.text_tokenizer import train_text_tokenizer
 from training.tokenizer_trainer import STATE, ResumableBatches, TokenizerTrainer, TokenizerTrainingArguments
 from training.train_tokenizer import TokenizerArguments, build_datasets, check_text_tokenizer, load_open_clip, main
 from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
@@ -331,29 +335,73 @@ def test_batches_are_permutations_dealt_out_and_reached_without_the_ones_before(
     assert batches(1, 3, 1) == both[1][3:]
 
 
-class Stream(IterableDataset):
-    def __init__(self, length: int):
-        self.samples = Noise(length)
+def image_stream(folder: Path, text_tokenizer, shards: tuple[int, ...] = (9,), **options) -> ImageTextStream:
+    """Pictures in tar files, so many in each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for number, length in enumerate(shards):
+        with wds.TarWriter(str(folder / f"{number}.tar")) as writer:
+            for i in range(length):
+                picture = Image.fromarray(generator.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+                writer.write({"__key__": f"{number}-{i}", "png": picture, "txt": f"{number} {i}"})
+    transform = ImageTextTransform(UniTokImageProcessor(size={"height": SIZE, "width": SIZE}), text_tokenizer, 4)
+    paths = [str(folder / f"{number}.tar") for number in range(len(shards))]
+    return ImageTextStream(paths, transform, seed=0, samples_per_epoch=16, **options)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
-    def __iter__(self):
-        return (self.samples[index] for index in range(len(self.samples)))
-
-
-def test_a_stream_is_begun_again_until_the_steps_are_done(tmp_path):
-    trainer = trainer_of(tmp_path / "1", {}, dataset=Stream(9), samples_per_epoch=12, max_steps=0)
+def test_a_stream_is_begun_again_until_the_steps_are_done(tmp_path, text_tokenizer):
+    stream = image_stream(tmp_path, text_tokenizer, shuffle=0)
+    trainer = trainer_of(tmp_path / "1", {}, dataset=stream, samples_per_epoch=12, max_steps=0)
     batches = trainer._batches()
-    captions = [next(batches)["input_ids"][:, 1].tolist() for _ in range(3)]
-    assert captions == [[10, 11, 12, 13], [14, 15, 16, 17], [10, 11, 12, 13]]
-    assert trainer.train_dataset.epoch == 1
+    captions = [next(batches)["input_ids"].tolist() for _ in range(3)]
+    expected = [stream.transform.encode(f"0 {i}").tolist() for i in range(9)]
+    assert captions == [expected[:4], expected[4:8], expected[:4]]
+    assert stream.epoch == 1
     trainer.train()
     assert trainer.step == 3
     AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = trainer_of(tmp_path / "2", {}, dataset=Stream(3), samples_per_epoch=12)
+    trainer = trainer_of(
+        tmp_path / "2", {}, dataset=image_stream(tmp_path / "few", text_tokenizer, (3,)), samples_per_epoch=12
+    )
     with pytest.raises(ValueError, match="does not have the 4 images of a batch"):
         trainer.train()
+
+
+def train_and_resume(folder: Path, text_tokenizer, **options) -> tuple[Recorder, Recorder]:
+    """Six steps on a stream, without a break and from the third one on."""
+    trained = []
+    for resume in (False, True):
+        stream = image_stream(folder / f"data-{os.environ.get('RANK', 0)}", text_tokenizer, (6, 3, 5), **options)
+        arguments = {
+            "max_steps": 6,
+            "save_steps": 2,
+            "save_total_limit": 9,
+            "resume": resume,
+            "per_device_train_batch_size": 2,
+        }
+        trainer = trainer_of(folder, {}, dataset=stream, samples_per_epoch=8, **arguments)
+        assert trainer.step == (2 if resume else 0)
+        trainer.train()
+        trained.append(trainer)
+        if not resume and trainer.accelerator.is_main_process:
+            for step in (4, 6):
+                shutil.rmtree(folder / f"checkpoint-{step}")
+        trainer.accelerator.wait_for_everyone()
+        AcceleratorState._reset_state()
+    return trained
+
+
+@pytest.mark.parametrize("resampled", [False, True])
+def test_a_run_on_a_stream_goes_on_exactly_where_it_was(tmp_path, text_tokenizer, resampled):
+    options = {"resampled": resampled, "shuffle": 4}
+    whole, resumed = train_and_resume(tmp_path, text_tokenizer, **options)
+    assert resumed.reports == {step: whole.reports[step] for step in (3, 4, 5, 6)}
+    stream = image_stream(tmp_path / "data-0", text_tokenizer, (6, 3, 5), **options)
+    arguments = {"resume": True, "dataloader_num_workers": 2, "per_device_train_batch_size": 2}
+    with pytest.raises(
+        ValueError, match="by 1 processes that read the stream with 1 workers each, now there are 1 with 2"
+    ):
+        trainer_of(tmp_path, {}, dataset=stream, samples_per_epoch=8, **arguments)
 
 
 RESUMED = ALL_TERMS | {"gan_warmup": 0.5}
@@ -412,6 +460,11 @@ def _one_of_two(rank: int, folder: str, port: int) -> None:
     evaluated = trainer.evaluate()
     trainer.train()
     torch.save([evaluated, trainer.reports], f"{folder}/{rank}.pt")
+    for resampled in (False, True):
+        options = {"resampled": resampled, "shuffle": 4}
+        text_tokenizer = train_text_tokenizer(["red"], vocab_size=300)
+        whole, resumed = train_and_resume(Path(folder) / f"{resampled}", text_tokenizer, **options)
+        assert resumed.reports == {step: whole.reports[step] for step in (3, 4, 5, 6)}
 
 
 def test_two_processes_train_like_one_and_stop_together(tmp_path):

@@ -15,9 +15,9 @@ A source is a dict of a config's `datasets`:
 
     kind: webdataset               # tar shards of jpg, png or webp, and txt; a stream
     shards: "data/{00000..00099}.tar"
-    samples_per_epoch: 1000000     # over all processes, where `resampled`
-    resampled: true                # shards drawn with replacement; false: an epoch has each sample once
-    shuffle: 1000                  # samples of a worker's buffer
+    samples_per_epoch: 1000000     # over all processes
+    resampled: true                # shards drawn with replacement, without end; false: an epoch has each sample once
+    shuffle: 1000                  # samples of a worker's block, within which the order is random
 
 Each may also set `random_crop`, `horizontal_flip` and `max_shift` (see `ImageTextTransform`).
 """
@@ -27,7 +27,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice
+from itertools import accumulate, count, islice
 from pathlib import Path
 
 import datasets
@@ -296,21 +296,26 @@ class ImageTextDataset(EpochDataset):
 
 
 class ImageTextStream(EpochDataset, IterableDataset):
-    """The samples of a `webdataset` source, in an order drawn from (seed, epoch).
+    """The samples of a `webdataset` source, in an order drawn from the seed.
 
-    Each process and worker (torch's, or RANK and WORLD_SIZE in the environment) gets its own: with `resampled`, its
-    part of `samples_per_epoch` from shards that it draws itself; otherwise its own shards, and an epoch, over all of
-    them, has every sample exactly once (processes then end at slightly different times).
+    Each process and worker (torch's, or RANK and WORLD_SIZE in the environment) reads a lane of its own. With
+    `resampled`, it draws shard after shard, reads each to its end, and never ends itself. Otherwise the shards are dealt
+    out anew in each epoch, which has, over all lanes, every sample exactly once (processes then end at slightly different
+    times). A lane is shuffled block by block.
+
+    A consumer that passes the `stream_position` of the newest sample that it used to `record`, can go on exactly behind
+    it: in the next iteration, or in another process with `state_dict` and `load_state_dict`. The shard that is then open,
+    and one block, are read again. The number of workers has to stay.
 
     Args:
         shards: paths or URLs, with `{00..99}` for many, or a list of them.
-        transform: see there; its numbers are drawn one after the other in each worker.
-        samples_per_epoch: over all processes.
-        shuffle: samples that a worker holds, undecoded, to draw from; 0 for the order of the shard.
+        transform: see there; a sample's random numbers depend on the seed and its position alone.
+        samples_per_epoch: over all processes; the stream itself pays no attention to it.
+        shuffle: samples of a block, held undecoded; 0 for the order of the shard.
         max_broken_share: see `BrokenSamples`; a shard that breaks off counts as a sample or two.
 
     Raises:
-        ValueError: `samples_per_epoch` is below 1.
+        ValueError: there are no shards, `samples_per_epoch` is below 1, or `shuffle` is negative.
     """
 
     def __init__(
@@ -324,38 +329,87 @@ class ImageTextStream(EpochDataset, IterableDataset):
         max_broken_share: float = 0.01,
     ):
         super().__init__(seed)
-        if samples_per_epoch < 1:
-            raise ValueError(f"samples_per_epoch must be at least 1, got {samples_per_epoch}.")
         self.shards = expand_urls(shards) if isinstance(shards, str) else shards
+        if not self.shards or samples_per_epoch < 1 or shuffle < 0:
+            raise ValueError(
+                f"A stream has at least 1 shard, samples_per_epoch of at least 1, and shuffle of at least 0, got "
+                f"{len(self.shards)} shards, {samples_per_epoch} and {shuffle}."
+            )
         self.transform, self.samples_per_epoch = transform, samples_per_epoch
         self.resampled, self.shuffle = resampled, shuffle
         self.broken = BrokenSamples(max_broken_share)
+        self.positions: dict[
+            int, list[int]
+        ] = {}  # by lane: epoch, shard and sample where a block begins, samples of it
+        self.next_lane = 0
+
+    def record(self, position: torch.Tensor) -> None:
+        """Notes the `stream_position` (5,) of a sample that was used: its lane goes on behind it, the next lane first."""
+        lane, *self.positions[lane] = position.tolist()
+        self.next_lane = lane + 1
+
+    def state_dict(self) -> dict:
+        """Where this process's lanes are."""
+        return {"epoch": self.epoch, "positions": dict(self.positions), "next_lane": self.next_lane}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.set_epoch(state["epoch"])
+        self.positions, self.next_lane = dict(state["positions"]), state["next_lane"]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """
+        Returns:
+            See `ImageTextTransform`; and `stream_position` (5,), int64, for `record`.
+
         Raises:
             ValueError: too many samples are broken, or there are fewer shards than processes.
             FileNotFoundError: a shard is missing.
         """
         rank, world_size, worker, workers = pytorch_worker_info()
-        seed = sample_seed(self.seed, self.epoch)
-        own_seed = sample_seed(self.seed, self.epoch, rank, worker)
+        lane = (self.next_lane + worker) % workers  # a DataLoader asks worker 0 first
+        epoch = 0 if self.resampled else self.epoch
         if self.resampled:
-            shards = [wds.ResampledShards(self.shards, seed=own_seed, deterministic=True)]
+            draws = (sample_seed(self.seed, rank, lane, draw) % len(self.shards) for draw in count())
+            shards = (self.shards[draw] for draw in draws)
         elif len(self.shards) < world_size:
             raise ValueError(f"{len(self.shards)} shards are too few for {world_size} processes: use resampled: true.")
         else:
-            shards = [wds.SimpleShardList(self.shards, seed=seed), wds.split_by_node, wds.split_by_worker]
-        pipeline = wds.DataPipeline(
-            *shards,
-            wds.tarfile_to_samples(handler=self._skip_shard),
-            wds.shuffle(self.shuffle, initial=self.shuffle, seed=own_seed),
-        )
-        samples = self._transformed(pipeline, torch.Generator().manual_seed(own_seed))
-        if not self.resampled:
-            return samples
-        share, rest = divmod(self.samples_per_epoch, world_size * workers)
-        return islice(samples, share + (rank * workers + worker < rest))
+            order = random.Random(sample_seed(self.seed, epoch)).sample(self.shards, len(self.shards))
+            shards = iter(order[rank::world_size][lane::workers])
+        of_epoch, shard, first, used = self.positions.get(lane, (epoch, 0, 0, 0))
+        if of_epoch != epoch:
+            shard = first = used = 0
+        samples = self._read(islice(enumerate(shards), shard, None), first)
+        return self._transformed(self._shuffled(samples, used, (rank, lane, epoch)))
+
+    def _read(self, shards: Iterator[tuple[int, str]], first: int) -> Iterator[tuple[int, int, dict]]:
+        """The raw samples of numbered shards, each with its place (shard, index), from the `first` of the first one on."""
+        for shard, url in shards:
+            samples = wds.tarfile_to_samples(handler=self._skip_shard)([{"url": url}])
+            for index, sample in islice(enumerate(samples), first, None):
+                yield shard, index, sample
+            first = 0
+
+    def _shuffled(
+        self, samples: Iterator[tuple[int, int, dict]], used: int, stream: tuple[int, int, int]
+    ) -> Iterator[tuple[dict, torch.Tensor, torch.Generator]]:
+        """Samples in a random order within each block, without the first ones `used` of the first block.
+
+        Args:
+            stream: (process, lane, epoch).
+
+        Returns:
+            Each with the position behind it, and its random numbers.
+        """
+        while block := list(islice(samples, max(1, self.shuffle))):
+            place = block[0][:2]
+            random.Random(sample_seed(self.seed, *stream, *place)).shuffle(block)
+            for number in range(used, len(block)):
+                position = torch.tensor([*stream[1:], *place, number + 1])
+                generator = torch.Generator().manual_seed(sample_seed(self.seed, *stream, *place, number))
+                yield block[number][2], position, generator
+                block[number] = None
+            used = 0
 
     def _skip_shard(self, error: Exception) -> bool:
         if isinstance(error, FileNotFoundError):
@@ -363,8 +417,10 @@ class ImageTextStream(EpochDataset, IterableDataset):
         self.broken.count_broken("the rest of a shard", " ".join(map(str, error.args)))
         return True
 
-    def _transformed(self, samples: Iterator[dict], generator: torch.Generator) -> Iterator[dict[str, torch.Tensor]]:
-        for sample in samples:
+    def _transformed(
+        self, samples: Iterator[tuple[dict, torch.Tensor, torch.Generator]]
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        for sample, position, generator in samples:
             try:
                 images = [sample[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in sample]
                 if not images:
@@ -375,7 +431,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
                 self.broken.count_broken(f"{sample['__key__']} of {sample['__url__']}", error)
                 continue
             self.broken.count()
-            yield transformed
+            yield transformed | {"stream_position": position}
         self.broken.judge()
 
 

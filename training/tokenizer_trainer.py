@@ -31,7 +31,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 from training.augment import blur, diff_augment, draw_augmentation
 from training.discriminator import FeatureDiscriminator
 from training.files import whole_checkpoints
-from training.image_text_data import sample_seed
+from training.image_text_data import ImageTextStream, sample_seed
 from training.losses import (
     DISCRIMINATOR_TERMS,
     RECONSTRUCTION_TERMS,
@@ -194,10 +194,10 @@ class TokenizerTrainer:
         model: trained in place; its weights stay float32.
         arguments, losses: see there.
         train_dataset: gives dicts of `pixel_values` (3, H, W) in [-1, 1] and `input_ids` (T,). A map-style one is
-            looked up by (epoch, index), in an order drawn here; an iterable one must give each process its own share,
-            in an order that `set_epoch` decides, and is begun again where it ends.
+            looked up by (epoch, index), in an order drawn here; an `ImageTextStream` is begun again, in its next epoch,
+            where it ends.
         image_processor, text_tokenizer: released with the model.
-        samples_per_epoch: of an iterable dataset, over all processes.
+        samples_per_epoch: of a stream, over all processes.
         perceptual: distance of (reconstruction, pixels), where the perceptual term has a weight.
         discriminator: where the GAN term has a weight.
         eval_pixels: (N, 3, H, W) in [-1, 1], for the grids; None for none.
@@ -207,7 +207,8 @@ class TokenizerTrainer:
 
     Raises:
         ValueError: a network is missing that a term needs; the data does not fill one step; `output_dir` has
-            checkpoints and `resume` is off; or the checkpoint is of another global batch size.
+            checkpoints and `resume` is off; or the checkpoint is of another global batch size, or, of a stream, of
+            another number of processes or workers.
     """
 
     def __init__(
@@ -356,8 +357,9 @@ class TokenizerTrainer:
         """From the current step on, without end."""
         arguments, accelerator = self.arguments, self.accelerator
         dataset = self.train_dataset
+        stream = dataset if isinstance(dataset, ImageTextStream) else None
         options = {"batch_size": arguments.per_device_train_batch_size, "drop_last": True}
-        if not isinstance(dataset, IterableDataset):
+        if stream is None:
             batches = ResumableBatches(
                 self.steps_per_epoch * arguments.gradient_accumulation_steps,
                 len(dataset),
@@ -375,16 +377,20 @@ class TokenizerTrainer:
             generator=torch.Generator().manual_seed(arguments.seed),  # or it would draw from the training's own
             **options,
         )
-        for epoch in count():
-            if isinstance(dataset, IterableDataset):
-                dataset.set_epoch(epoch)
+        if stream is None:
+            yield from loader
+        was_resumed = bool(stream.positions)
+        for epoch in count(stream.epoch):
+            stream.set_epoch(epoch)
             batch = None
             for batch in loader:
+                stream.record(batch.pop("stream_position")[-1])
                 yield batch
-            if batch is None:
+            if batch is None and not was_resumed:
                 raise ValueError(
                     f"The stream does not have the {arguments.per_device_train_batch_size} images of a batch."
                 )
+            was_resumed = False
 
     def _train_on(self, batch: dict[str, torch.Tensor], weights: dict[str, float]) -> None:
         """Forward and backward pass on one batch, and, on the last one of a step, the optimizers' updates."""
@@ -515,24 +521,27 @@ class TokenizerTrainer:
             tracker.log_images({"reconstructions": grid[None]}, step=self.step)
 
     def _save_checkpoint(self) -> None:
-        random_states = gather_object([random_state(self.accelerator.device)])
+        stream = self.train_dataset.state_dict() if isinstance(self.train_dataset, ImageTextStream) else None
+        of_processes = gather_object([(random_state(self.accelerator.device), stream)])
         if self.accelerator.is_main_process:
             write_folder(
                 self.output_dir / f"checkpoint-{self.step}",
-                lambda folder: self._write_checkpoint(folder, random_states),
+                lambda folder: self._write_checkpoint(folder, *zip(*of_processes)),
             )
             checkpoints = list(whole_checkpoints(self.output_dir, STATE).values())
             for checkpoint in checkpoints[: -self.arguments.save_total_limit]:
                 shutil.rmtree(checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def _write_checkpoint(self, folder: Path, random_states: list[dict]) -> None:
+    def _write_checkpoint(self, folder: Path, random_states: tuple[dict], streams: tuple[dict | None]) -> None:
         for name, module in self._weights().items():
             save_file(module.state_dict(), folder / f"{name}.safetensors")
         state = {
-            "step": self.step,  # and with it the data position
+            "step": self.step,  # and with it the data position, but of streams
             "images_per_step": self.images_per_step,
             "random_states": random_states,
+            "streams": streams,
+            "lanes": self._lanes,
             "schedules": [network.schedule.state_dict() for network in self._networks()],
             "optimizers": [network.optimizer.state_dict() for network in self._networks()],
         }
@@ -545,6 +554,8 @@ class TokenizerTrainer:
                 f"{folder} was written with {state['images_per_step']} images in a step, now there are "
                 f"{self.images_per_step}: its data position would be another."
             )
+        if isinstance(self.train_dataset, ImageTextStream):
+            self._load_stream(folder, state)
         for name, module in self._weights().items():
             module.load_state_dict(load_file(folder / f"{name}.safetensors"))
         networks = self._networks()
@@ -555,6 +566,21 @@ class TokenizerTrainer:
         if len(state["random_states"]) == self.accelerator.num_processes:
             set_random_state(state["random_states"][self.accelerator.process_index], self.accelerator.device)
         self.accelerator.print(f"resumed from {folder}")
+
+    @property
+    def _lanes(self) -> int:
+        """Of a stream, in each process."""
+        return max(1, self.arguments.dataloader_num_workers)
+
+    def _load_stream(self, folder: Path, state: dict) -> None:
+        then = len(state.get("streams", ())), state.get("lanes", 0)
+        now = self.accelerator.num_processes, self._lanes
+        if then != now:
+            raise ValueError(
+                f"{folder} was written by {then[0]} processes that read the stream with {then[1]} workers each, now there "
+                f"are {now[0]} with {now[1]}: it would not go on where it was."
+            )
+        self.train_dataset.load_state_dict(state["streams"][self.accelerator.process_index])
 
     def _networks(self) -> list[TrainedNetwork]:
         return [self.tokenizer] if self.discriminator is None else [self.tokenizer, self.discriminator]

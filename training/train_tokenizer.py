@@ -4,9 +4,9 @@ python -m training.train_tokenizer training/configs/tokenizer_tiny.yaml
 torchrun --nproc_per_node 8 -m training.train_tokenizer training/configs/tokenizer_large.yaml
 accelerate launch --num_machines 8 ... -m training.train_tokenizer training/configs/tokenizer_large.yaml
 
-`--resume true` goes on from the newest checkpoint. On folders and Hugging Face data sets the following losses are those
-that the run would have had without a break. A webdataset stream cannot be rewound: it starts anew, in another order
-(its seed is drawn from `seed` and the step), so that some images come again and others later.
+`--resume true` goes on from the newest checkpoint, and the following losses are those that the run would have had
+without a break. A webdataset stream goes on where it was with the same number of processes and workers; with another,
+resuming is refused.
 """
 
 import re
@@ -21,16 +21,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from training.arguments import parse_yaml_and_command_line
 from training.discriminator import FeatureDiscriminator
-from training.files import whole_checkpoints
-from training.image_text_data import ImageTextTransform, build_image_text_dataset, sample_seed
+from training.image_text_data import ImageTextTransform, build_image_text_dataset
 from training.losses import LossArguments
 from training.model_card import TrainingRun, check_metadata, push_release
 from training.perceptual import FrozenFeatures, perceptual_distance
-from training.tokenizer_trainer import (
-    STATE,
-    TokenizerTrainer,
-    TokenizerTrainingArguments,
-)
+from training.tokenizer_trainer import TokenizerTrainer, TokenizerTrainingArguments
 from unitok_mllm import UniTokConfig, UniTokModel
 from unitok_mllm.convert_unitok import TOKENIZER_KEYS, ConversionReport
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor
@@ -156,19 +151,15 @@ def build_datasets(
     text_tokenizer: PreTrainedTokenizerBase,
     max_text_length: int,
     seed: int,
-    first_step: int = 0,
 ) -> tuple[Dataset, int | None]:
     """All sources as one dataset, and the samples of an epoch where it is a stream.
-
-    Args:
-        first_step: where the training (again) starts; a stream's order depends on it.
 
     Raises:
         ValueError: no source, or streams beside others.
     """
     is_stream = any(source.get("kind") == "webdataset" for source in sources)
     transform = ImageTextTransform(image_processor, text_tokenizer, max_text_length)
-    dataset = build_image_text_dataset(sources, transform, sample_seed(seed, first_step) if is_stream else seed)
+    dataset = build_image_text_dataset(sources, transform, seed)
     return dataset, sources[0]["samples_per_epoch"] if is_stream else None
 
 
@@ -211,8 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     size = {"height": model.config.vision_config.image_size, "width": model.config.vision_config.image_size}
     image_processor = UniTokImageProcessor(mode=arguments.image_mode, size=size)
     data = image_processor, text_tokenizer, model.config.text_config.max_position_embeddings, training.seed
-    first_step = max(whole_checkpoints(training.output_dir, STATE), default=0)
-    train_dataset, samples_per_epoch = build_datasets(arguments.datasets, *data, first_step)
+    train_dataset, samples_per_epoch = build_datasets(arguments.datasets, *data)
     eval_dataset = build_datasets(arguments.eval_datasets, *data)[0] if arguments.eval_datasets else None
     started_from = [name for name in (arguments.init_from, arguments.init_open_clip) if name]
     trainer = TokenizerTrainer(
