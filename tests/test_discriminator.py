@@ -3,6 +3,7 @@ import torch
 
 from training.augment import blur, diff_augment, draw_augmentation
 from training.discriminator import FeatureDiscriminator
+from training.losses import LossArguments
 from training.perceptual import FrozenFeatures
 
 
@@ -96,6 +97,17 @@ def test_shift_and_cutout_by_hand():
     torch.testing.assert_close(diff_augment(images, draws)[0, 0], expected)
 
 
+def test_images_are_shifted_before_their_colours_change_and_blanked_after_it():
+    draws = torch.full((1, 7), 0.5)
+    draws[:, 0], draws[:, 2], draws[:, 3] = 0.9, 0.0, 0.0  # 0.4 brighter, half the contrast, 2 of 16 rows down
+    augmented = diff_augment(torch.ones(1, 3, 16, 16), draws)[0, 0]
+    mean = 14 / 16 + 0.4
+    expected = torch.tensor([(0.4 + mean) / 2, (1.4 + mean) / 2]).repeat_interleave(torch.tensor([2, 14]))
+    expected = expected[:, None].repeat(1, 16)
+    expected[7:10, 7:10] = 0
+    torch.testing.assert_close(augmented, expected)
+
+
 def test_augmentation_is_differentiable_and_the_same_for_the_same_draws(pictures):
     draws = draw_augmentation(2)
     pictures.requires_grad_()
@@ -106,6 +118,16 @@ def test_augmentation_is_differentiable_and_the_same_for_the_same_draws(pictures
     augmented.backward(torch.ones_like(augmented))
     change = diff_augment(pictures.detach() + direction, draws).sum() - augmented.detach().sum()  # it is affine
     torch.testing.assert_close((pictures.grad * direction).sum(), change, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize(("size", "sigma"), [(256, 9.58), (64, 9.58 / 4)])
+def test_blur_spreads_by_its_sigma_in_both_directions(size, sigma):
+    images = torch.zeros(1, 3, size, size)
+    images[..., size // 2, size // 2] = 1
+    blurred = blur(images, LossArguments().blur_sigma(0.375, size))[0, 0].double()
+    offsets = (torch.arange(size) - size // 2).double()
+    for weights in (blurred.sum(dim=0), blurred.sum(dim=1)):
+        assert (weights @ offsets.square()).sqrt().item() == pytest.approx(sigma, rel=2e-3)
 
 
 def test_blur_keeps_the_mean_and_fades_to_nothing():

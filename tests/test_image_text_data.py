@@ -12,8 +12,9 @@ import webdataset as wds
 from conftest import IMAGE_SIZE, mirrored_and_shifted
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
-from training.image_text_data import ImageTextTransform, build_image_text_dataset, decode_image
+from training.image_text_data import ImageTextTransform, build_image_text_dataset, decode_image, random_numbers
 from unitok_mllm import UniTokImageProcessor
 
 
@@ -139,6 +140,20 @@ def test_a_random_crop_keeps_nine_tenths_of_the_area(text_tokenizer):
         top, bottom = pixels[1, 0].mean(), pixels[1, -1].mean()
         areas.append(float((right - left) * (bottom - top)) / 4)
     assert 0.85 < min(areas) < 0.95 and max(areas) <= 1  # the outermost pixels' centres lie a little inside
+
+
+def test_a_random_crop_is_resized_bicubically(text_tokenizer):
+    image = picture(3)
+    processor = UniTokImageProcessor(size=SIZE, mode="reconstruct")
+    transform = ImageTextTransform(processor, text_tokenizer, 12, random_crop=True)
+    pixels = transform(image, "red", torch.Generator().manual_seed(0))["pixel_values"]
+    with random_numbers(int(torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(0)))):
+        top, left, height, width = v2.RandomResizedCrop(1, scale=(0.9, 1.0)).make_params([image]).values()
+    cut = image.crop((left, top, left + width, top + height)).resize(
+        (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC
+    )
+    expected = torch.from_numpy(np.array(cut)).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
 
 
 def test_a_transform_leaves_the_random_numbers_of_others_alone(transform):

@@ -73,9 +73,43 @@ def test_weights_start_and_the_gan_grows():
     assert losses.weights(0).keys() == set(TERMS)
 
 
-@pytest.mark.parametrize("wrong", [{"l2_weight": -1.0}, {"gan_start": 1.0}])
-def test_impossible_weights_and_starts_are_refused(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))[:2]}.*{next(iter(wrong.values()))}"):
+def test_the_blur_fades_over_two_warm_ups_of_the_gan():
+    losses = LossArguments(gan_weight=0.4)
+    sigmas = [losses.blur_sigma(progress, 256) for progress in (0, 0.375, 0.39, 0.405, 0.42, 0.435, 1)]
+    assert sigmas == pytest.approx([9.58, 9.58, 0.75 * 9.58, 0.5 * 9.58, 0.25 * 9.58, 0, 0])
+    assert losses.blur_sigma(0.39, 64) == pytest.approx(0.75 * 9.58 / 4)
+    assert LossArguments(gan_warmup=0.0).blur_sigma(0.375, 256) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        *(
+            ({f"{name}_weight": value}, f"{name}_weight .{value}. is not")
+            for name in TERMS
+            for value in (-1.0, math.nan)
+        ),
+        *(({f"{name}_start": value}, f"{name}_start .{value}. is not") for name in TERMS for value in (1.0, math.nan)),
+        ({"gan_warmup": 1.5}, "gan_warmup .1.5. is not"),
+        ({"gan_blur": -1.0}, "gan_blur .-1.0. is not"),
+        ({"gan_consistency_weight": math.inf}, "gan_consistency_weight .inf. is not"),
+        ({"discriminator_depths": []}, r"discriminator_depths are .* got \[\]"),
+        ({"discriminator_depths": [2, 5, 2]}, "discriminator_depths are different ones"),
+        ({"discriminator_depths": [-1]}, "discriminator_depths"),
+        ({"l1_weight": None}, "l1_weight must be of type float, got None"),
+        ({"l1_weight": "1"}, "l1_weight must be of type float, got '1'"),
+        ({"perceptual_pretrained": 1}, "perceptual_pretrained must be of type bool, got 1"),
+        ({"l1_weight": True}, "l1_weight must be of type float, got True"),
+        ({f"{name}_weight": 0.0 for name in TERMS}, "No term of the loss has a weight"),
+        ({"gan_weight": 1.0, "l1_weight": 0.0, "l2_weight": 0.0}, "l1, l2, perceptual, .* have no weight"),
+        ({"consistency_weight": 0.5, "contrastive_weight": 0.0}, "without the contrastive term nothing keeps"),
+        ({"consistency_weight": 0.5, "contrastive_start": 0.1}, "from 0.0 on, contrastive_weight 1.0 from 0.1 on"),
+        ({"perceptual_checkpoint": "vgg.pth"}, "perceptual_checkpoint is vgg.pth, but perceptual_weight is 0"),
+        ({"discriminator_checkpoint": "dino.pth"}, "discriminator_checkpoint is dino.pth, but gan_weight is 0"),
+    ],
+)
+def test_losses_that_cannot_be_meant_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
         LossArguments(**wrong)
 
 
@@ -96,7 +130,7 @@ def test_discriminator_losses_by_hand():
     hidden = 1 - 2 * 2 / 64  # cutout: a square of round(0.2 * 8) pixels
     total, values = discriminator_losses(lambda x: x.mean(dim=(1, 2, 3))[:, None], real, fake, draws, 4.0)
     real_logit, fake_logit = 0.5 * hidden, -0.25 * hidden
-    hinge = ((1 - real_logit) + (1 + fake_logit)) / 2
+    hinge = (1 - real_logit) + (1 + fake_logit)
     consistency = (real_logit - 0.25) ** 2 + (fake_logit + 0.5) ** 2
     assert values["discriminator"].item() == pytest.approx(hinge)
     assert values["discriminator_consistency"].item() == pytest.approx(consistency, rel=1e-5)

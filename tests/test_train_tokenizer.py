@@ -4,7 +4,9 @@ import os
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
@@ -21,13 +23,13 @@ from torch import multiprocessing, nn
 from torch.utils.data import Dataset, Subset
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+from training import text_tokenizer
 from training.arguments import parse_yaml_and_command_line
 from training.discriminator import FeatureDiscriminator
 from training.files import whole_checkpoints
 from training.image_text_data import ImageTextStream, ImageTextTransform
 from training.losses import TERMS, LossArguments, psnr
 from training.perceptual import FrozenFeatures, perceptual_distance
-from training.text_tokenizer import train_text_tokenizer
 from training.tokenizer_trainer import STATE, ResumableBatches, TokenizerTrainer, TokenizerTrainingArguments
 from training.train_tokenizer import TokenizerArguments, build_datasets, check_text_tokenizer, load_open_clip, main
 from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
@@ -36,6 +38,9 @@ from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
 set_forkserver_preload(["training.tokenizer_trainer"])
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 SIZE = 32
+RATES = ("learning_rate", "adam_beta1", "adam_epsilon", "weight_decay", "warmup", "final_learning_rate", "ema_decay")
+RATES += ("max_grad_norm", "discriminator_learning_rate", "discriminator_beta2", "discriminator_weight_decay")
+RATES += ("discriminator_adam_epsilon",)
 ALL_TERMS = {f"{name}_weight": 1.0 for name in TERMS} | {"gan_start": 0.0, "gan_warmup": 0.0}
 
 
@@ -268,6 +273,22 @@ def test_learning_rate_decay_and_optimizer_groups(tmp_path):
     assert min(p.ndim for p in matrices["params"]) == 2 and max(p.ndim for p in vectors["params"]) == 1
 
 
+def test_the_discriminator_warms_up_over_a_share_of_all_steps_with_an_epsilon_of_its_own(tmp_path):
+    losses = {"gan_weight": 1.0, "gan_start": 0.5}
+    trainer = trainer_of(tmp_path, losses, max_steps=20, discriminator_warmup=0.1, discriminator_learning_rate=1.0)
+    optimizer, schedule = trainer.discriminator.optimizer.optimizer, trainer.discriminator.schedule
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
+    assert rates == pytest.approx([0, 0.5, *cosine])
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
+    assert {group["eps"] for group in trainer.tokenizer.optimizer.param_groups} == {1e-6}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0]
+
+
 def test_accumulated_batches_are_one_batch(tmp_path):
     losses = {"contrastive_weight": 0.0, "perceptual_weight": 1.0}  # a contrastive batch is never divided
     whole = trainer_of(tmp_path / "1", losses, per_device_train_batch_size=8, adam_epsilon=1e-3)
@@ -386,8 +407,9 @@ def train_and_resume(folder: Path, text_tokenizer, **options) -> tuple[Recorder,
         if not resume and trainer.accelerator.is_main_process:
             for step in (4, 6):
                 shutil.rmtree(folder / f"checkpoint-{step}")
-        trainer.accelerator.wait_for_everyone()
-        AcceleratorState._reset_state()
+        while not resume and (folder / "checkpoint-6").exists():
+            time.sleep(0.1)
+        AcceleratorState._reset_state(reset_partial_state=True)  # the training has ended the process group
     return trained
 
 
@@ -460,11 +482,10 @@ def _one_of_two(rank: int, folder: str, port: int) -> None:
     evaluated = trainer.evaluate()
     trainer.train()
     torch.save([evaluated, trainer.reports], f"{folder}/{rank}.pt")
-    for resampled in (False, True):
-        options = {"resampled": resampled, "shuffle": 4}
-        text_tokenizer = train_text_tokenizer(["red"], vocab_size=300)
-        whole, resumed = train_and_resume(Path(folder) / f"{resampled}", text_tokenizer, **options)
-        assert resumed.reports == {step: whole.reports[step] for step in (3, 4, 5, 6)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    text = text_tokenizer.train_text_tokenizer(["red"], vocab_size=300)
+    whole, resumed = train_and_resume(Path(folder) / "stream", text, resampled=True, shuffle=4)
+    assert resumed.reports == {step: whole.reports[step] for step in (3, 4, 5, 6)}
 
 
 def test_two_processes_train_like_one_and_stop_together(tmp_path):
@@ -495,6 +516,82 @@ def test_networks_and_images_that_are_missing_are_named(tmp_path):
         TokenizerTrainingArguments(output_dir="", save_steps=0)
     with pytest.raises(ValueError, match="got comet"):
         TokenizerTrainingArguments(output_dir="", report_to=["comet"])
+    network = perceptual_distance("test_resnet", SIZE, pretrained=False)
+    with pytest.raises(ValueError, match="network for the term perceptual, but perceptual_weight is 0"):
+        TokenizerTrainer(small_model(), arguments, LossArguments(), Noise(), perceptual=network)
+    with pytest.raises(ValueError, match="samples_per_epoch is said of streams, and only of them, got 8"):
+        TokenizerTrainer(small_model(), arguments, LossArguments(), Noise(), samples_per_epoch=8)
+    arguments = replace(arguments, max_steps=10, per_device_train_batch_size=4)
+    with pytest.raises(ValueError, match="entropy_start is 0.95: of 10 steps, none begins that late"):
+        TokenizerTrainer(small_model(), arguments, LossArguments(entropy_weight=1.0, entropy_start=0.95), Noise())
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.tokenizer_trainer.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match="report_to names wandb, which is not installed"):
+        trainer_of(tmp_path, {}, report_to=["tensorboard", "wandb"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        *(({name: 0}, f"{name} must be at least 1, got 0") for name in ("num_train_epochs", "eval_steps")),
+        *(({name: value}, f"{name} .{value}. is not between") for name in RATES for value in (math.nan, -0.1)),
+        ({"learning_rate": 0.0}, "learning_rate .0.0. is not between"),
+        ({"max_steps": -1}, "max_steps .-1. is not between"),
+        ({"max_steps": 2.5}, "max_steps must be of type int, got 2.5"),
+        ({"ema_decay": 7.0}, "ema_decay .7.0. is not between"),
+        ({"ema_decay": 1.0}, "ema_decay .1.0. is not between"),
+        ({"adam_beta2": 1.0}, "adam_beta2 .1.0. is not between"),
+        ({"discriminator_warmup": 2.0}, "discriminator_warmup .2.0. is not between"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers .-1. is not between"),
+        ({"seed": -1}, "seed .-1. is not between"),
+        ({"bf16": "yes"}, "bf16 must be of type bool, got 'yes'"),
+        ({"report_to": "wandb"}, "report_to must be of type list, got 'wandb'"),
+    ],
+)
+def test_training_arguments_that_cannot_be_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TokenizerTrainingArguments(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"init_from": "a", "vision_overrides": {"image_size": 32}}, "init_from .a. brings its own config"),
+        ({"init_from": "a", "init_open_clip": "ViTamin-L-256"}, r"init_open_clip \(ViTamin-L-256\)"),
+        ({"init_open_clip_weights": "b.pt"}, "init_open_clip_weights is b.pt, but init_open_clip names no model"),
+        ({"hub_model_id": "a/b/c"}, "Repo id must be"),
+        ({"eval_datasets": [{"kind": "webdataset", "resampled": True}]}, "An evaluation set has to end"),
+        ({"datasets": {"kind": "folder"}}, "datasets must be of type list"),
+    ],
+)
+def test_tokenizer_arguments_that_contradict_each_other_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TokenizerArguments(**wrong)
+
+
+def test_a_resumed_run_logs_means_over_the_steps_before_the_break_too(tmp_path):
+    arguments = {"max_steps": 4, "logging_steps": 4, "save_steps": 2}
+    whole = trainer_of(tmp_path, {}, **arguments)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    resumed = trainer_of(tmp_path, {}, resume=True, **arguments)
+    assert resumed.step == 2
+    resumed.train()
+    assert resumed.reports == whole.reports
+
+
+def test_the_text_tokenizers_command_has_a_help_and_refuses_what_it_does_not_know(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        text_tokenizer.main(["--help"])
+    assert "byte-level BPE" in capsys.readouterr().out
+    for wrong in ([], ["a", "b"], ["--folder", "a"]):
+        with pytest.raises(SystemExit, match="2"):
+            text_tokenizer.main(wrong)
+    assert not list(tmp_path.iterdir())
 
 
 def small_open_clip(tmp_path: Path) -> nn.Module:
@@ -618,6 +715,11 @@ def test_configs_are_read_and_the_large_ones_hold_the_released_recipe(size):
         weights = {"l1": 0.2, "l2": 1, "perceptual": 1, "vq": 1, "gan": 0.4, "contrastive": 1}
         assert losses.weights(0.5) == weights | {"entropy": 0, "consistency": 0}
         assert (training.learning_rate, training.weight_decay, training.max_grad_norm) == (5e-4, 0.02, 10)
+        assert (training.adam_epsilon, training.discriminator_adam_epsilon) == (1e-6, 1e-6)
+        assert (training.warmup, training.discriminator_warmup) == (0.01, 0.03)
+        assert (losses.gan_start, losses.gan_warmup, losses.gan_consistency_weight) == (0.375, 0.03, 4)
+        assert losses.blur_sigma(losses.gan_start, 256) == 9.58
+        assert (training.ema_decay, training.ema_decay_after(78_124)) == (0.9999, 78_125 / 78_134)
         assert UniTokConfig.preset(size, **arguments.vision_overrides).vision_config.drop_path_rate == 0.1
 
 

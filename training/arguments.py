@@ -1,11 +1,32 @@
 """Command lines of the training scripts: one YAML file, then `--name value` for whatever should differ from it."""
 
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, get_origin
 
 import torch
 import yaml
 from transformers import HfArgumentParser
+
+from unitok_mllm.configuration_unitok import check_ranges
+
+
+BELOW_ONE = (0.0, 1 - 1e-9)
+
+
+def check_arguments(arguments: Any, **ranges: tuple[float, float]) -> None:
+    """Check the fields of a dataclass of options: each is of its type, and those named lie in their inclusive ranges.
+
+    Raises:
+        ValueError: one does not (NaN never does).
+    """
+    for field in fields(arguments):
+        value, kind = getattr(arguments, field.name), get_origin(field.type) or field.type
+        is_of_kind = isinstance(value, int | float if kind is float else kind)
+        if not is_of_kind or isinstance(value, bool) and kind is not bool:
+            raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}.")
+    check_ranges(arguments, **ranges)
 
 
 def parse_yaml_and_command_line(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:

@@ -21,16 +21,16 @@ def draw_augmentation(batch_size: int, device: torch.device | str = "cpu") -> to
 
 
 def diff_augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Changes colours, shifts, and blanks a square of each image; gradients pass through.
+    """Shifts each image, changes its colours, and blanks a square of it, in this order; gradients pass through.
 
     Args:
         images: (B, 3, H, W) in [-1, 1].
         draws: (B, 7) in [0, 1), from `draw_augmentation`.
 
     Returns:
-        (B, 3, H, W), not clamped; what is shifted in or blanked is 0.
+        (B, 3, H, W), not clamped; what is shifted in is 0 before the colours change, what is blanked after it.
     """
-    return _cutout(_translate(_change_colors(images, draws[:, :3]), draws[:, 3:5]), draws[:, 5:])
+    return _cutout(_change_colors(_translate(images, draws[:, 3:5]), draws[:, :3]), draws[:, 5:])
 
 
 def _change_colors(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
@@ -67,4 +67,7 @@ def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
     """Gaussian blur, differentiable; (B, 3, H, W), `sigma` in pixels, and 0 leaves the images as they are."""
     if sigma <= 0:
         return images
-    return gaussian_blur(images, kernel_size=2 * math.ceil(3 * sigma) + 1, sigma=sigma)
+    size = 2 * math.ceil(4 * sigma) + 1  # 3 sigmas to either side would leave a hundredth of the spread out
+    for kernel in ((size, 1), (1, size)):  # one after the other, or the cost would grow with the square
+        images = gaussian_blur(images, kernel_size=kernel, sigma=sigma)
+    return images

@@ -115,7 +115,7 @@ class ImageTextTransform:
         if self.text_tokenizer.eos_token_id is None or self.text_tokenizer.pad_token_id is None:
             raise ValueError("The text tokenizer needs an end token (eos_token) and a padding token (pad_token).")
         size = self.image_processor.size["height"], self.image_processor.size["width"]
-        self.crop = v2.RandomResizedCrop(size, scale=CROP_SCALE, interpolation=v2.InterpolationMode.LANCZOS)
+        self.crop = v2.RandomResizedCrop(size, scale=CROP_SCALE, interpolation=v2.InterpolationMode.BICUBIC)
         self.augment = augmentation(self.image_processor, self.horizontal_flip, self.max_shift)
 
     def __call__(self, image: Image.Image, caption: str | None, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from training.arguments import BELOW_ONE, check_arguments
 from training.augment import diff_augment
+from unitok_mllm.configuration_unitok import SHARE, WEIGHT
 from unitok_mllm.modeling_unitok import UniTokOutput
 
 
@@ -44,8 +46,10 @@ class LossArguments:
     consistency_start: float = 0.0
     gan_weight: float = field(default=0.0, metadata={"help": "hinge GAN, times the adaptive weight"})
     gan_start: float = 0.375
-    gan_warmup: float = field(default=0.03, metadata={"help": "over which its weight grows and the blur fades"})
-    gan_blur: float = field(default=2.0, metadata={"help": "the blur's sigma in pixels when it starts"})
+    gan_warmup: float = field(default=0.03, metadata={"help": "over which its weight grows; the blur fades over two"})
+    gan_blur: float = field(
+        default=9.58, metadata={"help": "the blur's sigma when it starts, in pixels of an image of 256"}
+    )
     gan_consistency_weight: float = field(default=4.0, metadata={"help": "balanced consistency regularisation"})
     perceptual_backbone: str = field(default="lpips", metadata={"help": "lpips, or a timm model"})
     perceptual_pretrained: bool = True
@@ -56,16 +60,44 @@ class LossArguments:
     discriminator_checkpoint: str = field(default="", metadata={"help": "file of the weights; empty for the hub's"})
 
     def __post_init__(self):
-        for name in TERMS:
-            weight, start = vars(self)[f"{name}_weight"], vars(self)[f"{name}_start"]
-            if weight < 0 or not 0 <= start < 1:
-                raise ValueError(f"{name}: the weight ({weight}) is at least 0, the start ({start}) in [0, 1).")
+        ranges = {f"{name}_weight": WEIGHT for name in (*TERMS, "gan_consistency")}
+        ranges |= {f"{name}_start": BELOW_ONE for name in TERMS}
+        check_arguments(self, **ranges, gan_warmup=SHARE, gan_blur=(0, 128), discriminator_depths=(0, 1000))
+        depths = self.discriminator_depths
+        if not depths or len(set(depths)) < len(depths):
+            raise ValueError(f"discriminator_depths are different ones, and at least one, got {depths}.")
+        if not any(vars(self)[f"{name}_weight"] for name in TERMS):
+            raise ValueError("No term of the loss has a weight.")
+        if self.gan_weight and not any(vars(self)[f"{name}_weight"] for name in RECONSTRUCTION_TERMS):
+            raise ValueError(
+                f"gan_weight is {self.gan_weight}, but {', '.join(RECONSTRUCTION_TERMS)}, whose gradient balances it, "
+                "have no weight."
+            )
+        if self.consistency_weight and not (
+            self.contrastive_weight and self.contrastive_start <= self.consistency_start
+        ):
+            raise ValueError(
+                f"consistency_weight is {self.consistency_weight} from {self.consistency_start} on, contrastive_weight "
+                f"{self.contrastive_weight} from {self.contrastive_start} on: without the contrastive term nothing keeps "
+                "all image embeddings from becoming one."
+            )
+        for network, name in (("perceptual", "perceptual"), ("discriminator", "gan")):
+            checkpoint = vars(self)[f"{network}_checkpoint"]
+            if checkpoint and not vars(self)[f"{name}_weight"]:
+                raise ValueError(f"{network}_checkpoint is {checkpoint}, but {name}_weight is 0.")
 
     def gan_progress(self, progress: float) -> float:
         """How far the GAN's warm-up has come at a share of the training: 0 at its start, 1 from its end on."""
         if not self.gan_warmup:
             return float(progress >= self.gan_start)
         return min(1.0, max(0.0, (progress - self.gan_start) / self.gan_warmup))
+
+    def blur_sigma(self, progress: float, image_size: int) -> float:
+        """Of what the discriminator sees at a share of the training, in pixels of images with that side."""
+        if not self.gan_warmup:
+            return 0.0
+        faded = max(0.0, progress - self.gan_start) / (2 * self.gan_warmup)
+        return self.gan_blur * image_size / 256 * max(0.0, 1 - faded)
 
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each term at a share of the training; 0 before its start."""
@@ -209,6 +241,6 @@ def discriminator_losses(
     real_plain, fake_plain, real_logits, fake_logits = (
         discriminator(torch.cat([real, fake, *augmented])).float().chunk(4)
     )
-    hinge = (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
+    hinge = F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
     consistency = F.mse_loss(real_logits, real_plain) + F.mse_loss(fake_logits, fake_plain)
     return hinge + consistency_weight * consistency, dict(zip(DISCRIMINATOR_TERMS, (hinge, consistency)))

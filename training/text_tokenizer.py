@@ -3,7 +3,8 @@
 python -m training.text_tokenizer runs/tiny-text-tokenizer
 """
 
-import sys
+import argparse
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -39,7 +40,12 @@ def train_text_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedT
     )
 
 
-def main(folder: str) -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where it is written to")
+    folder = parser.parse_args(argv).folder
+    if folder.is_file():
+        parser.error(f"{folder} is a file, not a folder")
     samples = easy_vqa.load("train")
     texts = [s.caption + GENERATION_SUFFIX for s in samples] + [UNCONDITIONAL_PROMPT] * 400
     texts += [f"{TURNS}{question} {answer}" for s in samples for question, answer in s.questions]
@@ -47,4 +53,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
+from training.arguments import BELOW_ONE, check_arguments
 from training.augment import blur, diff_augment, draw_augmentation
 from training.discriminator import FeatureDiscriminator
 from training.files import whole_checkpoints
@@ -45,6 +47,7 @@ from training.losses import (
 from training.model_card import TrainingRun, training_facts, write_release_card
 from training.release import write_folder
 from unitok_mllm import UniTokModel
+from unitok_mllm.configuration_unitok import ABOVE_ZERO, SHARE, WEIGHT
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor
 
 
@@ -80,8 +83,10 @@ class TokenizerTrainingArguments:
         metadata={"help": "a decay of at most (1 + n) / (10 + n) after n steps; false: the same all along"},
     )
     discriminator_learning_rate: float = 2e-5
+    discriminator_warmup: float = field(default=0.03, metadata={"help": "share of all steps, from the GAN's start on"})
     discriminator_beta1: float = 0.5
     discriminator_beta2: float = 0.9
+    discriminator_adam_epsilon: float = 1e-6
     discriminator_weight_decay: float = 0.2
     bf16: bool = field(default=True, metadata={"help": "autocast; weights, quantizer and losses stay float32"})
     gradient_checkpointing: bool = False
@@ -98,8 +103,15 @@ class TokenizerTrainingArguments:
     report_to: list[str] = field(default_factory=list, metadata={"help": "tensorboard, wandb"})
 
     def __post_init__(self):
+        rates = {"learning_rate": ABOVE_ZERO, "beta1": BELOW_ONE, "beta2": BELOW_ONE, "adam_epsilon": (1e-30, 1)}
+        rates |= {"weight_decay": WEIGHT, "warmup": SHARE}
+        ranges = {f"discriminator_{name}": limits for name, limits in rates.items()}
+        ranges |= {name.replace("beta", "adam_beta"): limits for name, limits in rates.items()}
+        ranges |= {"final_learning_rate": SHARE, "max_grad_norm": ABOVE_ZERO, "ema_decay": BELOW_ONE}
+        ranges |= {"max_steps": (0, 2**40), "dataloader_num_workers": (0, 1024), "seed": (0, 2**31)}
+        check_arguments(self, **ranges)
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps")
-        for name in (*counts, "save_steps", "save_total_limit"):
+        for name in (*counts, "save_steps", "save_total_limit", "num_train_epochs"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
         if unknown := set(self.report_to) - set(TRACKERS):
@@ -159,6 +171,14 @@ class LossHistory:
         if not all(map(math.isfinite, means)):
             self._raise_culprit(names)
         return dict(zip(names, means, strict=True))
+
+    def state_dict(self) -> dict[str, tuple[list[int], list[float]]]:
+        return {name: (self.steps[name], [value.item() for value in values]) for name, values in self.values.items()}
+
+    def load_state_dict(self, state: dict[str, tuple[list[int], list[float]]]) -> None:
+        for name, (steps, values) in state.items():
+            self.steps[name] = list(steps)
+            self.values[name] = list(torch.tensor(values, device=self.accelerator.device))
 
     def clear(self) -> None:
         self.values.clear()
@@ -230,6 +250,8 @@ class TokenizerTrainer:
         self.train_dataset, self.eval_pixels, self.eval_dataset = train_dataset, eval_pixels, eval_dataset
         self.image_processor, self.text_tokenizer = image_processor, text_tokenizer
         self.output_dir, self.run = Path(arguments.output_dir), run or TrainingRun()
+        if missing := set(arguments.report_to) - set(map(str, get_available_trackers())):
+            raise ValueError(f"report_to names {', '.join(sorted(missing))}, which is not installed.")
         self.accelerator = Accelerator(
             cpu=arguments.use_cpu,
             mixed_precision="bf16" if arguments.bf16 else "no",
@@ -247,14 +269,15 @@ class TokenizerTrainer:
         model.clamp_logit_scale()
         self.ema = ModelEmaV3(model, decay=arguments.ema_decay, exclude_buffers=True).to(device)
         betas = arguments.adam_beta1, arguments.adam_beta2
-        optimizer = adamw(model, arguments.learning_rate, betas, arguments.weight_decay, eps=arguments.adam_epsilon)
-        self.tokenizer = self._prepare(model.train(), optimizer, self.total_steps)
+        optimizer = adamw(model, arguments.learning_rate, betas, arguments.weight_decay, arguments.adam_epsilon)
+        self.tokenizer = self._prepare(model.train(), optimizer, arguments.warmup, self.total_steps)
         self.discriminator = None
         if discriminator is not None:
             betas = arguments.discriminator_beta1, arguments.discriminator_beta2
             rate, decay = arguments.discriminator_learning_rate, arguments.discriminator_weight_decay
+            optimizer = adamw(discriminator, rate, betas, decay, arguments.discriminator_adam_epsilon)
             steps = self.total_steps - math.ceil(losses.gan_start * self.total_steps)
-            self.discriminator = self._prepare(discriminator, adamw(discriminator, rate, betas, decay), steps)
+            self.discriminator = self._prepare(discriminator, optimizer, arguments.discriminator_warmup, steps)
         self.step = 0
         self.history = LossHistory(self.accelerator)
         set_seed(arguments.seed, device_specific=True)
@@ -266,13 +289,16 @@ class TokenizerTrainer:
     def _check_networks(self, model: UniTokModel, perceptual: nn.Module | None, discriminator: nn.Module | None):
         present = {"perceptual": perceptual, "gan": discriminator, "contrastive": model.text_model}
         for name, network in present.items():
-            if vars(self.losses)[f"{name}_weight"] and network is None:
-                raise ValueError(
-                    f"{name}_weight is {vars(self.losses)[f'{name}_weight']}, but its network is missing."
-                )
+            weight = vars(self.losses)[f"{name}_weight"]
+            if weight and network is None:
+                raise ValueError(f"{name}_weight is {weight}, but its network is missing.")
+            if not weight and network is not None and name != "contrastive":
+                raise ValueError(f"There is a network for the term {name}, but {name}_weight is 0.")
 
     def _count_steps(self, samples_per_epoch: int | None) -> None:
         arguments = self.arguments
+        if (samples_per_epoch is None) == isinstance(self.train_dataset, ImageTextStream):
+            raise ValueError(f"samples_per_epoch is said of streams, and only of them, got {samples_per_epoch}.")
         self.images_per_step = (
             arguments.per_device_train_batch_size
             * arguments.gradient_accumulation_steps
@@ -283,6 +309,10 @@ class TokenizerTrainer:
         if not self.steps_per_epoch:
             raise ValueError(f"{length} images are too few for one step of {self.images_per_step}.")
         self.total_steps = arguments.max_steps or arguments.num_train_epochs * self.steps_per_epoch
+        for name in TERMS:
+            weight, start = (vars(self.losses)[f"{name}_{what}"] for what in ("weight", "start"))
+            if weight and start > (self.total_steps - 1) / self.total_steps:
+                raise ValueError(f"{name}_start is {start}: of {self.total_steps} steps, none begins that late.")
 
     def _freeze_what_no_term_trains(self, model: UniTokModel) -> None:
         """DistributedDataParallel waits for a gradient of every parameter that is not frozen."""
@@ -290,14 +320,15 @@ class TokenizerTrainer:
             if model.text_model is not None:
                 model.text_model.requires_grad_(False)
                 model.logit_scale.requires_grad_(False)
-            if not self.losses.consistency_weight:
-                model.vision_model.fc_norm.requires_grad_(False)
-                model.vision_model.projection.requires_grad_(False)
+            model.vision_model.fc_norm.requires_grad_(False)
+            model.vision_model.projection.requires_grad_(False)
 
-    def _prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> TrainedNetwork:
+    def _prepare(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, warmup: float, steps: int
+    ) -> TrainedNetwork:
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer,
-            num_warmup_steps=round(self.arguments.warmup * steps),
+            num_warmup_steps=round(warmup * self.total_steps),
             num_training_steps=steps,
             min_lr_rate=self.arguments.final_learning_rate,
         )
@@ -407,7 +438,7 @@ class TokenizerTrainer:
             )
             total, values = tokenizer_losses(output, pixels, weights, self.perceptual)
             if gan_on:
-                sigma = losses.gan_blur * (1 - losses.gan_progress(progress))
+                sigma = losses.blur_sigma(progress, pixels.shape[-1])
                 draws = draw_augmentation(len(pixels), pixels.device)
                 fake = blur(output.reconstruction, sigma)
                 judge.module.heads.requires_grad_(False)  # or DistributedDataParallel would see a backward pass
@@ -522,7 +553,7 @@ class TokenizerTrainer:
 
     def _save_checkpoint(self) -> None:
         stream = self.train_dataset.state_dict() if isinstance(self.train_dataset, ImageTextStream) else None
-        of_processes = gather_object([(random_state(self.accelerator.device), stream)])
+        of_processes = gather_object([(random_state(self.accelerator.device), stream, self.history.state_dict())])
         if self.accelerator.is_main_process:
             write_folder(
                 self.output_dir / f"checkpoint-{self.step}",
@@ -533,7 +564,9 @@ class TokenizerTrainer:
                 shutil.rmtree(checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def _write_checkpoint(self, folder: Path, random_states: tuple[dict], streams: tuple[dict | None]) -> None:
+    def _write_checkpoint(
+        self, folder: Path, random_states: tuple[dict], streams: tuple[dict | None], histories: tuple[dict]
+    ) -> None:
         for name, module in self._weights().items():
             save_file(module.state_dict(), folder / f"{name}.safetensors")
         state = {
@@ -542,6 +575,7 @@ class TokenizerTrainer:
             "random_states": random_states,
             "streams": streams,
             "lanes": self._lanes,
+            "histories": histories,
             "schedules": [network.schedule.state_dict() for network in self._networks()],
             "optimizers": [network.optimizer.state_dict() for network in self._networks()],
         }
@@ -565,6 +599,8 @@ class TokenizerTrainer:
         self.step = state["step"]
         if len(state["random_states"]) == self.accelerator.num_processes:
             set_random_state(state["random_states"][self.accelerator.process_index], self.accelerator.device)
+            if "histories" in state:  # older checkpoints have none
+                self.history.load_state_dict(state["histories"][self.accelerator.process_index])
         self.accelerator.print(f"resumed from {folder}")
 
     @property
@@ -611,7 +647,7 @@ class TokenizerTrainer:
 
 
 def adamw(
-    model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8
+    model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float, eps: float
 ) -> torch.optim.AdamW:
     """AdamW over the parameters that are not frozen, without decay for those of fewer than two dims."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

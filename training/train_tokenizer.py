@@ -16,10 +16,11 @@ from itertools import islice
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from huggingface_hub.utils import validate_repo_id
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from training.arguments import parse_yaml_and_command_line
+from training.arguments import check_arguments, parse_yaml_and_command_line
 from training.discriminator import FeatureDiscriminator
 from training.image_text_data import ImageTextTransform, build_image_text_dataset
 from training.losses import LossArguments
@@ -74,7 +75,21 @@ class TokenizerArguments:
     hub_model_id: str = field(default="", metadata={"help": "the name on the hub that the release is pushed to"})
 
     def __post_init__(self):
+        check_arguments(self)
         check_metadata(self.card)
+        if self.hub_model_id:
+            validate_repo_id(self.hub_model_id)
+        if self.init_from and (self.init_open_clip or self.vision_overrides):
+            raise ValueError(
+                f"init_from ({self.init_from}) brings its own config and weights: init_open_clip ({self.init_open_clip}) "
+                f"and vision_overrides ({self.vision_overrides}) have no place beside it."
+            )
+        if self.init_open_clip_weights and not self.init_open_clip:
+            raise ValueError(
+                f"init_open_clip_weights is {self.init_open_clip_weights}, but init_open_clip names no model."
+            )
+        if endless := [source for source in self.eval_datasets if source.get("resampled")]:
+            raise ValueError(f"An evaluation set has to end, and a resampled stream does not: {endless}.")
 
 
 def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionReport:
@@ -193,6 +208,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments, losses, training = parse_yaml_and_command_line(
         (TokenizerArguments, LossArguments, TokenizerTrainingArguments), argv
     )
+    if not arguments.text_tokenizer:
+        raise ValueError("text_tokenizer is empty: name the folder of a text tokenizer, or its name on the hub.")
     set_seed(training.seed)
     with PartialState(cpu=training.use_cpu).local_main_process_first():  # what comes from a hub comes once
         model = build_model(arguments)
