@@ -31,7 +31,14 @@ from training.image_text_data import ImageTextStream, ImageTextTransform
 from training.losses import TERMS, LossArguments, psnr
 from training.perceptual import FrozenFeatures, perceptual_distance
 from training.tokenizer_trainer import STATE, ResumableBatches, TokenizerTrainer, TokenizerTrainingArguments
-from training.train_tokenizer import TokenizerArguments, build_datasets, check_text_tokenizer, load_open_clip, main
+from training.train_tokenizer import (
+    TokenizerArguments,
+    build_datasets,
+    build_model,
+    check_text_tokenizer,
+    load_open_clip,
+    main,
+)
 from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
 
 
@@ -555,11 +562,15 @@ def test_training_arguments_that_cannot_be_are_refused(wrong, message):
         TokenizerTrainingArguments(**wrong)
 
 
+@pytest.mark.parametrize("beside", [{"vision_overrides": {"image_size": 32}}, {"init_open_clip": "ViTamin-L-256"}])
+def test_a_tokenizer_to_start_from_takes_no_config_and_no_weights_beside_it(beside):
+    with pytest.raises(ValueError, match="init_from .a. brings its own .*(ViTamin|32)"):
+        build_model(TokenizerArguments(init_from="a", **beside))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"init_from": "a", "vision_overrides": {"image_size": 32}}, "init_from .a. brings its own config"),
-        ({"init_from": "a", "init_open_clip": "ViTamin-L-256"}, r"init_open_clip \(ViTamin-L-256\)"),
         ({"init_open_clip_weights": "b.pt"}, "init_open_clip_weights is b.pt, but init_open_clip names no model"),
         ({"hub_model_id": "a/b/c"}, "Repo id must be"),
         ({"eval_datasets": [{"kind": "webdataset", "resampled": True}]}, "An evaluation set has to end"),

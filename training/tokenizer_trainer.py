@@ -226,9 +226,10 @@ class TokenizerTrainer:
         run: what the model card says beside what is known here.
 
     Raises:
-        ValueError: a network is missing that a term needs; the data does not fill one step; `output_dir` has
-            checkpoints and `resume` is off; or the checkpoint is of another global batch size, or, of a stream, of
-            another number of processes or workers.
+        ValueError: a network is missing that a term needs, or there is one that none needs; a term would begin after the
+            last step; `samples_per_epoch` and the kind of dataset do not go together; a tracker is not installed; the
+            data does not fill one step; `output_dir` has checkpoints and `resume` is off; or the checkpoint is of
+            another global batch size, or, of a stream, of another number of processes or workers.
     """
 
     def __init__(

@@ -79,11 +79,6 @@ class TokenizerArguments:
         check_metadata(self.card)
         if self.hub_model_id:
             validate_repo_id(self.hub_model_id)
-        if self.init_from and (self.init_open_clip or self.vision_overrides):
-            raise ValueError(
-                f"init_from ({self.init_from}) brings its own config and weights: init_open_clip ({self.init_open_clip}) "
-                f"and vision_overrides ({self.vision_overrides}) have no place beside it."
-            )
         if self.init_open_clip_weights and not self.init_open_clip:
             raise ValueError(
                 f"init_open_clip_weights is {self.init_open_clip_weights}, but init_open_clip names no model."
@@ -135,7 +130,16 @@ def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionRep
 
 
 def build_model(arguments: TokenizerArguments) -> UniTokModel:
-    """A tokenizer from a folder, or a fresh one, with the towers of an open_clip model where asked for."""
+    """A tokenizer from a folder, or a fresh one, with the towers of an open_clip model where asked for.
+
+    Raises:
+        ValueError: a folder and what it would replace.
+    """
+    if arguments.init_from and (arguments.init_open_clip or arguments.vision_overrides):
+        raise ValueError(
+            f"init_from ({arguments.init_from}) brings its own config and weights: init_open_clip "
+            f"({arguments.init_open_clip}) and vision_overrides ({arguments.vision_overrides}) have no place beside it."
+        )
     if arguments.init_from:
         return UniTokModel.from_pretrained(arguments.init_from, dtype=torch.float32)
     model = UniTokModel(UniTokConfig.preset(arguments.preset, **arguments.vision_overrides))
