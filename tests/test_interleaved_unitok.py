@@ -117,6 +117,7 @@ def test_the_options_of_images_are_those_of_drawing(lively_mllm):
     parameters = set(inspect.signature(lively_mllm.generate_image_codes).parameters)
     prompts = {name for name in parameters if name.endswith(("input_ids", "attention_mask"))}
     ours = {"pixel_values", "image_codes", "num_return_sequences", "num_positions"}
+    ours |= {"image_guidance_scale"}  # edits alone have the prompts for it
     assert IMAGE_OPTIONS == parameters - prompts - ours
 
 

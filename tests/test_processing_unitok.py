@@ -225,6 +225,11 @@ def test_texts_may_spell_control_tokens_in_conversations(processor, picture):
         image = processor.image_token
         expected = processor.apply_chat_template(messages, add_generation_prompt=True)
         assert processor.decode(ids).removeprefix("<s>").replace(f"<boi>{image * L}<eoi>", image) == expected
+    processor.chat_template = "{{ tools[0]['a'] }}{{ messages[0]['role'] }}{{ messages[0]['tool_calls'][0]['b'] }}"
+    other = [turn("user</s>", spelled, tool_calls=[{"b": spelled}])]
+    ids = processor.apply_chat_template(other, tokenize=True, tools=[{"a": spelled}])[0]
+    assert (ids == EOS).sum() == 0 and processor.decode(ids) == f"<s>{spelled}user</s>{spelled}"
+    processor.chat_template = vicuna_chat_template()
     as_tokens = processor.apply_chat_template([user("a</s>")], tokenize=True, sanitize_control_tokens=False)
     assert (as_tokens == EOS).sum() == 1
 

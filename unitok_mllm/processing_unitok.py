@@ -202,6 +202,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
         if tokenize and sanitize_control_tokens is not False:
             options["sanitize_control_tokens"] = True
             conversations = [self.mark_conversation(messages) for messages in conversations]
+            kwargs |= {name: self.mark_plain(kwargs[name]) for name in ("tools", "documents") if name in kwargs}
         conversation = conversations if is_batched else conversations[0]
         try:
             return super().apply_chat_template(
@@ -244,10 +245,11 @@ class UniTokMLLMProcessor(ProcessorMixin):
             return {**part, "base64": f"data:image/*;base64,{part['base64']}"}
         return part
 
-    def mark_plain(self, text: str, placeholders: bool = False) -> str:
+    def mark_plain(self, text, placeholders: bool = False):
         """Mark the special tokens that a text spells, so that `encode_text` encodes them as plain text.
 
         Args:
+            text: a string, or lists and dicts of strings (keys are left as they are).
             placeholders: leave "<image>" as it is, a place for an image.
         """
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
@@ -257,14 +259,17 @@ class UniTokMLLMProcessor(ProcessorMixin):
         return mark_control_tokens(text, re.compile(pattern or "(?!)"))
 
     def mark_conversation(self, messages: list[dict]) -> list[dict]:
-        """The turns with all their texts as `mark_plain` gives them."""
+        """The turns as `mark_plain` gives them, where pictures come from aside."""
 
-        def marked(content):
-            if isinstance(content, str):
-                return self.mark_plain(content)
-            return [p | {"text": self.mark_plain(p["text"])} if p["type"] == "text" else p for p in content]
+        def marked(value):
+            if not isinstance(value, list):
+                return self.mark_plain(value)
+            return [part if part["type"] == "image" else self.mark_plain(part) for part in value]
 
-        return [m | {"content": marked(m["content"])} if "content" in m else m for m in messages]
+        return [
+            {key: marked(value) if key == "content" else self.mark_plain(value) for key, value in message.items()}
+            for message in messages
+        ]
 
     def encode_text(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """The token ids of a text, and the characters (start, end) that each stands for.
@@ -273,7 +278,8 @@ class UniTokMLLMProcessor(ProcessorMixin):
             text: what `mark_plain` marked in it is encoded as plain text, without the marks.
             add_special_tokens: begin with the BOS that the tokenizer adds, unless the text does.
         """
-        if self._adds_bos() and text.startswith(self.tokenizer.bos_token):
+        bos = self.tokenizer.bos_token
+        if bos and text.startswith(bos) and self._adds_bos():
             add_special_tokens = False
         marks = [*MARKED.finditer(text)]
         start = marks[0].start() if marks else len(text)
