@@ -251,7 +251,9 @@ def measure(
     image_processor = AutoImageProcessor.from_pretrained(folder)
     length = model.config.text_config.max_position_embeddings
     encode = ImageTextTransform(image_processor, AutoTokenizer.from_pretrained(folder), length).encode
-    class_embeds = model.get_text_features(torch.stack([encode(name) for name in CLASSES]).to(device)).cpu()
+    class_embeds = model.get_text_features(
+        torch.stack([encode(name) for name in CLASSES]).to(device)
+    ).pooler_output.cpu()
     sets = {}
     for name, path in held_out.items():
         source, captions, parts = ImageFiles(path), [], []

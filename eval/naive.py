@@ -93,7 +93,7 @@ def tokenizer_forward(
         codes=codes,
         vq_loss=vq_loss / len(vectors),
         image_embeds=vision.pool(semantic_embeds),
-        text_embeds=tokenizer.get_text_features(input_ids) if has_text else None,
+        text_embeds=tokenizer.get_text_features(input_ids).pooler_output if has_text else None,
         logit_scale=tokenizer.logit_scale.clamp(0, math.log(100)).exp() if has_text else None,
     )
 

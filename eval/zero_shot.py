@@ -261,11 +261,11 @@ class UniTokSystem:
 
     def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, D)."""
-        return self.model.get_image_features(pixels.to(self.model.device))
+        return self.model.get_image_features(pixels.to(self.model.device)).pooler_output
 
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """B texts -> (B, D)."""
-        return self.model.get_text_features(self.tokenize(texts).to(self.model.device))
+        return self.model.get_text_features(self.tokenize(texts).to(self.model.device)).pooler_output
 
 
 def text_encoder(

@@ -66,8 +66,8 @@ def check_tokenizer(folder, name):
             "quant_proj": features[:, ::4],
             "reconstruction": pixels[:, :, ::4, ::4],
             "reconstruction_mean": pixels.mean(dim=(2, 3)),
-            "image_embeds": model.get_image_features(images),
-            "text_embeds": model.get_text_features(torch.from_numpy(recorded["text_ids"])),
+            "image_embeds": model.get_image_features(images).pooler_output,
+            "text_embeds": model.get_text_features(torch.from_numpy(recorded["text_ids"])).pooler_output,
         }
         scalars = {
             "vq_loss": quantized.vq_loss,

@@ -1,9 +1,16 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList, StaticCache, SuppressTokensLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    SuppressTokensLogitsProcessor,
+)
 
-from unitok_mllm import generation_unitok
+from unitok_mllm import UniTokMLLMForConditionalGeneration, generation_unitok
 from unitok_mllm.generation_unitok import sample_codes
 
 
@@ -499,3 +506,76 @@ def test_no_more_images_than_allowed(lively_mllm, processor):
     )
     assert len(output.image_codes[0]) <= 2
     assert (output.sequences[0] == BOI).sum() == len(output.image_codes[0])
+
+
+def test_a_draft_model_of_another_size_gives_the_greedy_answer_about_images(
+    lively_mllm, llama_config, visual_tokenizer, processor, pictures
+):
+    llama_config.hidden_size, llama_config.intermediate_size = 32, 48
+    draft = UniTokMLLMForConditionalGeneration.from_parts(
+        LlamaForCausalLM(llama_config),
+        visual_tokenizer,
+        embedder_dim=40,
+        embedder_heads=2,
+        **processor.config_token_ids(),
+    )
+    for image_inputs in ({}, {"image_codes": lively_mllm.encode_images(2 * pictures[0][None] - 1)}):
+        inputs = dict(processor(text="<image> what is it?", images=pictures[:1]))
+        if image_inputs:
+            inputs.pop("pixel_values")
+        options = {**inputs, **image_inputs, "max_new_tokens": 8, "do_sample": False}
+        expected = lively_mllm.generate(**options)
+        for assistant in (draft, lively_mllm):
+            assert torch.equal(lively_mllm.generate(**options, assistant_model=assistant), expected)
+
+
+def test_a_prompt_with_images_goes_through_in_chunks(lively_mllm, processor, pictures):
+    inputs = processor(
+        text=["<image> and <image> alike?", "<image>what"], images=[pictures[:2], pictures[1:2]], padding_side="left"
+    )
+    expected = lively_mllm.generate(**inputs, max_new_tokens=5)
+    for size in (1, 7, 64):
+        assert torch.equal(lively_mllm.generate(**inputs, max_new_tokens=5, prefill_chunk_size=size), expected), size
+
+
+def test_a_repetition_penalty_on_the_prompt_skips_image_placeholders(lively_mllm, processor, pictures):
+    inputs = processor(text="<image> what is it?", images=pictures[:1])
+    lively_mllm.config.image_token_id = beyond = lively_mllm.config.text_config.vocab_size + 7
+    inputs["input_ids"][inputs["input_ids"] == IMAGE] = beyond
+    plain = lively_mllm.generate(**inputs, max_new_tokens=8, output_scores=True, return_dict_in_generate=True)
+    favoured = lively_mllm.generate(
+        **inputs, max_new_tokens=1, encoder_repetition_penalty=2.0, output_scores=True, return_dict_in_generate=True
+    )
+    before, after = plain.scores[0][0], favoured.scores[0][0]
+    words = inputs["input_ids"][inputs["input_ids"] != beyond].unique()
+    expected = before.clone()
+    expected[words] = torch.where(before[words] < 0, before[words] / 2, before[words] * 2)
+    torch.testing.assert_close(after, expected)
+    for name in ("repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"):
+        lively_mllm.generate(**inputs, max_new_tokens=3, **{name: 2 if "size" in name else 2.0})
+
+
+def test_continuous_batching_answers_texts_as_generate_does(lively_mllm, processor):
+    prompts = [processor(text=text)["input_ids"][0].tolist() for text in ("what is it?", "is it red or blue", "a")]
+    options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    served = lively_mllm.generate_batch(prompts, generation_config=options, progress_bar=False)
+    assert len(served) == len(prompts)
+    for prompt, answer in zip(prompts, served.values()):
+        alone = lively_mllm.generate(torch.tensor([prompt]), generation_config=options)
+        assert answer.generated_tokens == alone[0, len(prompt) :].tolist()
+
+
+@pytest.mark.slow  # the compiler takes half a minute
+def test_a_step_with_a_static_cache_compiles_as_one_graph(lively_mllm, processor, pictures):
+    inputs = processor(text="<image> what is it?", images=pictures[:1])
+    expected = lively_mllm.generate(**inputs, max_new_tokens=4, do_sample=False)
+    cache = StaticCache(config=lively_mllm.config.text_config, max_cache_len=64)
+    step = torch.compile(lively_mllm.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        logits = lively_mllm(**inputs, cache=cache).logits[:, -1]
+        tokens, position = [], inputs["input_ids"].shape[1]
+        for offset in range(4):
+            tokens.append(logits.argmax(dim=-1))
+            position_ids = torch.tensor([[position + offset]])
+            logits = step(input_ids=tokens[-1][None], position_ids=position_ids, cache=cache).logits[:, -1]
+    assert torch.equal(torch.stack(tokens, dim=1), expected[:, position:])

@@ -109,10 +109,10 @@ def test_forward_returns_every_named_part(model, images):
     with torch.no_grad():
         bare = model(images)
         full = model(images, TEXTS, with_entropy=True, with_reconstruction_embeds=True)
-        reconstruction_embeds = model.get_image_features(full.reconstruction)
+        reconstruction_embeds = model.get_image_features(full.reconstruction).pooler_output
     assert set(full.keys()) - set(bare.keys()) == {"text_embeds", "entropy_loss", "reconstruction_embeds"}
-    assert torch.equal(full.image_embeds, model.get_image_features(images))
-    assert torch.equal(full.text_embeds, model.get_text_features(TEXTS))
+    assert torch.equal(full.image_embeds, model.get_image_features(images).pooler_output)
+    assert torch.equal(full.text_embeds, model.get_text_features(TEXTS).pooler_output)
     assert torch.equal(full.reconstruction_embeds, reconstruction_embeds)
     for embeds in (full.image_embeds, full.text_embeds):
         torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(len(embeds)))
@@ -133,22 +133,43 @@ def test_the_tower_gives_the_semantic_embeddings_of_the_codes(model, images):
         pooled = model.vision_model.pool(semantic)
     torch.testing.assert_close(output.last_hidden_state, semantic, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.pooler_output, pooled, rtol=1e-4, atol=1e-5)
+    assert output.hidden_states is None
+
+
+def test_the_towers_hidden_states_are_those_of_its_blocks_then_the_semantic_embeddings(model, images):
+    tower = model.vision_model
+    with torch.no_grad():
+        output = tower(images, output_hidden_states=True)
+        tokens = tower.encoder(images)
+        chosen = tower(images, output_hidden_states=[-2]).hidden_states
+    assert len(output.hidden_states) == tower.config.num_hidden_layers + 1
     assert output.hidden_states[-1] is output.last_hidden_state
+    torch.testing.assert_close(tower.encoder.norm(output.hidden_states[-2]), tokens)
+    assert not torch.allclose(output.hidden_states[0], output.hidden_states[-2])
+    assert [state is None for state in chosen] == [True, False, True] and torch.equal(
+        chosen[-2], output.hidden_states[-2]
+    )
+    tower.config.output_hidden_states = True
+    assert len(tower(images).hidden_states) == 3 and len(tower(images, return_dict=False)) == 3
+    with pytest.raises(ValueError, match="gives no attention weights"):
+        tower(images, output_attentions=True)
+    with pytest.raises(TypeError, match="'pixel_value'.*Did you mean"):
+        tower(images, pixel_value=images)
 
 
 # --- text tower ---
 
 
 def test_a_text_is_pooled_at_its_end_token(model):
-    features = model.get_text_features(TEXTS)
+    features = model.get_text_features(TEXTS).pooler_output
     changed = TEXTS.clone()
     changed[0, 4:] = 77  # behind the end: without effect
     changed[1, 3] = 31  # before the end, though behind the largest id
-    other = model.get_text_features(changed)
+    other = model.get_text_features(changed).pooler_output
     torch.testing.assert_close(other[0], features[0])
     assert (other[1] - features[1]).abs().max() > 1e-3
     mask = TEXTS.ne(0).long()
-    torch.testing.assert_close(model.get_text_features(TEXTS, attention_mask=mask), features)
+    torch.testing.assert_close(model.get_text_features(TEXTS, attention_mask=mask).pooler_output, features)
 
 
 def test_text_features_equal_clips_own_with_an_end_token_that_it_knows(tokenizer_config):
@@ -157,7 +178,9 @@ def test_text_features_equal_clips_own_with_an_end_token_that_it_knows(tokenizer
     texts = TEXTS.masked_fill(TEXTS == 2, 3)
     clip = CLIPTextModelWithProjection(tokenizer_config.text_config).eval()
     clip.load_state_dict(model.text_model.state_dict())
-    torch.testing.assert_close(model.get_text_features(texts), F.normalize(clip(texts).text_embeds, dim=-1))
+    torch.testing.assert_close(
+        model.get_text_features(texts).pooler_output, F.normalize(clip(texts).text_embeds, dim=-1)
+    )
 
 
 def test_without_a_text_tower_text_features_raise_and_all_else_works(tokenizer_config, images, tmp_path):
@@ -372,7 +395,12 @@ def test_a_bfloat16_model_takes_float32_pixels_and_gives_mostly_the_same_codes(m
     pixels = model.decode(codes)
     error = (half.decode(codes).float() - pixels).square().mean()
     assert error < 1e-3 * pixels.square().mean()
-    assert F.cosine_similarity(half.get_text_features(TEXTS).float(), model.get_text_features(TEXTS)).min() > 0.999
+    assert (
+        F.cosine_similarity(
+            half.get_text_features(TEXTS).pooler_output.float(), model.get_text_features(TEXTS).pooler_output
+        ).min()
+        > 0.999
+    )
 
 
 # --- saving and loading ---
@@ -408,7 +436,7 @@ def test_the_tower_loads_from_a_tokenizers_folder_and_from_its_own(model, images
     for loaded in (tower, AutoModel.from_pretrained(tmp_path / "tower")):
         assert type(loaded) is UniTokVisionModel
         assert_same_state(loaded, model.vision_model)
-        assert torch.equal(loaded(images).pooler_output, model.get_image_features(images))
+        assert torch.equal(loaded(images).pooler_output, model.get_image_features(images).pooler_output)
     assert library_log.text == ""
 
 

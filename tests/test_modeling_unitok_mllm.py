@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaForCausalLM, logging
 from transformers.testing_utils import CaptureLogger
 
-from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokModel
+from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMModel, UniTokModel
 
 
 K, L, V = 4, 9, 32
@@ -349,8 +350,10 @@ processor = AutoProcessor.from_pretrained(folder)
 inputs = processor(text="<image> what is it?", images=Image.open(picture))
 assert torch.equal(AutoImageProcessor.from_pretrained(folder)(picture).pixel_values, inputs.pixel_values)
 prompt = processor(text="a red circle", generation_mode="image")
-results = {}
-for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+backbone = AutoModel.from_pretrained(folder)
+assert type(backbone) is unitok_mllm.UniTokMLLMModel and not backbone.training
+results = {"backbone": backbone(**inputs).last_hidden_state.detach()}
+for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     model = auto.from_pretrained(folder)
     assert type(model) is unitok_mllm.UniTokMLLMForConditionalGeneration and not model.training
     codes = model.generate(**prompt, generation_mode="image", guidance_scale=3.0, seed=1)
@@ -374,7 +377,8 @@ def test_a_saved_folder_gives_the_same_bits_in_a_fresh_process(lively_mllm, proc
     codes = lively_mllm.generate(**prompt, generation_mode="image", guidance_scale=3.0, seed=1)
     trainable = [name for name, parameter in lively_mllm.named_parameters() if parameter.requires_grad]
     loaded = torch.load(results)
-    assert len(loaded) == 3
+    assert torch.equal(loaded.pop("backbone"), lively_mllm(**inputs, output_hidden_states=True).hidden_states[-1])
+    assert len(loaded) == 2
     for name, values in loaded.items():
         assert torch.equal(values[0], logits) and torch.equal(values[1], codes) and values[2] == trainable, name
 
@@ -384,6 +388,124 @@ def test_the_tokenizer_loads_out_of_the_folder_alone(mllm, images, tmp_path):
     tokenizer, info = UniTokModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(tokenizer.encode(images), mllm.encode_images(images))
+
+
+def test_the_backbone_alone_loads_saves_and_gives_the_heads_states(lively_mllm, processor, images, tmp_path):
+    inputs = processor(text=["<image> what is it?"] * 2, images=list((images[:2] + 1) / 2))
+    states = lively_mllm(**inputs, output_hidden_states=True).hidden_states
+    view = lively_mllm.base_model
+    assert type(view) is UniTokMLLMModel and view.visual is lively_mllm.visual
+    assert {name.split(".")[0] for name, _ in view.named_parameters()} == {"language_model", "visual", "embedder"}
+    lively_mllm.save_pretrained(tmp_path / "whole")
+    backbone, info = UniTokMLLMModel.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for model in (view, backbone):
+        output = model(**inputs, output_hidden_states=True, output_attentions=False)
+        assert torch.equal(output.last_hidden_state, states[-1]) and len(output.hidden_states) == len(states)
+    backbone.save_pretrained(tmp_path / "backbone")
+    _, info = UniTokMLLMForConditionalGeneration.from_pretrained(tmp_path / "backbone", output_loading_info=True)
+    assert info["missing_keys"] and all(name.startswith("depth_head.") for name in info["missing_keys"])
+
+
+@torch.no_grad()
+def test_the_caches_old_name_is_heard(lively_mllm, processor, images):
+    inputs = processor(text="<image> what is it?", images=(images[:1] + 1) / 2)
+    whole = lively_mllm(**inputs).logits
+    for model, read in ((lively_mllm, lambda o: o.logits), (lively_mllm.base_model, lambda o: o.last_hidden_state)):
+        cache = model(**inputs, use_cache=True).cache
+        cache.crop(-1)
+        options = {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": inputs["attention_mask"]}
+        with pytest.warns(FutureWarning, match="past_key_values"):
+            old = read(model(**options, past_key_values=copy.deepcopy(cache)))
+        torch.testing.assert_close(old, read(model(**options, cache=cache)))
+    torch.testing.assert_close(lively_mllm(**options, cache=None).logits.shape, whole[:, -1:].shape)
+
+
+def test_hidden_states_and_attentions_come_as_asked_for(lively_mllm, processor, images):
+    inputs = processor(text="<image> what is it?", images=(images[:1] + 1) / 2)
+    labels = inputs["input_ids"]
+    everything = lively_mllm(**inputs, output_hidden_states=True).hidden_states
+    for extra in ({}, {"labels": labels}):
+        assert lively_mllm(**inputs, **extra).hidden_states is None
+        some = lively_mllm(**inputs, **extra, output_hidden_states=[0, -1]).hidden_states
+        assert [state is None for state in some] == [
+            index not in (0, len(everything) - 1) for index in range(len(some))
+        ]
+        torch.testing.assert_close((some[0], some[-1]), (everything[0], everything[-1]))
+    lively_mllm.set_attn_implementation("eager")
+    output = lively_mllm(**inputs, output_attentions=True)
+    length = labels.shape[1]
+    assert [tuple(a.shape[2:]) for a in output.attentions] == [(length, length)] * (len(everything) - 1)
+    torch.testing.assert_close(output.attentions[0].sum(dim=-1), torch.ones_like(output.attentions[0][..., 0]))
+    generated = lively_mllm.generate(
+        **inputs, max_new_tokens=3, output_attentions=True, output_hidden_states=True, return_dict_in_generate=True
+    )
+    assert len(generated.attentions) == len(generated.hidden_states) == 3
+    lively_mllm.config.output_hidden_states = lively_mllm.config.output_attentions = True
+    output = lively_mllm(**inputs)
+    assert len(output.hidden_states) == len(everything) and len(output.attentions) == len(everything) - 1
+
+
+def test_the_loss_comes_first_and_the_output_counts_its_targets(lively_mllm):
+    batch = make_batch(["read", "write"])
+    output = lively_mllm(**batch)
+    first = lively_mllm(**batch, return_dict=False)[0]
+    assert list(output)[0] == "loss" and torch.equal(first, output.loss)
+    placeholders = batch["input_ids"] == lively_mllm.config.image_token_id
+    targets = batch["labels"].masked_fill(placeholders, -100)[:, 1:] != -100
+    assert output.num_text_targets == targets.sum()
+    assert output.num_image_targets == batch["image_targets"].sum() * batch["image_codes"][0].numel()
+    means, counts = (
+        torch.stack([output[f"{name}_loss"] for name in ("text", "image")]),
+        torch.stack([output[f"num_{name}_targets"] for name in ("text", "image")]),
+    )
+    torch.testing.assert_close(output.loss, (means * counts).sum() / counts.sum())
+    ignored = lively_mllm.config.keys_to_ignore_at_inference
+    assert set(ignored) >= {"cache", "text_loss", "image_loss", "num_text_targets", "num_image_targets"}
+
+
+def test_a_misspelt_argument_is_refused_with_its_nearest_neighbour(lively_mllm, processor, images):
+    inputs = processor(text="<image> what is it?", images=(images[:1] + 1) / 2)
+    for model in (lively_mllm, lively_mllm.base_model):
+        with pytest.raises(TypeError, match="'image_code'.*Did you mean 'image_codes'"):
+            model(**inputs, image_code=None)
+
+
+def test_every_attention_implementation_gives_the_same_losses_and_depth_logits(lively_mllm):
+    batch = make_batch(["read", "write"])
+    outputs = {}
+    for name in ("sdpa", "eager"):
+        lively_mllm.set_attn_implementation(name)
+        assert lively_mllm.depth_head.layers[0].self_attn.config._attn_implementation == name
+        outputs[name] = lively_mllm(**batch)
+    torch.testing.assert_close(outputs["eager"].image_logits, outputs["sdpa"].image_logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs["eager"].loss, outputs["sdpa"].loss)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole_by_the_count_of_labels(lively_mllm):
+    def labelled(names):
+        """With labels at the positions of images, as they are counted."""
+        batch = make_batch(names)
+        is_image = batch["input_ids"] == IMAGE
+        return batch | {"labels": torch.where(is_image, IMAGE, batch["labels"])}
+
+    names = ["read", "write", "mixed", "text"]
+    whole = labelled(names)
+    count = (whole["labels"][:, 1:] != -100).sum()
+    loss = lively_mllm(**whole, num_items_in_batch=count).loss
+    parts = [lively_mllm(**labelled([name]), num_items_in_batch=count).loss for name in names]
+    torch.testing.assert_close(sum(parts), loss)
+    output = lively_mllm(**whole)
+    positions = output.num_image_targets // K
+    assert positions == 2 * L
+    expected = (output.text_loss * output.num_text_targets + output.image_loss * positions) / count
+    torch.testing.assert_close(loss, expected)
+    unlabelled = make_batch(["write"])
+    with pytest.raises(ValueError, match="num_items_in_batch counts labels, of which this batch has 2 for 11 targets"):
+        lively_mllm(**unlabelled, num_items_in_batch=count)
+    unlabelled.pop("labels")
+    with pytest.raises(ValueError, match="Label smoothing"):
+        lively_mllm(**unlabelled, num_items_in_batch=count)
 
 
 def test_tied_embeddings_stay_tied_and_are_saved_once(llama_config, visual_tokenizer, processor, tmp_path):

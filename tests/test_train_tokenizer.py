@@ -641,7 +641,7 @@ def test_towers_from_open_clip_give_open_clips_features(tmp_path):
     nn.init.zeros_(trunk.pos_embed)  # what UniTok lacks
     with torch.no_grad():
         texts = clip.encode_text(input_ids, normalize=True)
-        torch.testing.assert_close(model.get_text_features(input_ids), texts, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.get_text_features(input_ids).pooler_output, texts, rtol=1e-4, atol=1e-5)
         encoder.norm = nn.Identity()  # what open_clip lacks
         ours, exact_gelu = encoder(pixels), trunk.forward_features(pixels)
         assert (ours - exact_gelu).norm() < 0.01 * exact_gelu.norm()

@@ -237,9 +237,9 @@ def test_nearest_words_are_those_of_the_text_tower(shared, processor):
     words = ["a red circle", "blue", "what is the blue shape?"]
     found = shared.compare(red_circle(), words)
     visual = shared.model.visual
-    image_embeds = visual.get_image_features(processor.image_processor(red_circle())["pixel_values"])
+    image_embeds = visual.get_image_features(processor.image_processor(red_circle())["pixel_values"]).pooler_output
     ids = [processor.tokenizer(word + "</s>", return_tensors="pt")["input_ids"][:, :16] for word in words]
-    text_embeds = torch.cat([visual.get_text_features(row) for row in ids])
+    text_embeds = torch.cat([visual.get_text_features(row).pooler_output for row in ids])
     expected = (image_embeds @ text_embeds.T / 0.07).softmax(dim=-1)[0]
     assert list(found) == words and np.allclose(list(found.values()), expected.detach(), atol=1e-5)
     with pytest.raises(ValueError, match="the list has 0 words; it needs 1 to 1000"):

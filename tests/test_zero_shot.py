@@ -123,7 +123,7 @@ def test_class_embeddings_are_the_hand_computed_ones(unitok_folder, visual_token
         total = 0
         for template in templates:
             ids = torch.tensor([[*text_tokenizer(template(name))["input_ids"], 2]])
-            features = visual_tokenizer.get_text_features(ids)[0]
+            features = visual_tokenizer.get_text_features(ids).pooler_output[0]
             total = total + features / features.norm()
         expected.append(total / total.norm())
     embeds = zero_shot.class_embeddings(system, classes, templates, batch_size)
@@ -182,8 +182,10 @@ def test_shipped_model_names_shapes_the_same_in_batches_of_any_size(run):
     tokenizer, image_processor = AutoTokenizer.from_pretrained(SHIPPED), AutoImageProcessor.from_pretrained(SHIPPED)
     texts = tokenizer([prompt + tokenizer.eos_token for prompt in prompts], padding_side="right", padding=True)
     with torch.no_grad():
-        text_features = model.get_text_features(torch.tensor(texts["input_ids"]))
-        similarity = model.get_image_features(image_processor(pictures)["pixel_values"]) @ text_features.T
+        text_features = model.get_text_features(torch.tensor(texts["input_ids"])).pooler_output
+        similarity = (
+            model.get_image_features(image_processor(pictures)["pixel_values"]).pooler_output @ text_features.T
+        )
     assert torch.equal(tensors["nearest"].long(), similarity.topk(5).indices)
     right = (similarity.argmax(dim=1) == labels).sum().item()
     assert right >= 17  # of all 888 images: 92.3%

@@ -392,6 +392,14 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
     """
 
     model_type = "unitok_mllm"
+    keys_to_ignore_at_inference = [
+        "cache",
+        "text_loss",
+        "image_loss",
+        "num_text_targets",
+        "num_image_targets",
+        "image_logits",
+    ]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
         "visual_config": UniTokConfig,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from .configuration_unitok import UniTokMLLMConfig
@@ -25,8 +26,8 @@ class UniTokDepthTransformer(nn.Module):
         super().__init__()
         vision = config.visual_config.vision_config
         self.num_codebooks, self.codebook_size = vision.num_codebooks, vision.codebook_size
-        llama_config = config.depth_config.llama_config(self.num_codebooks)
-        llama_config._attn_implementation = "sdpa"
+        self.llama_config = llama_config = config.depth_config.llama_config(self.num_codebooks)
+        self.set_attn_implementation(config.depth_config._attn_implementation or "sdpa")
         width, llm_width = llama_config.hidden_size, config.llm_sizes.hidden_size
         self.in_proj = nn.Identity() if width == llm_width else nn.Linear(llm_width, width, bias=False)
         self.embeddings = nn.Embedding((self.num_codebooks - 1) * self.codebook_size, width)  # one table per code
@@ -39,6 +40,10 @@ class UniTokDepthTransformer(nn.Module):
             layer.post_attention_layernorm = nn.RMSNorm(width, eps=llama_config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(llama_config)
         self.head = nn.Linear(width, self.codebook_size)
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Chooses the library's attention function for teacher-forced passes; drawing steps call torch's own."""
+        self.llama_config._attn_implementation = attn_implementation
 
     def _positions(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The rotary cosines and sines of inputs 1..K."""
@@ -60,8 +65,13 @@ class UniTokDepthTransformer(nn.Module):
             [self.in_proj(hidden_states)[:, None], self.embeddings(codes[:, :-1] + offsets)], dim=1
         )
         position_embeddings = self._positions(inputs_embeds)
+        attention_mask = create_causal_mask(
+            config=self.llama_config, inputs_embeds=inputs_embeds, attention_mask=None, cache=None, position_ids=None
+        )
         for layer in self.layers:
-            inputs_embeds = layer(inputs_embeds, position_embeddings=position_embeddings)
+            inputs_embeds = layer(
+                inputs_embeds, attention_mask=attention_mask, position_embeddings=position_embeddings
+            )
         return self.head(self.norm(inputs_embeds))
 
     def generate(

@@ -27,6 +27,7 @@ from transformers.generation.logits_process import (
 from .cuda_graph_unitok import UniTokCudaGraph, static_cache
 from .growing_cache_unitok import growing_cache
 from .interleaved_unitok import UniTokAnswerEnd, UniTokAnswerStream, check_options
+from .modeling_unitok import UniTokImageFeatures
 from .packing_unitok import pack_linears
 from .streaming_unitok import UniTokImageStreamer, streamers_told
 
@@ -68,6 +69,19 @@ class UniTokInterleavedOutput:
     image_codes: list[torch.Tensor]
 
 
+class UniTokLogitsProcessorList(LogitsProcessorList):
+    """Logits processors that see the token that opens an image in the place of the image's placeholders, whose id may
+    lie beyond the vocabulary. (That token stands in the prompt anyway, before each image.)"""
+
+    placeholder: int
+    boi_token_id: int
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return super().__call__(
+            input_ids.masked_fill(input_ids == self.placeholder, self.boi_token_id), scores, **kwargs
+        )
+
+
 class UniTokGenerationMixin(GenerationMixin):
     """`generate` in three modes: "text" (the default), "image" and "interleaved"."""
 
@@ -96,33 +110,44 @@ class UniTokGenerationMixin(GenerationMixin):
                 self._check_room(input_ids, 1)
             return super().generate(inputs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
+        """Embeds the images once, before the prompt is gone through: pixels, codes, or those of a model that this one
+        drafts for, whose embeddings are its own."""
+        images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
+        given = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if images and given is not None:
+            raise ValueError("Give images either raw or as mm_encoder_outputs, not both.")
+        if isinstance(given, UniTokImageFeatures) and given.image_codes is not None:
+            images = {"image_codes": given.image_codes}
+        if images:
+            model_kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
+        return model_kwargs
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, cache=None, **kwargs):
+        """As the library's, which never takes a draft model's pass over the prompt for its first, and drops the images."""
+        if kwargs.get("mm_encoder_outputs") and cache is not None and cache.get_seq_length() == 0:
+            is_first_iteration = True
+        return super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, cache=cache, **kwargs
         )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in IMAGE_INPUTS:
-                model_inputs.pop(name, None)
-        return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeats whole samples, each with all its images (the library would repeat each image in place)."""
-        images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
-        if images and expand_size > 1:
-            for name, value in images.items():
-                counts = self.images_per_sample(input_ids, len(value), self._num_positions(name, value))
-                images[name] = torch.cat([group for group in value.split(counts) for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        return input_ids, model_kwargs | images
+        """As the library's, which would drop images that no row has room for."""
+        images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if images is not None:
+            self.images_per_sample(input_ids, *images.pooler_output.shape[:2])
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def _num_positions(self, name: str, value: torch.Tensor) -> int:
-        """L of these pixels (N, 3, H, W) or codes (N, K, L)."""
-        if name == "image_codes":
-            return value.shape[-1]
-        height, width = self.visual.vision_model.grid_size(value)
-        return height * width
+    def _get_logits_processor(self, *args, encoder_input_ids=None, **kwargs) -> UniTokLogitsProcessorList:
+        """The library's, none of which meets a placeholder."""
+        placeholder, boi = self.config.image_token_id, self.config.boi_token_id
+        if encoder_input_ids is not None:
+            encoder_input_ids = encoder_input_ids.masked_fill(encoder_input_ids == placeholder, boi)
+        processors = UniTokLogitsProcessorList(
+            super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
+        )
+        processors.placeholder, processors.boi_token_id = placeholder, boi
+        return processors
 
     @torch.no_grad()
     def generate_image_codes(

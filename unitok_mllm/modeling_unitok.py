@@ -14,6 +14,7 @@ transformers' own CLIP text model.
 timm is imported where a module of its is built: that takes seconds, which importing this package should not.
 """
 
+import difflib
 import math
 import re
 from collections import Counter
@@ -30,15 +31,17 @@ from transformers import initialization as init
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_unitok import UniTokConfig, UniTokVisionConfig
-from .quantization_unitok import UniTokMultiCodebookQuantizer
+from .quantization_unitok import UniTokMultiCodebookQuantizer, scattered
 
 
 # UniTok's GeGLU uses the tanh form of GELU, where timm's ViTamin uses the exact one.
 GEGLU_ACTIVATION = "gelu_tanh"
 LOGIT_SCALE_BOUNDS = (0.0, math.log(100))  # of the parameter, a logarithm
+# Arguments that the library's models hand to each of their parts.
+HANDED_DOWN = {*TransformersKwargs.__annotations__, "use_cache"}
 
 
 @dataclass
@@ -64,6 +67,43 @@ class UniTokOutput(ModelOutput):
     text_embeds: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
     reconstruction_embeds: torch.Tensor | None = None
+
+
+@dataclass
+class UniTokImageFeatures(BaseModelOutputWithPooling):
+    """What an MLLM's `get_image_features` returns.
+
+    Attributes:
+        last_hidden_state: (N, L, quantizer_dim), the code vectors.
+        pooler_output: (N, L, D), their embeddings, which take the places of the images' placeholders.
+        hidden_states: of the vision tower, where asked for.
+        image_codes: (N, K, L), int64, the codes themselves.
+    """
+
+    image_codes: torch.Tensor | None = None
+
+
+def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """
+    Raises:
+        TypeError: one of the names given is not known; it says which is meant, if one is near.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{where} got an unexpected keyword argument {name!r}.{hint}")
+
+
+def selected(hidden_states: tuple[torch.Tensor, ...] | None, wanted: bool | int | list[int] | None):
+    """Those of all hidden states that `output_hidden_states` asks for, None in the place of others; None for none."""
+    if hidden_states is None or wanted is None or wanted is False:
+        return None
+    if wanted is True:
+        return hidden_states
+    count = len(hidden_states)
+    chosen = {index % count for index in ([wanted] if isinstance(wanted, int) else wanted)}
+    return tuple(states if index in chosen else None for index, states in enumerate(hidden_states))
 
 
 class UniTokProjectionAttention(nn.Module):
@@ -329,7 +369,10 @@ class UniTokPreTrainedModel(PreTrainedModel):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
             init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         elif isinstance(module, UniTokMultiCodebookQuantizer):
-            init.normal_(module.codebooks, std=module.codebooks.shape[-1] ** -0.5)  # about unit length
+            if isinstance(module.codebooks, nn.Parameter):
+                init.normal_(module.codebooks, std=module.codebooks.shape[-1] ** -0.5)  # about unit length
+            else:
+                init.copy_(module.codebooks, scattered(module.codebooks.shape, module.codebooks.device))
             init.zeros_(module.usage)
         elif isinstance(module, UniTokProjectionAttention):
             init.zeros_(module.q_bias)
@@ -425,9 +468,13 @@ class UniTokVisionModel(UniTokPreTrainedModel):
 
     def encode_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, L, quantizer_dim), the features before quantization."""
+        return self.quant_proj(self._encoder(pixel_values)(pixel_values.to(self.dtype)))
+
+    def _encoder(self, pixel_values: torch.Tensor) -> VisionTransformer:
+        """The encoder, ready for these pixels."""
         self.grid_size(pixel_values)
         self.encoder.set_grad_checkpointing(self.gradient_checkpointing and self.training)
-        return self.quant_proj(self.encoder(pixel_values.to(self.dtype)))
+        return self.encoder
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> codes (B, K, L), int64, L row-major."""
@@ -442,23 +489,51 @@ class UniTokVisionModel(UniTokPreTrainedModel):
         return F.normalize(self.projection(self.fc_norm(semantic_embeds.mean(dim=1))), dim=-1)
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, track_usage: bool = True, **kwargs) -> BaseModelOutputWithPooling:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
+        track_usage: bool = True,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
         """Embeds images through their codes, with a straight-through gradient.
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1].
+            output_hidden_states: True for all, or the indices of those to return, the others being None; None for what
+                the config says.
+            output_attentions: refused: the encoder's attention keeps no weights.
             track_usage: in training, count their codes in the quantizer's usage.
+            kwargs: what the library hands to all parts of a model and this part has no use for.
 
         Returns:
             `last_hidden_state`: the semantic embeddings (B, L, C); `pooler_output`: the image embedding
-            (B, projection_dim) of unit length; `hidden_states`: a tuple that holds just `last_hidden_state`.
+            (B, projection_dim) of unit length; `hidden_states`, where asked for: the tokens (B, L, C) behind each block
+            of the encoder, then `last_hidden_state`. (So -1 are the semantic embeddings, -2 the encoder's last tokens
+            before its final norm.)
+
+        Raises:
+            ValueError: pixels of another shape, see `grid_size`, or `output_attentions`.
+            TypeError: an argument that the library does not know.
         """
-        quantized = self.quantizer(self.encode_features(pixel_values), track_usage=track_usage)
-        semantic_embeds = self.post_quant_proj(quantized.features)
+        refuse_unknown("UniTokVisionModel.forward", kwargs, HANDED_DOWN | {"pixel_values"})
+        if output_attentions:
+            raise ValueError("output_attentions: the tower's encoder (timm's ViTamin) gives no attention weights.")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        encoder, states = self._encoder(pixel_values), []
+        if output_hidden_states is not False and output_hidden_states != [-1]:
+            tokens, states = encoder.forward_intermediates(pixel_values.to(self.dtype), output_fmt="NLC")
+        else:
+            tokens = encoder(pixel_values.to(self.dtype))
+        semantic_embeds = self.post_quant_proj(
+            self.quantizer(self.quant_proj(tokens), track_usage=track_usage).features
+        )
         return BaseModelOutputWithPooling(
             last_hidden_state=semantic_embeds,
             pooler_output=self.pool(semantic_embeds),
-            hidden_states=(semantic_embeds,),
+            hidden_states=selected((*states, semantic_embeds), output_hidden_states),
         )
 
 
@@ -532,23 +607,38 @@ class UniTokModel(UniTokPreTrainedModel):
         if self.logit_scale is not None:
             self.logit_scale.clamp_(*LOGIT_SCALE_BOUNDS)
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> image embeddings (B, projection_dim), of unit length."""
-        return self.vision_model(pixel_values).pooler_output
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """The vision tower's output for (B, 3, H, W) in [-1, 1]: see `UniTokVisionModel.forward`.
 
-    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, T) token ids, each row with an end-of-text token -> (B, projection_dim), of unit length.
+        `pooler_output` is the image embedding, (B, projection_dim), of unit length.
+        """
+        return self.vision_model(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """The text tower's output for token ids (B, T), each row with an end-of-text token.
+
+        Args:
+            kwargs: `output_hidden_states`, `output_attentions`.
+
+        Returns:
+            `last_hidden_state` (B, T, text width); `pooler_output`: the text embedding (B, projection_dim), of unit
+            length, from the state at the first end-of-text token.
 
         Raises:
             ValueError: the tokenizer has no text tower.
         """
         if self.text_model is None:
             raise ValueError("This tokenizer has no text tower (its config's text_config is None).")
-        hidden_states = self.text_model.text_model(input_ids, attention_mask=attention_mask).last_hidden_state
+        output = self.text_model.text_model(input_ids, attention_mask=attention_mask, **kwargs)
         # The library's own pooling takes the largest id of a text for its end wherever eos_token_id is 2.
         ends = (input_ids == self.config.text_config.eos_token_id).int().argmax(dim=1)
-        pooled = hidden_states[torch.arange(len(ends), device=ends.device), ends]
-        return F.normalize(self.text_model.text_projection(pooled), dim=-1)
+        pooled = output.last_hidden_state[torch.arange(len(ends), device=ends.device), ends]
+        output.pooler_output = F.normalize(self.text_model.text_projection(pooled), dim=-1)
+        return output
 
     @can_return_tuple
     def forward(
@@ -575,9 +665,13 @@ class UniTokModel(UniTokPreTrainedModel):
         quantized = vision.quantizer(vision.encode_features(pixel_values), with_entropy=with_entropy)
         semantic_embeds = vision.post_quant_proj(quantized.features)
         reconstruction = self.decoder(semantic_embeds, grid_size)
-        reconstruction_embeds = None
+        text_embeds = reconstruction_embeds = None
+        if input_ids is not None:
+            text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
         if with_reconstruction_embeds:
-            reconstruction_embeds = vision(reconstruction, track_usage=False).pooler_output
+            reconstruction_embeds = vision(
+                reconstruction, output_hidden_states=False, track_usage=False, return_dict=True
+            ).pooler_output
         return UniTokOutput(
             reconstruction=reconstruction,
             codes=quantized.codes,
@@ -585,10 +679,10 @@ class UniTokModel(UniTokPreTrainedModel):
             entropy_loss=quantized.entropy_loss,
             codebook_usage=vision.quantizer.codebook_usage,
             image_embeds=vision.pool(semantic_embeds),
-            text_embeds=None if input_ids is None else self.get_text_features(input_ids, attention_mask),
+            text_embeds=text_embeds,
             logit_scale=None if logit_scale is None else logit_scale.exp(),
             reconstruction_embeds=reconstruction_embeds,
         )
 
 
-__all__ = ["UniTokModel", "UniTokOutput", "UniTokPreTrainedModel", "UniTokVisionModel"]
+__all__ = ["UniTokImageFeatures", "UniTokModel", "UniTokOutput", "UniTokPreTrainedModel", "UniTokVisionModel"]

@@ -12,21 +12,29 @@ attention keeps a key/value cache while drawing, so that a drawn code group sees
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import get_ident
+from inspect import signature
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_unitok import UniTokDepthConfig, UniTokMLLMConfig
 from .depth_unitok import UniTokDepthTransformer
 from .generation_unitok import UniTokGenerationMixin
-from .modeling_unitok import UniTokAttentionProjection, UniTokModel, UniTokPreTrainedModel
+from .modeling_unitok import (
+    HANDED_DOWN,
+    UniTokAttentionProjection,
+    UniTokImageFeatures,
+    UniTokModel,
+    UniTokPreTrainedModel,
+    refuse_unknown,
+    selected,
+)
 from .quantization_unitok import UniTokMultiCodebookQuantizer
 
 
@@ -35,45 +43,34 @@ class UniTokMLLMOutput(ModelOutput):
     """What `UniTokMLLMForConditionalGeneration.forward` returns.
 
     Attributes:
-        loss: scalar, the mean of the two below weighted by their numbers of targets; only with `labels` or
-            `image_targets`.
+        loss: scalar, the mean over all targets, text tokens and codes; only with `labels` or `image_targets`.
+        logits: (B, T, vocabulary), the LLM's, or fewer positions: see `logits_to_keep` and `logits_at_targets`.
+        cache: the LLM's key/value cache.
+        hidden_states: the LLM's, where asked for.
+        attentions: the LLM's attention weights, where asked for and where its attention implementation gives them.
         text_loss: scalar, mean cross-entropy of the text targets; 0 where there are none.
         image_loss: scalar, mean cross-entropy of all codes of the target images, plus the z-loss; 0 where there are
             none.
-        logits: (B, T or logits_to_keep, vocabulary), the LLM's; see also `logits_at_targets`.
+        num_text_targets, num_image_targets: scalars, int64: tokens and codes that the two means are over. (An
+            `image_loss_share` below 1 changes neither: the mean of a share stands for that of the whole.)
         image_logits: (N, L, K, V), of the N target images; only with `image_targets`.
-        cache: the LLM's key/value cache.
-        hidden_states: the LLM's, where asked for.
     """
 
     loss: torch.Tensor | None = None
-    text_loss: torch.Tensor | None = None
-    image_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    image_logits: torch.Tensor | None = None
     cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    text_loss: torch.Tensor | None = None
+    image_loss: torch.Tensor | None = None
+    num_text_targets: torch.Tensor | None = None
+    num_image_targets: torch.Tensor | None = None
+    image_logits: torch.Tensor | None = None
 
 
-@contextmanager
-def _only_at(output_embeddings: nn.Module, chosen: torch.Tensor | None) -> Iterator[None]:
-    """Inside, the output embeddings see (1, M, D) of their (B, T, D): the M positions chosen, (B, T); all for None.
-
-    Other threads that use the model meanwhile are left alone.
-    """
-    if chosen is None:
-        yield
-        return
-    owner = get_ident()
-
-    def choose(_, args):
-        return (args[0][chosen][None], *args[1:]) if get_ident() == owner else args
-
-    handle = output_embeddings.register_forward_pre_hook(choose)
-    try:
-        yield
-    finally:
-        handle.remove()
+def is_used(cache: Cache | None) -> bool:
+    """Whether a cache holds earlier tokens; one of the library's paged ones, which serve texts alone, may."""
+    return cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() > 0)
 
 
 class UniTokEmbedder(nn.Module):
@@ -86,10 +83,9 @@ class UniTokEmbedder(nn.Module):
     def __init__(self, config: UniTokMLLMConfig):
         super().__init__()
         vision, llm_width = config.visual_config.vision_config, config.llm_sizes.hidden_size
-        self.quantizer = UniTokMultiCodebookQuantizer(vision.num_codebooks, vision.codebook_size, vision.quantizer_dim)
-        del self.quantizer.codebooks
-        shape = vision.num_codebooks, vision.codebook_size, vision.quantizer_dim // vision.num_codebooks
-        self.quantizer.register_buffer("codebooks", torch.randn(shape))
+        self.quantizer = UniTokMultiCodebookQuantizer(
+            vision.num_codebooks, vision.codebook_size, vision.quantizer_dim, trainable=False
+        )
         self.projection = UniTokAttentionProjection(
             vision.quantizer_dim, config.embedder_dim, config.embedder_heads, causal=True
         )
@@ -109,37 +105,18 @@ class UniTokEmbedder(nn.Module):
         return self.fc2(F.gelu(self.fc1(self.norm(self.projection(features, cache)))))
 
 
-class UniTokBackbone:
-    """The model without the LLM's output layer, for trainers that apply that layer themselves (trl does).
-
-    Called with `input_ids`, `attention_mask` and images, see `UniTokMLLMForConditionalGeneration.embed`, it returns what
-    the LLM's decoder does: `last_hidden_state` (B, T, D).
-    """
-
-    _tp_plan = _pp_plan = None
-
-    def __init__(self, model: "UniTokMLLMForConditionalGeneration"):
-        self.model = model
-
-    def __call__(self, input_ids, attention_mask=None, pixel_values=None, image_codes=None, **kwargs):
-        inputs_embeds, _ = self.model.embed(input_ids, pixel_values, image_codes)
-        return self.model.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
-
-
-class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGenerationMixin):
-    """A causal LM, the visual tokenizer, the embedder and the depth transformer: one folder does everything.
+class UniTokMLLMModel(UniTokPreTrainedModel):
+    """The backbone: a causal LM, the visual tokenizer and the embedder. Text and images in, the LLM's states out.
 
     The visual tokenizer is frozen: it takes no gradient and stays in eval mode.
     """
 
+    config: UniTokMLLMConfig
     config_class = UniTokMLLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
-    output_modalities = ("image", "text")
-    accepts_loss_kwargs = False
-    _no_split_modules = [*UniTokPreTrainedModel._no_split_modules, "UniTokDepthTransformer"]
-    _supports_sdpa = True
+    _keys_to_ignore_on_load_unexpected = [r"^depth_head\."]
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -150,16 +127,240 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         language_model: PreTrainedModel | None = None,
         visual: UniTokModel | None = None,
     ):
-        """Builds every part but the two that may be given, see `from_parts`."""
+        """Builds every part but the two that may be given."""
         super().__init__(config)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.language_model = language_model
         self.visual = UniTokModel._from_config(config.visual_config) if visual is None else visual
         self.embedder = UniTokEmbedder(config)
-        self.depth_head = UniTokDepthTransformer(config)
         self.visual.requires_grad_(False)
         self.post_init()
+
+    def train(self, mode: bool = True) -> "UniTokMLLMModel":
+        super().train(mode)
+        self.visual.requires_grad_(False).eval()  # loading makes every parameter trainable, then calls `eval`
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) in [-1, 1] -> codes (N, K, L)."""
+        return self.visual.encode(pixel_values)
+
+    @torch.no_grad()
+    def decode_images(self, codes: torch.Tensor, image_size: tuple[int, int] | None = None) -> torch.Tensor:
+        """Codes (N, K, L) -> (N, 3, H, W) in [-1, 1], also for no images; see `UniTokModel.decode`."""
+        if len(codes) == 0:
+            size = self.config.visual_config.vision_config.image_size
+            return torch.zeros(0, 3, *(image_size or (size, size)), dtype=self.dtype, device=codes.device)
+        return self.visual.decode(codes, image_size)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        **kwargs,
+    ) -> UniTokImageFeatures | tuple[torch.Tensor, ...]:
+        """The embeddings of images as the LLM takes them.
+
+        Args:
+            pixel_values: (N, 3, H, W) in [-1, 1]; or
+            image_codes: (N, K, L), their codes.
+            kwargs: with pixels, `output_hidden_states` of the vision tower; `return_dict=False` for a tuple.
+
+        Raises:
+            ValueError: both kinds of images were given, or neither; or outputs of the tower for codes.
+        """
+        if (pixel_values is None) == (image_codes is None):
+            given = "not both" if image_codes is not None else "got neither"
+            raise ValueError(f"Give either pixel_values or image_codes, {given}.")
+        hidden_states = None
+        if any(value not in (None, False) for value in kwargs.values()):
+            if image_codes is not None:
+                raise ValueError(f"The vision tower, which gives {', '.join(kwargs)}, does not run for image_codes.")
+            hidden_states = self.visual.vision_model(pixel_values, **kwargs).hidden_states
+        if image_codes is None:
+            image_codes = self.encode_images(pixel_values)
+        return UniTokImageFeatures(
+            last_hidden_state=self.embedder.quantizer.decode(image_codes),
+            pooler_output=self.embedder(image_codes),
+            hidden_states=hidden_states,
+            image_codes=image_codes,
+        )
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        is_prompt: bool = True,
+        image_features: BaseModelOutputWithPooling | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The LLM's inputs: token embeddings, and at the image placeholders those of the images' codes.
+
+        Args:
+            input_ids: (B, T).
+            pixel_values: (N, 3, H, W), all the batch's images in the order of their placeholders; or
+            image_codes: (N, K, L), their codes; or
+            image_features: what `get_image_features` returned, or just the rows of these placeholders (a part of a
+                prompt holds a part of an image).
+            is_prompt: False to skip the check that a batch without images has no placeholders.
+
+        Returns:
+            Embeddings (B, T, D), and the codes (N, K, L) or None.
+
+        Raises:
+            ValueError: several kinds of images were given, or the placeholders of each row are not L for each of its
+                images.
+        """
+        is_image = input_ids == self.config.image_token_id
+        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        if pixel_values is not None or image_codes is not None:
+            if image_features is not None:
+                raise ValueError("Give images either raw or as mm_encoder_outputs, not both.")
+            image_features = self.get_image_features(pixel_values, image_codes, return_dict=True)
+        if image_features is None:
+            if is_prompt and is_image.any():
+                raise ValueError(f"The text has {int(is_image.sum())} image placeholders, but no images were given.")
+            if self.training:  # every rank must use every trainable parameter
+                unused = self.embedder(input_ids.new_zeros(1, self.embedder.quantizer.num_codebooks, 1))
+                inputs_embeds = inputs_embeds + 0.0 * unused.sum().to(inputs_embeds.dtype)
+            return inputs_embeds, None
+        image_codes = getattr(image_features, "image_codes", None)
+        if image_codes is not None:  # whole images
+            self.images_per_sample(input_ids, *image_features.pooler_output.shape[:2])
+        rows = torch.cat([rows.flatten(0, -2) for rows in image_features.pooler_output]).to(inputs_embeds)
+        if not torch.compiler.is_compiling() and is_image.sum() != len(rows):
+            raise ValueError(
+                f"The text has {int(is_image.sum())} image placeholders, but the images have {len(rows)} positions."
+            )
+        inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], rows)
+        return inputs_embeds, image_codes
+
+    def images_per_sample(self, input_ids: torch.Tensor, num_images: int, num_positions: int) -> list[int]:
+        """How many of the images belong to each row of `input_ids` (B, T).
+
+        Raises:
+            ValueError: the rows' placeholders are not `num_positions` for each of `num_images` images.
+        """
+        placeholders = (input_ids == self.config.image_token_id).sum(dim=1)
+        if (placeholders % num_positions).any() or placeholders.sum() != num_images * num_positions:
+            raise ValueError(
+                f"The texts have {placeholders.tolist()} image placeholders, "
+                f"but {num_images} images need {num_positions} each."
+            )
+        return (placeholders // num_positions).tolist()
+
+    @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> ModelOutput:
+        """One pass of the LLM without its output layer.
+
+        Args:
+            input_ids, attention_mask, cache, inputs_embeds, pixel_values, image_codes, mm_encoder_outputs: see
+                `UniTokMLLMForConditionalGeneration.forward`.
+            kwargs: other arguments of the LLM.
+
+        Returns:
+            What the LLM's decoder returns: `last_hidden_state` (B, T, D), `cache`, and `hidden_states` and
+            `attentions` where asked for.
+
+        Raises:
+            ValueError: see `embed`.
+            TypeError: an argument that the LLM does not know.
+        """
+        self._check_kwargs(kwargs, cache)
+        inputs_embeds, _ = self._inputs_embeds(
+            input_ids, inputs_embeds, cache, pixel_values, image_codes, mm_encoder_outputs
+        )
+        return self.get_decoder()(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=use_cache,
+            **self._output_options(kwargs),
+        )
+
+    def _inputs_embeds(self, input_ids, inputs_embeds, cache, pixel_values, image_codes, mm_encoder_outputs):
+        """See `embed`, for what `forward` is given."""
+        image_features = (mm_encoder_outputs or {}).get("image")
+        if inputs_embeds is None:
+            is_prompt = not torch.compiler.is_compiling() and not is_used(cache)
+            return self.embed(input_ids, pixel_values, image_codes, is_prompt, image_features)
+        if pixel_values is not None or image_codes is not None or image_features is not None:
+            raise ValueError("Images go with input_ids, not with inputs_embeds.")
+        return inputs_embeds, None
+
+    def _check_kwargs(self, kwargs: dict, cache: Cache | None) -> None:
+        """
+        Raises:
+            TypeError: an argument is neither the LLM's nor one of those that the library hands down. (With its paged
+                caches come more, which are theirs and its attention's.)
+        """
+        if not kwargs or torch.compiler.is_compiling() or not (cache is None or isinstance(cache, Cache)):
+            return
+        known = {
+            *HANDED_DOWN,
+            *(p for f in (self.forward, self.language_model.forward) for p in signature(f).parameters),
+        }
+        refuse_unknown(f"{type(self).__name__}.forward", kwargs, known)
+
+    def _output_options(self, kwargs: dict) -> dict:
+        """The LLM's keyword arguments, with the outputs that this model's config asks for."""
+        names = ("output_attentions", "output_hidden_states")
+        wanted = {name: True for name in names if kwargs.get(name) is None and getattr(self.config, name)}
+        return {**kwargs, **wanted, "return_dict": True}
+
+
+class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin):
+    """The backbone with the LLM's output layer and the depth transformer: one folder answers and draws."""
+
+    output_modalities = ("image", "text")
+    accepts_loss_kwargs = True
+    _keys_to_ignore_on_load_unexpected = None
+    _no_split_modules = [*UniTokPreTrainedModel._no_split_modules, "UniTokDepthTransformer"]
+
+    def __init__(
+        self,
+        config: UniTokMLLMConfig,
+        language_model: PreTrainedModel | None = None,
+        visual: UniTokModel | None = None,
+    ):
+        """Builds every part but the two that may be given, see `from_parts`."""
+        super().__init__(config, language_model, visual)
+        self.depth_head = UniTokDepthTransformer(config)
+        self.post_init()
+
+    @property
+    def base_model(self) -> UniTokMLLMModel:
+        """The backbone alone, on the same parts, for trainers that apply the LLM's output layer themselves."""
+        backbone = UniTokMLLMModel.__new__(UniTokMLLMModel)
+        parts = {name: part for name, part in self._modules.items() if name != "depth_head"}
+        backbone.__dict__.update(self.__dict__, _modules=parts)
+        return backbone
 
     @classmethod
     def from_parts(
@@ -194,16 +395,10 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         model.embedder.quantizer.load_state_dict(visual.vision_model.quantizer.state_dict())
         return model
 
-    def train(self, mode: bool = True) -> "UniTokMLLMForConditionalGeneration":
-        super().train(mode)
-        self.visual.requires_grad_(False).eval()  # loading makes every parameter trainable, then calls `eval`
-        return self
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """As the library's, for the depth transformer too, whose layers have a config of their own."""
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
+        self.depth_head.set_attn_implementation(self.config.depth_config._attn_implementation)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
@@ -211,80 +406,8 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_output_embeddings(value)
 
-    def get_decoder(self) -> nn.Module:
-        return self.language_model.get_decoder()
-
-    @property
-    def base_model(self) -> UniTokBackbone:
-        return UniTokBackbone(self)
-
-    @torch.no_grad()
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) in [-1, 1] -> codes (N, K, L)."""
-        return self.visual.encode(pixel_values)
-
-    @torch.no_grad()
-    def decode_images(self, codes: torch.Tensor, image_size: tuple[int, int] | None = None) -> torch.Tensor:
-        """Codes (N, K, L) -> (N, 3, H, W) in [-1, 1], also for no images; see `UniTokModel.decode`."""
-        if len(codes) == 0:
-            size = self.config.visual_config.vision_config.image_size
-            return torch.zeros(0, 3, *(image_size or (size, size)), dtype=self.dtype, device=codes.device)
-        return self.visual.decode(codes, image_size)
-
-    def embed(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
-        image_codes: torch.Tensor | None = None,
-        is_prompt: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The LLM's inputs: token embeddings, and at the image placeholders those of the images' codes.
-
-        Args:
-            input_ids: (B, T).
-            pixel_values: (N, 3, H, W), all the batch's images in the order of their placeholders; or
-            image_codes: (N, K, L), their codes.
-            is_prompt: False to skip the check that a batch without images has no placeholders.
-
-        Returns:
-            Embeddings (B, T, D), and the codes (N, K, L) or None.
-
-        Raises:
-            ValueError: both kinds of images were given, or the placeholders of each row are not L for each of its
-                images.
-        """
-        if pixel_values is not None:
-            if image_codes is not None:
-                raise ValueError("Give either pixel_values or image_codes, not both.")
-            image_codes = self.encode_images(pixel_values)
-        is_image = input_ids == self.config.image_token_id
-        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        if image_codes is None:
-            if is_prompt and is_image.any():
-                raise ValueError(f"The text has {int(is_image.sum())} image placeholders, but no images were given.")
-            if self.training:  # every rank must use every trainable parameter
-                unused = self.embedder(input_ids.new_zeros(1, self.embedder.quantizer.num_codebooks, 1))
-                inputs_embeds = inputs_embeds + 0.0 * unused.sum().to(inputs_embeds.dtype)
-            return inputs_embeds, None
-        image_embeds = self.embedder(image_codes).to(inputs_embeds)
-        self.images_per_sample(input_ids, *image_embeds.shape[:2])
-        return inputs_embeds.masked_scatter(is_image[..., None], image_embeds), image_codes
-
-    def images_per_sample(self, input_ids: torch.Tensor, num_images: int, num_positions: int) -> list[int]:
-        """How many of the images belong to each row of `input_ids` (B, T).
-
-        Raises:
-            ValueError: the rows' placeholders are not `num_positions` for each of `num_images` images.
-        """
-        placeholders = (input_ids == self.config.image_token_id).sum(dim=1)
-        if (placeholders % num_positions).any() or placeholders.sum() != num_images * num_positions:
-            raise ValueError(
-                f"The texts have {placeholders.tolist()} image placeholders, "
-                f"but {num_images} images need {num_positions} each."
-            )
-        return (placeholders // num_positions).tolist()
-
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -294,12 +417,14 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_codes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_targets: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_loss_share: float = 1.0,
         logits_at_targets: bool = False,
+        num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> UniTokMLLMOutput:
         """One pass over text and images.
@@ -307,63 +432,104 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         Args:
             input_ids: (B, T), `image_token_id` at image positions; or `inputs_embeds`, (B, T, D), without images.
             attention_mask: (B, T), 0 at padding.
+            cache: keys and values of the tokens before these.
             pixel_values or image_codes: all the batch's images, see `embed`.
+            mm_encoder_outputs: {"image": what `get_image_features` returned}, in their place.
             image_targets: (N,), bool: which of the images are to be drawn; None for none of them.
             labels: (B, T), the ids at text targets, -100 elsewhere; image positions are never text targets.
-            logits_to_keep: how many of the last positions' logits to return (0: all), without labels.
+            logits_to_keep: how many of the last positions' logits to return (0: all), or which: indices (M,) or (B, M),
+                or a mask (B, T), bool, for `logits` of (M, vocabulary). Without labels only.
             image_loss_share: the share of the target images' positions, drawn anew each time, that the depth
                 transformer is run on: its mean over them is an unbiased estimate of the whole image loss, for that
                 share of its time and memory. Below 1 there are no `image_logits`.
             logits_at_targets: with labels, compute the LLM's logits only where a text target is predicted: the same
                 loss, without the time and memory of all others. `logits` is then (M, vocabulary), for M targets.
+            num_items_in_batch: by how much to divide, for batches that are parts of a larger one: the number of
+                labels other than -100 in the whole, as the library's Trainer counts them. With target images their
+                positions need labels too (any id, their placeholder's, say): a position counts once, with the mean
+                over its K codes.
+            kwargs: other arguments of the LLM, `output_attentions` and `output_hidden_states` among them.
 
         Raises:
-            ValueError: see `embed`; or `image_targets` that are not N, or begin a sequence; or a share outside (0, 1].
+            ValueError: see `embed`; or `image_targets` that are not N, or begin a sequence; or a share outside (0, 1];
+                or `num_items_in_batch` that does not count the target images.
+            TypeError: an argument that the LLM does not know.
         """
         if not 0 < image_loss_share <= 1:
             raise ValueError(f"image_loss_share must be above 0 and at most 1, got {image_loss_share}.")
-        if inputs_embeds is None:
-            is_prompt = cache is None or cache.get_seq_length() == 0
-            inputs_embeds, image_codes = self.embed(input_ids, pixel_values, image_codes, is_prompt)
-        elif pixel_values is not None or image_codes is not None or image_targets is not None:
+        self._check_kwargs(kwargs, cache)
+        if inputs_embeds is not None and image_targets is not None:
             raise ValueError("Images go with input_ids, not with inputs_embeds.")
-        with_loss = labels is not None or image_targets is not None
-        output_hidden_states = kwargs.pop("output_hidden_states", False)
-        if labels is not None and input_ids is not None:
-            labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
-        is_target = F.pad(labels[:, 1:] != -100, (0, 1)) if labels is not None and logits_at_targets else None
-        with _only_at(self.get_output_embeddings(), is_target):
-            outputs = self.language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cache=cache,
-                use_cache=False if with_loss else use_cache,
-                logits_to_keep=0 if with_loss else logits_to_keep,
-                output_hidden_states=with_loss or output_hidden_states,
-                return_dict=True,
-                **{key: value for key, value in kwargs.items() if key != "return_dict"},
-            )
-        logits = outputs.logits if is_target is None else outputs.logits.squeeze(0)
-        result = UniTokMLLMOutput(
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states if output_hidden_states else None,
+        inputs_embeds, image_codes = self._inputs_embeds(
+            input_ids, inputs_embeds, cache, pixel_values, image_codes, mm_encoder_outputs
         )
+        with_loss = labels is not None or image_targets is not None
+        options = self._output_options(kwargs)
+        text_labels = labels
+        if labels is not None and input_ids is not None:
+            text_labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
+        is_target = F.pad(text_labels[:, 1:] != -100, (0, 1)) if labels is not None and logits_at_targets else None
+        if with_loss:
+            logits_to_keep, use_cache = 0 if is_target is None else is_target, False
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **(options | {"output_hidden_states": True} if with_loss else options),
+        )
+        shared = {
+            "logits": outputs.logits,
+            "cache": outputs.cache,
+            "hidden_states": selected(outputs.hidden_states, options.get("output_hidden_states")),
+            "attentions": outputs.get("attentions"),
+        }
         if not with_loss:
-            return result
-        text_sum, text_count = self._text_loss(logits, labels, is_target)
+            return UniTokMLLMOutput(**shared)
+        text_sum, text_count = self._text_loss(outputs.logits, text_labels, is_target)
         image_logits, targets = self._image_logits(
             outputs.hidden_states[-1], input_ids, attention_mask, image_codes, image_targets, image_loss_share
         )
         image_mean = self._image_loss(image_logits, targets)
         image_count = 0 if targets is None else int(image_targets.sum()) * image_codes[0].numel()
-        result.loss = (text_sum + image_count * image_mean) / (text_count + image_count).clamp_min(1)
-        result.text_loss = text_sum / text_count.clamp_min(1)
-        result.image_loss = image_mean
-        if targets is not None and image_loss_share == 1:
-            result.image_logits = image_logits.unflatten(0, (-1, image_codes.shape[-1]))
-        return result
+        if num_items_in_batch is None:
+            loss = (text_sum + image_count * image_mean) / (text_count + image_count).clamp_min(1)
+        else:
+            positions = image_count // self.depth_head.num_codebooks
+            self._check_count(labels, text_count + positions)
+            loss = (text_sum + positions * image_mean) / num_items_in_batch
+        if targets is None or image_loss_share < 1:
+            image_logits = None
+        else:
+            image_logits = image_logits.unflatten(0, (-1, image_codes.shape[-1]))
+        return UniTokMLLMOutput(
+            loss=loss,
+            **shared,
+            text_loss=text_sum / text_count.clamp_min(1),
+            image_loss=image_mean,
+            num_text_targets=text_count,
+            num_image_targets=text_count.new_tensor(image_count),
+            image_logits=image_logits,
+        )
+
+    @staticmethod
+    def _check_count(labels: torch.Tensor | None, num_targets: torch.Tensor) -> None:
+        """
+        Raises:
+            ValueError: the labels are fewer than the targets, so that a count of labels is not one of targets.
+        """
+        if torch.compiler.is_compiling():
+            return
+        num_labels = 0 if labels is None else int((labels[:, 1:] != -100).sum())
+        if num_labels < num_targets:
+            raise ValueError(
+                f"num_items_in_batch counts labels, of which this batch has {num_labels} for {int(num_targets)} targets: "
+                "give the positions of target images labels too (their placeholder's id), or train with "
+                "training.train_mllm, which counts codes. (Label smoothing, which takes the labels away, goes with text "
+                "alone.)"
+            )
 
     @staticmethod
     def _text_loss(logits, labels, is_target) -> tuple[torch.Tensor, torch.Tensor]:
@@ -416,4 +582,9 @@ class UniTokMLLMForConditionalGeneration(UniTokPreTrainedModel, UniTokGeneration
         return cross_entropy + self.config.image_loss_z_weight * z_loss
 
 
-__all__ = ["UniTokEmbedder", "UniTokMLLMForConditionalGeneration", "UniTokMLLMOutput"]
+__all__ = [
+    "UniTokEmbedder",
+    "UniTokMLLMForConditionalGeneration",
+    "UniTokMLLMModel",
+    "UniTokMLLMOutput",
+]

@@ -5,6 +5,7 @@ The search, the losses and the usage statistics are computed in float32 whatever
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,6 +35,11 @@ def loads_weights(method: Callable) -> Callable:
     return loaded
 
 
+def scattered(shape: tuple[int, ...], device: torch.device | None = None) -> torch.Tensor:
+    """Numbers in [-1, 1], the same each time: what a buffer holds until it is loaded must not depend on chance."""
+    return torch.arange(math.prod(shape), dtype=torch.float32, device=device).cos().view(shape)
+
+
 @dataclass
 class UniTokQuantizerOutput(ModelOutput):
     """What `UniTokMultiCodebookQuantizer.forward` returns.
@@ -60,9 +66,10 @@ class UniTokMultiCodebookQuantizer(nn.Module):
         dim: dims of a whole token; each sub-codebook holds vectors of dim / K.
         beta: weight of the commitment term.
         entropy_temperature: softmax temperature of the entropy loss.
+        trainable: whether the codebooks are a parameter, or a buffer that nothing trains and that a checkpoint fills.
 
     Attributes:
-        codebooks: parameter, (K, V, dim / K), not normalised.
+        codebooks: (K, V, dim / K), not normalised.
         usage: buffer, (K, V), float32: a running (exponential) average over training steps, and over all processes,
             of the share of tokens that chose each code, begun at 0. Divided by its sum over V it is bias-corrected,
             as Adam's averages are. It moves only in training mode, and not where the codebooks are frozen.
@@ -80,13 +87,18 @@ class UniTokMultiCodebookQuantizer(nn.Module):
         dim: int,
         beta: float = 0.25,
         entropy_temperature: float = 0.01,
+        trainable: bool = True,
     ):
         super().__init__()
         if dim % num_codebooks:
             raise ValueError(f"dim ({dim}) is not a multiple of num_codebooks ({num_codebooks}).")
         self.num_codebooks, self.codebook_size, self.dim = num_codebooks, codebook_size, dim
         self.beta, self.entropy_temperature = beta, entropy_temperature
-        self.codebooks = nn.Parameter(torch.randn(num_codebooks, codebook_size, dim // num_codebooks))
+        shape = num_codebooks, codebook_size, dim // num_codebooks
+        if trainable:
+            self.codebooks = nn.Parameter(torch.randn(shape))
+        else:
+            self.register_buffer("codebooks", scattered(shape))
         self.register_buffer("usage", torch.zeros(num_codebooks, codebook_size))
 
     def extra_repr(self) -> str:

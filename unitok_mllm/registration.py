@@ -12,7 +12,7 @@ from transformers import (
 from .configuration_unitok import UniTokConfig, UniTokDepthConfig, UniTokMLLMConfig, UniTokVisionConfig
 from .image_processing_unitok import UniTokImageProcessor, UniTokImageProcessorPil
 from .modeling_unitok import UniTokModel, UniTokVisionModel
-from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
+from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMModel
 from .processing_unitok import UniTokMLLMProcessor
 from .quantization_unitok import UniTokMultiCodebookQuantizer
 from .streaming_unitok import UniTokImageStreamer
@@ -21,7 +21,7 @@ from .streaming_unitok import UniTokImageStreamer
 for _config, _model in (
     (UniTokConfig, UniTokModel),
     (UniTokVisionConfig, UniTokVisionModel),
-    (UniTokMLLMConfig, UniTokMLLMForConditionalGeneration),
+    (UniTokMLLMConfig, UniTokMLLMModel),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
@@ -35,6 +35,7 @@ for _class, _auto_class in (
     (UniTokMLLMConfig, "AutoConfig"),
     (UniTokModel, "AutoModel"),
     (UniTokVisionModel, "AutoModel"),
+    (UniTokMLLMModel, "AutoModel"),
     (UniTokMLLMForConditionalGeneration, "AutoModelForImageTextToText"),
     (UniTokImageProcessor, "AutoImageProcessor"),
     (UniTokImageProcessorPil, "AutoImageProcessor"),
@@ -53,6 +54,7 @@ __all__ = [
     "UniTokImageStreamer",
     "UniTokMLLMConfig",
     "UniTokMLLMForConditionalGeneration",
+    "UniTokMLLMModel",
     "UniTokMLLMProcessor",
     "UniTokModel",
     "UniTokMultiCodebookQuantizer",

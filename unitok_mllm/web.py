@@ -296,8 +296,8 @@ class SharedModel:
         texts = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(visual.device)
         pixels = self.processor.image_processor(images=[picture], mode="understand")["pixel_values"]
         with self._lock:
-            text_embeds = visual.get_text_features(**texts)
-            image_embeds = visual.get_image_features(pixels.to(visual.device))
+            text_embeds = visual.get_text_features(**texts).pooler_output
+            image_embeds = visual.get_image_features(pixels.to(visual.device)).pooler_output
         logit_scale = visual.logit_scale.float().clamp(0, math.log(100)).exp()
         logits = logit_scale * image_embeds.float() @ text_embeds.float().T
         return dict(zip(words, logits.softmax(dim=-1)[0].tolist()))
