@@ -70,16 +70,18 @@ class UniTokInterleavedOutput:
 
 
 class UniTokLogitsProcessorList(LogitsProcessorList):
-    """Logits processors that see the token that opens an image in the place of the image's placeholders, whose id may
-    lie beyond the vocabulary. (That token stands in the prompt anyway, before each image.)"""
+    """Logits processors of which the library's own see the token that opens an image in the place of its placeholders,
+    whose id may lie beyond the vocabulary. (That token stands in the prompt anyway, before each image.)"""
 
     placeholder: int
     boi_token_id: int
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return super().__call__(
-            input_ids.masked_fill(input_ids == self.placeholder, self.boi_token_id), scores, **kwargs
-        )
+        words = input_ids.masked_fill(input_ids == self.placeholder, self.boi_token_id)
+        for processor in self:
+            ids = words if type(processor).__module__.startswith("transformers.") else input_ids
+            scores = LogitsProcessorList([processor])(ids, scores, **kwargs)
+        return scores
 
 
 class UniTokGenerationMixin(GenerationMixin):
