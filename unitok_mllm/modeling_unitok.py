@@ -470,7 +470,7 @@ class UniTokVisionModel(UniTokPreTrainedModel):
         """(B, 3, H, W) in [-1, 1] -> (B, L, quantizer_dim), the features before quantization."""
         return self.quant_proj(self._encoder(pixel_values)(pixel_values.to(self.dtype)))
 
-    def _encoder(self, pixel_values: torch.Tensor) -> VisionTransformer:
+    def _encoder(self, pixel_values: torch.Tensor) -> nn.Module:
         """The encoder, ready for these pixels."""
         self.grid_size(pixel_values)
         self.encoder.set_grad_checkpointing(self.gradient_checkpointing and self.training)
