@@ -579,3 +579,10 @@ def test_a_step_with_a_static_cache_compiles_as_one_graph(lively_mllm, processor
             position_ids = torch.tensor([[position + offset]])
             logits = step(input_ids=tokens[-1][None], position_ids=position_ids, cache=cache).logits[:, -1]
     assert torch.equal(torch.stack(tokens, dim=1), expected[:, position:])
+
+
+def test_an_answer_ends_at_a_stop_string(ask, processor):
+    (answer,) = ask(which=[1], min_new_tokens=0)
+    stop = processor.tokenizer.decode(answer[2:3])
+    (stopped,) = ask(which=[1], min_new_tokens=0, stop_strings=[stop], tokenizer=processor.tokenizer)
+    assert len(stopped) <= 3 and stopped == answer[: len(stopped)] and stop in processor.tokenizer.decode(stopped)

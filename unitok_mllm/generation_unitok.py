@@ -126,7 +126,10 @@ class UniTokGenerationMixin(GenerationMixin):
         return model_kwargs
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, cache=None, **kwargs):
-        """As the library's, which never takes a draft model's pass over the prompt for its first, and drops the images."""
+        """As the library's, which never takes a draft model's pass over the prompt for its first, and drops the images;
+        and without the tokenizers for `stop_strings` and for drafts, which it would hand to the model."""
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
         if kwargs.get("mm_encoder_outputs") and cache is not None and cache.get_seq_length() == 0:
             is_first_iteration = True
         return super().prepare_inputs_for_generation(
