@@ -217,26 +217,29 @@ def test_the_average_warms_up_and_forgets_the_first_weights(tmp_path, caplog):
     assert [arguments.ema_decay_after(steps) for steps in (0, 90, 10**6)] == [0.1, 0.91, 0.9999]
 
 
-def test_the_evaluation_is_of_the_set_and_not_of_its_batches(tmp_path):
+def test_the_evaluation_is_of_the_set_and_not_of_its_batches(tmp_path, text_tokenizer):
     evaluated = Noise(7)
-    pixels, results = evaluated.pixel_values, []
+    pixels = torch.stack([evaluated[i]["pixel_values"] for i in range(7)])
+    with torch.no_grad():
+        output = small_model().eval()(pixels)
+    reconstruction = output.reconstruction.clamp(-1, 1)
+    used = [len(codes.unique()) / 16 for codes in output.codes.unbind(dim=1)]
+    expected = {"eval_psnr": psnr(reconstruction, pixels).mean().item()}
+    expected |= {"eval_l1": (reconstruction - pixels).abs().mean().item()}
+    expected |= {"eval_codebook_usage": 100 * sum(used) / len(used)}
     for batch_size, workers in ((1, 0), (3, 1), (7, 0)):
         AcceleratorState._reset_state(reset_partial_state=True)
         arguments = {"per_device_train_batch_size": batch_size, "dataloader_num_workers": workers}
         trainer = trainer_of(tmp_path / str(batch_size), {}, eval_dataset=evaluated, **arguments)
-        results.append(trainer.evaluate())
-        pixels = torch.stack([evaluated[i]["pixel_values"] for i in range(7)])
-        with torch.no_grad():
-            output = small_model().eval()(pixels)
-        reconstruction = output.reconstruction.clamp(-1, 1)
-        used = [len(codes.unique()) / 16 for codes in output.codes.unbind(dim=1)]
-        expected = {"eval_psnr": psnr(reconstruction, pixels).double().mean().item()}
-        expected |= {"eval_l1": (reconstruction - pixels).abs().mean().item()}
-        expected |= {"eval_codebook_usage": 100 * sum(used) / len(used)}
-        assert results[-1] == pytest.approx(expected, rel=1e-5)
+        assert trainer.evaluate() == pytest.approx(expected, rel=1e-5)
     assert 0 < expected["eval_codebook_usage"] < 100
     trainer.eval_dataset, trainer.eval_pixels = None, pixels
     assert trainer.evaluate() == pytest.approx(expected, rel=1e-5)
+    stream = image_stream(tmp_path / "data", text_tokenizer, (6, 3, 5))
+    trainer.eval_dataset = list(stream)
+    listed = trainer.evaluate()
+    trainer.eval_dataset, trainer.arguments.dataloader_num_workers = stream, 2
+    assert trainer.evaluate() == pytest.approx(listed, rel=1e-5)
     trainer.eval_dataset = Subset(evaluated, [])
     with pytest.raises(ValueError, match="The evaluation set has no images"):
         trainer.evaluate()
@@ -588,6 +591,8 @@ def test_a_resumed_run_logs_means_over_the_steps_before_the_break_too(tmp_path):
     whole.train()
     shutil.rmtree(tmp_path / "checkpoint-4")
     AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="was trained with .*'weight_decay': 0.02.*, now .*'weight_decay': 0.5"):
+        trainer_of(tmp_path, {}, resume=True, weight_decay=0.5, **arguments)
     resumed = trainer_of(tmp_path, {}, resume=True, **arguments)
     assert resumed.step == 2
     resumed.train()

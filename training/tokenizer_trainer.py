@@ -229,7 +229,8 @@ class TokenizerTrainer:
         ValueError: a network is missing that a term needs, or there is one that none needs; a term would begin after the
             last step; `samples_per_epoch` and the kind of dataset do not go together; a tracker is not installed; the
             data does not fill one step; `output_dir` has checkpoints and `resume` is off; or the checkpoint is of
-            another global batch size, or, of a stream, of another number of processes or workers.
+            another global batch size or other options of the optimizers, or, of a stream, of another number of processes
+            or workers.
     """
 
     def __init__(
@@ -595,7 +596,10 @@ class TokenizerTrainer:
             module.load_state_dict(load_file(folder / f"{name}.safetensors"))
         networks = self._networks()
         for network, optimizer, schedule in zip(networks, state["optimizers"], state["schedules"], strict=True):
+            given = optimizer_options(network.optimizer)
             network.optimizer.load_state_dict(optimizer)
+            if (then := optimizer_options(network.optimizer)) != given:
+                raise ValueError(f"{folder} was trained with {then}, now there are {given}: resume with the same.")
             network.schedule.load_state_dict(schedule)
         self.step = state["step"]
         if len(state["random_states"]) == self.accelerator.num_processes:
@@ -657,6 +661,12 @@ def adamw(
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps)
+
+
+def optimizer_options(optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Those of each group that come from the arguments (and from a checkpoint, when one is loaded)."""
+    names = ("initial_lr", "betas", "eps", "weight_decay")
+    return [{name: group[name] for name in names} for group in optimizer.param_groups]
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
