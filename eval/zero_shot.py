@@ -31,7 +31,6 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-import open_clip
 import safetensors.torch
 import torch
 from accelerate import PartialState
@@ -69,7 +68,7 @@ ERRORS_SHOWN = 5
 MISTAKES_SHOWN = 24
 CLIP_VOCABULARY = 49408  # of the byte pairs that CLIP and UniTok's released tokenizers know
 SYNSET = re.compile(r"n\d{8}")
-TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}  # open_clip's
 DATASETS = ("easy-vqa", "emoji")
 
 
@@ -162,6 +161,8 @@ def class_folders(folder: str, templates: str) -> Benchmark:
         ValueError: no folder or no images, an image outside of the classes' folders, a class without images, fewer
             than two classes, two folders of one name, or synsets that are not ImageNet's 1000.
     """
+    import open_clip  # takes seconds, which `--help` should not
+
     if not Path(folder).is_dir():
         raise ValueError(f"there is no image folder {folder}")
     images = FolderImages(folder)
@@ -186,7 +187,9 @@ def class_folders(folder: str, templates: str) -> Benchmark:
         if len(classes) < 2:
             raise ValueError(f"{folder} has one class, {classes[0]!r}: there is nothing to choose")
     paths = [f"{folder}/{name}" for name in images.names]
-    return Benchmark(title, classes, TEMPLATES[templates], paths, images.labels, [part] * len(paths))
+    return Benchmark(
+        title, classes, getattr(open_clip, TEMPLATES[templates]), paths, images.labels, [part] * len(paths)
+    )
 
 
 def colored_shapes() -> Benchmark:
@@ -286,6 +289,8 @@ def text_encoder(
         encode = ImageTextTransform(image_processor, tokenizer, text_config.max_position_embeddings).encode
         return lambda texts: torch.stack([encode(text) for text in texts])
     if text_config.vocab_size == CLIP_VOCABULARY and not settings.text_tokenizer:
+        import open_clip
+
         return open_clip.SimpleTokenizer(context_length=text_config.max_position_embeddings)
     found = "none" if tokenizer is None else f"{source}, which ends them with {tokenizer.eos_token_id}"
     raise ValueError(f"--text_tokenizer has to end texts with token {end}, as the text tower does; got {found}")
@@ -332,6 +337,8 @@ class OpenCLIPSystem:
     """
 
     def __init__(self, settings: Settings, device: torch.device):
+        import open_clip
+
         name, pretrained = settings.model, settings.pretrained
         if ":" not in name:
             if name not in open_clip.list_models():

@@ -83,7 +83,7 @@ def check_tokenizer(folder, name):
 
 
 def test_converted_base_tokenizer_agrees_with_the_original(base_checkpoint, tmp_path):
-    report = convert_tokenizer(base_checkpoint, tmp_path)
+    report = convert_tokenizer(str(base_checkpoint), str(tmp_path))
     zeros = ("encoder.pos_embed", "quant_proj.attn.zero_k_bias", "post_quant_proj.attn.zero_k_bias")
     assert report.left_out == dict.fromkeys(zeros, "zero by construction")
     assert report.used + len(report.left_out) == NUM_BASE_TENSORS
@@ -115,7 +115,7 @@ def mllm_folder(base_checkpoint, llama_tokenizer, tmp_path_factory):
     state = reference_state("mllm_tiny")
     state["model.vision_tokenizer.encoder.norm.weight"] = torch.ones(3)
     write_mllm_folder(source, state, llama_tokenizer)
-    report = convert_mllm(source, base_checkpoint, target)
+    report = convert_mllm(str(source), str(base_checkpoint), str(target))
     assert report.used + len(report.left_out) == len(state) + NUM_BASE_TENSORS
     assert "a copy" in report.left_out["model.vision_tokenizer.encoder.norm.weight"]
     return target

@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 import torch
 from PIL import Image
@@ -586,3 +588,12 @@ def test_an_answer_ends_at_a_stop_string(ask, processor):
     stop = processor.tokenizer.decode(answer[2:3])
     (stopped,) = ask(which=[1], min_new_tokens=0, stop_strings=[stop], tokenizer=processor.tokenizer)
     assert len(stopped) <= 3 and stopped == answer[: len(stopped)] and stop in processor.tokenizer.decode(stopped)
+
+
+def test_none_means_the_default(lively_mllm, processor):
+    inputs = processor(text="a red circle", generation_mode="image")
+    signature = inspect.signature(lively_mllm.generate_image_codes).parameters
+    options = dict.fromkeys(name for name in signature if name not in (*inputs, "seed"))
+    assert {"temperature", "top_k", "top_p", "guidance_scale", "do_sample", "num_return_sequences"} <= options.keys()
+    expected = lively_mllm.generate(**inputs, generation_mode="image", seed=1)
+    assert torch.equal(lively_mllm.generate(**inputs, generation_mode="image", seed=1, **options), expected)

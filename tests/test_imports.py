@@ -109,3 +109,20 @@ def test_an_unknown_name_imports_nothing():
     done = run("import unitok_mllm; unitok_mllm.UniTokModle")
     assert "module 'unitok_mllm' has no attribute 'UniTokModle'" in done.stderr
     assert imported(done) == set()
+
+
+SCRIPTS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("training", "eval")
+    for path in (ROOT / folder).glob("*.py")
+    if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+)
+RUN_SCRIPT = "import runpy; runpy.run_module(sys.argv[1], run_name='__main__', alter_sys=True)"
+
+
+@pytest.mark.slow  # most scripts import torch for their help
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_help_of_a_script_needs_nothing_of_its_work(script):
+    done = run(f"{RUN_SCRIPT.replace('sys.argv[1]', repr(script))}", "--help")
+    assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stderr
+    assert imported(done) <= {"PIL", "numpy", "torch", "transformers"}

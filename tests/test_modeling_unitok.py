@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from unitok_mllm import UniTokConfig, UniTokModel, UniTokVisionConfig, UniTokVisionModel
-from unitok_mllm.modeling_unitok import UniTokAttentionProjection, UniTokUpsampleConv, vitamin_encoder
+from unitok_mllm.modeling_unitok import MAX_PIXELS, UniTokAttentionProjection, UniTokUpsampleConv, vitamin_encoder
 
 
 TEXTS = torch.tensor([[1, 7, 9, 2, 0, 0], [1, 250, 8, 30, 40, 2]])  # <s> words </s> padding
@@ -49,6 +49,27 @@ def assert_same_state(model, other):
 
 
 # --- images to codes and back ---
+
+
+def test_many_images_are_encoded_and_decoded_a_bounded_number_at_a_time(model, images):
+    batches, sizes = [], []
+    model.vision_model.encoder.register_forward_hook(lambda module, args, output: batches.append(len(args[0])))
+    model.decoder.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    with torch.no_grad():
+        codes = model.encode(images)
+        pixels = model.decode(codes)
+        assert torch.equal(model.encode(images, max_pixels=3 * 48 * 48), codes)
+        torch.testing.assert_close(model.decode(codes, max_pixels=3 * 48 * 48), pixels)
+        assert torch.equal(model.vision_model.encode(images, max_pixels=1), codes)
+        assert batches == [4, 3, 1, 1, 1, 1, 1] and sizes == [4, 3, 1]
+        wide = torch.cat([images, images.flip(-1)], dim=-1)
+        torch.testing.assert_close(
+            model.decode(model.encode(wide, max_pixels=1), (48, 96), max_pixels=1),
+            model.decode(model.encode(wide), (48, 96)),
+        )
+        many = images[:1].expand(MAX_PIXELS // 48**2 + 1, -1, -1, -1)  # one more than are taken at a time
+        batches.clear()
+        assert (model.encode(many) == codes[:1]).all() and batches == [MAX_PIXELS // 48**2, 1]
 
 
 @pytest.mark.parametrize("size", [(48, 48), (64, 64), (48, 80)])

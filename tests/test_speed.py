@@ -253,7 +253,7 @@ def test_a_bad_command_line_ends_in_one_line_that_names_the_choices(arguments, e
 
 def test_importing_the_package_imports_no_heavy_library():
     package, *others = speed.import_jobs(Settings(device="cpu"))
-    heavy = "none of deepspeed, diffusers, lmms_eval, gradio, peft, datasets, open_clip"
+    heavy = "none of deepspeed, diffusers, lmms_eval, gradio, peft, datasets, open_clip, timm, wandb"
     assert package.describe(package.fast.run()) == f"imports {heavy}"
     assert [job.detail for job in others] == ["transformers alone", "torchvision alone"]
     assert speed.import_in_fresh_process("import datasets") == ["datasets"]

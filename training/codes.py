@@ -29,16 +29,18 @@ MOST = 2**24  # of any number in the metadata
 READ_ROWS = 1024  # at a time; left to itself, the library stumbles over a shard whose images were all broken
 
 
-def shard_path(folder: Path, number: int, metadata: dict) -> Path:
+def shard_path(folder: str | os.PathLike, number: int, metadata: dict) -> Path:
     """Where a shard lies; `metadata` tells its format."""
+    folder = Path(folder)
     return folder / f"{number:06d}{SUFFIXES[metadata['format']]}"
 
 
-def read_metadata(path: Path) -> dict:
+def read_metadata(path: str | os.PathLike) -> dict:
     """
     Raises:
         ValueError: the file is no JSON, or a number or the format is missing or out of its range.
     """
+    path = Path(path)
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -54,11 +56,12 @@ def read_metadata(path: Path) -> dict:
     return metadata
 
 
-def check_parquet(shard: Path) -> None:
+def check_parquet(shard: str | os.PathLike) -> None:
     """
     Raises:
         ValueError: the shard is broken, or has not the columns of one.
     """
+    shard = Path(shard)
     try:
         schema = pq.read_schema(shard)
     except (OSError, pa.ArrowException) as error:
@@ -68,7 +71,7 @@ def check_parquet(shard: Path) -> None:
         raise ValueError(f"{shard} has the columns {columns}, expected key string, codes binary.")
 
 
-def write_metadata(folder: Path, metadata: dict) -> None:
+def write_metadata(folder: str | os.PathLike, metadata: dict) -> None:
     """Writes `metadata.json`, or finds the same one there.
 
     Args:
@@ -78,6 +81,7 @@ def write_metadata(folder: Path, metadata: dict) -> None:
     Raises:
         ValueError: the folder's is another; the message names what differs.
     """
+    folder = Path(folder)
     path = folder / "metadata.json"
     if path.is_file():
         old = read_metadata(path)
@@ -92,13 +96,14 @@ def write_metadata(folder: Path, metadata: dict) -> None:
     unfinished.replace(path)
 
 
-def write_shard(path: Path, codes: Mapping[str, torch.Tensor]) -> None:
+def write_shard(path: str | os.PathLike, codes: Mapping[str, torch.Tensor]) -> None:
     """Writes a shard, whole or not at all.
 
     Args:
         path: ends in .parquet or .tar.
         codes: (variants, K, L), integers in [0, 65536), by key.
     """
+    path = Path(path)
     arrays = {key: value.numpy().astype(CODE_TYPE) for key, value in codes.items()}
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:

@@ -8,6 +8,7 @@ https://github.com/iamcal/emoji-data
 
 import io
 import json
+import os
 import random
 import subprocess
 import tarfile
@@ -52,12 +53,13 @@ class Emoji:
         return f"images/{self.style}/{self.file}"
 
 
-def package(style: str, folder: Path) -> Path:
+def package(style: str, folder: str | os.PathLike) -> Path:
     """The package's archive in the folder, fetched there with `npm pack` where it is missing.
 
     Raises:
         FileNotFoundError: it is missing and there is no npm.
     """
+    folder = Path(folder)
     path = folder / f"emoji-datasource-{style}-{VERSION}.tgz"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ def package(style: str, folder: Path) -> Path:
     return path
 
 
-def load(packages: Path, categories: list[str] | None = None) -> list[Emoji]:
+def load(packages: str | os.PathLike, categories: list[str] | None = None) -> list[Emoji]:
     """Every base emoji with a name of its own, style by style, in the order of the package's table.
 
     Args:
@@ -78,6 +80,7 @@ def load(packages: Path, categories: list[str] | None = None) -> list[Emoji]:
     Raises:
         ValueError: no emoji has one of the categories.
     """
+    packages = Path(packages)
     with tarfile.open(package(STYLES[0], packages)) as archive:
         rows = json.load(archive.extractfile("package/emoji.json"))
     named = {row["name"].lower(): row for row in rows if all(row[f"has_img_{style}"] for style in STYLES)}
@@ -94,13 +97,15 @@ def load(packages: Path, categories: list[str] | None = None) -> list[Emoji]:
     ]
 
 
-def read_table(folder: Path) -> list[Emoji]:
+def read_table(folder: str | os.PathLike) -> list[Emoji]:
     """The emoji that `training.prepare_data` has put into a folder."""
+    folder = Path(folder)
     return [Emoji(**row) for row in json.loads((folder / TABLE).read_text(encoding="utf-8"))]
 
 
-def write_images(emoji: list[Emoji], packages: Path, folder: Path) -> None:
+def write_images(emoji: list[Emoji], packages: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Writes every emoji as PNG on white, to `folder / emoji.image`."""
+    packages, folder = Path(packages), Path(folder)
     for style in STYLES:
         wanted = {f"package/img/{style}/64/{e.file}": folder / e.image for e in emoji if e.style == style}
         with tarfile.open(package(style, packages)) as archive:

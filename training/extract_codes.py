@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -69,8 +70,9 @@ def image_keys(data: str, image_folder: str = "") -> tuple[list[str], ImageStore
     return keys, store
 
 
-def file_digest(paths: list[Path]) -> str:
+def file_digest(paths: Iterable[str | os.PathLike]) -> str:
     """SHA-256 over the contents of files."""
+    paths = [Path(path) for path in paths]
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

@@ -3,6 +3,7 @@
 import glob
 import json
 import logging
+import os
 import tarfile
 from collections import deque
 from dataclasses import dataclass, field
@@ -35,12 +36,13 @@ class UnusableSample(ValueError):
     """A sample that cannot be trained on; another one takes its place."""
 
 
-def read_rows(path: Path) -> list[dict] | datasets.Dataset:
+def read_rows(path: str | os.PathLike) -> list[dict] | datasets.Dataset:
     """The rows of a .json list, or of a .jsonl or .parquet file (memory-mapped).
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, it has another ending, or it is broken; it is named.
     """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
     readers = {".jsonl": datasets.Dataset.from_json, ".parquet": datasets.Dataset.from_parquet}
@@ -113,8 +115,9 @@ class ImageStore:
             return decode_image(file.read(size), name)
 
 
-def load_sample_image(path: Path) -> Image.Image:
+def load_sample_image(path: str | os.PathLike) -> Image.Image:
     """`load_image`, but what is broken or missing is an `UnusableSample`."""
+    path = Path(path)
     try:
         return load_image(path)
     except ValueError as error:

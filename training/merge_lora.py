@@ -3,6 +3,7 @@
 python -m training.merge_lora runs/vqa/adapter runs/vqa/merged
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 app = typer.Typer(help=__doc__, add_completion=False)
 
 
-def load_with_adapter(adapter: Path, base: str = "") -> PeftModel:
+def load_with_adapter(adapter: str | os.PathLike, base: str = "") -> PeftModel:
     """The base model under its adapter, in float32; `base` as the adapter names it, unless given."""
+    adapter = Path(adapter)
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     return PeftModel.from_pretrained(UniTokMLLMForConditionalGeneration.from_pretrained(base), adapter).eval()
 

@@ -17,7 +17,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,11 +168,12 @@ def table(rows: list[tuple], header: tuple = ("", "")) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 
-def load_config(folder: Path) -> PreTrainedConfig:
+def load_config(folder: str | os.PathLike) -> PreTrainedConfig:
     """
     Raises:
         ValueError: the folder is no model, or one of another kind.
     """
+    folder = Path(folder)
     check_model_folder(str(folder))
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in KINDS:
@@ -180,8 +181,9 @@ def load_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def sizes(folder: Path, config: PreTrainedConfig) -> str:
+def sizes(folder: str | os.PathLike, config: PreTrainedConfig) -> str:
     """The table of what the model is made of; parameters are counted in its files (buffers and tied weights once)."""
+    folder = Path(folder)
     tokenizer = config if config.model_type == "unitok" else config.visual_config
     vision, text = tokenizer.vision_config, tokenizer.text_config
     width = f"width {vision.hidden_size}, {vision.num_attention_heads} heads"
@@ -233,18 +235,20 @@ def training_section(run: TrainingRun) -> str:
     return "\n".join(lines)
 
 
-def model_name(folder: Path) -> str:
+def model_name(folder: str | os.PathLike) -> str:
     """What a folder's model goes by: a run's name, for its `release`."""
+    folder = Path(folder)
     folder = folder.absolute()
     return folder.parent.name if folder.name == "release" else folder.name
 
 
-def make_card(folder: Path, name: str, run: TrainingRun | None = None) -> ModelCard:
+def make_card(folder: str | os.PathLike, name: str, run: TrainingRun | None = None) -> ModelCard:
     """The card of a folder that nothing has been measured of.
 
     Raises:
         ValueError: see `load_config` and `check_metadata`.
     """
+    folder = Path(folder)
     run = run or TrainingRun()
     check_metadata(run.metadata)
     config = load_config(folder)
@@ -269,12 +273,13 @@ def make_card(folder: Path, name: str, run: TrainingRun | None = None) -> ModelC
     return ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(body).rstrip() + "\n")
 
 
-def read_card(folder: Path) -> ModelCard | None:
+def read_card(folder: str | os.PathLike) -> ModelCard | None:
     """The generated card of a folder, if there is one.
 
     Raises:
         HandWrittenCard: it is not generated.
     """
+    folder = Path(folder)
     path = folder / REPOCARD_NAME
     if not path.is_file():
         return None
@@ -283,8 +288,9 @@ def read_card(folder: Path) -> ModelCard | None:
     return ModelCard.load(path)
 
 
-def write_release_card(folder: Path, place: Path, run: TrainingRun | None = None) -> None:
+def write_release_card(folder: str | os.PathLike, place: str | os.PathLike, run: TrainingRun | None = None) -> None:
     """Writes the card of a folder that will be put in the place of another, whose hand-written card goes along."""
+    folder, place = Path(folder), Path(place)
     try:
         read_card(place)
     except HandWrittenCard as error:
@@ -382,7 +388,7 @@ READERS = {  # by the beginning of `benchmark`; that of text_to_image is its pro
 }
 
 
-def read_results(path: Path, digest: str) -> tuple[list[EvalResult], str]:
+def read_results(path: str | os.PathLike, digest: str) -> tuple[list[EvalResult], str]:
     """What a result file says of a model, and the versions of the libraries that said it.
 
     Args:
@@ -391,6 +397,7 @@ def read_results(path: Path, digest: str) -> tuple[list[EvalResult], str]:
     Raises:
         ValueError: it is not a result, one of another kind, of other weights, or not finished.
     """
+    path = Path(path)
     try:
         result = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -432,7 +439,9 @@ def evaluation_section(measured: dict[str, tuple[list[EvalResult], str]]) -> str
     return "\n".join(lines)
 
 
-def update_card(folder: Path, results: list[Path], metadata: dict[str, Any] | None = None) -> None:
+def update_card(
+    folder: str | os.PathLike, results: Iterable[str | os.PathLike], metadata: dict[str, Any] | None = None
+) -> None:
     """Writes results into a folder's card, in place of those it had; without results, only the metadata.
 
     A result that cannot be used is named in the log and left out.
@@ -440,6 +449,7 @@ def update_card(folder: Path, results: list[Path], metadata: dict[str, Any] | No
     Raises:
         ValueError: no result can be used; see also `make_card` and `read_card`.
     """
+    folder, results = Path(folder), [Path(result) for result in results]
     metadata = dict(metadata or {})
     check_metadata(metadata)
     card = read_card(folder) or make_card(folder, model_name(folder))
@@ -463,12 +473,13 @@ def update_card(folder: Path, results: list[Path], metadata: dict[str, Any] | No
     write_atomically(folder / REPOCARD_NAME, str(card).encode())
 
 
-def push_release(folder: Path, name: str, private: bool | None = None, token: str | None = None) -> str:
+def push_release(folder: str | os.PathLike, name: str, private: bool | None = None, token: str | None = None) -> str:
     """Uploads a folder, card and all, in one commit; returns its address.
 
     Raises:
         ValueError: it has no card.
     """
+    folder = Path(folder)
     if not (folder / REPOCARD_NAME).is_file():
         raise ValueError(f"{folder} has no card: python -m training.model_card {folder}")
     api = HfApi(token=token)

@@ -1,8 +1,6 @@
 """Perceptual distance between images: LPIPS (https://arxiv.org/abs/1801.03924), or features of any timm backbone."""
 
-import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import VGG16_Weights
@@ -32,6 +30,9 @@ class FrozenFeatures(nn.Module):
         checkpoint: str = "",
     ):
         super().__init__()
+        import timm  # takes seconds, which `--help` should not
+        from timm.models.vision_transformer import VisionTransformer
+
         overlay = {"file": checkpoint} if checkpoint else None
         self.backbone = timm.create_model(
             name, pretrained=pretrained or bool(checkpoint), pretrained_cfg_overlay=overlay, num_classes=0

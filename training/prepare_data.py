@@ -10,6 +10,7 @@ picture, "make it blue", and the picture in blue).
 """
 
 import json
+import os
 import random
 import shutil
 from dataclasses import asdict
@@ -33,7 +34,8 @@ def conversation(images: list[str], *turns: str) -> dict:
     return {"image": images, "conversations": [{"from": s, "value": turn} for s, turn in zip(speakers, turns)]}
 
 
-def write_captions(path: Path, captions: list[tuple[str, str]]) -> None:
+def write_captions(path: str | os.PathLike, captions: list[tuple[str, str]]) -> None:
+    path = Path(path)
     path.write_text(
         "".join(json.dumps({"image": image, "caption": caption}) + "\n" for image, caption in captions),
         encoding="utf-8",
@@ -46,7 +48,8 @@ def asked_about(questions: list[tuple[str, str]], rng: random.Random) -> list[st
     return [f"{IMAGE}\n{first}", *others]
 
 
-def prepare_easy_vqa(folder: Path) -> None:
+def prepare_easy_vqa(folder: str | os.PathLike) -> None:
+    folder = Path(folder)
     for split in ("train", "test"):
         captions, questions, edits, dialogues = [], [], [], []
         for directory in (f"images/{split}", f"images/{split}_recolored"):
@@ -75,7 +78,8 @@ def prepare_easy_vqa(folder: Path) -> None:
             (folder / f"{split}_{kind}.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
-def prepare_emoji(folder: Path, packages: Path, categories: list[str]) -> None:
+def prepare_emoji(folder: str | os.PathLike, packages: str | os.PathLike, categories: list[str]) -> None:
+    folder, packages = Path(folder), Path(packages)
     pictures = emoji.load(packages, categories)
     emoji.write_images(pictures, packages, folder)
     (folder / emoji.TABLE).write_text(json.dumps([asdict(picture) for picture in pictures]), encoding="utf-8")

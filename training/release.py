@@ -1,5 +1,6 @@
 """Folders that other people load: written whole or not at all, with every weight in them."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -11,12 +12,13 @@ from training.model_card import TrainingRun, write_release_card
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def write_folder(folder: str | os.PathLike, write: Callable[[Path], None]) -> None:
     """Calls `write` with a folder beside `folder`, and puts it in `folder`'s place once it is done.
 
     Whatever ends it before leaves `folder` as it was, and an error takes back what was written. (A kill between the two
     renames leaves it as `.<name>.old`, which the next call puts back.)
     """
+    folder = Path(folder)
     unfinished, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "old"))
     if old.exists() and not folder.exists():
         old.rename(folder)
@@ -39,7 +41,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def save_release(
     model: UniTokMLLMForConditionalGeneration,
     processor: UniTokMLLMProcessor,
-    folder: Path,
+    folder: str | os.PathLike,
     dtype: torch.dtype = torch.float16,
     state_dict: dict[str, torch.Tensor] | None = None,
     run: TrainingRun | None = None,
@@ -54,6 +56,7 @@ def save_release(
     Raises:
         ValueError: a weight is missing, empty or not finite.
     """
+    folder = Path(folder)
     state_dict = dict(model.state_dict() if state_dict is None else state_dict)
     if missing := model.state_dict().keys() - state_dict.keys():
         raise ValueError(f"{len(missing)} weights are missing, {min(missing)} first.")

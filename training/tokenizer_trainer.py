@@ -21,7 +21,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
 from torchvision.utils import make_grid, save_image
@@ -269,6 +268,8 @@ class TokenizerTrainer:
         device = self.accelerator.device
         self.perceptual = None if perceptual is None else perceptual.to(device)
         model.clamp_logit_scale()
+        from timm.utils import ModelEmaV3  # takes seconds, which `--help` should not
+
         self.ema = ModelEmaV3(model, decay=arguments.ema_decay, exclude_buffers=True).to(device)
         betas = arguments.adam_beta1, arguments.adam_beta2
         optimizer = adamw(model, arguments.learning_rate, betas, arguments.weight_decay, arguments.adam_epsilon)

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import deepspeed
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -342,6 +341,8 @@ def main(argv: list[str] | None = None) -> None:
     push = training_arguments.push_to_hub
     training_arguments.push_to_hub = False  # the release goes there, not the checkpoints, which lack the tokenizer
     if training_arguments.deepspeed and training_arguments.world_size > 1:
+        import deepspeed  # takes seconds, which `--help` should not
+
         deepspeed.init_distributed()  # or ZeRO-3 would load the model as if there were one process
     torch.manual_seed(training_arguments.seed)
     output_dir = Path(training_arguments.output_dir)

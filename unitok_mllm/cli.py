@@ -557,7 +557,8 @@ def escape(error: UnicodeError) -> tuple[str | bytes, int]:
 def main() -> None:
     """The entry point of `unitok-mllm`."""
     codecs.register_error("unitok_mllm", escape)
-    sys.stdout.reconfigure(errors="unitok_mllm")
+    is_ascii = codecs.lookup(sys.stdout.encoding).name == "ascii"
+    sys.stdout.reconfigure(encoding="utf-8" if is_ascii else None, errors="unitok_mllm")
     sys.modules.setdefault("wandb", None)  # no command needs it; timm would import it, which takes seconds
     app()
 

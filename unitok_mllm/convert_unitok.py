@@ -6,6 +6,7 @@ tensor is used or listed in the report; pickles are read with `weights_only=True
 """
 
 import json
+import os
 import pickle
 import re
 from argparse import Namespace
@@ -73,12 +74,13 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def read_pickle(path: Path, allow_pickle: bool = False) -> object:
+def read_pickle(path: str | os.PathLike, allow_pickle: bool = False) -> object:
     """Reads a torch checkpoint without executing it.
 
     Raises:
         ConversionError: it is no torch checkpoint, or only loads by executing a pickle and `allow_pickle` is False.
     """
+    path = Path(path)
     try:
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -206,7 +208,7 @@ def tokenizer_state_dict(state: StateDict, report: ConversionReport) -> StateDic
 
 
 def load_original_tokenizer(
-    source: Path, allow_pickle: bool = False, causal: bool = False
+    source: str | os.PathLike, allow_pickle: bool = False, causal: bool = False
 ) -> tuple[UniTokModel, ConversionReport]:
     """A `UniTokModel` in eval mode from an original `.pth`, and what became of its tensors.
 
@@ -218,6 +220,7 @@ def load_original_tokenizer(
     Raises:
         ConversionError: it is no such checkpoint.
     """
+    source = Path(source)
     checkpoint = read_pickle(source, allow_pickle)
     try:
         args, state = checkpoint["args"], checkpoint["trainer"]["unitok"]
@@ -241,9 +244,10 @@ def _image_processor(config: UniTokVisionConfig, mode: str) -> UniTokImageProces
 
 
 def convert_tokenizer(
-    source: Path, folder: Path, allow_pickle: bool = False, causal: bool = False
+    source: str | os.PathLike, folder: str | os.PathLike, allow_pickle: bool = False, causal: bool = False
 ) -> ConversionReport:
     """Writes an original tokenizer `.pth` as a folder with config, safetensors and image processor."""
+    source, folder = Path(source), Path(folder)
     model, report = load_original_tokenizer(source, allow_pickle, causal)
     model.save_pretrained(folder)
     _image_processor(model.config.vision_config, "reconstruct").save_pretrained(folder)
@@ -283,12 +287,15 @@ def mllm_state_dict(state: StateDict, visual: UniTokModel, report: ConversionRep
     return converted | {f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}
 
 
-def convert_mllm(source: Path, tokenizer: Path, folder: Path, allow_pickle: bool = False) -> ConversionReport:
+def convert_mllm(
+    source: str | os.PathLike, tokenizer: str | os.PathLike, folder: str | os.PathLike, allow_pickle: bool = False
+) -> ConversionReport:
     """Writes an original MLLM folder and its tokenizer `.pth` as one folder that does everything.
 
     Raises:
         ConversionError: either is not what it should be.
     """
+    source, tokenizer, folder = Path(source), Path(tokenizer), Path(folder)
     visual, report = load_original_tokenizer(tokenizer, allow_pickle)
     if not (source / "config.json").is_file():
         raise ConversionError(f"{source} has no config.json.")

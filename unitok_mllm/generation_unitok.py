@@ -8,6 +8,8 @@ is another: it compares the picture alone with neither).
 """
 
 import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -54,6 +56,16 @@ def sample_codes(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Draws from softmax(logits) by inverting its cumulative sum: logits (B, V), noise (B,) in [0, 1) -> (B,)."""
     cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
     return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def none_means_default(method: Callable) -> Callable:
+    """For a method whose every option may be given as None, which means its default."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        return method(self, *args, **{name: value for name, value in kwargs.items() if value is not None})
+
+    return call
 
 
 @dataclass
@@ -154,6 +166,7 @@ class UniTokGenerationMixin(GenerationMixin):
         processors.placeholder, processors.boi_token_id = placeholder, boi
         return processors
 
+    @none_means_default
     @torch.no_grad()
     def generate_image_codes(
         self,
@@ -179,7 +192,7 @@ class UniTokGenerationMixin(GenerationMixin):
         progress: bool = False,
         streamer: UniTokImageStreamer | None = None,
     ) -> torch.Tensor:
-        """Draws one image for each prompt, or `num_return_sequences` of them.
+        """Draws one image for each prompt, or `num_return_sequences` of them. An option that is None has its default.
 
         Args:
             input_ids, attention_mask: (B, T), prompts that end with the token that opens an image, padded on the left.

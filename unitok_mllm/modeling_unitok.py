@@ -18,7 +18,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -39,6 +39,7 @@ from .quantization_unitok import UniTokMultiCodebookQuantizer, scattered
 
 # UniTok's GeGLU uses the tanh form of GELU, where timm's ViTamin uses the exact one.
 GEGLU_ACTIVATION = "gelu_tanh"
+MAX_PIXELS = 2**20  # of the images that are encoded or decoded at a time: 16 of 256 x 256
 LOGIT_SCALE_BOUNDS = (0.0, math.log(100))  # of the parameter, a logarithm
 # Arguments that the library's models hand to each of their parts.
 HANDED_DOWN = {*TransformersKwargs.__annotations__, "use_cache"}
@@ -104,6 +105,21 @@ def selected(hidden_states: tuple[torch.Tensor, ...] | None, wanted: bool | int 
     count = len(hidden_states)
     chosen = {index % count for index in ([wanted] if isinstance(wanted, int) else wanted)}
     return tuple(states if index in chosen else None for index, states in enumerate(hidden_states))
+
+
+def in_chunks(
+    function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, image_pixels: int, max_pixels: int
+) -> torch.Tensor:
+    """`function` of a batch of images or their codes, taken in turn so that memory does not grow with the batch.
+
+    Args:
+        batch: (B, ...).
+        image_pixels, max_pixels: H * W of an image, and of all that are computed at a time (at least one image).
+    """
+    if torch.compiler.is_compiling():  # a graph has the batch as a whole
+        return function(batch)
+    chunks = batch.split(max(1, max_pixels // image_pixels))
+    return torch.cat([function(chunk) for chunk in chunks]) if len(chunks) > 1 else function(batch)
 
 
 class UniTokProjectionAttention(nn.Module):
@@ -476,9 +492,13 @@ class UniTokVisionModel(UniTokPreTrainedModel):
         self.encoder.set_grad_checkpointing(self.gradient_checkpointing and self.training)
         return self.encoder
 
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> codes (B, K, L), int64, L row-major."""
-        return self.quantizer.encode(self.encode_features(pixel_values))
+    def encode(self, pixel_values: torch.Tensor, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> codes (B, K, L), int64, L row-major; see `UniTokModel.encode`."""
+        rows, columns = self.grid_size(pixel_values)
+        image_pixels = rows * columns * self.config.patch_size**2
+        return in_chunks(
+            lambda pixels: self.quantizer.encode(self.encode_features(pixels)), pixel_values, image_pixels, max_pixels
+        )
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes (B, K, L) -> semantic embeddings (B, L, C)."""
@@ -559,11 +579,13 @@ class UniTokModel(UniTokPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.get_input_embeddings()
 
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode(self, pixel_values: torch.Tensor, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
         """Images to codes.
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1]; H and W any multiples of 16.
+            max_pixels: how many pixels (H * W of each image) to encode at a time, at least one image; this bounds the
+                memory, and does not change the codes.
 
         Returns:
             (B, K, L), int64, L = H/16 * W/16, row-major.
@@ -571,14 +593,18 @@ class UniTokModel(UniTokPreTrainedModel):
         Raises:
             ValueError: another shape, or a side that is not a multiple of 16.
         """
-        return self.vision_model.encode(pixel_values)
+        return self.vision_model.encode(pixel_values, max_pixels)
 
-    def decode(self, codes: torch.Tensor, image_size: tuple[int, int] | None = None) -> torch.Tensor:
+    def decode(
+        self, codes: torch.Tensor, image_size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+    ) -> torch.Tensor:
         """Codes to images.
 
         Args:
             codes: (B, K, L), integers in [0, V).
             image_size: (H, W) in pixels; None for a square image.
+            max_pixels: how many pixels (H * W of each image) to decode at a time, at least one image; this bounds the
+                memory.
 
         Returns:
             (B, 3, H, W), clamped to [-1, 1].
@@ -587,7 +613,13 @@ class UniTokModel(UniTokPreTrainedModel):
             ValueError: L does not fit the image size, or is no square number and no size was given.
         """
         grid_size = self._grid_of_codes(codes, image_size)
-        return self.decoder(self.vision_model.embed_codes(codes), grid_size).clamp(-1, 1)
+        image_pixels = math.prod(grid_size) * self.config.vision_config.patch_size**2
+        return in_chunks(
+            lambda chunk: self.decoder(self.vision_model.embed_codes(chunk), grid_size).clamp(-1, 1),
+            codes,
+            image_pixels,
+            max_pixels,
+        )
 
     def _grid_of_codes(self, codes: torch.Tensor, image_size: tuple[int, int] | None) -> tuple[int, int]:
         length, stride = codes.shape[-1], self.config.vision_config.patch_size

@@ -153,7 +153,7 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) in [-1, 1] -> codes (N, K, L)."""
+        """(N, 3, H, W) in [-1, 1] -> codes (N, K, L), a bounded number at a time; see `UniTokModel.encode`."""
         return self.visual.encode(pixel_values)
 
     @torch.no_grad()
