@@ -1,5 +1,6 @@
 """The commands that head the configs are ones that their scripts take."""
 
+import argparse
 import importlib
 import re
 import shlex
@@ -34,15 +35,21 @@ def parse(module_name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatc
         command = typer.main.get_command(module.app)
         command.make_context(module_name, arguments)
         return {option.lstrip("-") for parameter in command.params for option in parameter.opts}
-    parser, known = module.parse_yaml_and_command_line, set()
+    known = set()
+    if hasattr(module, "parse_yaml_and_command_line"):
+        place, name = module, "parse_yaml_and_command_line"
+    else:
+        place, name = argparse.ArgumentParser, "parse_args"
+    parser = getattr(place, name)
 
-    def parse_and_stop(types, argv):
-        parser(types, argv)
-        known.update(field.name for one in types for field in fields(one))
+    def parse_and_stop(first, argv):
+        parser(first, argv)
+        if place is module:
+            known.update(field.name for one in first for field in fields(one))
         raise Parsed
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "parse_yaml_and_command_line", parse_and_stop)
+        patch.setattr(place, name, parse_and_stop)
         with pytest.raises(Parsed):
             module.main(arguments)
     return known
