@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_unitok import UniTokConfig, UniTokDepthConfig, UniTokMLLMConfig, UniTokVisionConfig
 from .image_processing_unitok import UniTokImageProcessor, UniTokImageProcessorPil
@@ -45,6 +46,9 @@ for _class, _auto_class in (
 AutoModelForImageTextToText.register(UniTokMLLMConfig, UniTokMLLMForConditionalGeneration)
 AutoModelForMultimodalLM.register(UniTokMLLMConfig, UniTokMLLMForConditionalGeneration)
 AutoProcessor.register(UniTokMLLMConfig, UniTokMLLMProcessor)
+
+# The library's Trainer shifts labels for label smoothing by this table of names alone.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[UniTokMLLMConfig.model_type] = UniTokMLLMForConditionalGeneration.__name__
 
 __all__ = [
     "UniTokConfig",

@@ -1,4 +1,4 @@
-"""transformers' common model tests on unitok_mllm's models (written like tests/models/janus)."""
+"""The library's common tests of models and configs on the towers, the tokenizer, the backbone and the MLLM."""
 
 import unittest
 
