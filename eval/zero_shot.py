@@ -92,7 +92,9 @@ class Settings:
     images: str = field(default="", metadata={"help": "a folder with a folder of images for each class"})
     dataset: str = field(default="", metadata={"help": "in place of --images: easy-vqa or emoji"})
     data: str = field(default="runs/data/emoji", metadata={"help": "the emoji, as training.prepare_data writes them"})
-    templates: str = field(default="openai", metadata={"help": "prompts for --images: openai (80) or simple (7)"})
+    templates: str = field(
+        default="openai", metadata={"help": 'prompts for --images: openai (80), simple (7), or one such as "a {}"'}
+    )
     output: str = field(default="runs/zero_shot.json", metadata={"help": "where the numbers go"})
     limit: int | None = field(
         default=None, metadata={"help": "at most so many images of each part, evenly spread; default: all"}
@@ -102,9 +104,10 @@ class Settings:
     use_cpu: bool = field(default=False, metadata={"help": "even where there is an accelerator"})
 
     def __post_init__(self):
-        for name, known in (("system", SYSTEMS), ("templates", TEMPLATES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.system not in SYSTEMS:
+            raise ValueError(f"system is one of {', '.join(SYSTEMS)}, not {self.system!r}")
+        if self.templates not in TEMPLATES and self.templates.count("{}") != 1:
+            raise ValueError(f"templates is openai, simple, or a prompt with one {{}} in it, not {self.templates!r}")
         if self.image_mode and self.image_mode not in MODES:
             raise ValueError(f"image_mode is one of {', '.join(MODES)}, not {self.image_mode!r}")
         if bool(self.images) == bool(self.dataset):
@@ -187,9 +190,11 @@ def class_folders(folder: str, templates: str) -> Benchmark:
         if len(classes) < 2:
             raise ValueError(f"{folder} has one class, {classes[0]!r}: there is nothing to choose")
     paths = [f"{folder}/{name}" for name in images.names]
-    return Benchmark(
-        title, classes, getattr(open_clip, TEMPLATES[templates]), paths, images.labels, [part] * len(paths)
-    )
+    if templates in TEMPLATES:
+        prompts = getattr(open_clip, TEMPLATES[templates])
+    else:
+        prompts = [lambda name: templates.replace("{}", name)]
+    return Benchmark(title, classes, prompts, paths, images.labels, [part] * len(paths))
 
 
 def colored_shapes() -> Benchmark:
@@ -514,7 +519,8 @@ def summary(settings: Settings, benchmark: Benchmark, nearest: torch.Tensor, pre
     """What the JSON says of N images, of which `nearest` (N, 5) are the nearest classes."""
     labels, parts, numbers = torch.tensor(benchmark.labels), {}, []
     templates = [template("{}") for template in benchmark.templates]
-    prompt = f"{settings.templates} ({len(templates)} templates)" if settings.images else " / ".join(templates)
+    is_named = bool(settings.images) and settings.templates in TEMPLATES
+    prompt = f"{settings.templates} ({len(templates)} templates)" if is_named else " / ".join(templates)
     for part in dict.fromkeys(benchmark.parts):
         rows = [i for i, name in enumerate(benchmark.parts) if name == part]
         mixed_up = confusions(nearest[rows], labels[rows], benchmark.classes)

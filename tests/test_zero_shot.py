@@ -267,6 +267,9 @@ def test_folders_are_named_after_their_classes(unitok_folder, own_folder, run, c
     assert report["numbers"][0]["protocol"]["prompt"] == "openai (80 templates)"
     assert "zero-shot classification, own: 3 classes, 80 prompts each" in capsys.readouterr().out
 
+    plain, _ = run(*options, "--templates", "a {}", output="plain")
+    assert plain["prompts"] == ["a {}"] and plain["numbers"][0]["protocol"]["prompt"] == "a {}"
+
     Image.new("RGB", (50, 50), "red").save(files[0])  # a changed picture is looked at again, the others are not
     seen, embed_images = [], zero_shot.UniTokSystem.embed_images
     with pytest.MonkeyPatch.context() as patch:
@@ -448,7 +451,10 @@ def test_wrong_image_folders_are_named(tmp_path, run, folders, message):
         (["--dataset", "cifar"], "dataset is one of easy-vqa, emoji, not 'cifar'"),
         ([], "give either --images FOLDER or --dataset NAME"),
         (["--images", "a", "--dataset", "emoji"], "give either --images FOLDER or --dataset NAME"),
-        (["--images", "a", "--templates", "none"], "templates is one of openai, simple, not 'none'"),
+        (
+            ["--images", "a", "--templates", "none"],
+            "templates is openai, simple, or a prompt with one {} in it, not 'none'",
+        ),
         (["--images", "a", "--image_mode", "crop"], "image_mode is one of understand, reconstruct, classify"),
         (["--dataset", "easy-vqa", "--batch_size", "0"], "batch_size and limit must be at least 1"),
         (["--dataset", "emoji", "--data", "no/such"], "no/such has no emoji.json: python -m training.prepare_data"),
