@@ -10,8 +10,9 @@
 
 A class is the mean, brought to unit length again, of its prompts' embeddings of unit length (CLIP, arXiv 2103.00020,
 section 3.1.4). `--images` is a folder with a folder for each class, named after it ("red_circle" is a red circle), or
-ImageNet's validation images, whose 1000 synsets have the names that open_clip ships; the prompts are CLIP's 80. easy-VQA's test images have the 24 pairs
-of colour and shape ("a red circle"); the emoji have their names, each in the captions of both styles.
+ImageNet's validation images, whose 1000 synsets have the names that open_clip ships; the prompts are CLIP's 80, or one
+of your own. easy-VQA's test images have the 24 pairs of colour and shape ("a red circle"); the emoji have their names,
+each in the captions of both styles.
 
 Beside the JSON lie a .nearest.safetensors with `classifier` (classes, dims) and `nearest` (images, 5), the classes
 nearest to each image, and a picture of mistakes. The former is written as the run goes on: the same command, given again,
