@@ -8,6 +8,7 @@ import torch
 from conftest import IMAGE_SIZE
 from PIL import Image
 
+from training.codes import write_metadata, write_shard
 from training.data import IGNORE, MLLMCollator, MLLMDataset, SampleTexts, Source, drop_conditions, to_messages
 from training.files import ImageStore, UnusableSample
 
@@ -222,6 +223,40 @@ def test_pictures_come_alike_from_a_folder_and_from_shards(folder, tmp_path):
         ImageStore(f"{tmp_path}/x*.tar")
 
 
+def test_equal_names_in_several_shards_are_told_apart(folder, tmp_path):
+    for shard in range(2):
+        (tmp_path / f"part{shard}").mkdir()
+        with tarfile.open(tmp_path / f"part{shard}/x.tar", "w") as archive:
+            for i in range(3):
+                archive.add(folder / f"{3 * shard + i}.png", arcname=f"{i}.png")
+            archive.add(folder / f"{shard}.png", arcname=f"only{shard}.png")
+    store = ImageStore(f"{tmp_path}/part{{0..1}}/x.tar")
+    numbered = {f"part{shard}/x.tar/{i}.png": 3 * shard + i for shard in range(2) for i in range(3)}
+    expected = numbered | {"only0.png": 0, "only1.png": 1}
+    assert sorted(store.names) == sorted(expected)
+    for name, i in expected.items():
+        assert np.array_equal(np.array(store[name]), np.array(Image.open(folder / f"{i}.png"))), name
+    with pytest.raises(
+        ValueError, match=r"0.png is in 2 shards of .*: name it part0/x.tar/0.png or part1/x.tar/0.png"
+    ):
+        store["0.png"]
+    with pytest.raises(ValueError, match="1.png is in 2 shards"):  # and not passed over as a broken sample
+        rows = [{"image": "only0.png", "caption": "a"}, {"image": "1.png", "caption": "b"}]
+        (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        Source(f"{tmp_path}/rows.json", type="captions", images=f"{tmp_path}/part{{0..1}}/x.tar").sample(
+            1, None, 0.0, np.random.default_rng(0)
+        )
+    with tarfile.open(tmp_path / "twice.tar", "w") as archive:
+        archive.add(folder / "0.png", arcname="0.png")
+        archive.add(folder / "1.png", arcname="0.png")
+    with pytest.raises(ValueError, match="twice.tar has two files of the name 0.png"):
+        ImageStore(str(tmp_path / "twice.tar"))
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(UnusableSample, match="no image 0.png in .*empty.tar"):
+        ImageStore(str(tmp_path / "empty.tar"))["0.png"]
+
+
 def test_the_mixture_keeps_its_weights_and_goes_through_every_row(folder, texts):
     mixed = sources(folder)
     for source, weight in zip(mixed, (1, 2, 1)):
@@ -272,12 +307,75 @@ def test_a_broken_picture_is_named_and_passed_over_and_many_stop_the_run(folder,
         dataset[0]
 
 
+DRAW_TURNS = [{"from": "human", "value": "draw it"}, {"from": "gpt", "value": "<image>"}]
+EDIT_TURNS = [{"from": "human", "value": "<image> flip it"}, {"from": "gpt", "value": "<image>"}]
+
+
+@pytest.mark.parametrize(
+    "options, row, modes",
+    [
+        ({"type": "captions", "task": "draw"}, {"image": "0.png", "caption": "x"}, ["reconstruct"]),
+        ({"type": "captions"}, {"image": "0.png", "caption": "x"}, ["understand"]),
+        ({"type": "captions", "prompt": "what?"}, {"image": "0.png", "caption": "x"}, ["understand"]),
+        ({}, {"image": "0.png", "conversations": DRAW_TURNS}, ["reconstruct"]),
+        ({}, {"image": ["0.png", "1.png"], "conversations": EDIT_TURNS}, ["understand", "understand"]),
+        ({"mode": "classify"}, {"image": ["0.png", "1.png"], "conversations": EDIT_TURNS}, ["classify", "classify"]),
+        (
+            {"type": "captions", "task": "draw", "mode": "understand"},
+            {"image": "0.png", "caption": "x"},
+            ["understand"],
+        ),
+    ],
+)
+def test_what_is_drawn_is_cropped_and_what_is_read_is_whole(folder, texts, options, row, modes):
+    (folder / "rows.json").write_text(json.dumps([row]), encoding="utf-8")
+    sample = Source(f"{folder}/rows.json", **options).sample(0, texts, 0.0, np.random.default_rng(0))
+    assert len(sample["images"]) == len(modes)
+    for i, (pixels, mode) in enumerate(zip(sample["images"], modes)):
+        picture = Image.open(folder / f"{i}.png")
+        expected = texts.processor.image_processor(picture, mode=mode, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(pixels, expected)
+
+
+def test_codes_in_another_mode_are_refused(folder, texts):
+    metadata = {"format": "parquet", "variants": 1, "num_codebooks": 4, "codebook_size": 32, "num_positions": L}
+    for mode in ("understand", "reconstruct"):
+        write_metadata(folder / mode, metadata | {"num_shards": 1, "mode": mode})
+        write_shard(folder / mode / "000000.parquet", {f"{i}.png": torch.full((1, 4, L), i) for i in range(6)})
+    captions, draw = f"{folder}/captions.jsonl", {"type": "captions", "task": "draw"}
+    (folder / "draw.json").write_text(json.dumps([{"image": "0.png", "conversations": DRAW_TURNS}]), encoding="utf-8")
+    rng = np.random.default_rng(0)
+    for options in (
+        draw | {"codes": f"{folder}/reconstruct"},
+        draw | {"codes": f"{folder}/understand", "mode": "understand"},
+    ):
+        assert Source(captions, **options).sample(2, texts, 0.0, rng)["images"][0].eq(2).all()
+    for path, options, message in (
+        (captions, draw | {"codes": f"{folder}/understand"}, "'understand', but .*captions.jsonl takes 'reconstruct'"),
+        (captions, {"type": "captions", "codes": f"{folder}/reconstruct"}, "'reconstruct', but .* takes 'understand'"),
+        (f"{folder}/conversations.json", {"codes": f"{folder}/understand", "mode": "classify"}, "takes 'classify'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Source(path, **options)
+    source = Source(f"{folder}/draw.json", codes=f"{folder}/understand")
+    with pytest.raises(
+        ValueError, match="extract codes with --mode reconstruct, or give that source `mode: understand`"
+    ):
+        MLLMDataset([source], texts, 1)[0]
+
+
 def test_a_source_that_cannot_be_is_refused(folder):
     for options, message in (
         ({"type": "pictures"}, "type is conversations"),
         ({"task": "paint"}, "task is read or draw"),
         ({"weight": 0}, "weight must be above 0"),
         ({"images": "/nowhere"}, "no image folder"),
+        ({"mode": "crop"}, "mode is one of understand, reconstruct, classify, got 'crop'"),
+        ({"task": "draw"}, "type conversations, task draw. has no use for task 'draw'"),
+        ({"prompt": "what?"}, "has no use for prompt 'what"),
+        ({"type": "captions", "task": "draw", "prompt": "what?"}, "task draw. has no use for prompt"),
+        ({"codes": "x", "images": str(folder)}, "with codes. has no use for images"),
+        ({"type": "text", "mode": "understand"}, "type text, task read. has no use for mode"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             Source(path=f"{folder}/conversations.json", **options)

@@ -126,6 +126,33 @@ def test_every_kind_of_data_names_the_same_images(folder, extract):
     assert all(torch.equal(images[Path(name).name], expected[name]) for name in NAMES)
 
 
+def test_equal_names_in_several_shards_keep_their_own_codes(folder, extract, visual_tokenizer):
+    expected = visual_tokenizer.encode(processed(folder))
+    for shard in range(2):
+        with wds.TarWriter(f"{folder}/0{shard}.tar") as writer:
+            for i in range(3):
+                writer.write({"__key__": str(i), "png": (folder / NAMES[3 * shard + i]).read_bytes()})
+    store = CodeStore(extract("codes", data="{00..01}.tar"))
+    assert list(store) == [f"0{shard}.tar/{i}.png" for shard in range(2) for i in range(3)]
+    assert all(torch.equal(codes[0], expected[i]) for i, codes in enumerate(store.values()))
+    (folder / "rows.jsonl").write_text(json.dumps({"image": "1.png"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="1.png is in 2 shards of .*name it 00.tar/1.png or 01.tar/1.png"):
+        image_keys(f"{folder}/rows.jsonl", f"{folder}/{{00..01}}.tar")
+
+
+@pytest.mark.parametrize("format", ["parquet", "webdataset"])
+def test_equal_stems_with_other_endings_keep_their_own_codes(folder, extract, visual_tokenizer, format):
+    (folder / "stems").mkdir()
+    colors = {"a.jpg": "red", "a.png": "blue", "a.webp": "green"}
+    for name, color in colors.items():
+        Image.new("RGB", (40, 50), color).save(folder / "stems" / name)
+    store = CodeStore(extract("codes", "--format", format, data="stems"))
+    assert list(store) == list(colors)
+    for name in colors:
+        pixels = UniTokImageProcessor(size=SIZE)([str(folder / "stems" / name)])["pixel_values"]
+        assert torch.equal(store[name], visual_tokenizer.encode(pixels))
+
+
 def test_data_without_images_is_refused(folder):
     (folder / "text.json").write_text(json.dumps([{"text": "red"}]), encoding="utf-8")
     (folder / "text.jsonl").write_text(json.dumps({"text": "red"}) + "\n", encoding="utf-8")
@@ -221,6 +248,17 @@ def test_a_store_checks_what_it_reads(tmp_path, format):
         store["few"]
     with pytest.raises(KeyError, match="no codes of image b in"):
         store["b"]
+
+
+@pytest.mark.parametrize("format", ["parquet", "webdataset"])
+def test_codes_of_an_image_in_two_shards_are_refused(tmp_path, format):
+    names = {"variants": 1, "num_codebooks": 2, "codebook_size": 9, "num_positions": 2}
+    write_metadata(tmp_path, {"format": format, "num_shards": 2} | names)
+    for shard in range(2):
+        suffix = {"parquet": "parquet", "webdataset": "tar"}[format]
+        write_shard(tmp_path / f"00000{shard}.{suffix}", {"a.png": torch.full((1, 2, 2), shard)})
+    with pytest.raises(ValueError, match="has the codes of a.png twice"):
+        CodeStore(tmp_path)
 
 
 def test_codes_up_to_65535_are_kept(tmp_path):

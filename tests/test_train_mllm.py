@@ -16,22 +16,26 @@ from conftest import IMAGE_SIZE, enliven
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
+from typer.testing import CliRunner
 
 from training.arguments import parse_yaml_and_command_line
-from training.data import MLLMDataset, Source
+from training.data import IGNORE, MLLMCollator, MLLMDataset, SampleTexts, Source
 from training.files import whole_checkpoints
+from training.merge_lora import app as merge_lora_app
 from training.merge_lora import load_with_adapter
-from training.mllm_trainer import WHOLE
+from training.mllm_trainer import WHOLE, EvalShare, MLLMTrainer, is_under, set_visual_aside
 from training.release import save_release
 from training.train_mllm import MLLMArguments, build_model, main
+from training.trainer_options import METRICS
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 DEEPSPEED = ROOT / "training/configs/deepspeed"
+LORA = {"lora": {"r": 4, "lora_alpha": 8}, "trainable": ["embedder", "depth_head"], "learning_rate": 1e-2}
 
 
 @pytest.fixture
@@ -112,6 +116,12 @@ def losses(folder: Path) -> list[tuple[float, float, float]]:
     return [(h["loss"], h.get("text_loss", 0.0), h.get("image_loss", 0.0)) for h in history if "loss" in h]
 
 
+def evaluations(folder: Path) -> list[tuple[float, float, float]]:
+    """(loss, text_loss, image_loss) of each evaluation."""
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return [tuple(h[f"eval_{name}"] for name in METRICS) for h in history if "eval_loss" in h]
+
+
 def changed(before: Path, after: Path) -> set[str]:
     """The names of the weights that differ."""
     old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
@@ -160,8 +170,6 @@ def test_the_release_is_pushed_and_no_checkpoint(tmp_path, start, data, monkeypa
 
 def test_each_part_has_its_learning_rate_and_vectors_no_decay(tmp_path, start, data, monkeypatch):
     seen = []
-    from training.mllm_trainer import MLLMTrainer
-
     create = MLLMTrainer.create_optimizer
 
     def spy(self, model=None):
@@ -201,6 +209,129 @@ def test_packing_and_accumulation_change_no_loss(tmp_path, start, data):
         np.testing.assert_allclose(results[name], results["whole"], rtol=1e-4, err_msg=name)
 
 
+def test_evaluations_give_one_loss_for_every_batch_size(tmp_path, data, lively_mllm, processor):
+    """The very losses of the samples one by one: sums over all targets by their number."""
+    sources = [Source(**data[kind]) for kind in ("read", "caption", "draw", "text")]
+    dataset = MLLMDataset(sources, SampleTexts(processor, 250), caption_dropout=0.0)
+    pad = processor.tokenizer.pad_token_id
+    sums, counts = np.zeros(2), np.zeros(2)
+    for i in range(len(dataset)):
+        batch = MLLMCollator(pad, (4, 9))([dataset[i]])
+        number = np.array([(batch["labels"] != IGNORE).sum(), 36 * sum(batch.get("image_targets", [0]))])
+        for name in ("num_tokens", "pixel_places", "image_codes"):
+            batch.pop(name, None)
+        with torch.no_grad():
+            output = lively_mllm(**batch)
+        sums += number * [output.text_loss.item(), output.image_loss.item()]
+        counts += number
+    assert counts.min() > 0
+
+    set_visual_aside(lively_mllm)
+    options = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = MLLMTrainer(lively_mllm, options, eval_dataset=dataset, image_loss_share=0.2)
+    for size, packing, weight in (
+        *((1, {}, 0.0), (3, {}, 0.0), (40, {}, 0.0), (3, {}, 0.3)),
+        *((5, {"pack_to": 200}, 0.0), (5, {"one_row": True}, 0.0)),
+    ):
+        options.per_device_eval_batch_size, trainer.text_loss_weight = size, weight
+        trainer.data_collator = MLLMCollator(pad, (4, 9), **packing)
+        metrics = trainer.evaluate()
+        loss = sums.sum() / counts.sum() if not weight else weight * sums[0] / counts[0] + 0.7 * sums[1] / counts[1]
+        values = [metrics[f"eval_{name}"] for name in METRICS]
+        np.testing.assert_allclose(values, [loss, *sums / counts], rtol=1e-5, err_msg=f"{size} {packing} {weight}")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_processes_share_what_is_evaluated_and_repeat_nothing(data, processor, processes):
+    dataset = MLLMDataset([Source(**data["draw"])], SampleTexts(processor, 250), 10)
+    shares = [EvalShare(dataset, rank, processes) for rank in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    counted = []
+    for place in range(len(shares[0])):
+        for sample in (share[place] for share in shares):
+            if (sample["labels"] != IGNORE).any():
+                assert sample["image_targets"].tolist() == [True]
+                counted.append(sample["input_ids"].tolist())
+            else:
+                assert sample["image_targets"].tolist() == [False]
+    assert counted == [dataset[i]["input_ids"].tolist() for i in range(10)]
+
+
+def test_logged_losses_are_those_of_all_targets_since_the_last(tmp_path, start, data):
+    """Without learning: eight steps of four samples, logged once, against one step of the 32."""
+    results = {}
+    for name, size in (("whole", 32), ("steps", 4)):
+        options = {"per_device_train_batch_size": size, "learning_rate": 0.0, "logging_steps": 32 // size}
+        main([str(write_config(tmp_path / f"{name}.yaml", start, list(data.values()), num_samples=32, **options))])
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        results[name] = [*losses(tmp_path / name), history[-1]["train_loss"]]
+    assert len(results["steps"]) == 2
+    np.testing.assert_allclose(results["steps"][0], results["whole"][0], rtol=1e-5)
+    assert results["steps"][1] == pytest.approx(results["whole"][1]) == pytest.approx(results["steps"][0][0])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "bare",
+        "lora",
+        pytest.param("zero3", marks=pytest.mark.slow),  # two processes: half a minute
+    ],
+)
+def test_the_best_checkpoint_is_kept_and_released(tmp_path, start, data, kind):
+    """The loss falls, and the highest is called the best: that of the first evaluation."""
+    options = {"eval_datasets": [data["draw"]], "max_steps": 6, "learning_rate": 1e-3, "save_total_limit": 1}
+    options |= {f"{what}_strategy": "steps" for what in ("eval", "save")} | {"eval_steps": 2, "save_steps": 2}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "image_loss", "greater_is_better": True}
+    if kind == "lora":
+        options |= LORA | {"trainable": ["depth_head.layers"]}
+    config = write_config(tmp_path / "run.yaml", start, [data["draw"]], **options)
+    if kind == "zero3":
+        options["per_device_train_batch_size"] = 2
+        run(config, 2, "--deepspeed", str(DEEPSPEED / "zero3.json"))
+    else:
+        main([str(config)])
+    folder = tmp_path / "run"
+    image_losses = [image_loss for _, _, image_loss in evaluations(folder)]
+    assert image_losses[0] > image_losses[1] > image_losses[2]
+    assert list(whole_checkpoints(folder, WHOLE)) == [2, 6]
+    if kind == "lora":
+        best, last = (load_file(folder / f"checkpoint-{step}/adapter_model.safetensors") for step in (2, 6))
+        released = load_file(folder / "adapter/adapter_model.safetensors")
+    else:
+        best, last = (load_file(folder / f"checkpoint-{step}/model.safetensors") for step in (2, 6))
+        released = load_file(folder / "release/model.safetensors")
+    assert best and all(torch.equal(released[name], weight) for name, weight in best.items())
+    assert any(not torch.equal(released[name], weight) for name, weight in last.items())
+    check = {"eval_datasets": [data["draw"]], "eval_strategy": "steps", "eval_on_start": True, "max_steps": 1}
+    main([str(write_config(tmp_path / "check.yaml", folder / "release", [data["draw"]], **check))])
+    np.testing.assert_allclose(evaluations(tmp_path / "check")[0], evaluations(folder)[0], rtol=1e-5)
+    card = (folder / "release/README.md").read_text(encoding="utf-8")
+    assert f"| released | step 2, of the best image_loss ({image_losses[0]:.4g}) |" in card
+    assert f"| eval_image_loss | {image_losses[0]:.4g} |" in card
+
+
+def test_the_number_of_checkpoints_is_kept_to(tmp_path, start, data):
+    options = {"eval_datasets": [data["text"]], "max_steps": 5, "metric_for_best_model": "loss"}
+    options |= {f"{what}_strategy": "steps" for what in ("eval", "save")} | {"eval_steps": 1, "save_steps": 1}
+    for name, limit, greater, kept in (
+        ("low", 1, False, [5]),
+        ("high", 3, True, [1, 4, 5]),
+        ("two", 2, False, [4, 5]),
+    ):
+        best = {"save_total_limit": limit, "greater_is_better": greater}
+        main([str(write_config(tmp_path / f"{name}.yaml", start, [data["text"]], **options, **best))])
+        assert list(whole_checkpoints(tmp_path / name, WHOLE)) == kept
+
+
+def test_a_run_without_a_best_model_releases_none(tmp_path, start, data):
+    options = {"eval_datasets": [data["text"]], "eval_strategy": "steps", "save_strategy": "steps", "max_steps": 2}
+    options |= {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 1, "eval_delay": 3}
+    with pytest.raises(ValueError, match="There is no best model to release"):
+        main([str(write_config(tmp_path / "run.yaml", start, [data["text"]], **options))])
+    assert not (tmp_path / "run/release").exists()
+
+
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, start, data):
     sources = list(data.values())
     options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2}
@@ -229,11 +360,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, start, data):
 
 def test_two_processes_give_the_losses_of_one(tmp_path, start, data):
     sources = list(data.values())
-    options = {"max_steps": 6, "max_grad_norm": 1.0}
-    one = losses(run(write_config(tmp_path / "one.yaml", start, sources, **options)))
-    options["per_device_train_batch_size"] = 2
+    rows = Path(data["text"]["path"]).read_text(encoding="utf-8").splitlines()
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text("\n".join(rows[:3]), encoding="utf-8")  # so that the processes have not equally many to evaluate
+    options = {"max_steps": 6, "max_grad_norm": 1.0, "eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True}
+    options |= {"eval_datasets": [data["read"], data["draw"], {"path": str(odd), "type": "text"}]}
+    one = run(write_config(tmp_path / "one.yaml", start, sources, **options))
+    options |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3}
     two = run(write_config(tmp_path / "two.yaml", start, sources, **options), 2)
-    np.testing.assert_allclose(losses(two), one, rtol=1e-3)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-3)
+    assert len(evaluations(one)) == 3
+    np.testing.assert_allclose(evaluations(two)[0], evaluations(one)[0], rtol=1e-5)
+    np.testing.assert_allclose(evaluations(two), evaluations(one), rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -264,9 +402,6 @@ def test_zero_gives_the_losses_of_one_process_and_a_model_that_loads(tmp_path, s
         str(two / "checkpoint-10"),
     )
     np.testing.assert_allclose(losses(resumed), losses(one), rtol=1e-3)
-
-
-LORA = {"lora": {"r": 4, "lora_alpha": 8}, "trainable": ["embedder", "depth_head"], "learning_rate": 1e-2}
 
 
 FRESH_PROCESS = """
@@ -323,6 +458,64 @@ def test_lora_trains_the_llm_beside_whole_parts_and_merges(tmp_path, start, data
     assert codes.shape == (1, 4, 9)
 
 
+@pytest.mark.parametrize(
+    "trainable",
+    [
+        ["depth_head.layers"],
+        ["depth_head.layers.1.mlp", "depth_head.head.weight", "embedder.norm", "embedder.norm.weight"],
+        ["language_model.lm_head", "language_model.model.norm", "language_model.model.embed_tokens"],
+    ],
+)
+def test_lora_trains_any_prefix_saves_reloads_resumes_and_merges(tmp_path, start, data, trainable):
+    options = LORA | {"trainable": trainable, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    config = write_config(tmp_path / "run.yaml", start, [data["read"], data["draw"]], **options)
+    main([str(config)])
+    release, adapter = tmp_path / "run/release", tmp_path / "run/adapter"
+    before = load_file(start / "model.safetensors")
+    named = {name for name in before if any(is_under(name, prefix) for prefix in trainable)}
+    in_lora = {name for name in before if ".layers." in name and "_proj.weight" in name and "language" in name}
+    assert len(in_lora) == 14 and changed(start, release) == named | in_lora
+
+    uninterrupted = losses(tmp_path / "run")
+    main([str(config), "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-2")])
+    np.testing.assert_allclose(losses(tmp_path / "run"), uninterrupted, rtol=1e-6)
+    assert changed(start, release) == named | in_lora
+
+    merged = tmp_path / "merged"
+    CliRunner().invoke(merge_lora_app, [str(adapter), str(merged), "--dtype", "float32"], catch_exceptions=False)
+    assert not changed(release, merged)
+    processor = UniTokMLLMProcessor.from_pretrained(adapter)
+    inputs = processor(images=Image.new("RGB", (60, 60), "red"), text="<image> what is this?")
+    inputs["image_targets"] = torch.tensor([True])
+    models = load_with_adapter(adapter), UniTokMLLMForConditionalGeneration.from_pretrained(release)
+    with torch.no_grad():
+        first, second = (model(**inputs) for model in models)
+    torch.testing.assert_close(first.logits, second.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first.image_logits, second.image_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_refuses_what_it_cannot_train_whole(tmp_path, start, data):
+    for prefix, message in (
+        (
+            "language_model.model",
+            r"lora trains language_model.model.layers.0.self_attn.q_proj: take language_model.model",
+        ),
+        ("language_model.model.layers.1.mlp.up_proj.weight", "lora trains language_model.model.layers.1.mlp.up_proj"),
+        ("depth_head.nothing", "fits no parameter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([str(write_config(tmp_path / "run.yaml", start, [data["read"]], **LORA | {"trainable": [prefix]}))])
+    config = json.loads((start / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["tie_word_embeddings"] = True
+    (start / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = load_file(start / "model.safetensors")
+    del weights["language_model.lm_head.weight"]
+    save_file(weights, start / "model.safetensors", {"format": "pt"})
+    tied = LORA | {"trainable": ["language_model.model.embed_tokens"]}
+    with pytest.raises(ValueError, match="the LLM's embeddings and output are one tied weight"):
+        main([str(write_config(tmp_path / "run.yaml", start, [data["read"]], **tied))])
+
+
 def test_samples_are_drawn_and_answered_at_evaluations(tmp_path, start, data):
     picture = str(Path(data["read"]["path"]).parent / "0.png")
     options = {
@@ -353,6 +546,37 @@ def test_samples_are_drawn_and_answered_at_evaluations(tmp_path, start, data):
     assert list((tmp_path / "run").glob("**/events.out.tfevents*"))
 
 
+@pytest.mark.slow  # a process of W&B's own, some ten seconds
+def test_wandb_gets_every_loss_and_the_samples(tmp_path, start, data, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="no dependency of this project: pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    picture = str(Path(data["read"]["path"]).parent / "0.png")
+    options = {
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_datasets": [data["read"], data["draw"]],
+        "sample_prompts": ["a red circle"],
+        "sample_questions": [{"image": picture, "question": "what is this?"}],
+        "report_to": "wandb",
+        "run_name": "circles",
+    }
+    main([str(write_config(tmp_path / "run.yaml", start, [data["read"], data["draw"]], **options))])
+    assert wandb.run.name == "circles" and wandb.run.config["learning_rate"] == 1e-3
+    summary = {name: wandb.run.summary[name] for name in wandb.run.summary.keys()}
+    wandb.finish()
+    for name, value in zip(METRICS, losses(tmp_path / "run")[-1]):
+        assert summary[f"train/{name}"] == value
+    for name, value in zip(METRICS, evaluations(tmp_path / "run")[-1]):
+        assert summary[f"eval/{name}"] == value
+    assert summary["train/tokens_per_second"] > 0 and summary["train/global_step"] == 4
+    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(offline.glob("run-*.wandb")) and summary["answers"]["nrows"] == 1
+    (sheet,) = (offline / "files").glob(f"{Path(summary['samples']['path']).parent}/samples_*.png")
+    assert Image.open(sheet).size == Image.open(tmp_path / "run/samples/step-4.png").size
+
+
 def test_codes_of_another_tokenizer_are_refused(tmp_path, start, data):
     folder = tmp_path / "codes"
     extract = [sys.executable, "-m", "training.extract_codes", data["read"]["path"], str(folder), "--visual-model"]
@@ -371,6 +595,20 @@ def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
         ({"datasets": []}, "nothing to train on"),
         ({"card": {"licence": "mit"}}, "got licence"),
         ({"model": ""}, "Give either model"),
+        ({"eval_datasets": [data["read"]]}, "eval_strategy is no, with eval_datasets"),
+        ({"eval_strategy": "steps"}, "eval_strategy is steps, without eval_datasets"),
+        ({"learning_rates": {"heads": 1e-3}}, "learning_rates has 'heads', which fits no trained parameter"),
+        ({"learning_rates": {"embedder": 1.0}, "trainable": ["depth_head"]}, "'embedder', which fits no trained"),
+        ({"llm": "x"}, "With model, llm 'x' would have no effect"),
+        ({"boi_token": "<x>"}, "With model, boi_token '<x>' would have no effect"),
+        ({"sample_options": {"top_k": 3}}, "With no sample_prompts, sample_options"),
+        ({"train_codebooks": True, "trainable": ["depth_head"]}, "train_codebooks needs embedder"),
+        ({"release_dtype": "int8"}, "release_dtype is one of float32, float16, bfloat16, got 'int8'"),
+        ({"llm_dtype": "half"}, "llm_dtype is one of .*, got 'half'"),
+        ({"text_loss_weight": 1.5}, "text_loss_weight must be from 0 to 1, got 1.5"),
+        ({"image_loss_share": 0.0}, "image_loss_share must be above 0"),
+        ({"lora": {"modules_to_save": ["x"]}, "trainable": ["embedder"]}, "lora takes no modules_to_save"),
+        ({"load_in_4bit": True, "visual_model": "x"} | LORA, "load_in_4bit needs `model` alone"),
     ):
         with pytest.raises(ValueError, match=message):
             main([str(write_config(tmp_path / "run.yaml", start, [data["read"]], **options))])
@@ -384,6 +622,29 @@ def test_a_release_with_an_empty_weight_is_refused(tmp_path, mllm, processor):
     with pytest.raises(ValueError, match="1 weights are missing, depth_head.head.weight"):
         save_release(mllm, processor, tmp_path / "release", state_dict=weights)
     assert not list(tmp_path.glob("**/model.safetensors"))
+
+
+def test_a_weight_too_large_for_the_dtype_is_named(tmp_path, start, mllm, processor, data):
+    with torch.no_grad():
+        mllm.depth_head.head.weight[3, 4] = -1e5
+    save_release(mllm, processor, tmp_path / "wide", torch.bfloat16)
+    message = r"depth_head.head.weight reaches 100000, but torch.float16 ends at 65504: store it in bfloat16"
+    with pytest.raises(ValueError, match=message):
+        save_release(mllm, processor, tmp_path / "narrow", torch.float16)
+    assert not (tmp_path / "narrow").exists()
+
+    main([str(write_config(tmp_path / "run.yaml", start, [data["draw"]], max_steps=1, **LORA))])
+    adapter = tmp_path / "run/adapter/adapter_model.safetensors"
+    weights = load_file(adapter)
+    weights["base_model.model.depth_head.head.weight"][3, 4] = -1e5
+    save_file(weights, adapter, {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(merge_lora_app, [str(adapter.parent), str(tmp_path / "merged")], catch_exceptions=False)
+    assert not (tmp_path / "merged").exists()
+
+    mllm.depth_head.head.weight.data[3, 4] = torch.inf
+    with pytest.raises(ValueError, match="depth_head.head.weight is not finite"):
+        save_release(mllm, processor, tmp_path / "wide", torch.float32)
 
 
 def test_lora_on_joined_parts_keeps_its_base(tmp_path, start, data, mllm, processor):
@@ -402,7 +663,15 @@ def test_lora_on_joined_parts_keeps_its_base(tmp_path, start, data, mllm, proces
 def test_qlora_trains_over_four_bits(tmp_path, start, data):
     bits = pytest.importorskip("bitsandbytes", reason="needs the extra `qlora`")
     config = write_config(
-        tmp_path / "run.yaml", start, [data["read"], data["draw"]], max_steps=3, load_in_4bit=True, **LORA
+        tmp_path / "run.yaml",
+        start,
+        [data["read"], data["draw"]],
+        max_steps=3,
+        load_in_4bit=True,
+        eval_datasets=[data["read"], data["draw"]],
+        eval_strategy="steps",
+        eval_steps=3,
+        **LORA,
     )
     start_of_run, _ = build_model(*parse_yaml_and_command_line((MLLMArguments, TrainingArguments), [str(config)]))
     in_four_bits = {n for n, m in start_of_run.named_modules() if isinstance(m, bits.nn.Linear4bit)}
@@ -412,3 +681,18 @@ def test_qlora_trains_over_four_bits(tmp_path, start, data):
     assert {name.split(".")[0] for name in names} == {"language_model", "embedder", "depth_head"}
     history = losses(tmp_path / "run")
     assert history[-1][0] < history[0][0]
+
+    # what is released is what was trained, but for the bfloat16 that it was computed in
+    check = {"eval_datasets": [data["read"], data["draw"]], "eval_strategy": "steps", "eval_on_start": True}
+    (trained,) = evaluations(tmp_path / "run")
+    CliRunner().invoke(merge_lora_app, [f"{tmp_path}/run/adapter", f"{tmp_path}/merged"], catch_exceptions=False)
+    unquantized = ["--base", str(start)]
+    CliRunner().invoke(merge_lora_app, [f"{tmp_path}/run/adapter", f"{tmp_path}/other", *unquantized])
+    differences = {}
+    for name in ("run/release", "merged", "other"):
+        config = write_config(tmp_path / "check.yaml", tmp_path / name, [data["text"]], max_steps=1, **check)
+        main([str(config)])
+        released = evaluations(tmp_path / "check")[0]
+        differences[name] = abs(released[0] / trained[0] - 1)
+    print(differences)
+    assert differences["run/release"] < 1e-3 and differences["merged"] < 1e-3 < 5e-3 < differences["other"]

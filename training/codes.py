@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -127,7 +128,7 @@ class CodeStore(Mapping):
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no codes.
-        ValueError: shards are missing, or a file is broken; it is named.
+        ValueError: shards are missing, a file is broken, or an image has codes twice; it is named.
     """
 
     def __init__(self, folder: str | Path):
@@ -149,12 +150,14 @@ class CodeStore(Mapping):
                 check_parquet(shard)
             files = [str(shard) for shard in shards]
             self.rows = datasets.Dataset.from_parquet(files, batch_size=READ_ROWS)
-            self.places = {key: i for i, key in enumerate(self.rows["key"][:])}
+            found = [(key, i) for i, key in enumerate(self.rows["key"][:])]
         else:
-            self.places = {}
-            for shard in shards:
-                members = tar_members(shard)
-                self.places |= {name.removesuffix(".npy"): (shard, *place) for name, place in members.items()}
+            members = ((shard, *item) for shard in shards for item in tar_members(shard).items())
+            found = [(name.removesuffix(".npy"), (shard, *place)) for shard, name, place in members]
+        self.places = dict(found)
+        if len(self.places) < len(found):
+            twice = Counter(key for key, _ in found).most_common(1)[0][0]
+            raise ValueError(f"{folder} has the codes of {twice} twice.")
 
     def __len__(self) -> int:
         return len(self.places)

@@ -12,10 +12,13 @@ A source is one entry of a config's `datasets`:
     codes: data/codes              # what `training.extract_codes` wrote; no image is opened then
     task: draw                     # draw the image from its caption, or `read`: the caption from the image
     prompt: Describe the image.    # for `read`: asked through the chat template; without it, image and caption alone
-    mode: reconstruct              # of the image processor, for `images`; without it, `understand`
+    mode: reconstruct              # of the image processor; codes must have been extracted in it
 
     type: text                     # {"text"}
     path: data/text.jsonl
+
+Without `mode`, a sample that draws pictures and is shown none draws them from crops (`reconstruct`); all others see whole
+pictures (`understand`), an edit its result too.
 """
 
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from training.codes import CodeStore
 from training.files import BrokenSamples, ImageStore, UnusableSample, read_rows
 from unitok_mllm import UniTokMLLMProcessor
+from unitok_mllm.image_processing_unitok import MODES
 from unitok_mllm.processing_unitok import UNCONDITIONAL_PROMPT
 
 
@@ -37,6 +41,11 @@ IGNORE = -100
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
     **{"system": "system", "developer": "system"},
+}
+UNUSED_OPTIONS = {  # of a source, by its type
+    "conversations": ("task", "prompt"),
+    "captions": (),
+    "text": ("images", "codes", "task", "prompt", "mode"),
 }
 
 
@@ -128,24 +137,47 @@ class Source:
     codes: str = ""
     task: str = "read"
     prompt: str = ""
-    mode: str = "understand"
+    mode: str = ""
     weight: float | None = None
 
     def __post_init__(self):
-        if self.type not in ("conversations", "captions", "text"):
-            raise ValueError(f"type is conversations, captions or text, got {self.type!r} for {self.path}.")
+        if self.type not in UNUSED_OPTIONS:
+            raise ValueError(f"type is {', '.join(UNUSED_OPTIONS)}, got {self.type!r} for {self.path}.")
         if self.task not in ("read", "draw"):
             raise ValueError(f"task is read or draw, got {self.task!r} for {self.path}.")
+        if self.mode not in ("", *MODES):
+            raise ValueError(f"mode is one of {', '.join(MODES)}, got {self.mode!r} for {self.path}.")
         if self.weight is not None and self.weight <= 0:
             raise ValueError(f"weight must be above 0, got {self.weight} for {self.path}.")
+        unused = UNUSED_OPTIONS[self.type] + (("prompt",) if self.task == "draw" else ())
+        for name in unused + (("images",) if self.codes else ()):
+            if getattr(self, name) != getattr(type(self), name):
+                what = f"type {self.type}, task {self.task}" + (", with codes" if self.codes else "")
+                raise ValueError(f"{self.path} ({what}) has no use for {name} {getattr(self, name)!r}.")
         self.rows = read_rows(Path(self.path))
         if not len(self.rows):
             raise ValueError(f"{self.path} has no rows.")
         self.store = None
         if self.codes:
             self.store = CodeStore(self.codes)
+            if self.mode or self.type == "captions":
+                self._mode(self.task == "draw")
         elif self.type != "text":
             self.store = ImageStore(self.images or str(Path(self.path).parent))
+
+    def _mode(self, draws_only: bool) -> str:
+        """The image processor's mode for the pictures of a sample.
+
+        Raises:
+            ValueError: the codes were extracted in another one.
+        """
+        mode = self.mode or ("reconstruct" if draws_only else "understand")
+        if self.codes and (theirs := self.store.metadata.get("mode")) != mode:
+            raise ValueError(
+                f"{self.codes} has codes of pictures in the mode {theirs!r}, but {self.path} takes {mode!r}: extract "
+                f"codes with --mode {mode}, or give that source `mode: {theirs}`."
+            )
+        return mode
 
     def sample(self, index: int, texts: SampleTexts, caption_dropout: float, rng: np.random.Generator) -> dict:
         """Row `index` as a sample: `input_ids`, `labels` (T,), `image_targets` (N,) and a list of N `images`.
@@ -154,14 +186,18 @@ class Source:
 
         Raises:
             UnusableSample: a picture is broken, or see `SampleTexts`.
+            ValueError: see `_mode`.
         """
         row = self.rows[index]
         if self.type == "text":
             return texts.plain(row["text"]) | {"images": []}
         names = row.get("image") or []
         names = [names] if isinstance(names, str) else names
+        draws_only = self.task == "draw"
         if self.type == "conversations":
             messages = to_messages(row["conversations"], texts.processor.image_token, len(names))
+            shown_to = {m["role"] for m in messages for part in m["content"] if part["type"] == "image"}
+            draws_only = shown_to == {"assistant"}
             messages, names = drop_conditions(messages, names, caption_dropout, rng)
             encoded = texts.conversation(messages)
         elif self.task == "draw":
@@ -175,9 +211,10 @@ class Source:
             encoded = texts.reading(row["caption"])
         if len(encoded["image_targets"]) != len(names):
             raise UnusableSample(f"{len(encoded['image_targets'])} images in the text, but files {names}")
-        return encoded | {"images": [self._image(name, texts.processor, rng) for name in names]}
+        mode = self._mode(draws_only) if names else ""
+        return encoded | {"images": [self._image(name, mode, texts.processor, rng) for name in names]}
 
-    def _image(self, name: str, processor: UniTokMLLMProcessor, rng: np.random.Generator) -> torch.Tensor:
+    def _image(self, name: str, mode: str, processor: UniTokMLLMProcessor, rng: np.random.Generator) -> torch.Tensor:
         if isinstance(self.store, CodeStore):
             try:
                 variants = self.store[name]
@@ -186,7 +223,7 @@ class Source:
             return variants[rng.integers(len(variants))]
         picture = self.store[name]
         try:
-            return processor.image_processor(picture, mode=self.mode, return_tensors="pt")["pixel_values"][0]
+            return processor.image_processor(picture, mode=mode, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:  # of a shape that it refuses
             raise UnusableSample(f"{name}: {error}") from error
 

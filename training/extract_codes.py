@@ -45,15 +45,15 @@ def image_keys(data: str, image_folder: str = "") -> tuple[list[str], ImageStore
 
     Args:
         data: a .json, .jsonl or .parquet file whose rows have an `image` (a path, or a list of them); or a folder of
-            images; or tar files, `{00..15}.tar` for many.
+            images; or tar files, `{00..15}.tar` for many, whose images are named as `ImageStore` says.
         image_folder: the folder, or tar files, that the rows' paths lie in; without it, the file's own folder.
 
     Raises:
-        FileNotFoundError, ValueError: the data does not exist, or names no image.
+        FileNotFoundError, ValueError: the data does not exist, names no image, or gives a name that several shards have.
     """
     if data.endswith(".tar"):
         store = ImageStore(data)
-        keys = [name for name in store.members if name.lower().endswith(IMAGE_SUFFIXES)]
+        keys = [name for name in store.names if name.lower().endswith(IMAGE_SUFFIXES)]
     elif Path(data).is_dir():
         store = ImageStore(data)
         files = (path for path in Path(data).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -65,6 +65,7 @@ def image_keys(data: str, image_folder: str = "") -> tuple[list[str], ImageStore
         store = ImageStore(image_folder or str(Path(data).parent))
         named = (row.get("image") or [] for row in rows)
         keys = list(dict.fromkeys(key for names in named for key in ([names] if isinstance(names, str) else names)))
+        store.check_names(keys)
     if not keys:
         raise ValueError(f"{data} names no image.")
     return keys, store

@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import tarfile
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,11 +64,15 @@ def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
     """Where each file of a tar file lies: offset and size, in bytes, by name.
 
     Raises:
-        ValueError: it is broken; it is named.
+        ValueError: it is broken, or has two files of one name; it is named.
     """
+    members: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(shard) as archive:
-            members = {m.name: (m.offset_data, m.size) for m in archive if m.isfile()}
+            for member in filter(tarfile.TarInfo.isfile, archive):
+                if member.name in members:
+                    raise ValueError(f"{shard} has two files of the name {member.name}.")
+                members[member.name] = member.offset_data, member.size
     except tarfile.TarError as error:
         raise ValueError(f"cannot read {shard}: {error}") from error
     length = Path(shard).stat().st_size
@@ -79,8 +84,14 @@ def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
 class ImageStore:
     """Pictures by name, from a folder or from tar files (whose tables of contents are read once).
 
+    In tar files the name is the file's own where no other shard has it, and `SHARD.tar/NAME` where several do; a shard's
+    own name is its path from the folder that all shards lie in.
+
     Args:
         location: a folder, or a pattern of tar files with `*` or `{00..15}`.
+
+    Attributes:
+        names: of the files in tar files, in the order of the shards and within them; empty for a folder.
 
     Raises:
         FileNotFoundError: there is no such folder, or no file of that pattern.
@@ -88,28 +99,51 @@ class ImageStore:
     """
 
     def __init__(self, location: str):
-        self.location, self.members = location, {}
-        if not location.endswith(".tar"):
+        self.location, self.places = location, {}
+        self.in_tar = location.endswith(".tar")
+        if not self.in_tar:
             if not Path(location).is_dir():
                 raise FileNotFoundError(f"There is no image folder {location}.")
             return
-        shards = sorted(path for pattern in braceexpand(location) for path in glob.glob(pattern))
+        shards = sorted({path for pattern in braceexpand(location) for path in glob.glob(pattern)})
         if not shards:
             raise FileNotFoundError(f"There is no shard {location}.")
-        for shard in shards:
-            self.members |= {name: (shard, *place) for name, place in tar_members(shard).items()}
+        root = os.path.commonpath([os.path.dirname(shard) for shard in shards])
+        members = {shard: tar_members(shard) for shard in shards}
+        counts = Counter(name for of_shard in members.values() for name in of_shard)
+        self.shared_names = {name for name, count in counts.items() if count > 1}
+        for shard, of_shard in members.items():
+            prefix = Path(os.path.relpath(shard, root or None)).as_posix()
+            for name, place in of_shard.items():
+                self.places[f"{prefix}/{name}" if name in self.shared_names else name] = shard, *place
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.places)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """
+        Raises:
+            ValueError: one of the names is that of files in several shards.
+        """
+        if self.in_tar and (shared := self.shared_names.intersection(names)):
+            name = min(shared)
+            full = [full for full in self.places if full.endswith(f".tar/{name}")]
+            raise ValueError(f"{name} is in {len(full)} shards of {self.location}: name it {' or '.join(full[:2])}.")
 
     def __getitem__(self, name: str) -> Image.Image:
         """The picture, upright and in RGB, see `load_image`.
 
         Raises:
             UnusableSample: it is missing or broken.
+            ValueError: see `check_names`.
         """
-        if not self.members:
+        if not self.in_tar:
             return load_sample_image(Path(self.location) / name)
-        if name not in self.members:
+        if name not in self.places:
+            self.check_names([name])
             raise UnusableSample(f"no image {name} in {self.location}")
-        shard, offset, size = self.members[name]
+        shard, offset, size = self.places[name]
         with open(shard, "rb") as file:
             file.seek(offset)
             return decode_image(file.read(size), name)

@@ -10,7 +10,7 @@ import torch
 import typer
 from peft import PeftConfig, PeftModel
 
-from training.release import save_release
+from training.release import FLOAT_TYPES, save_release
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
 
@@ -34,6 +34,8 @@ def merge_lora(
     """Writes base + ADAPTER to FOLDER, for AutoModelForImageTextToText and AutoProcessor, without peft."""
     if not (adapter / "adapter_config.json").is_file():
         raise typer.BadParameter(f"{adapter} holds no adapter (adapter_config.json)")
+    if dtype not in FLOAT_TYPES:
+        raise typer.BadParameter(f"dtype is one of {', '.join(FLOAT_TYPES)}, got {dtype}")
     model = load_with_adapter(adapter, base).merge_and_unload()
     save_release(model, UniTokMLLMProcessor.from_pretrained(adapter), folder, getattr(torch, dtype))
     print(f"merged into {folder}")

@@ -1,11 +1,11 @@
 """The Trainer of transformers, with what training an MLLM on mixed data needs beyond it.
 
 * One loss whatever the number of processes and of accumulated batches: sums over targets, divided by their number in
-  the whole global batch.
+  the whole global batch. The same for logged losses, over all steps since the last log, and for those of evaluations.
 * Samples in the dataset's own order (which is shuffled, see `training.data.MLLMDataset`).
 * A learning rate for each part, and no weight decay on parameters of fewer than two dims.
 * Each loss logged under its own name, with tokens and images per second.
-* Checkpoints that count only once they are whole.
+* Checkpoints that count only once they are whole; the best is kept.
 """
 
 import json
@@ -15,18 +15,21 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from torchvision.transforms.functional import to_tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import ModelOutput
 
+from training.data import IGNORE
 from training.files import whole_checkpoints
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.sheet import contact_sheet
 
 
 WHOLE = "whole"  # a checkpoint folder without this file in it was broken off
-COUNTS = ("text_sum", "text_count", "image_sum", "image_count", "tokens", "images")
 
 
 def unwrapped(model: torch.nn.Module) -> UniTokMLLMForConditionalGeneration:
@@ -50,6 +53,28 @@ def is_under(name: str, prefix: str) -> bool:
     return f"{name}.".startswith(f"{prefix}.")
 
 
+class EvalShare(Dataset):
+    """Every n-th sample of a data set, for one of n processes. All have equally many, as DDP and ZeRO want it: where none
+    is left, the last one stands in without its targets, and counts for nothing."""
+
+    def __init__(self, dataset: Dataset, process_index: int, num_processes: int):
+        self.dataset, self.process_index, self.num_processes = dataset, process_index, num_processes
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.num_processes)
+
+    def __getitem__(self, index: int) -> dict:
+        index = index * self.num_processes + self.process_index
+        if index < len(self.dataset):
+            return self.dataset[index]
+        sample = self.dataset[len(self.dataset) - 1]
+        labels, image_targets = sample["labels"], sample["image_targets"]
+        return sample | {
+            "labels": torch.full_like(labels, IGNORE),
+            "image_targets": torch.zeros_like(image_targets),
+        }
+
+
 class MLLMTrainer(Trainer):
     """Trains a `UniTokMLLMForConditionalGeneration`, bare or under LoRA, whose `visual` is set aside.
 
@@ -58,7 +83,10 @@ class MLLMTrainer(Trainer):
             wins, and `args.learning_rate` where none does.
         text_loss_weight: weight of the mean text loss, that of the image loss being the rest; 0 to weigh both by their
             numbers of targets.
-        image_loss_share: see the model's `forward`.
+        image_loss_share: see the model's `forward`; evaluations take all positions.
+
+    Raises:
+        ValueError: a prefix of `learning_rates` fits no trained parameter.
     """
 
     def __init__(
@@ -73,15 +101,31 @@ class MLLMTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the counts of the whole step
         self.learning_rates = learning_rates or {}
         self.text_loss_weight, self.image_loss_share = text_loss_weight, image_loss_share
+        trained = [plain_name(name) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        for prefix in self.learning_rates:
+            if not any(is_under(name, prefix) for name in trained):
+                raise ValueError(f"learning_rates has {prefix!r}, which fits no trained parameter.")
         self.mllm = unwrapped(self.model)
         self.mllm.visual.to(self.args.device)
-        self._since_log = torch.zeros(len(COUNTS), dtype=torch.float64)
+        self._since_log, self._since_start = self._new_record(), self._new_record()
         self._last_log = time.perf_counter()
         self._keep = self.args.save_total_limit
         self.args.save_total_limit = None  # old checkpoints go when the new one is known to be whole
 
     def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return DataLoader(
+            EvalShare(dataset, self.args.process_index, self.args.world_size),
+            self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+        )
 
     # --- loss ---
 
@@ -98,7 +142,8 @@ class MLLMTrainer(Trainer):
         counts = torch.stack([self._counts(inputs) for inputs in batch_samples]).sum(dim=0).to(device)
         return self.accelerator.reduce(counts, "sum")
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def _sums(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, ModelOutput]:
+        """The sums of the losses of text targets and of codes to draw, (2,), their numbers, (2,), and the output."""
         inputs = dict(inputs)
         num_tokens, counts = inputs.pop("num_tokens"), self._counts(inputs)
         if "pixel_values" in inputs:
@@ -107,53 +152,83 @@ class MLLMTrainer(Trainer):
         share = self.image_loss_share if model.training else 1.0
         output = model(**inputs, image_loss_share=share, logits_at_targets=True)
         sums = torch.stack([output.text_loss, output.image_loss]) * counts
-        num_images = len(inputs.get("image_codes", ()))
-        if model.training:
-            self._record(sums, counts, num_tokens, num_images)
-        if num_items_in_batch is None:
-            total, processes = counts, 1
-        else:
-            total, processes = num_items_in_batch, self.accelerator.num_processes  # gradients will be averaged
+        record = self._since_log if model.training else self._evaluated
+        record[:2] += sums.detach()
+        record[2:4] += counts
+        record[4] += num_tokens
+        record[5] += len(inputs.get("image_codes", ()))
+        return sums, counts, output
+
+    def _new_record(self) -> torch.Tensor:
+        """Zeros for a process to add up in: (6,), sums of losses and numbers of targets (text, images each), tokens and
+        images."""
+        return torch.zeros(6, dtype=torch.float64, device=self.args.device)
+
+    def _loss(self, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """The loss of sums (2,) over numbers of targets (2,)."""
         if weight := self.text_loss_weight:
-            loss = (sums / total.clamp_min(1) * sums.new_tensor([weight, 1 - weight])).sum()
+            return (sums / counts.clamp_min(1) * sums.new_tensor([weight, 1 - weight])).sum()
+        return sums.sum() / counts.sum().clamp_min(1)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        sums, counts, output = self._sums(model, inputs)
+        if num_items_in_batch is None:
+            loss = self._loss(sums, counts)
         else:
-            loss = sums.sum() / total.sum().clamp_min(1)
-        loss = processes * loss
+            loss = self.accelerator.num_processes * self._loss(sums, num_items_in_batch)  # gradients will be averaged
         return (loss, output) if return_outputs else loss
+
+    # --- evaluation ---
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
+            self._sums(model, self._prepare_inputs(inputs))
+        return None, None, None
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
+        """The library's, with the losses over all targets of all processes."""
+        self._evaluated = self._new_record()
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        losses = self._named_losses(self.accelerator.reduce(self._evaluated, "sum"))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in losses.items()})
+        return output._replace(num_samples=len(dataloader.dataset.dataset))
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        start = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self._last_log += time.perf_counter() - start  # training stood still
+        return metrics
 
     # --- logging ---
 
-    def _record(self, sums: torch.Tensor, counts: torch.Tensor, num_tokens: torch.Tensor, num_images: int) -> None:
-        values = torch.stack([sums[0].detach(), counts[0], sums[1].detach(), counts[1], num_tokens])
-        self._since_log = self._since_log.to(values.device)
-        self._since_log[:5] += values
-        self._since_log[5] += num_images
+    def _named_losses(self, record: torch.Tensor) -> dict[str, float]:
+        """The means over a record's targets; a loss without targets is left out."""
+        sums, counts = record[:2], record[2:4]
+        named = zip(("text_loss", "image_loss"), sums.tolist(), counts.tolist())
+        losses = {name: total / count for name, total, count in named if count}
+        return losses | {"loss": self._loss(sums, counts).item()}
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds the losses by name and the throughput, over all processes, to each line of training.
+        """Puts the losses of all targets since the last log, and the throughput, over all processes, into each line of
+        training; into the last one, the loss of the run.
 
         Raises:
             FloatingPointError: a loss is not finite.
         """
         if "loss" in logs:
             now, since = time.perf_counter(), self.accelerator.reduce(self._since_log, "sum")
-            values = dict(zip(COUNTS, since.tolist()))
-            for name in ("text", "image"):
-                if values[f"{name}_count"]:
-                    logs[f"{name}_loss"] = values[f"{name}_sum"] / values[f"{name}_count"]
-                    if not math.isfinite(logs[f"{name}_loss"]):
-                        raise FloatingPointError(
-                            f"The {name}_loss is {logs[f'{name}_loss']} before step {self.state.global_step}."
-                        )
-            seconds = now - self._last_log
-            logs |= {f"{name}_per_second": round(values[name] / seconds, 1) for name in ("tokens", "images")}
+            losses = self._named_losses(since)
+            for name, value in losses.items():
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"The {name} is {value} before step {self.state.global_step}.")
+            per_second = (since[4:] / (now - self._last_log)).tolist()
+            logs |= losses | {f"{name}_per_second": round(n, 1) for name, n in zip(("tokens", "images"), per_second)}
+            self._since_start += since
             self._since_log.zero_()
             self._last_log = now
+        if "train_loss" in logs:
+            whole_run = self._since_start + self.accelerator.reduce(self._since_log, "sum")
+            logs["train_loss"] = self._named_losses(whole_run)["loss"]
         super().log(logs, *args, **kwargs)
 
     # --- optimizer ---
@@ -173,6 +248,10 @@ class MLLMTrainer(Trainer):
                     learning_rate = self.learning_rate_of(plain_name(name))
                     groups.setdefault((learning_rate, decay), []).append(parameter)
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if is_optimizer_factory(optimizer_class) or kwargs.keys() & {"params", "model", "optimizer_dict"}:
+                raise ValueError(
+                    f"optim {self.args.optim.value} chooses its own parameters, whatever learning_rates says."
+                )
             self.optimizer = optimizer_class(
                 [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()], **kwargs
             )
@@ -180,13 +259,23 @@ class MLLMTrainer(Trainer):
 
     # --- checkpoints ---
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """The library's; what is frozen stays so, within LoRA's copies too."""
+        frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
             if self._keep:
-                for folder in list(whole_checkpoints(self.args.output_dir, WHOLE).values())[: -self._keep]:
+                *older, newest = whole_checkpoints(self.args.output_dir, WHOLE).values()
+                kept = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
+                others = [folder for folder in older if folder.name not in kept]
+                for folder in others[: max(0, len(others) + len(kept) - self._keep)]:
                     shutil.rmtree(folder)
 
 
@@ -251,6 +340,14 @@ class SamplesCallback(TrainerCallback):
                     callback.tb_writer.add_image("samples", to_tensor(sheet), step)
                 if answers:
                     callback.tb_writer.add_text("answers", json.dumps(answers, indent=1), step)
+            if isinstance(callback, WandbCallback):
+                wandb, logged = callback._wandb, {"train/global_step": step}
+                if pictures:
+                    logged["samples"] = wandb.Image(sheet)
+                if answers:
+                    rows = [list(answer.values()) for answer in answers]
+                    logged["answers"] = wandb.Table(columns=list(answers[0]), data=rows)
+                wandb.log(logged)
         (folder / f"step-{step}.json").write_text(
             json.dumps({"step": step, "answers": answers}, indent=2) + "\n", encoding="utf-8"
         )

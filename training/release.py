@@ -12,6 +12,9 @@ from training.model_card import TrainingRun, write_release_card
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
 
+FLOAT_TYPES = ("float32", "float16", "bfloat16")  # that weights are loaded and stored in
+
+
 def write_folder(folder: str | os.PathLike, write: Callable[[Path], None]) -> None:
     """Calls `write` with a folder beside `folder`, and puts it in `folder`'s place once it is done.
 
@@ -38,6 +41,26 @@ def write_folder(folder: str | os.PathLike, write: Callable[[Path], None]) -> No
         unfinished.rename(folder)
 
 
+def check_weight(name: str, value: torch.Tensor, exact: torch.Tensor | None = None) -> None:
+    """
+    Args:
+        exact: what the value was before it was cast.
+
+    Raises:
+        ValueError: the weight is empty or not finite, or the cast made it so; the message names it.
+    """
+    if not value.numel():
+        raise ValueError(f"The weight {name} is empty.")
+    if value.isfinite().all():
+        return
+    if exact is None:
+        raise ValueError(f"The weight {name} is not finite.")
+    raise ValueError(
+        f"The weight {name} reaches {exact.abs().max():g}, but {value.dtype} ends at {torch.finfo(value.dtype).max:g}: "
+        "store it in bfloat16 or float32."
+    )
+
+
 def save_release(
     model: UniTokMLLMForConditionalGeneration,
     processor: UniTokMLLMProcessor,
@@ -54,19 +77,18 @@ def save_release(
         run: the training, for the card.
 
     Raises:
-        ValueError: a weight is missing, empty or not finite.
+        ValueError: a weight is missing, empty, not finite, or too large for the dtype.
     """
     folder = Path(folder)
     state_dict = dict(model.state_dict() if state_dict is None else state_dict)
     if missing := model.state_dict().keys() - state_dict.keys():
         raise ValueError(f"{len(missing)} weights are missing, {min(missing)} first.")
-    for name, value in state_dict.items():
-        if value.numel() == 0 or not value.isfinite().all():
-            raise ValueError(f"The weight {name} is {'not finite' if value.numel() else 'empty'}.")
     stored: dict[tuple, torch.Tensor] = {}  # tied weights stay one
     for name, value in state_dict.items():
+        check_weight(name, value)
         if value.is_floating_point():
             state_dict[name] = stored.setdefault((value.data_ptr(), value.shape), value.to("cpu", dtype))
+            check_weight(name, state_dict[name], value)
 
     def write(unfinished: Path) -> None:
         model.save_pretrained(unfinished, state_dict=state_dict)

@@ -12,11 +12,12 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -47,7 +48,8 @@ from training.mllm_trainer import (
     set_visual_aside,
 )
 from training.model_card import TrainingRun, check_metadata, push_release, training_facts
-from training.release import save_release, write_folder
+from training.release import FLOAT_TYPES, check_weight, save_release, write_folder
+from training.trainer_options import check_trainer_options
 from unitok_mllm import (
     UniTokImageProcessor,
     UniTokMLLMConfig,
@@ -61,6 +63,11 @@ from unitok_mllm.processing_unitok import VICUNA_SYSTEM, vicuna_chat_template
 
 logger = logging.getLogger(__name__)
 PARTS = ["embedder", "depth_head", "language_model"]
+# options for an MLLM that is joined from parts
+OF_PARTS = (
+    *("text_tokenizer", "depth_config", "embedder_dim", "embedder_heads", "system_line", "boi_token", "eoi_token"),
+    "llm_gguf_file",
+)
 
 
 @dataclass
@@ -127,8 +134,32 @@ class MLLMArguments:
             raise ValueError("Give either model, or visual_model with llm or llm_config.")
         if self.load_in_4bit and not self.lora:
             raise ValueError("load_in_4bit needs lora: weights of 4 bits take no gradient.")
+        if self.load_in_4bit and (not self.model or self.visual_model):
+            raise ValueError("load_in_4bit needs `model` alone: the folder of a whole MLLM.")
         if self.lora and "language_model" in self.trainable:
             raise ValueError("lora freezes the LLM's own weights: take language_model out of trainable.")
+        if self.lora and "modules_to_save" in self.lora:
+            raise ValueError("lora takes no modules_to_save: trainable says what is trained whole.")
+        for name in ("llm_dtype", "release_dtype"):
+            if getattr(self, name) not in FLOAT_TYPES:
+                raise ValueError(f"{name} is one of {', '.join(FLOAT_TYPES)}, got {getattr(self, name)!r}.")
+        if not 0 <= self.text_loss_weight <= 1:
+            raise ValueError(f"text_loss_weight must be from 0 to 1, got {self.text_loss_weight}.")
+        if not 0 < self.image_loss_share <= 1:
+            raise ValueError(f"image_loss_share must be above 0 and at most 1, got {self.image_loss_share}.")
+        if self.train_codebooks and not any(is_under("embedder.quantizer.codebooks", p) for p in self.trainable):
+            raise ValueError("train_codebooks needs embedder or embedder.quantizer in trainable.")
+        without_use = {
+            "model": (self.model, ("llm", "llm_config", *OF_PARTS)),
+            "llm": (self.llm, ("llm_config",)),
+            "no llm": (not self.llm, ("llm_gguf_file",)),
+            "no sample_prompts": (not self.sample_prompts, ("sample_options",)),
+        }
+        defaults = {field.name: field.default for field in fields(self)}
+        for what, (is_given, names) in without_use.items():
+            for name in names:
+                if is_given and getattr(self, name) != defaults[name]:
+                    raise ValueError(f"With {what}, {name} {getattr(self, name)!r} would have no effect.")
 
 
 @contextmanager
@@ -170,7 +201,7 @@ def loading_options(arguments: MLLMArguments) -> dict:
 def build_language_model(arguments: MLLMArguments) -> PreTrainedModel:
     if not arguments.llm:
         config = AutoConfig.for_model(**arguments.llm_config)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=arguments.attn_implementation)
+        return AutoModelForCausalLM.from_config(config, **loading_options(arguments))
     if not arguments.llm_gguf_file:
         return AutoModelForCausalLM.from_pretrained(arguments.llm, **loading_options(arguments))
     language_model = AutoModelForCausalLM.from_pretrained(
@@ -243,6 +274,29 @@ def freeze_all_but(model: torch.nn.Module, trainable: list[str]) -> None:
         parameter.requires_grad_(any(is_under(name, prefix) for prefix in trainable))
 
 
+def whole_modules(model: torch.nn.Module, prefixes: list[str]) -> list[str]:
+    """The fewest modules that peft can copy, save and train, with all parameters under the prefixes in them."""
+    names: set[str] = set()
+    for prefix in prefixes:
+        modules = dict(model.named_modules())
+        name = prefix if prefix in modules else prefix.rpartition(".")[0]  # a parameter's module
+        if isinstance(modules[name], torch.nn.ModuleList | torch.nn.ModuleDict):  # never called themselves
+            names.update(whole_modules(model, [f"{name}.{child}" for child, _ in modules[name].named_children()]))
+        else:
+            names.add(name)
+    return sorted(name for name in names if not any(is_under(name, other) for other in names - {name}))
+
+
+def save_dequantized(model: UniTokMLLMForConditionalGeneration, processor: UniTokMLLMProcessor, folder: Path) -> None:
+    """Saves the MLLM that `model` was loaded from, with the weights that its 4 bits stand for."""
+    whole = UniTokMLLMForConditionalGeneration.from_pretrained(model.config._name_or_path)
+    for name, module in model.language_model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = dequantize_module_weight(module)
+            whole.language_model.get_submodule(name).weight.data = weight.detach().to("cpu", torch.float32)
+    save_release(whole, processor, folder, torch.float32)
+
+
 def add_lora(
     model: UniTokMLLMForConditionalGeneration,
     processor: UniTokMLLMProcessor,
@@ -251,30 +305,44 @@ def add_lora(
 ) -> PeftModel:
     """LoRA on every linear layer of the LLM but its output; the other trainable parts are trained and saved whole.
 
-    The adapter names the folder of its base; a base joined from parts is saved to `<output_dir>/base` for it.
+    The adapter names the folder of its base; one that was joined from parts, or that 4 bits changed, is saved to
+    `<output_dir>/base` for it.
 
     Raises:
-        ValueError: the parts to join are not whole: sharded by ZeRO-3, or in 4 bits.
+        ValueError: ZeRO-3 has sharded what the base is made of; or `trainable` has layers that LoRA trains, or tied
+            embeddings.
     """
-    base = arguments.model
-    if not base or arguments.visual_model:
-        base = f"{training_arguments.output_dir}/base"
-        if is_deepspeed_zero3_enabled() or arguments.load_in_4bit:
-            raise ValueError("lora under ZeRO-3 or in 4 bits needs `model` alone: the folder of a whole MLLM.")
-        if training_arguments.should_save and not Path(base).exists():
-            put_visual_back(model)
-            save_release(model, processor, Path(base), torch.float32)
-            set_visual_aside(model)
     output = model.get_output_embeddings()
     linear = [n for n, m in model.language_model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
+    for prefix in arguments.trainable:
+        if taken := [name for name in linear if is_under(f"language_model.{name}.weight", prefix)]:
+            raise ValueError(f"lora trains language_model.{taken[0]}: take {prefix} out of trainable.")
+        is_tied = output.weight is model.get_input_embeddings().weight
+        if is_tied and any(is_under(name, prefix) for name, p in model.named_parameters() if p is output.weight):
+            raise ValueError(f"lora cannot train {prefix}: the LLM's embeddings and output are one tied weight.")
+    base, sharded = Path(training_arguments.output_dir, "base"), is_deepspeed_zero3_enabled()
+    joined = not arguments.model or arguments.visual_model
+    if joined and (sharded or arguments.load_in_4bit) or sharded and arguments.load_in_4bit:
+        raise ValueError(
+            "lora under ZeRO-3 or in 4 bits needs `model` alone: the folder of a whole MLLM; and not both."
+        )
+    if not joined and not arguments.load_in_4bit:
+        base = arguments.model
+    elif training_arguments.should_save and not (base.exists() and whole_checkpoints(base.parent, WHOLE)):
+        if arguments.load_in_4bit:
+            save_dequantized(model, processor, base)
+        else:
+            put_visual_back(model)
+            save_release(model, processor, base, torch.float32)
+            set_visual_aside(model)
     endings = "|".join(sorted({re.escape(name.rsplit(".", 1)[-1]) for name in linear}))
-    config = LoraConfig(
-        target_modules=rf"language_model\..*\.({endings})",
-        modules_to_save=list(arguments.trainable) or None,
-        **arguments.lora,
-    )
+    options = {"target_modules": rf"language_model\..*\.({endings})"} | arguments.lora
+    config = LoraConfig(modules_to_save=whole_modules(model, arguments.trainable) or None, **options)
     trained = get_peft_model(model, config)
-    trained.peft_config["default"].base_model_name_or_path = base
+    for name, parameter in trained.named_parameters():
+        if ".modules_to_save." in name:
+            parameter.requires_grad_(any(is_under(plain_name(name), prefix) for prefix in arguments.trainable))
+    trained.peft_config["default"].base_model_name_or_path = str(base)
     return trained
 
 
@@ -292,11 +360,13 @@ def log_trained_parts(trainer: MLLMTrainer) -> None:
 
 def training_run(trainer: MLLMTrainer, arguments: MLLMArguments, first_step: int, seconds: float) -> TrainingRun:
     """What the model card says of a training that is done."""
-    args, history = trainer.args, trainer.state.log_history
+    args, state = trainer.args, trainer.state
+    last_step = state.best_global_step if args.load_best_model_at_end else state.global_step
+    history = [line for line in state.log_history if line["step"] <= last_step]
     logged = {name: value for line in history for name, value in line.items() if name.endswith("loss")}
     logged.pop("train_loss", None)  # the mean of the run
     facts = training_facts(
-        trainer.state.global_step,
+        state.global_step,
         first_step,
         args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         args.learning_rate,
@@ -305,6 +375,8 @@ def training_run(trainer: MLLMTrainer, arguments: MLLMArguments, first_step: int
         args.world_size,
         "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32",
     )
+    if args.load_best_model_at_end:
+        facts["released"] = f"step {last_step}, of the best {args.metric_for_best_model} ({state.best_metric:.4g})"
     started_from = [name for name in (arguments.model, arguments.visual_model, arguments.llm) if name]
     return TrainingRun(started_from, arguments.datasets, arguments.card, facts, logged)
 
@@ -323,6 +395,9 @@ def save_results(
         save_release(trainer.mllm, processor, output_dir / "release", dtype, state_dict | visual, run)
         return
 
+    for name, value in state_dict.items():
+        check_weight(name, value)
+
     def write_adapter(folder: Path) -> None:
         trainer.model.save_pretrained(folder, state_dict=state_dict)
         processor.save_pretrained(folder)
@@ -334,8 +409,7 @@ def save_results(
 
 def main(argv: list[str] | None = None) -> None:
     arguments, training_arguments = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), argv)
-    if training_arguments.num_train_epochs != 1:
-        raise ValueError("One run is one pass over num_samples samples: set that, and leave num_train_epochs at 1.")
+    check_trainer_options(training_arguments, evaluates=bool(arguments.eval_datasets))
     logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.ERROR)
     logger.info("training on %s, %d processes", training_arguments.device, training_arguments.world_size)
     push = training_arguments.push_to_hub
@@ -350,12 +424,14 @@ def main(argv: list[str] | None = None) -> None:
     vision = model.config.visual_config.vision_config
     texts = SampleTexts(processor, arguments.max_length)
 
+    seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
+
     def dataset(sources: list[dict], num_samples: int, caption_dropout: float) -> MLLMDataset:
         return MLLMDataset(
             [checked(Source(**source), vision) for source in sources],
             texts,
             num_samples,
-            training_arguments.seed,
+            seed,
             caption_dropout,
             arguments.max_broken_share,
         )
@@ -393,6 +469,11 @@ def main(argv: list[str] | None = None) -> None:
         first_step = TrainerState.load_from_json(f"{resume_from}/trainer_state.json").global_step
     result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     trainer.save_state()
+    best = f"checkpoint-{trainer.state.best_global_step}"
+    if training_arguments.load_best_model_at_end and Path(trainer.state.best_model_checkpoint or "").name != best:
+        raise ValueError(
+            "There is no best model to release: no evaluation gave a finite loss, or its checkpoint is gone."
+        )
     run = training_run(trainer, arguments, first_step, result.metrics["train_runtime"])
     save_results(trainer, processor, arguments, run)
     if push and trainer.is_world_process_zero():

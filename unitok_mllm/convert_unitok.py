@@ -130,7 +130,7 @@ def _take_zeros(state: StateDict, report: ConversionReport) -> None:
 
 
 def _load_exactly(model: PreTrainedModel, state: StateDict) -> None:
-    """Loads the state dict; missing, unexpected or misshapen tensors are errors that name them."""
+    """Loads the state dict; missing, unexpected, misshapen or non-finite tensors are errors that name them."""
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -139,6 +139,9 @@ def _load_exactly(model: PreTrainedModel, state: StateDict) -> None:
         raise ConversionError(
             f"The checkpoint lacks {missing or 'nothing'}, and has unknown {unexpected or 'nothing'}."
         )
+    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise ConversionError(f"{len(broken)} tensors are not finite in {model.dtype}, {broken[0]} first.")
 
 
 def tokenizer_config(args: dict, state: StateDict) -> UniTokConfig:
