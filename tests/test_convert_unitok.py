@@ -296,6 +296,14 @@ def put(name, make):
             put("post_quant_proj.attn.zero_k_bias", lambda tensor: tensor + 1),
             "post_quant_proj.*zero_k_bias is not zero",
         ),
+        (
+            put("decoder.norm.bias", lambda tensor: tensor / 0),
+            "1 tensors are not finite in torch.float32, decoder.norm.bias",
+        ),
+        (
+            put("decoder.norm.bias", lambda tensor: tensor.double() + 1e39),
+            "not finite in torch.float32, decoder.norm.bias",
+        ),
         (put("encoder.pos_embed", lambda _: torch.ones(1, 1, 96)), "encoder.pos_embed is not zero"),
         (lambda checkpoint: checkpoint["args"].update(model="vit_large"), "Only ViTamin tokenizers.*'vit_large'"),
         (lambda checkpoint: checkpoint.pop("args"), "no UniTok tokenizer checkpoint.*args"),

@@ -358,6 +358,19 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, start, data):
         torch.testing.assert_close(second[name], weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow  # compiles every shape of batch: two minutes
+def test_a_compiled_training_gives_the_losses_and_the_release_of_a_plain_one(tmp_path, start, data):
+    for name, options in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "eager"})):
+        main(
+            [str(write_config(tmp_path / f"{name}.yaml", start, [data["read"], data["draw"]], max_steps=2, **options))]
+        )
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-4)
+    first, second = (load_file(tmp_path / f"{name}/release/model.safetensors") for name in ("plain", "compiled"))
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-4)
+
+
 def test_two_processes_give_the_losses_of_one(tmp_path, start, data):
     sources = list(data.values())
     rows = Path(data["text"]["path"]).read_text(encoding="utf-8").splitlines()
@@ -573,8 +586,10 @@ def test_wandb_gets_every_loss_and_the_samples(tmp_path, start, data, monkeypatc
     assert summary["train/tokens_per_second"] > 0 and summary["train/global_step"] == 4
     (offline,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(offline.glob("run-*.wandb")) and summary["answers"]["nrows"] == 1
-    (sheet,) = (offline / "files").glob(f"{Path(summary['samples']['path']).parent}/samples_*.png")
-    assert Image.open(sheet).size == Image.open(tmp_path / "run/samples/step-4.png").size
+    assert (
+        Image.open(offline / "files" / summary["samples"]["path"]).size
+        == Image.open(tmp_path / "run/samples/step-4.png").size
+    )
 
 
 def test_codes_of_another_tokenizer_are_refused(tmp_path, start, data):
@@ -679,8 +694,8 @@ def test_qlora_trains_over_four_bits(tmp_path, start, data):
     main([str(config)])
     names = changed(start, tmp_path / "run/release")
     assert {name.split(".")[0] for name in names} == {"language_model", "embedder", "depth_head"}
-    history = losses(tmp_path / "run")
-    assert history[-1][0] < history[0][0]
+    (_, *first), *_, (_, *last) = losses(tmp_path / "run")
+    assert first[0] > last[0] and first[1] > last[1]
 
     # what is released is what was trained, but for the bfloat16 that it was computed in
     check = {"eval_datasets": [data["read"], data["draw"]], "eval_strategy": "steps", "eval_on_start": True}
@@ -694,5 +709,4 @@ def test_qlora_trains_over_four_bits(tmp_path, start, data):
         main([str(config)])
         released = evaluations(tmp_path / "check")[0]
         differences[name] = abs(released[0] / trained[0] - 1)
-    print(differences)
-    assert differences["run/release"] < 1e-3 and differences["merged"] < 1e-3 < 5e-3 < differences["other"]
+    assert differences["run/release"] < 2e-4 and differences["merged"] < 2e-4 < 1e-3 < differences["other"]

@@ -155,7 +155,7 @@ class MLLMArguments:
             "no llm": (not self.llm, ("llm_gguf_file",)),
             "no sample_prompts": (not self.sample_prompts, ("sample_options",)),
         }
-        defaults = {field.name: field.default for field in fields(self)}
+        defaults = {option.name: option.default for option in fields(self)}
         for what, (is_given, names) in without_use.items():
             for name in names:
                 if is_given and getattr(self, name) != defaults[name]:
@@ -322,10 +322,8 @@ def add_lora(
             raise ValueError(f"lora cannot train {prefix}: the LLM's embeddings and output are one tied weight.")
     base, sharded = Path(training_arguments.output_dir, "base"), is_deepspeed_zero3_enabled()
     joined = not arguments.model or arguments.visual_model
-    if joined and (sharded or arguments.load_in_4bit) or sharded and arguments.load_in_4bit:
-        raise ValueError(
-            "lora under ZeRO-3 or in 4 bits needs `model` alone: the folder of a whole MLLM; and not both."
-        )
+    if sharded and (joined or arguments.load_in_4bit):
+        raise ValueError("lora under ZeRO-3 needs `model` alone, the folder of a whole MLLM, and no load_in_4bit.")
     if not joined and not arguments.load_in_4bit:
         base = arguments.model
     elif training_arguments.should_save and not (base.exists() and whole_checkpoints(base.parent, WHOLE)):
@@ -388,6 +386,7 @@ def save_results(
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what ZeRO-3 has sharded
     if not trainer.is_world_process_zero():
         return
+    state_dict = {name.removeprefix("_orig_mod."): value for name, value in state_dict.items()}  # of torch.compile
     output_dir, dtype = Path(trainer.args.output_dir), getattr(torch, arguments.release_dtype)
     if not arguments.lora:
         put_visual_back(trainer.mllm)
