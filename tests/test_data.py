@@ -223,7 +223,7 @@ def test_pictures_come_alike_from_a_folder_and_from_shards(folder, tmp_path):
         ImageStore(f"{tmp_path}/x*.tar")
 
 
-def test_equal_names_in_several_shards_are_told_apart(folder, tmp_path):
+def test_equal_names_in_several_shards_are_told_apart(folder, texts, tmp_path):
     for shard in range(2):
         (tmp_path / f"part{shard}").mkdir()
         with tarfile.open(tmp_path / f"part{shard}/x.tar", "w") as archive:
@@ -244,7 +244,7 @@ def test_equal_names_in_several_shards_are_told_apart(folder, tmp_path):
         rows = [{"image": "only0.png", "caption": "a"}, {"image": "1.png", "caption": "b"}]
         (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
         Source(f"{tmp_path}/rows.json", type="captions", images=f"{tmp_path}/part{{0..1}}/x.tar").sample(
-            1, None, 0.0, np.random.default_rng(0)
+            1, texts, 0.0, np.random.default_rng(0)
         )
     with tarfile.open(tmp_path / "twice.tar", "w") as archive:
         archive.add(folder / "0.png", arcname="0.png")
