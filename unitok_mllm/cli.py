@@ -73,7 +73,7 @@ def check_model(folder: Path) -> None:
         raise ValueError(f"no model in {folder}: it has no config.json")
 
 
-def load(folder: Path, *, tokenizer_only: bool = False) -> tuple[Any, Any]:
+def load(folder: str | os.PathLike, *, tokenizer_only: bool = False) -> tuple[Any, Any]:
     """The model of a folder (float32 on a CPU, bfloat16 on a GPU) and its processor.
 
     Args:
@@ -83,6 +83,7 @@ def load(folder: Path, *, tokenizer_only: bool = False) -> tuple[Any, Any]:
     Raises:
         ValueError, OSError: no such model, or one that does not load whole.
     """
+    folder = Path(folder)
     check_model(folder)
     import torch
     from huggingface_hub.errors import StrictDataclassError
