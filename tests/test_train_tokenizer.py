@@ -756,3 +756,11 @@ def test_a_text_tokenizer_of_another_kind_is_refused(text_tokenizer):
     config.text_config.eos_token_id = 7
     with pytest.raises(ValueError, match="ends texts with 2; the text tower has 512 and looks for 7"):
         check_text_tokenizer(text_tokenizer, config)
+
+
+def test_a_release_that_is_not_finite_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path, {})
+    trainer.ema.module.vision_model.projection.weight.data[1, 2] = torch.inf
+    with pytest.raises(ValueError, match="The weight vision_model.projection.weight is not finite"):
+        trainer._save_release()
+    assert not (tmp_path / "release").exists()

@@ -44,7 +44,7 @@ from training.losses import (
     tokenizer_losses,
 )
 from training.model_card import TrainingRun, training_facts, write_release_card
-from training.release import write_folder
+from training.release import check_weight, write_folder
 from unitok_mllm import UniTokModel
 from unitok_mllm.configuration_unitok import ABOVE_ZERO, SHARE, WEIGHT
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor
@@ -640,6 +640,9 @@ class TokenizerTrainer:
                 self.total_steps,
                 100 * lag,
             )
+
+        for name, value in self.ema.module.state_dict().items():
+            check_weight(name, value)
 
         def write(folder: Path) -> None:
             for part in (self.ema.module, self.image_processor, self.text_tokenizer):
