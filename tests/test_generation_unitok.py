@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    ContinuousBatchingConfig,
     GenerationConfig,
     LlamaForCausalLM,
     LogitsProcessor,
@@ -560,7 +561,10 @@ def test_a_repetition_penalty_on_the_prompt_skips_image_placeholders(lively_mllm
 def test_continuous_batching_answers_texts_as_generate_does(lively_mllm, processor):
     prompts = [processor(text=text)["input_ids"][0].tolist() for text in ("what is it?", "is it red or blue", "a")]
     options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    served = lively_mllm.generate_batch(prompts, generation_config=options, progress_bar=False)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # by default it fills the memory
+    served = lively_mllm.generate_batch(
+        prompts, generation_config=options, continuous_batching_config=small, progress_bar=False
+    )
     assert len(served) == len(prompts)
     for prompt, answer in zip(prompts, served.values()):
         alone = lively_mllm.generate(torch.tensor([prompt]), generation_config=options)

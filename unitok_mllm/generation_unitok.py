@@ -155,13 +155,17 @@ class UniTokGenerationMixin(GenerationMixin):
             self.images_per_sample(input_ids, *images.pooler_output.shape[:2])
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def _get_logits_processor(self, *args, encoder_input_ids=None, **kwargs) -> UniTokLogitsProcessorList:
-        """The library's, none of which meets a placeholder."""
+    def _get_logits_processor(
+        self, generation_config, *args, encoder_input_ids=None, **kwargs
+    ) -> UniTokLogitsProcessorList:
+        """The library's, none of which meets a placeholder; and none of them chooses one, whatever the config says."""
         placeholder, boi = self.config.image_token_id, self.config.boi_token_id
         if encoder_input_ids is not None:
             encoder_input_ids = encoder_input_ids.masked_fill(encoder_input_ids == placeholder, boi)
+        generation_config = copy.copy(generation_config)
+        generation_config.suppress_tokens = [*(generation_config.suppress_tokens or []), placeholder]
         processors = UniTokLogitsProcessorList(
-            super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
+            super()._get_logits_processor(generation_config, *args, encoder_input_ids=encoder_input_ids, **kwargs)
         )
         processors.placeholder, processors.boi_token_id = placeholder, boi
         return processors
