@@ -1,13 +1,22 @@
 """UniTok's claim in miniature: more sub-codebooks under one total vocabulary, and joint training without conflict.
 
     python -m eval.claims training/configs/claims.yaml
-    python -m eval.claims training/configs/claims.yaml --steps 20 --seeds 0 --codebooks 1 8
+    python -m eval.claims training/configs/claims.yaml --steps 20 --search_steps 10 --seeds 0 --codebooks 1 8
 
 The same tokenizer is trained with K = 1, 2, 4, 8 sub-codebooks of `total_codes` / K codes each; the width before
-quantization, the data and their order, the steps, the batch and the learning rate are the same. The largest K is also
-trained without captions (`contrastive_weight` 0). Each is trained once for each seed, and measured on held-out images:
-PSNR of the reconstructions; zero-shot accuracy, where captions are easy-VQA's 24 pairs of colour and shape, an image
-counting as right if, of all 24 texts, "a red circle" is the nearest to that of a red circle; and the codes in use.
+quantization, the data and their order, the steps and the batch are the same.
+
+1. Search: for each K, every setting in `candidates` (dead-code revival, learning rates, ...) is tried once for
+   `search_steps`. The one with the highest PSNR on the `validation` images is this K's setting, and the only thing that
+   differs between the K besides the split of the codes.
+2. Comparison: each K is trained with its setting for `steps`, once for each seed, and measured on the `held_out` images.
+   The largest K is also trained for reconstruction alone (`contrastive_weight` 0) and for captions alone (no
+   reconstruction term).
+
+Measured are the PSNR of reconstructions (beside that of painting each image in its own mean colour, and of the mean
+training image); zero-shot accuracy, where captions are easy-VQA's 24 pairs of colour and shape, an image counting as
+right if, of all 24 texts, "a red circle" is the nearest to that of a red circle; and the percentage of all codes that
+the held-out images are encoded with. PSNR on the validation images during training shows whether `steps` were enough.
 
 What the paper (https://arxiv.org/abs/2502.20321) reports of this at its size: with a total of 16384, each doubling of
 the sub-codebooks from 1 to 8 improves rFID and ImageNet accuracy (Table 8), and joint training reconstructs slightly
@@ -15,7 +24,7 @@ better than reconstruction alone, rFID 0.72 and 0.82 (Table 6). Its Table 8 trai
 (rFID without captions, accuracy without reconstruction); here, with captions, one tokenizer is measured for both.
 
 A run lives in `<output_dir>/runs/<name>`: its config, checkpoints while it trains, the tokenizer, and `result.json`.
-Its name ends with a digest of all that its result hangs on, so that the same command goes on where it was killed and
+Its name ends with a digest of all that its result depends on, so that the same command goes on where it was killed and
 another setting has runs of its own. After each run `claims.json`, `claims.md` and `claims.png` are those of this
 command's finished runs. `--processes 2` trains each tokenizer in two processes, which share out the batch.
 """
@@ -30,6 +39,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -48,16 +58,22 @@ from training.arguments import parse_yaml_and_command_line
 from training.extract_codes import file_digest
 from training.files import whole_checkpoints
 from training.image_text_data import ImageFiles, ImageTextTransform
-from training.losses import LossArguments, psnr
-from training.tokenizer_trainer import STATE, TokenizerTrainingArguments
+from training.losses import RECONSTRUCTION_TERMS, LossArguments, psnr
+from training.tokenizer_trainer import HISTORY, STATE, TokenizerTrainingArguments
 from training.train_tokenizer import TokenizerArguments
-from unitok_mllm import UniTokConfig, UniTokModel
+from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
 
 
 BENCHMARK = "sub-codebooks under one total vocabulary"
 CLASSES = [f"a {color} {shape}" for color, shape in PAIRS]
-JOINT, RECONSTRUCTION = "joint", "reconstruction"
+JOINT, RECONSTRUCTION, CAPTIONS = "joint", "reconstruction", "captions"
+WEIGHTS = {  # what differs from the config for each
+    JOINT: {},
+    RECONSTRUCTION: {"contrastive_weight": 0.0},
+    CAPTIONS: {f"{name}_weight": 0.0 for name in RECONSTRUCTION_TERMS},
+}
 SECONDS = "training, seconds"
+GAINED = "validation PSNR (dB) gained in the last quarter"
 SET_HERE = ("max_steps", "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "resume")
 WITHOUT_EFFECT = (
     "logging_steps",
@@ -73,11 +89,20 @@ WITHOUT_EFFECT = (
 class ClaimsArguments:
     """What is compared, and at which cost."""
 
-    steps: int = field(default=900, metadata={"help": "optimizer steps of each run"})
+    steps: int = field(default=900, metadata={"help": "optimizer steps of each run of the comparison"})
+    search_steps: int = field(default=300, metadata={"help": "optimizer steps of each run of the search"})
     batch_size: int = field(default=48, metadata={"help": "images of a step, over all processes"})
     total_codes: int = field(default=4096, metadata={"help": "of all sub-codebooks together"})
     codebooks: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "numbers of sub-codebooks"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "one run for each"})
+    search_seed: int = field(default=100, metadata={"help": "of the search"})
+    candidates: dict = field(
+        default_factory=dict,
+        metadata={"help": "settings by name, each a dict of options that differ, tried for each K (YAML only)"},
+    )
+    validation: dict = field(
+        default_factory=dict, metadata={"help": "as held_out, to choose settings by and for the curves (YAML only)"}
+    )
     held_out: dict = field(
         default_factory=dict, metadata={"help": "files or folders of captioned images by name (YAML only)"}
     )
@@ -85,21 +110,25 @@ class ClaimsArguments:
     processes: int = field(default=1, metadata={"help": "that each training has on this machine"})
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "total_codes", "processes"):
+        for name in ("steps", "search_steps", "batch_size", "total_codes", "processes"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
-        if not self.codebooks or not self.seeds or not self.held_out:
-            raise ValueError("codebooks, seeds and held_out name at least one each.")
-        if self.limit < 0 or min(self.seeds) < 0:
-            raise ValueError(f"limit and seeds must be at least 0, got {self.limit} and {self.seeds}.")
+        for name in ("codebooks", "seeds", "candidates", "validation", "held_out"):
+            if not vars(self)[name]:
+                raise ValueError(f"{name} is empty, and should name at least one.")
+        if min(self.limit, self.search_seed, *self.seeds) < 0:
+            raise ValueError(
+                f"limit and seeds must be at least 0, got {self.limit}, {self.search_seed} and {self.seeds}."
+            )
         if self.batch_size % self.processes:
             raise ValueError(f"batch_size ({self.batch_size}) is not a multiple of {self.processes} processes.")
         for k in self.codebooks:
             if k < 1 or self.total_codes % k:
                 raise ValueError(f"total_codes ({self.total_codes}) is not a multiple of {k} sub-codebooks.")
-        for name, path in self.held_out.items():
-            if not Path(path).exists():
-                raise ValueError(f"The held-out set {name!r} is not there: {path}.")
+        for kind in ("validation", "held_out"):
+            for name, path in vars(self)[kind].items():
+                if not Path(path).exists():
+                    raise ValueError(f"The {kind} set {name!r} is not there: {path}.")
 
 
 @dataclass
@@ -107,15 +136,19 @@ class Run:
     """One tokenizer to be trained.
 
     Attributes:
+        stage: "search" or "comparison".
         num_codebooks, codebook_size: K and V, K * V being the total.
-        supervision: "joint" or "reconstruction".
-        settings: all that its result hangs on; `training` is the config of `training.train_tokenizer`, without what
+        supervision: "joint", "reconstruction" or "captions".
+        candidate: name of its setting.
+        settings: all that its result depends on; `training` is the config of `training.train_tokenizer`, without what
             may differ from place to place (see `train`).
     """
 
+    stage: str
     num_codebooks: int
     codebook_size: int
     supervision: str
+    candidate: str
     seed: int
     settings: dict
 
@@ -123,7 +156,7 @@ class Run:
     def name(self) -> str:
         """That of its folder."""
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-        return f"k{self.num_codebooks}-{self.supervision}-seed{self.seed}-{digest[:10]}"
+        return f"{self.stage}-k{self.num_codebooks}-{self.supervision}-seed{self.seed}-{digest[:10]}"
 
     @property
     def bits(self) -> float:
@@ -136,60 +169,91 @@ def digest_of_files(paths: list[str]) -> dict[str, str]:
     return {path: file_digest([Path(path)]) for path in paths if Path(path).is_file()}
 
 
-def check_geometry(preset: str, vision_overrides: dict) -> None:
+def check_geometry(preset: str, text_overrides: dict, vision_overrides: dict) -> None:
     """Raises ValueError where the sizes do not fit, before anything is trained."""
     try:
-        UniTokConfig.preset(preset, **vision_overrides)
+        UniTokConfig.preset(preset, text_overrides, **vision_overrides)
     except StrictDataclassError as error:
         raise ValueError(str(error)) from error
 
 
-def plan(
-    claims: ClaimsArguments,
-    tokenizer: TokenizerArguments,
-    losses: LossArguments,
-    training: TokenizerTrainingArguments,
-) -> list[Run]:
-    """Every run, seed by seed, so that the first ones already compare all settings.
+class Plan:
+    """Which runs there are to be.
 
     Raises:
-        ValueError: a setting that each run has to make itself, or a geometry that cannot be.
+        ValueError: a setting that each run has to make itself, a candidate's option that there is not, or a geometry
+            that cannot be.
     """
-    defaults = {f.name: f.default for f in fields(TokenizerTrainingArguments)}
-    if given := [name for name in SET_HERE if vars(training)[name] != defaults[name]]:
-        raise ValueError(f"Set steps, seeds and batch_size instead of {', '.join(given)}.")
-    if tokenizer.init_from or tokenizer.init_open_clip:
-        raise ValueError("Every run starts from fresh weights: init_from and init_open_clip have no place here.")
-    paths = [source["path"] for source in tokenizer.datasets if "path" in source]
-    paths += [*claims.held_out.values(), f"{tokenizer.text_tokenizer}/tokenizer.json"]
-    beside = {
-        "held_out": claims.held_out,
-        "limit": claims.limit,
-        "batch_size": claims.batch_size,
-        "files_sha256": digest_of_files(paths),
-    }
-    apart = (*SET_HERE, *WITHOUT_EFFECT, "output_dir")
-    common = {
-        name: value
-        for part in (tokenizer, losses, training)
-        for name, value in asdict(part).items()
-        if name not in apart
-    }
-    runs = []
-    for seed in dict.fromkeys(claims.seeds):
-        for k in dict.fromkeys(claims.codebooks):
-            for supervision in (JOINT, RECONSTRUCTION) if k == max(claims.codebooks) else (JOINT,):
-                overrides = tokenizer.vision_overrides | {
-                    "num_codebooks": k,
-                    "codebook_size": claims.total_codes // k,
-                }
-                check_geometry(tokenizer.preset, overrides)
-                config = common | {"vision_overrides": overrides, "seed": seed, "max_steps": claims.steps}
-                if supervision == RECONSTRUCTION:
-                    config["contrastive_weight"] = 0.0
-                settings = {"training": config, **beside}
-                runs.append(Run(k, claims.total_codes // k, supervision, seed, settings))
-    return runs
+
+    def __init__(
+        self,
+        claims: ClaimsArguments,
+        tokenizer: TokenizerArguments,
+        losses: LossArguments,
+        training: TokenizerTrainingArguments,
+    ):
+        defaults = {f.name: f.default for f in fields(TokenizerTrainingArguments)}
+        if given := [name for name in SET_HERE if vars(training)[name] != defaults[name]]:
+            raise ValueError(f"Set steps, seeds and batch_size instead of {', '.join(given)}.")
+        if tokenizer.init_from or tokenizer.init_open_clip:
+            raise ValueError("Every run starts from fresh weights: init_from and init_open_clip have no place here.")
+        if tokenizer.eval_datasets:
+            raise ValueError("Name the validation sets in validation instead of eval_datasets.")
+        apart = (*SET_HERE, *WITHOUT_EFFECT, "output_dir")
+        self.claims, self.tokenizer = claims, tokenizer
+        self.common = {
+            name: value
+            for part in (tokenizer, losses, training)
+            for name, value in asdict(part).items()
+            if name not in apart
+        }
+        self.common["eval_datasets"] = [{"kind": "folder", "path": path} for path in claims.validation.values()]
+        for name, options in claims.candidates.items():
+            if unknown := sorted(options.keys() - self.common.keys()):
+                raise ValueError(f"The candidate {name!r} sets {', '.join(unknown)}, which no run has.")
+        for k in claims.codebooks:
+            check_geometry(tokenizer.preset, tokenizer.text_overrides, self._vision_overrides(k))
+        paths = [source["path"] for source in tokenizer.datasets if "path" in source]
+        paths += [*claims.validation.values(), *claims.held_out.values(), f"{tokenizer.text_tokenizer}/tokenizer.json"]
+        self.beside = {
+            "limit": claims.limit,
+            "batch_size": claims.batch_size,
+            "files_sha256": digest_of_files(paths),
+        }
+
+    def _vision_overrides(self, k: int) -> dict:
+        codes = {"num_codebooks": k, "codebook_size": self.claims.total_codes // k}
+        return self.tokenizer.vision_overrides | codes
+
+    def _run(self, stage: str, k: int, supervision: str, candidate: str, seed: int) -> Run:
+        claims = self.claims
+        config = self.common | claims.candidates[candidate] | WEIGHTS[supervision]
+        config |= {"vision_overrides": self._vision_overrides(k), "seed": seed}
+        config["max_steps"] = claims.search_steps if stage == "search" else claims.steps
+        measured = claims.validation if stage == "search" else claims.held_out
+        settings = {"training": config, "measured": measured, **self.beside}
+        return Run(stage, k, claims.total_codes // k, supervision, candidate, seed, settings)
+
+    def search(self) -> list[Run]:
+        """Every candidate for each K; nothing where there is only one."""
+        claims = self.claims
+        if len(claims.candidates) == 1:
+            return []
+        return [
+            self._run("search", k, JOINT, candidate, claims.search_seed)
+            for candidate in claims.candidates
+            for k in dict.fromkeys(claims.codebooks)
+        ]
+
+    def comparison(self, choice: dict[int, str]) -> list[Run]:
+        """Every run with the chosen candidate of each K, seed by seed, so that the first ones already compare all."""
+        claims = self.claims
+        return [
+            self._run("comparison", k, supervision, choice[k], seed)
+            for seed in dict.fromkeys(claims.seeds)
+            for k in dict.fromkeys(claims.codebooks)
+            for supervision in (WEIGHTS if k == max(claims.codebooks) else (JOINT,))
+        ]
 
 
 def train(run: Run, folder: Path, claims: ClaimsArguments, training: TokenizerTrainingArguments) -> dict:
@@ -231,18 +295,18 @@ def zero_shot(image_embeds: torch.Tensor, class_embeds: torch.Tensor, captions: 
 
 @torch.no_grad()
 def measure(
-    folder: Path, held_out: dict[str, str], limit: int, batch_size: int, device: torch.device, with_text: bool
+    folder: Path, sets: dict[str, str], limit: int, batch_size: int, device: torch.device, supervision: str
 ) -> dict:
-    """What a trained tokenizer does with held-out images.
+    """What a trained tokenizer does with images that it has not seen.
 
     Args:
         folder: of the tokenizer, its image processor and text tokenizer.
-        with_text: also zero-shot, for tokenizers whose text tower was trained.
+        sets: paths of captioned images by name.
+        supervision: what it was trained for, see `Run`; what it was not trained for is not measured.
 
     Returns:
-        `parameters` of the model; `codebook_usage_percent`, the quantizer's own, from its last training steps; and for
-        each set in `held_out` its `images`, mean `psnr_db`, the percentage of all codes that they are encoded with,
-        and `zero_shot`.
+        `parameters` of the model; and for each of `sets` its `images`, the percentage of all codes that they are
+        encoded with, mean `psnr_db`, and `zero_shot`.
 
     Raises:
         ValueError: an image cannot be read; it is named.
@@ -254,29 +318,37 @@ def measure(
     class_embeds = model.get_text_features(
         torch.stack([encode(name) for name in CLASSES]).to(device)
     ).pooler_output.cpu()
-    sets = {}
-    for name, path in held_out.items():
-        source, captions, parts = ImageFiles(path), [], []
-        for rows in tqdm(range_in_batches(min(len(source), limit or len(source)), batch_size), desc=name):
-            images, texts = zip(*(load_named(source, row) for row in rows))
+    results = {}
+    for name, path in sets.items():
+        captions, parts = [], []
+        for pixels, texts in batches_of(ImageFiles(path), image_processor, limit, batch_size, name):
             captions += texts
-            pixels = image_processor(list(images))["pixel_values"].to(device)
+            pixels = pixels.to(device)
             output = model(pixels)
             decibels = psnr(output.reconstruction, pixels)
             parts.append([tensor.cpu() for tensor in (decibels, output.codes, output.image_embeds)])
         decibels, codes, embeds = (torch.cat(column) for column in zip(*parts))
         used = sum(len(of_one.unique()) for of_one in codes.unbind(dim=1))
-        sets[name] = {
+        results[name] = {
             "images": len(captions),
-            "psnr_db": decibels.mean().item(),
             "codes_used_percent": 100 * used / model.vision_model.quantizer.usage.numel(),
-            "zero_shot": zero_shot(embeds, class_embeds, captions) if with_text else None,
+            "psnr_db": None if supervision == CAPTIONS else decibels.mean().item(),
+            "zero_shot": None if supervision == RECONSTRUCTION else zero_shot(embeds, class_embeds, captions),
         }
-    return {
-        "parameters": model.num_parameters(),
-        "codebook_usage_percent": model.vision_model.quantizer.codebook_usage.item(),
-        "held_out": sets,
-    }
+    return {"parameters": model.num_parameters(), "sets": results}
+
+
+def batches_of(
+    source: ImageFiles, image_processor: UniTokImageProcessor, limit: int, batch_size: int, title: str
+) -> Iterator[tuple[torch.Tensor, list[str | None]]]:
+    """Pixels (B, 3, H, W) in [-1, 1] and captions of the first `limit` images (0: of all), under a progress bar.
+
+    Raises:
+        ValueError: an image cannot be read; it is named.
+    """
+    for rows in tqdm(range_in_batches(min(len(source), limit or len(source)), batch_size), desc=title):
+        images, captions = zip(*(load_named(source, row) for row in rows))
+        yield image_processor(list(images))["pixel_values"], list(captions)
 
 
 def range_in_batches(count: int, batch_size: int) -> list[range]:
@@ -292,22 +364,74 @@ def load_named(source: ImageFiles, row: int) -> tuple[Image.Image, str | None]:
         raise ValueError(f"{source.name(row)}: {error}") from error
 
 
+def baselines(claims: ClaimsArguments, tokenizer: TokenizerArguments) -> dict[str, dict[str, float]]:
+    """PSNR (dB) of two reconstructions that need no tokenizer, on each held-out set.
+
+    Returns:
+        For "mean colour", each image painted in its own mean colour, and "mean image", the mean of all training images
+        in place of each: the mean PSNR by the name of the set.
+
+    Raises:
+        ValueError: an image cannot be read; it is named.
+    """
+    size = UniTokConfig.preset(
+        tokenizer.preset, tokenizer.text_overrides, **tokenizer.vision_overrides
+    ).vision_config.image_size
+    image_processor = UniTokImageProcessor(mode=tokenizer.image_mode, size={"height": size, "width": size})
+    total, images = torch.zeros(3, size, size, dtype=torch.float64), 0
+    for source in tokenizer.datasets:
+        for pixels, _ in batches_of(ImageFiles(source["path"]), image_processor, 0, claims.batch_size, "mean image"):
+            repeat = source.get("repeat", 1)
+            total += repeat * pixels.double().sum(dim=0)
+            images += repeat * len(pixels)
+    mean_image = (total / images).float()
+    results = {"mean colour": {}, "mean image": {}}
+    for name, path in claims.held_out.items():
+        decibels = {"mean colour": [], "mean image": []}
+        for pixels, _ in batches_of(ImageFiles(path), image_processor, claims.limit, claims.batch_size, name):
+            painted = {"mean colour": pixels.mean(dim=(2, 3), keepdim=True), "mean image": mean_image}
+            for kind, reconstruction in painted.items():
+                decibels[kind] += psnr(reconstruction.expand_as(pixels), pixels).tolist()
+        for kind, values in decibels.items():
+            results[kind][name] = statistics.fmean(values)
+    return results
+
+
+def validation_curve(folder: Path) -> list[dict[str, float]]:
+    """What the trainer measured on the validation images: `step`, `psnr_db`, `codes_used_percent`, in order."""
+    lines = map(json.loads, (folder / HISTORY).read_text("utf-8").splitlines())
+    by_step = {  # a step that was repeated after a break counts once
+        line["step"]: {
+            "step": line["step"],
+            "psnr_db": line["eval_psnr"],
+            "codes_used_percent": line["eval_codebook_usage"],
+        }
+        for line in lines
+        if "eval_psnr" in line
+    }
+    return [by_step[step] for step in sorted(by_step)]
+
+
 def finish(run: Run, folder: Path, claims: ClaimsArguments, trained: dict, device: torch.device) -> None:
     """Measures a trained run, writes its `result.json`, and removes its checkpoints."""
-    start = time.perf_counter()
-    with_text = run.supervision == JOINT
-    measured = measure(folder / "release", claims.held_out, claims.limit, claims.batch_size, device, with_text)
+    start, steps = time.perf_counter(), run.settings["training"]["max_steps"]
+    measured = measure(
+        folder / "release", run.settings["measured"], claims.limit, claims.batch_size, device, run.supervision
+    )
     result = {
         "run": run.name,
+        "stage": run.stage,
         "codebooks": run.num_codebooks,
         "codebook_size": run.codebook_size,
         "bits_per_position": run.bits,
         "supervision": run.supervision,
+        "candidate": run.candidate,
         "seed": run.seed,
-        "images_trained_on": claims.steps * claims.batch_size,
+        "images_trained_on": steps * claims.batch_size,
         **trained,
         "evaluation_seconds": round(time.perf_counter() - start, 1),
         **measured,
+        "validation_curve": validation_curve(folder),
         "settings": run.settings,
         "versions": versions(),
         "device": str(device),
@@ -319,26 +443,43 @@ def finish(run: Run, folder: Path, claims: ClaimsArguments, trained: dict, devic
         shutil.rmtree(checkpoint)
 
 
+def validation_psnr(result: dict) -> float:
+    """dB, the mean over all images of a search run's sets."""
+    sets = result["sets"].values()
+    return sum(one["images"] * one["psnr_db"] for one in sets) / sum(one["images"] for one in sets)
+
+
+def choose(claims: ClaimsArguments, results: list[dict]) -> dict[int, str]:
+    """The candidate with the highest PSNR on the validation images, for each K; of equals the first one."""
+    if len(claims.candidates) == 1:
+        return dict.fromkeys(claims.codebooks, *claims.candidates)
+    by_k = {k: [result for result in results if result["codebooks"] == k] for k in claims.codebooks}
+    return {k: max(tried, key=validation_psnr)["candidate"] for k, tried in by_k.items()}
+
+
 def metrics(result: dict) -> dict[str, float]:
     """The numbers of one run that are averaged over seeds, by the names that tables and plots give them.
 
     The time is that of a run that was never broken off.
     """
-    sets = result["held_out"]
-    accuracies = {name: one["zero_shot"]["accuracy"] for name, one in sets.items() if one["zero_shot"]}
-    return (
-        {f"PSNR (dB), {name}": one["psnr_db"] for name, one in sets.items()}
-        | {f"zero-shot (%), {name}": 100 * accuracy for name, accuracy in accuracies.items()}
-        | {"codes in use (%)": result["codebook_usage_percent"]}
-        | ({} if result["resumed_from_step"] else {SECONDS: result["training_seconds"]})
-    )
+    sets, curve = result["sets"], result["validation_curve"]
+    numbers = {f"PSNR (dB), {name}": one["psnr_db"] for name, one in sets.items() if one["psnr_db"] is not None}
+    numbers |= {
+        f"zero-shot (%), {name}": 100 * one["zero_shot"]["accuracy"] for name, one in sets.items() if one["zero_shot"]
+    }
+    numbers |= {f"codes used (%), {name}": one["codes_used_percent"] for name, one in sets.items()}
+    earlier = [point["psnr_db"] for point in curve if point["step"] <= 0.75 * curve[-1]["step"]]
+    if earlier and result["supervision"] != CAPTIONS:
+        numbers[GAINED] = curve[-1]["psnr_db"] - earlier[-1]
+    return numbers | ({} if result["resumed_from_step"] else {SECONDS: result["training_seconds"]})
 
 
 def aggregate(results: list[dict]) -> list[dict]:
     """Mean and sample standard deviation (None of a single seed) over the seeds of each setting.
 
     Returns:
-        A row for each (codebooks, supervision), by codebooks: `metrics` has `mean`, `std` and the `values` by name.
+        A row for each (codebooks, supervision), by codebooks: `metrics` has `mean`, `std` and the `values` by name;
+        `curve` the mean validation PSNR (dB) by step, where all seeds have it.
     """
     groups: dict[tuple, list[dict]] = {}
     for result in results:
@@ -348,12 +489,15 @@ def aggregate(results: list[dict]) -> list[dict]:
         columns = [metrics(result) for result in group]
         names = dict.fromkeys(name for column in columns for name in column)
         values = {name: [column[name] for column in columns if name in column] for name in names}
+        curves = [{point["step"]: point["psnr_db"] for point in result["validation_curve"]} for result in group]
+        shared = set.intersection(*(set(curve) for curve in curves))
         rows.append(
             {
                 "codebooks": k,
                 "codebook_size": group[0]["codebook_size"],
                 "bits_per_position": group[0]["bits_per_position"],
                 "supervision": supervision,
+                "candidate": group[0]["candidate"],
                 "seeds": [result["seed"] for result in group],
                 "metrics": {
                     name: {
@@ -363,6 +507,7 @@ def aggregate(results: list[dict]) -> list[dict]:
                     }
                     for name, numbers in values.items()
                 },
+                "curve": {step: statistics.mean(curve[step] for curve in curves) for step in sorted(shared)},
             }
         )
     return rows
@@ -374,10 +519,24 @@ def metric_names(rows: list[dict]) -> list[str]:
     return sorted(names, key=lambda name: name == SECONDS)
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown, aligned for the screen: mean, and after ± the standard deviation over seeds where there is one."""
+def markdown(cells: list[list[str]]) -> str:
+    """A table whose first row is its head, aligned for the screen."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    rows = [cells[0], ["-" * width for width in widths], *cells[1:]]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows)
+
+
+def table(rows: list[dict], without_tokenizer: dict[str, dict[str, float]]) -> str:
+    """Markdown: the baselines, then mean, and after ± the standard deviation over seeds where there is one.
+
+    Args:
+        without_tokenizer: see `baselines`.
+    """
     names = metric_names(rows)
-    cells = [["codebooks", "bits", "trained for", *names, "seeds"]]
+    cells = [["codebooks", "bits", "trained for", "setting", *names, "seeds"]]
+    for kind, decibels in without_tokenizer.items():
+        shown = {f"PSNR (dB), {name}": f"{value:.2f}" for name, value in decibels.items()}
+        cells.append([f"({kind})", "-", "-", "-", *(shown.get(name, "-") for name in names), "-"])
     for row in rows:
         shown = []
         for name in names:
@@ -386,20 +545,33 @@ def table(rows: list[dict]) -> str:
             spread = "" if value is None or value["std"] is None else f" ± {value['std']:.{digits}f}"
             shown.append("-" if value is None else f"{value['mean']:.{digits}f}{spread}")
         shape = f"{row['codebooks']} x {row['codebook_size']}"
-        seeds = " ".join(map(str, row["seeds"]))
-        cells.append([shape, f"{row['bits_per_position']:g}", row["supervision"], *shown, seeds])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells)
+        about = [shape, f"{row['bits_per_position']:g}", row["supervision"], row["candidate"]]
+        cells.append([*about, *shown, " ".join(map(str, row["seeds"]))])
+    return markdown(cells)
 
 
-def plot(rows: list[dict], title: str) -> bytes:
-    """A PNG: each metric but the cost over the number of sub-codebooks, with the standard deviation as error bars."""
-    names = [name for name in metric_names(rows) if name != SECONDS]
-    figure = Figure(figsize=(3.6 * len(names), 3.6), dpi=120, layout="constrained")
+def search_table(results: list[dict]) -> str:
+    """Markdown: validation PSNR (dB) and codes used of each candidate (row) and K (column)."""
+    shapes = {r["codebooks"]: f"{r['codebooks']} x {r['codebook_size']}" for r in results}
+    shown = {
+        (r["candidate"], r["codebooks"]): f"{validation_psnr(r):.2f} dB, "
+        + ", ".join(f"{one['codes_used_percent']:.1f}%" for one in r["sets"].values())
+        for r in results
+    }
+    names = dict.fromkeys(candidate for candidate, _ in shown)
+    rows = [[name, *(shown.get((name, k), "-") for k in sorted(shapes))] for name in names]
+    return markdown([["setting", *(shapes[k] for k in sorted(shapes))], *rows])
+
+
+def plot(rows: list[dict], without_tokenizer: dict[str, dict[str, float]], title: str) -> bytes:
+    """A PNG: each metric over the number of sub-codebooks, with the standard deviation as error bars, the baselines as
+    lines; and the validation PSNR over the steps."""
+    names = [name for name in metric_names(rows) if name not in (SECONDS, GAINED)]
+    figure = Figure(figsize=(3.6 * (len(names) + 1), 3.6), dpi=120, layout="constrained")
     figure.suptitle(title, fontsize=10)
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        for supervision, marker in ((JOINT, "o-"), (RECONSTRUCTION, "s")):
+    *axes, curves = figure.subplots(1, len(names) + 1, squeeze=False)[0]
+    for axis, name in zip(axes, names):
+        for supervision, marker in ((JOINT, "o-"), (RECONSTRUCTION, "s"), (CAPTIONS, "^")):
             points = [row for row in rows if row["supervision"] == supervision and name in row["metrics"]]
             if points:
                 values = [row["metrics"][name] for row in points]
@@ -408,22 +580,40 @@ def plot(rows: list[dict], title: str) -> bytes:
                 axis.errorbar(
                     [row["codebooks"] for row in points], means, yerr=spread, fmt=marker, capsize=4, label=supervision
                 )
+        for (kind, decibels), style in zip(without_tokenizer.items(), ("--", ":")):
+            for set_name, value in decibels.items():
+                if name == f"PSNR (dB), {set_name}":
+                    axis.axhline(value, color="gray", linestyle=style, label=kind)
         axis.set_xscale("log", base=2)
         shapes = {row["codebooks"]: f"{row['codebooks']}x{row['codebook_size']}" for row in rows}
         axis.set_xticks(list(shapes), list(shapes.values()))
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("sub-codebooks x codes")
+    for row in rows:
+        if row["supervision"] != CAPTIONS:
+            label = f"{row['codebooks']}x{row['codebook_size']}, {row['supervision']}"
+            curves.plot(list(row["curve"]), list(row["curve"].values()), ".-", label=label)
+    curves.set_title("PSNR (dB), validation", fontsize=9)
+    curves.set_xlabel("step")
+    for axis in (*axes, curves):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
 
 
-def summarize(output_dir: Path, runs: list[Run], claims: ClaimsArguments) -> dict:
-    """Writes `claims.json`, `claims.md` and `claims.png` of those of the runs that are finished; one at least is."""
-    paths = {run.name: output_dir / "runs" / run.name / "result.json" for run in runs}
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths.values() if path.is_file()]
+def finished(output_dir: Path, runs: list[Run]) -> list[dict]:
+    """The results of those of the runs that have one."""
+    paths = [output_dir / "runs" / run.name / "result.json" for run in runs]
+    return [json.loads(path.read_text("utf-8")) for path in paths if path.is_file()]
+
+
+def summarize(
+    output_dir: Path, searched: list[Run], compared: list[Run], claims: ClaimsArguments, without_tokenizer: dict
+) -> dict:
+    """Writes `claims.json`, `claims.md` and `claims.png` of those of the runs that are finished."""
+    search, results = finished(output_dir, searched), finished(output_dir, compared)
     rows = aggregate(results)
     report = {
         "benchmark": BENCHMARK,
@@ -431,15 +621,27 @@ def summarize(output_dir: Path, runs: list[Run], claims: ClaimsArguments) -> dic
         "versions": versions(),
         "prompt": "a {color} {shape}",
         "rows": rows,
-        "missing_runs": [name for name, path in paths.items() if not path.is_file()],
-        "seconds": round(sum(result["training_seconds"] + result["evaluation_seconds"] for result in results), 1),
+        "baselines_psnr_db": without_tokenizer,
+        "choice": {str(run.num_codebooks): run.candidate for run in compared},
+        "missing_runs": [run.name for run in (*searched, *compared) if not is_finished(output_dir, run)],
+        "seconds": round(sum(one["training_seconds"] + one["evaluation_seconds"] for one in (*search, *results)), 1),
+        "search": search,
         "runs": results,
     }
     title = f"{claims.total_codes} codes in all, {claims.steps} steps of {claims.batch_size} images"
+    text = f"{title}; mean ± standard deviation\n\n{table(rows, without_tokenizer)}\n" if rows else ""
+    if search:
+        text += f"\nSearch, {claims.search_steps} steps, on validation images\n\n{search_table(search)}\n"
     write_atomically(output_dir / "claims.json", json.dumps(report, indent=2).encode())
-    write_atomically(output_dir / "claims.md", f"{title}; mean ± standard deviation\n\n{table(rows)}\n".encode())
-    write_atomically(output_dir / "claims.png", plot(rows, f"{title}; mean and standard deviation over seeds"))
+    write_atomically(output_dir / "claims.md", text.encode())
+    if rows:
+        image = plot(rows, without_tokenizer, f"{title}; mean and standard deviation over seeds")
+        write_atomically(output_dir / "claims.png", image)
     return report
+
+
+def is_finished(output_dir: Path, run: Run) -> bool:
+    return (output_dir / "runs" / run.name / "result.json").is_file()
 
 
 def compare(
@@ -451,21 +653,31 @@ def compare(
     """Trains and measures the runs that have no result yet, one after another; what `claims.json` then says.
 
     Raises:
-        ValueError: see `plan`; or it was itself started in several processes.
+        ValueError: see `Plan`; or it was itself started in several processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("Start it once, without torchrun: --processes says how many each training has.")
-    runs, output_dir = plan(claims, tokenizer, losses, training), Path(training.output_dir)
+    plan, output_dir = Plan(claims, tokenizer, losses, training), Path(training.output_dir)
+    without_tokenizer = baselines(claims, tokenizer)
     accelerator = None if training.use_cpu else torch.accelerator.current_accelerator(check_available=True)
-    for number, run in enumerate(runs, start=1):
+
+    def do(run: Run, about: str) -> None:
         folder = output_dir / "runs" / run.name
-        is_done = (folder / "result.json").is_file()
-        print(f"run {number} of {len(runs)}, {run.name}: {'is there' if is_done else 'starts'}", flush=True)
+        is_done = is_finished(output_dir, run)
+        print(f"{about}, {run.name} ({run.candidate}): {'is there' if is_done else 'starts'}", flush=True)
         if not is_done:
             trained = train(run, folder, claims, training)
             finish(run, folder, claims, trained, accelerator or torch.device("cpu"))
-            summarize(output_dir, runs, claims)
-    return summarize(output_dir, runs, claims)
+
+    searched, compared = plan.search(), []
+    for number, run in enumerate(searched, start=1):
+        do(run, f"search, run {number} of {len(searched)}")
+        summarize(output_dir, searched, compared, claims, without_tokenizer)
+    compared = plan.comparison(choose(claims, finished(output_dir, searched)))
+    for number, run in enumerate(compared, start=1):
+        do(run, f"comparison, run {number} of {len(compared)}")
+        summarize(output_dir, searched, compared, claims, without_tokenizer)
+    return summarize(output_dir, searched, compared, claims, without_tokenizer)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -476,7 +688,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. Finished runs are kept; the same command goes on from there.")
-    print(table(report["rows"]))
+    print(table(report["rows"], report["baselines_psnr_db"]))
 
 
 if __name__ == "__main__":

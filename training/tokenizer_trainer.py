@@ -5,6 +5,7 @@ the GAN has started, the discriminator's on the same images; then both optimizer
 weights, which is what is released.
 """
 
+import json
 import logging
 import math
 import shutil
@@ -30,6 +31,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 from training.arguments import BELOW_ONE, check_arguments
 from training.augment import blur, diff_augment, draw_augmentation
+from training.codebooks import DeadCodes, gather_chunks, start_from_data
 from training.discriminator import FeatureDiscriminator
 from training.files import whole_checkpoints
 from training.image_text_data import ImageTextStream, sample_seed
@@ -54,7 +56,10 @@ logger = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "wandb")
 STATE = "state.pt"  # the last file of a checkpoint
 LAG = 0.01  # share of the first weights in the released average, above which there is a warning
-NOT_ON_CARD = ("grad_norm", "discriminator_grad_norm", "images_per_second", "learning_rate")
+HISTORY = "history.jsonl"
+CODEBOOK_STARTS = ("random", "data")
+FEATURES_PER_CODE = 4  # of k-means
+NOT_ON_CARD = ("grad_norm", "discriminator_grad_norm", "images_per_second", "learning_rate", "revived_codes")
 
 
 @dataclass
@@ -87,6 +92,18 @@ class TokenizerTrainingArguments:
     discriminator_beta2: float = 0.9
     discriminator_adam_epsilon: float = 1e-6
     discriminator_weight_decay: float = 0.2
+    codebook_start: str = field(
+        default="random", metadata={"help": "random, or data: k-means of the first batches' features"}
+    )
+    revive_dead_codes: int = field(
+        default=0, metadata={"help": "steps after which codes that none chose move to features; 0: never"}
+    )
+    rotation_trick: bool = field(
+        default=False, metadata={"help": "rotate the gradient through the quantizer instead of copying it"}
+    )
+    codebook_learning_rate: float = field(
+        default=0.0, metadata={"help": "of the codebooks, which then have no weight decay; 0: as everything else"}
+    )
     bf16: bool = field(default=True, metadata={"help": "autocast; weights, quantizer and losses stay float32"})
     gradient_checkpointing: bool = False
     use_cpu: bool = False
@@ -113,6 +130,11 @@ class TokenizerTrainingArguments:
         for name in (*counts, "save_steps", "save_total_limit", "num_train_epochs"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
+        if self.codebook_start not in CODEBOOK_STARTS:
+            raise ValueError(f"codebook_start is {' or '.join(CODEBOOK_STARTS)}, got {self.codebook_start!r}.")
+        for name in ("revive_dead_codes", "codebook_learning_rate"):
+            if not 0 <= vars(self)[name] < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {vars(self)[name]}.")
         if unknown := set(self.report_to) - set(TRACKERS):
             raise ValueError(f"report_to may name {' and '.join(TRACKERS)}, got {', '.join(sorted(unknown))}.")
 
@@ -273,7 +295,11 @@ class TokenizerTrainer:
         self.ema = ModelEmaV3(model, decay=arguments.ema_decay, exclude_buffers=True).to(device)
         betas = arguments.adam_beta1, arguments.adam_beta2
         optimizer = adamw(model, arguments.learning_rate, betas, arguments.weight_decay, arguments.adam_epsilon)
+        if arguments.codebook_learning_rate:
+            set_learning_rate(optimizer, model.vision_model.quantizer.codebooks, arguments.codebook_learning_rate)
         self.tokenizer = self._prepare(model.train(), optimizer, arguments.warmup, self.total_steps)
+        model.vision_model.quantizer.rotation_trick = arguments.rotation_trick
+        self.dead_codes = DeadCodes(model.vision_model.quantizer)
         self.discriminator = None
         if discriminator is not None:
             betas = arguments.discriminator_beta1, arguments.discriminator_beta2
@@ -345,6 +371,8 @@ class TokenizerTrainer:
             config = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
             accelerator.init_trackers("tokenizer", config=config)
         bar = tqdm(total=self.total_steps, initial=self.step, disable=not accelerator.is_main_process)
+        if self.step == 0 and arguments.codebook_start == "data":
+            self._start_codebooks_from_data()
         batches = self._batches()
         logged_at, logged_step = start, first_step = time.perf_counter(), self.step
         while self.step < self.total_steps:
@@ -356,6 +384,8 @@ class TokenizerTrainer:
             self.ema.update(self.tokenizer.module)
             self.step += 1
             bar.update()
+            if arguments.revive_dead_codes and self.step % arguments.revive_dead_codes == 0:
+                self._revive_dead_codes(batch["pixel_values"])
             last = self.step == self.total_steps
             log, save = (last or self.step % steps == 0 for steps in (arguments.logging_steps, arguments.save_steps))
             if log or save:
@@ -386,6 +416,35 @@ class TokenizerTrainer:
         )
         self._save_release()
         accelerator.end_training()
+
+    @torch.no_grad()
+    def _chunks(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """See `gather_chunks`; of these pixels (B, 3, H, W) of this process and those of the others."""
+        vision = self.tokenizer.module.vision_model
+        with self.accelerator.autocast():
+            features = vision.encode_features(pixel_values.to(self.accelerator.device))
+        return gather_chunks(vision.quantizer, features)
+
+    def _start_codebooks_from_data(self) -> None:
+        quantizer, chunks = self.tokenizer.module.vision_model.quantizer, []
+        batches = self._batches()
+        while sum(part.shape[1] for part in chunks) < FEATURES_PER_CODE * quantizer.codebook_size:
+            chunks.append(self._chunks(next(batches)["pixel_values"]))
+        start_from_data(quantizer, torch.cat(chunks, dim=1), self._generator("codebook_start"))
+        self.ema.set(self.tokenizer.module)
+
+    def _revive_dead_codes(self, pixel_values: torch.Tensor) -> None:
+        revived = self.dead_codes.revive(
+            self._chunks(pixel_values),
+            self._generator("revive_dead_codes"),
+            self.tokenizer.optimizer,
+            self.ema.module.vision_model.quantizer,
+        )
+        self.history.record(self.step, {"revived_codes": torch.tensor(revived, device=self.accelerator.device)})
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        """The same on every process and after a break."""
+        return torch.Generator().manual_seed(sample_seed(self.arguments.seed, purpose, self.step))
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """From the current step on, without end."""
@@ -454,6 +513,7 @@ class TokenizerTrainer:
             values["loss"] = total
             values["psnr"] = psnr(output.reconstruction.detach(), pixels).mean()
             values["running_codebook_usage"] = output.codebook_usage
+            self.dead_codes.count(output.codes)
             accelerator.backward(total)
             if accelerator.sync_gradients:
                 values["grad_norm"] = self._update(tokenizer)
@@ -482,6 +542,9 @@ class TokenizerTrainer:
         if self.accelerator.is_main_process:
             line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             tqdm.write(f"step {self.step}/{self.total_steps}  {line}")
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            with (self.output_dir / HISTORY).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -555,6 +618,7 @@ class TokenizerTrainer:
             tracker.log_images({"reconstructions": grid[None]}, step=self.step)
 
     def _save_checkpoint(self) -> None:
+        self.dead_codes.chosen = self.dead_codes.chosen_by_any()
         stream = self.train_dataset.state_dict() if isinstance(self.train_dataset, ImageTextStream) else None
         of_processes = gather_object([(random_state(self.accelerator.device), stream, self.history.state_dict())])
         if self.accelerator.is_main_process:
@@ -579,6 +643,7 @@ class TokenizerTrainer:
             "streams": streams,
             "lanes": self._lanes,
             "histories": histories,
+            "chosen_codes": self.dead_codes.chosen.cpu(),
             "schedules": [network.schedule.state_dict() for network in self._networks()],
             "optimizers": [network.optimizer.state_dict() for network in self._networks()],
         }
@@ -602,6 +667,7 @@ class TokenizerTrainer:
             if (then := optimizer_options(network.optimizer)) != given:
                 raise ValueError(f"{folder} was trained with {then}, now there are {given}: resume with the same.")
             network.schedule.load_state_dict(schedule)
+        self.dead_codes.chosen.copy_(state.get("chosen_codes", self.dead_codes.chosen))  # older ones lack it
         self.step = state["step"]
         if len(state["random_states"]) == self.accelerator.num_processes:
             set_random_state(state["random_states"][self.accelerator.process_index], self.accelerator.device)
@@ -671,6 +737,13 @@ def optimizer_options(optimizer: torch.optim.Optimizer) -> list[dict]:
     """Those of each group that come from the arguments (and from a checkpoint, when one is loaded)."""
     names = ("initial_lr", "betas", "eps", "weight_decay")
     return [{name: group[name] for name in names} for group in optimizer.param_groups]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, learning_rate: float) -> None:
+    """Moves a parameter into a group of its own, with this rate and without weight decay."""
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p is not parameter]
+    optimizer.add_param_group({"params": [parameter], "lr": learning_rate, "weight_decay": 0.0})
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

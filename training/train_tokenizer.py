@@ -48,6 +48,7 @@ class TokenizerArguments:
 
     preset: str = field(default="tiny", metadata={"help": "a preset of UniTokConfig: large, base or tiny"})
     vision_overrides: dict = field(default_factory=dict, metadata={"help": "fields of its vision config that differ"})
+    text_overrides: dict = field(default_factory=dict, metadata={"help": "fields of its text config that differ"})
     init_from: str = field(default="", metadata={"help": "folder of a tokenizer to start from; replaces the preset"})
     init_open_clip: str = field(
         default="", metadata={"help": "an open_clip model, such as ViTamin-L-256, whose two towers to start from"}
@@ -142,7 +143,7 @@ def build_model(arguments: TokenizerArguments) -> UniTokModel:
         )
     if arguments.init_from:
         return UniTokModel.from_pretrained(arguments.init_from, dtype=torch.float32)
-    model = UniTokModel(UniTokConfig.preset(arguments.preset, **arguments.vision_overrides))
+    model = UniTokModel(UniTokConfig.preset(arguments.preset, arguments.text_overrides, **arguments.vision_overrides))
     if arguments.init_open_clip:
         print(load_open_clip(model, arguments.init_open_clip, arguments.init_open_clip_weights))
     return model
@@ -214,6 +215,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not arguments.text_tokenizer:
         raise ValueError("text_tokenizer is empty: name the folder of a text tokenizer, or its name on the hub.")
+    if arguments.init_from and training.codebook_start != "random":
+        raise ValueError(
+            f"codebook_start is {training.codebook_start}, but the codebooks come from {arguments.init_from}."
+        )
     set_seed(training.seed)
     with PartialState(cpu=training.use_cpu).local_main_process_first():  # what comes from a hub comes once
         model = build_model(arguments)

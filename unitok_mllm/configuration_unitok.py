@@ -212,8 +212,11 @@ class UniTokConfig(UniTokPreTrainedConfig):
             )
 
     @classmethod
-    def preset(cls, name: str, **vision_overrides) -> "UniTokConfig":
+    def preset(cls, name: str, text_overrides: dict | None = None, **vision_overrides) -> "UniTokConfig":
         """One of the known sizes: `large` and `base` (the paper's), `tiny` (64 px, trains on a laptop).
+
+        Args:
+            text_overrides, vision_overrides: fields of the text and of the vision config that differ.
 
         Raises:
             ValueError: an unknown name.
@@ -221,7 +224,7 @@ class UniTokConfig(UniTokPreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}; known: {', '.join(PRESETS)}.")
         vision, text = PRESETS[name]
-        return cls(vision_config={**vision, **vision_overrides}, text_config=dict(text))
+        return cls(vision_config={**vision, **vision_overrides}, text_config={**text, **(text_overrides or {})})
 
 
 _CLIP_TEXT = {

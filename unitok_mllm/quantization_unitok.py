@@ -45,7 +45,8 @@ class UniTokQuantizerOutput(ModelOutput):
     """What `UniTokMultiCodebookQuantizer.forward` returns.
 
     Attributes:
-        features: (B, L, dim), the chosen code vectors side by side, gradients passed straight through to the input.
+        features: (B, L, dim), the chosen code vectors side by side; gradients pass straight through to the input, or
+            are rotated on their way (`rotation_trick`).
         codes: (B, K, L), int64.
         vq_loss: scalar, float32: codebook term plus beta times the commitment term, averaged over sub-codebooks.
         entropy_loss: scalar, float32, or None where it was not asked for.
@@ -67,6 +68,8 @@ class UniTokMultiCodebookQuantizer(nn.Module):
         beta: weight of the commitment term.
         entropy_temperature: softmax temperature of the entropy loss.
         trainable: whether the codebooks are a parameter, or a buffer that nothing trains and that a checkpoint fills.
+        rotation_trick: pass gradients to the input through the rotation that turns it into its code vector
+            (https://arxiv.org/abs/2410.06424, section 4) instead of unchanged. No value of a forward pass depends on it.
 
     Attributes:
         codebooks: (K, V, dim / K), not normalised.
@@ -88,12 +91,13 @@ class UniTokMultiCodebookQuantizer(nn.Module):
         beta: float = 0.25,
         entropy_temperature: float = 0.01,
         trainable: bool = True,
+        rotation_trick: bool = False,
     ):
         super().__init__()
         if dim % num_codebooks:
             raise ValueError(f"dim ({dim}) is not a multiple of num_codebooks ({num_codebooks}).")
         self.num_codebooks, self.codebook_size, self.dim = num_codebooks, codebook_size, dim
-        self.beta, self.entropy_temperature = beta, entropy_temperature
+        self.beta, self.entropy_temperature, self.rotation_trick = beta, entropy_temperature, rotation_trick
         shape = num_codebooks, codebook_size, dim // num_codebooks
         if trainable:
             self.codebooks = nn.Parameter(torch.randn(shape))
@@ -180,7 +184,7 @@ class UniTokMultiCodebookQuantizer(nn.Module):
             vectors = self._gather(codebooks, indices)
             vq_loss = F.mse_loss(vectors, chunks.detach()) + self.beta * F.mse_loss(vectors.detach(), chunks)
             entropy_loss = self._entropy_loss(scores) if with_entropy else None
-            quantized = chunks + (vectors - chunks).detach()
+            quantized = self._rotate(chunks, vectors) if self.rotation_trick else chunks + (vectors - chunks).detach()
         if track_usage and self.training and self.codebooks.requires_grad:
             self._update_usage(indices)
         return UniTokQuantizerOutput(
@@ -189,6 +193,14 @@ class UniTokMultiCodebookQuantizer(nn.Module):
             vq_loss=vq_loss,
             entropy_loss=entropy_loss,
         )
+
+    @staticmethod
+    def _rotate(chunks: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """The chunks turned into the vectors by rotations that gradients see as constant; both of unit length."""
+        start, end = chunks.detach(), vectors.detach()
+        middle = F.normalize(start + end, dim=-1)
+        reflected = 2 * middle * (middle * chunks).sum(dim=-1, keepdim=True)
+        return chunks - reflected + 2 * end * (start * chunks).sum(dim=-1, keepdim=True)
 
     def _entropy_loss(self, scores: torch.Tensor) -> torch.Tensor:
         """Mean entropy of each token's soft choice less the entropy of the mean choice; scores (K, N, V).

@@ -1,0 +1,128 @@
+"""Keeping codes in use while a tokenizer is trained from scratch: a start from data, and new places for dead codes.
+
+A code learns only when it is chosen. Codes that no feature comes near stay where they began, and a training may end with
+a handful in use. Both remedies move codes to where the features are: `start_from_data` all of them before the first step
+(k-means, as in SoundStream, https://arxiv.org/abs/2107.03312, section III-C), `DeadCodes` those that were not chosen for
+a while (random restarts, as in Jukebox, https://arxiv.org/abs/2005.00341, section 3). Every process moves the same codes
+to the same places, which the features of all processes decide.
+"""
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from unitok_mllm import UniTokMultiCodebookQuantizer
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def gather_chunks(quantizer: UniTokMultiCodebookQuantizer, features: torch.Tensor) -> torch.Tensor:
+    """The unit chunks of the features of all processes, as the search for the nearest codes sees them.
+
+    Args:
+        features: (..., dim), the same shape on every process.
+
+    Returns:
+        (K, N, dim / K), float32, of unit length, equal on every process.
+    """
+    tokens = features.detach().float().reshape(-1, quantizer.dim)
+    if _is_distributed():
+        parts = [torch.empty_like(tokens) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tokens.contiguous())
+        tokens = torch.cat(parts)
+    return F.normalize(tokens.unflatten(1, (quantizer.num_codebooks, -1)), dim=-1).transpose(0, 1)
+
+
+@torch.no_grad()
+def start_from_data(
+    quantizer: UniTokMultiCodebookQuantizer,
+    chunks: torch.Tensor,
+    generator: torch.Generator,
+    iterations: int = 10,
+) -> None:
+    """Sets each sub-codebook to the centres of a k-means, by cosine similarity, that starts from random chunks.
+
+    A centre that no chunk is nearest to stays where it is.
+
+    Args:
+        chunks: (K, N, dim / K), of unit length, see `gather_chunks`.
+        generator: on the CPU; the first process's decides.
+
+    Raises:
+        ValueError: there are fewer chunks than codes.
+    """
+    size = quantizer.codebook_size
+    if chunks.shape[1] < size:
+        raise ValueError(f"{chunks.shape[1]} features are too few for {size} codes to start from.")
+    for codebook, points in zip(quantizer.codebooks, chunks):
+        centres = points[torch.randperm(len(points), generator=generator)[:size].to(points.device)]
+        for _ in range(iterations):
+            nearest = (points @ centres.T).argmax(dim=1)
+            sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+            is_chosen = torch.bincount(nearest, minlength=size)[:, None] > 0
+            centres = torch.where(is_chosen, F.normalize(sums, dim=-1), centres)
+        codebook.copy_(centres)
+    if _is_distributed():
+        dist.broadcast(quantizer.codebooks.data, src=0)  # sums on a GPU differ in their last bits
+
+
+class DeadCodes:
+    """Counts the codes that are chosen, and moves those that were not to features of the current batch.
+
+    Attributes:
+        chosen: (K, V), bool: this process chose the code since the last call of `revive`.
+    """
+
+    def __init__(self, quantizer: UniTokMultiCodebookQuantizer):
+        self.quantizer = quantizer
+        self.chosen = torch.zeros(quantizer.usage.shape, dtype=torch.bool, device=quantizer.codebooks.device)
+
+    def count(self, codes: torch.Tensor) -> None:
+        """Args: codes (B, K, L), int64."""
+        self.chosen.scatter_(1, codes.transpose(0, 1).flatten(1), True)
+
+    def chosen_by_any(self) -> torch.Tensor:
+        """(K, V), bool: any process chose the code; every process must call it."""
+        chosen = self.chosen.int()
+        if _is_distributed():
+            dist.all_reduce(chosen)
+        return chosen > 0
+
+    @torch.no_grad()
+    def revive(
+        self,
+        chunks: torch.Tensor,
+        generator: torch.Generator,
+        optimizer: torch.optim.Optimizer,
+        average: UniTokMultiCodebookQuantizer,
+    ) -> int:
+        """Moves dead codes, each to a chunk of its own, and starts the next count; every process must call it.
+
+        Where more codes are dead than there are chunks, a random part of them is moved.
+
+        Args:
+            chunks: (K, N, dim / K), of unit length, see `gather_chunks`.
+            generator: on the CPU, in the same state on every process.
+            optimizer: forgets what it knows of the moved codes.
+            average: the running average of the quantizer, whose codes are moved too.
+
+        Returns:
+            How many codes were moved.
+        """
+        dead, moved = ~self.chosen_by_any(), 0
+        codebooks = self.quantizer.codebooks
+        moments = [value for value in optimizer.state[codebooks].values() if value.shape == codebooks.shape]
+        for k, points in enumerate(chunks):
+            codes = dead[k].nonzero().squeeze(1)
+            count = min(len(codes), len(points))
+            codes = codes[torch.randperm(len(codes), generator=generator)[:count].to(codes.device)]
+            places = points[torch.randperm(len(points), generator=generator)[:count].to(points.device)]
+            for target in (codebooks, average.codebooks):
+                target[k, codes] = places.to(target.dtype)
+            for moment in moments:
+                moment[k, codes] = 0
+            moved += count
+        self.chosen.zero_()
+        return moved
