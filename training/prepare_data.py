@@ -6,7 +6,8 @@
 The folder gets `images/`, and for each split `<split>_captions.jsonl` ({"image", "caption"} a line),
 `<split>_conversations.json` (questions, in the format of LLaVA) and `<split>_dialogues.json` (pictures asked for in
 words; in a third of easy-VQA's the user's own, asked about and then changed); easy-VQA's also `<split>_edits.json` (a
-picture, "make it blue", and the picture in blue).
+picture, "make it blue", and the picture in blue), and the train captions in two parts: every tenth picture in
+`validation_captions.jsonl`, the others in `fit_captions.jsonl`.
 """
 
 import json
@@ -25,6 +26,7 @@ from training import easy_vqa, emoji
 
 
 EDITS_PER_IMAGE = 3
+VALIDATION_EVERY = 10  # images of easy-VQA's train split, to choose settings by
 IMAGE = "<image>"
 
 
@@ -74,6 +76,9 @@ def prepare_easy_vqa(folder: str | os.PathLike) -> None:
                 edits.append(conversation(pair, f"{IMAGE}\n{ask}", IMAGE))
                 dialogues.append(conversation(pair, *beginning, ask, IMAGE, "what color is the shape?", color))
         write_captions(folder / f"{split}_captions.jsonl", captions)
+        if split == "train":
+            write_captions(folder / "validation_captions.jsonl", captions[::VALIDATION_EVERY])
+            write_captions(folder / "fit_captions.jsonl", [c for i, c in enumerate(captions) if i % VALIDATION_EVERY])
         for kind, rows in (("conversations", questions), ("edits", edits), ("dialogues", dialogues)):
             (folder / f"{split}_{kind}.json").write_text(json.dumps(rows), encoding="utf-8")
 
