@@ -39,8 +39,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -207,7 +207,9 @@ class Plan:
             for name, value in asdict(part).items()
             if name not in apart
         }
-        self.common["eval_datasets"] = [{"kind": "folder", "path": path} for path in claims.validation.values()]
+        self.common["eval_datasets"] = [
+            {"kind": "folder", "path": path, "in_memory": True} for path in claims.validation.values()
+        ]
         for name, options in claims.candidates.items():
             if unknown := sorted(options.keys() - self.common.keys()):
                 raise ValueError(f"The candidate {name!r} sets {', '.join(unknown)}, which no run has.")
@@ -320,9 +322,9 @@ def measure(
     ).pooler_output.cpu()
     results = {}
     for name, path in sets.items():
-        captions, parts = [], []
-        for pixels, texts in batches_of(ImageFiles(path), image_processor, limit, batch_size, name):
-            captions += texts
+        pixel_values, captions = load_set(path, limit, image_processor.to_json_string())
+        parts = []
+        for pixels in tqdm(pixel_values.split(batch_size), desc=name):
             pixels = pixels.to(device)
             output = model(pixels)
             decibels = psnr(output.reconstruction, pixels)
@@ -338,22 +340,21 @@ def measure(
     return {"parameters": model.num_parameters(), "sets": results}
 
 
-def batches_of(
-    source: ImageFiles, image_processor: UniTokImageProcessor, limit: int, batch_size: int, title: str
-) -> Iterator[tuple[torch.Tensor, list[str | None]]]:
-    """Pixels (B, 3, H, W) in [-1, 1] and captions of the first `limit` images (0: of all), under a progress bar.
+@lru_cache
+def load_set(path: str, limit: int, processor: str) -> tuple[torch.Tensor, list[str | None]]:
+    """Pixels (N, 3, H, W) in [-1, 1] and captions of the first `limit` images (0: of all), read once.
+
+    Args:
+        processor: the image processor as JSON.
 
     Raises:
         ValueError: an image cannot be read; it is named.
     """
-    for rows in tqdm(range_in_batches(min(len(source), limit or len(source)), batch_size), desc=title):
-        images, captions = zip(*(load_named(source, row) for row in rows))
-        yield image_processor(list(images))["pixel_values"], list(captions)
-
-
-def range_in_batches(count: int, batch_size: int) -> list[range]:
-    """0, 1, ... count - 1, cut into batches."""
-    return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    source, image_processor = ImageFiles(path), UniTokImageProcessor.from_dict(json.loads(processor))
+    rows = tqdm(range(min(len(source), limit or len(source))), desc=path)
+    images, captions = zip(*(load_named(source, row) for row in rows))
+    pixels = [image_processor(image)["pixel_values"] for image in images]
+    return torch.cat(pixels), list(captions)
 
 
 def load_named(source: ImageFiles, row: int) -> tuple[Image.Image, str | None]:
@@ -374,26 +375,18 @@ def baselines(claims: ClaimsArguments, tokenizer: TokenizerArguments) -> dict[st
     Raises:
         ValueError: an image cannot be read; it is named.
     """
-    size = UniTokConfig.preset(
-        tokenizer.preset, tokenizer.text_overrides, **tokenizer.vision_overrides
-    ).vision_config.image_size
-    image_processor = UniTokImageProcessor(mode=tokenizer.image_mode, size={"height": size, "width": size})
-    total, images = torch.zeros(3, size, size, dtype=torch.float64), 0
-    for source in tokenizer.datasets:
-        for pixels, _ in batches_of(ImageFiles(source["path"]), image_processor, 0, claims.batch_size, "mean image"):
-            repeat = source.get("repeat", 1)
-            total += repeat * pixels.double().sum(dim=0)
-            images += repeat * len(pixels)
-    mean_image = (total / images).float()
+    config = UniTokConfig.preset(tokenizer.preset, tokenizer.text_overrides, **tokenizer.vision_overrides)
+    size = config.vision_config.image_size
+    processor = UniTokImageProcessor(mode=tokenizer.image_mode, size={"height": size, "width": size}).to_json_string()
+    sources = [source for source in tokenizer.datasets for _ in range(source.get("repeat", 1))]
+    mean_image = torch.cat([load_set(source["path"], 0, processor)[0] for source in sources]).mean(dim=0)
     results = {"mean colour": {}, "mean image": {}}
     for name, path in claims.held_out.items():
-        decibels = {"mean colour": [], "mean image": []}
-        for pixels, _ in batches_of(ImageFiles(path), image_processor, claims.limit, claims.batch_size, name):
-            painted = {"mean colour": pixels.mean(dim=(2, 3), keepdim=True), "mean image": mean_image}
-            for kind, reconstruction in painted.items():
-                decibels[kind] += psnr(reconstruction.expand_as(pixels), pixels).tolist()
-        for kind, values in decibels.items():
-            results[kind][name] = statistics.fmean(values)
+        pixels, _ = load_set(path, claims.limit, processor)
+        results["mean colour"][name] = (
+            psnr(pixels.mean(dim=(2, 3), keepdim=True).expand_as(pixels), pixels).mean().item()
+        )
+        results["mean image"][name] = psnr(mean_image.expand_as(pixels), pixels).mean().item()
     return results
 
 
@@ -658,7 +651,6 @@ def compare(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("Start it once, without torchrun: --processes says how many each training has.")
     plan, output_dir = Plan(claims, tokenizer, losses, training), Path(training.output_dir)
-    without_tokenizer = baselines(claims, tokenizer)
     accelerator = None if training.use_cpu else torch.accelerator.current_accelerator(check_available=True)
 
     def do(run: Run, about: str) -> None:
@@ -672,7 +664,8 @@ def compare(
     searched, compared = plan.search(), []
     for number, run in enumerate(searched, start=1):
         do(run, f"search, run {number} of {len(searched)}")
-        summarize(output_dir, searched, compared, claims, without_tokenizer)
+        summarize(output_dir, searched, compared, claims, {})
+    without_tokenizer = baselines(claims, tokenizer)
     compared = plan.comparison(choose(claims, finished(output_dir, searched)))
     for number, run in enumerate(compared, start=1):
         do(run, f"comparison, run {number} of {len(compared)}")

@@ -244,3 +244,38 @@ def test_a_quantizer_made_on_the_meta_device_works_once_loaded(quantizer, featur
     other.load_state_dict(quantizer.state_dict(), assign=True)
     assert torch.equal(other.encode(features), quantizer.encode(features))
     assert other.codebook_usage == quantizer.codebook_usage > 0
+
+
+def test_the_rotation_trick_changes_gradients_alone_and_turns_them_with_the_chunks(features):
+    plain = UniTokMultiCodebookQuantizer(K, V, K * D)
+    rotating = UniTokMultiCodebookQuantizer(K, V, K * D, rotation_trick=True)
+    rotating.load_state_dict(plain.state_dict())
+    features, weight = features.requires_grad_(), torch.randn_like(features)
+    output, expected = rotating(features), plain(features)
+    torch.testing.assert_close(output.features, expected.features)
+    assert torch.equal(output.codes, expected.codes) and torch.equal(output.vq_loss, expected.vq_loss)
+
+    turned_back = []
+    for k in range(K):
+        start = unit_chunk(features.detach(), k)
+        end = unit_codebook(rotating, k)[output.codes[:, k]].detach()
+        skew = end[..., :, None] * start[..., None, :] - start[..., :, None] * end[..., None, :]
+        cosine = (start * end).sum(dim=-1)[..., None, None]
+        rotation = torch.eye(D) + skew + skew @ skew / (1 + cosine)  # by Rodrigues' formula
+        torch.testing.assert_close((rotation @ start[..., None])[..., 0], end)
+        turned_back.append((rotation.mT @ weight[..., k * D : (k + 1) * D, None])[..., 0])
+    chunks = torch.cat([unit_chunk(features, k) for k in range(K)], dim=-1)
+    (gradient,) = torch.autograd.grad((output.features * weight).sum(), features)
+    (direct,) = torch.autograd.grad((chunks * torch.cat(turned_back, dim=-1)).sum(), features)
+    torch.testing.assert_close(gradient, direct)
+    (straight,) = torch.autograd.grad((expected.features * weight).sum(), features)
+    assert (gradient - straight).norm() > 0.1 * straight.norm()
+
+
+def test_the_rotation_trick_stands_a_chunk_opposite_to_its_code():
+    quantizer = UniTokMultiCodebookQuantizer(1, 1, D, rotation_trick=True)
+    features = (-quantizer.codebooks[0][None]).detach().requires_grad_()
+    output = quantizer(features)
+    torch.testing.assert_close(output.features[0], unit_codebook(quantizer, 0).detach())
+    output.features.sum().backward()
+    assert features.grad.isfinite().all()

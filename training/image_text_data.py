@@ -5,6 +5,7 @@ A source is a dict of a config's `datasets`:
     kind: folder                   # a .jsonl, .json or .parquet of {"image", "caption"}, images relative to the file;
     path: data/captions.jsonl      # or a folder with captions.jsonl; or one of images with a .txt beside each
     repeat: 3                      # times an epoch
+    in_memory: true                # keep each image's processed pixels while the program runs: for small sets, read often
 
     kind: hf                       # a data set of the hub, or a folder that `save_to_disk` wrote
     path: owner/name
@@ -24,11 +25,12 @@ Each may also set `random_crop`, `horizontal_flip` and `max_shift` (see `ImageTe
 
 import bisect
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, count, islice
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import torch
@@ -48,7 +50,7 @@ from unitok_mllm.image_processing_unitok import UniTokImageProcessor, load_image
 CROP_SCALE = (0.9, 1.0)  # share of the picture's area that a random crop keeps; its caption tells of all of it
 CHANGES = ("random_crop", "horizontal_flip", "max_shift")  # of the transform, by a source
 OPTIONS = {  # of each kind; True: required
-    "folder": {"path": True, "repeat": False},
+    "folder": {"path": True, "repeat": False, "in_memory": False},
     "hf": {
         "path": True,
         "name": False,
@@ -129,16 +131,24 @@ class ImageTextTransform:
         Raises:
             ValueError: there is no caption, or the picture is broken or too elongated.
         """
+        return self.change(self.prepare(image, caption), generator)
+
+    def prepare(self, image: Image.Image, caption: str | None) -> dict[str, torch.Tensor | Image.Image]:
+        """The part that does not depend on chance: as `__call__`, but with a picture in place of pixels to be cropped."""
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"no caption, but {caption!r}")
         image = load_image(image)
+        pixels = image if self.random_crop else self.image_processor(image)["pixel_values"][0]
+        return {"pixel_values": pixels, "input_ids": self.encode(caption)}
+
+    def change(self, sample: dict, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The random part, on what `prepare` returned."""
+        pixels = sample["pixel_values"]
         with random_numbers(int(torch.randint(2**63 - 1, (), generator=generator))):
             if self.random_crop:
-                pixels = self.image_processor(self.crop(image), do_resize=False)["pixel_values"][0]
-            else:
-                pixels = self.image_processor(image)["pixel_values"][0]
+                pixels = self.image_processor(self.crop(pixels), do_resize=False)["pixel_values"][0]
             pixels = self.augment(pixels)
-        return {"pixel_values": pixels, "input_ids": self.encode(caption)}
+        return sample | {"pixel_values": pixels}
 
     def encode(self, caption: str) -> torch.Tensor:
         """(T,): the tokenizer's ids with its end token last, padded. Special tokens that the caption spells are text."""
@@ -228,6 +238,33 @@ class DatasetImages:
         return decode_image(image["bytes"]) if image["bytes"] else load_image(image["path"]), caption
 
 
+class PreparedImages:
+    """What `transform.prepare` makes of a folder's samples, each kept in memory once it was read.
+
+    They are kept as long as the process lives: another training in it, on the same folder, finds them there.
+    """
+
+    kept: ClassVar[dict[tuple, dict[int, dict]]] = {}
+
+    def __init__(self, source: ImageFiles, transform: ImageTextTransform):
+        self.source, self.transform = source, transform
+        processor, tokenizer = transform.image_processor, transform.text_tokenizer
+        key = str(source.path), processor.to_json_string(), tokenizer.name_or_path, transform.max_text_length
+        self.samples = self.kept.setdefault(key, {})
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def load(self, index: int) -> tuple[dict]:
+        """The argument of `transform.change`; raises ValueError where the image is broken or missing."""
+        if index not in self.samples:
+            self.samples[index] = self.transform.prepare(*self.source.load(index))
+        return (self.samples[index],)
+
+
 class EpochDataset(Dataset):
     """Knows the epoch; a DataLoader's workers, persistent ones too, learn of a new one when they begin it."""
 
@@ -252,13 +289,14 @@ class ImageTextDataset(EpochDataset):
     epochs.  In a broken sample's place comes the next one that can be read.
 
     Args:
-        parts: sources with the transform of each; those that are repeated come several times.
+        parts: sources with the transform of each, which gets what the source loads and a generator; those that are
+            repeated come several times.
         max_broken_share: see `BrokenSamples`.
     """
 
     def __init__(
         self,
-        parts: list[tuple[ImageFiles | DatasetImages, ImageTextTransform]],
+        parts: list[tuple[ImageFiles | DatasetImages | PreparedImages, Callable]],
         seed: int,
         max_broken_share: float = 0.01,
     ):
@@ -472,6 +510,11 @@ def build_image_text_dataset(
         repeat = options.pop("repeat", 1)
         if repeat < 1:
             raise ValueError(f"repeat must be at least 1, got {repeat} in {one}.")
+        in_memory = options.pop("in_memory", False)
         images = ImageFiles(**options) if kind == "folder" else DatasetImages(**options)
+        if in_memory and changed.random_crop:
+            raise ValueError(f"in_memory keeps processed pixels, which a random_crop does not have: {one}.")
+        if in_memory:
+            images, changed = PreparedImages(images, changed), changed.change
         parts += [(images, changed)] * repeat
     return ImageTextDataset(parts, seed, max_broken_share)

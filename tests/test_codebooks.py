@@ -1,0 +1,147 @@
+"""Codes that start from data, and dead ones that are moved; the trainer's use of them is in test_train_tokenizer.py."""
+
+import copy
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn import functional as F
+
+from training.codebooks import DeadCodes, gather_chunks, start_from_data
+from unitok_mllm import UniTokMultiCodebookQuantizer
+
+
+K, V, D = 2, 6, 4
+
+
+@pytest.fixture
+def quantizer():
+    return UniTokMultiCodebookQuantizer(K, V, K * D)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rows(values: torch.Tensor) -> set[tuple[float, ...]]:
+    return set(map(tuple, values.tolist()))
+
+
+def test_chunks_are_those_that_the_search_compares_with_the_codes(quantizer):
+    features = torch.randn(3, 5, K * D)
+    chunks = gather_chunks(quantizer, features)
+    assert chunks.shape == (K, 15, D)
+    for k in range(K):
+        expected = F.normalize(features[..., k * D : (k + 1) * D], dim=-1).flatten(0, 1)
+        torch.testing.assert_close(chunks[k], expected)
+        nearest = (chunks[k] @ F.normalize(quantizer.codebooks[k], dim=-1).T).argmax(dim=1)
+        assert torch.equal(nearest, quantizer.encode(features)[:, k].flatten())
+
+
+def test_codes_start_as_random_chunks_and_become_the_means_of_those_nearest_to_them(quantizer):
+    chunks = gather_chunks(quantizer, torch.randn(8, 10, K * D))
+    start_from_data(quantizer, chunks, generator(), iterations=0)
+    for k in range(K):
+        assert len(rows(quantizer.codebooks[k])) == V and rows(quantizer.codebooks[k]) < rows(chunks[k])
+    similarity = [(chunks @ quantizer.codebooks.mT).amax(dim=2).mean().item()]
+    for iterations in (1, 3, 100):
+        start_from_data(quantizer, chunks, generator(), iterations)
+        similarity.append((chunks @ quantizer.codebooks.mT).amax(dim=2).mean().item())
+    assert similarity == sorted(similarity) and similarity[0] < similarity[-1] - 0.01
+    for k in range(K):
+        nearest = (chunks[k] @ quantizer.codebooks[k].T).argmax(dim=1)
+        assert set(nearest.tolist()) == set(range(V))
+        means = torch.stack([F.normalize(chunks[k, nearest == code].sum(dim=0), dim=0) for code in range(V)])
+        torch.testing.assert_close(quantizer.codebooks[k], means)
+
+
+def test_too_few_features_to_start_from_are_refused(quantizer):
+    with pytest.raises(ValueError, match="5 features are too few for 6 codes to start from"):
+        start_from_data(quantizer, torch.randn(K, V - 1, D), generator())
+
+
+def test_dead_codes_move_to_features_with_their_average_and_without_their_moments(quantizer):
+    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=0.1)
+    quantizer.codebooks.grad = torch.randn_like(quantizer.codebooks)
+    optimizer.step()
+    average, before = copy.deepcopy(quantizer), quantizer.codebooks.detach().clone()
+    with torch.no_grad():
+        average.codebooks.mul_(2)
+    moments = {name: optimizer.state[quantizer.codebooks][name].clone() for name in ("exp_avg", "exp_avg_sq")}
+    dead_codes = DeadCodes(quantizer)
+    dead_codes.count(torch.tensor([[[0, 1], [2, 2]]]))
+    dead_codes.count(torch.tensor([[[1, 3], [2, 0]]]))
+    alive = torch.zeros(K, V, dtype=torch.bool)
+    alive[0, [0, 1, 3]], alive[1, [0, 2]] = True, True
+    assert torch.equal(dead_codes.chosen, alive)
+
+    features = torch.randn(2, 3, K * D)
+    chunks = gather_chunks(quantizer, features)
+    assert dead_codes.revive(chunks, generator(), optimizer, average) == 3 + 4
+    assert torch.equal(quantizer.codebooks[alive], before[alive])
+    assert torch.equal(average.codebooks[alive], 2 * before[alive])
+    assert torch.equal(average.codebooks[~alive], quantizer.codebooks[~alive])
+    for k in range(K):
+        moved = rows(quantizer.codebooks[k, ~alive[k]])
+        assert len(moved) == V - int(alive[k].sum()) and moved <= rows(chunks[k])
+    for name, moment in moments.items():
+        now = optimizer.state[quantizer.codebooks][name]
+        assert torch.equal(now[alive], moment[alive]) and not now[~alive].any()
+    assert not dead_codes.chosen.any()
+    codes = quantizer.encode(features)
+    assert all(set(codes[:, k].flatten().tolist()) >= set((~alive[k]).nonzero().flatten().tolist()) for k in range(K))
+
+
+def test_of_more_dead_codes_than_features_a_part_moves(quantizer):
+    before = quantizer.codebooks.detach().clone()
+    chunks = gather_chunks(quantizer, torch.randn(1, 4, K * D))
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
+    assert DeadCodes(quantizer).revive(chunks, generator(), optimizer, copy.deepcopy(quantizer)) == 2 * 4
+    has_moved = (quantizer.codebooks != before).any(dim=2)
+    assert has_moved.sum(dim=1).tolist() == [4, 4]
+    assert all(rows(quantizer.codebooks[k, has_moved[k]]) == rows(chunks[k]) for k in range(K))
+
+
+def start_and_revive(quantizer, features, codes) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codebooks after their start and after a revival, on these features and choices of this process."""
+    chunks = gather_chunks(quantizer, features)
+    start_from_data(quantizer, chunks, generator(1))
+    started = quantizer.codebooks.detach().clone()
+    dead_codes = DeadCodes(quantizer)
+    dead_codes.count(codes)
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
+    dead_codes.revive(chunks, generator(2), optimizer, copy.deepcopy(quantizer))
+    return started, quantizer.codebooks.detach()
+
+
+def one_of_two(rank, port, features, codes, queue):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    both = start_and_revive(
+        UniTokMultiCodebookQuantizer(K, V, K * D), torch.from_numpy(features[rank]), torch.from_numpy(codes[rank])
+    )
+    queue.put([part.numpy() for part in both])
+    dist.destroy_process_group()
+
+
+def test_two_processes_move_the_same_codes_as_one_with_the_whole_batch(quantizer):
+    features, codes = torch.randn(2, 3, 5, K * D), torch.zeros(2, 3, K, 5, dtype=torch.long)
+    codes[1] = 1
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("fork")  # a spawned process would import everything anew
+    queue = context.SimpleQueue()
+    arguments = (port, features.numpy(), codes.numpy(), queue)
+    processes = mp.start_processes(one_of_two, arguments, nprocs=2, join=False, start_method="fork")
+    results = [queue.get() for _ in range(2)]
+    while not processes.join():
+        pass
+    started, revived = start_and_revive(quantizer, features.flatten(0, 1), codes.flatten(0, 1))
+    assert torch.equal(revived[:, :2], started[:, :2]) and (revived[:, 2:] != started[:, 2:]).any(dim=2).all()
+    for result in results:
+        torch.testing.assert_close(torch.from_numpy(result[0]), started)
+        torch.testing.assert_close(torch.from_numpy(result[1]), revived)
