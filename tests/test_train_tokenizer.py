@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from training import text_tokenizer
 from training.arguments import parse_yaml_and_command_line
+from training.codebooks import gather_chunks, start_from_data
 from training.discriminator import FeatureDiscriminator
 from training.files import whole_checkpoints
 from training.image_text_data import ImageTextStream, ImageTextTransform
@@ -297,6 +300,74 @@ def test_the_discriminator_warms_up_over_a_share_of_all_steps_with_an_epsilon_of
     assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
     assert {group["eps"] for group in trainer.tokenizer.optimizer.param_groups} == {1e-6}
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0]
+
+
+def test_codebooks_that_start_from_data_are_those_of_the_first_features_and_of_the_average(tmp_path):
+    trainer = trainer_of(tmp_path, {"vq_weight": 0.0}, codebook_start="data", codebook_learning_rate=1e-12)
+    vision = trainer.tokenizer.module.vision_model
+    batches = islice(trainer._batches(), 4)  # of 4 images of 4 tokens: 4 tokens for each of 16 codes
+    features = vision.encode_features(torch.cat([batch["pixel_values"] for batch in batches]))
+    expected = copy.deepcopy(vision.quantizer)
+    start_from_data(expected, gather_chunks(expected, features), trainer._generator("codebook_start"))
+    assert (vision.quantizer.codebooks != expected.codebooks).any(dim=2).all()
+    trainer._start_codebooks_from_data()
+    quantizer = vision.quantizer
+    torch.testing.assert_close(quantizer.codebooks, expected.codebooks)
+    assert torch.equal(trainer.ema.module.vision_model.quantizer.codebooks, quantizer.codebooks)
+    started = copy_of(quantizer)["codebooks"]
+    trainer.train()  # begins with the same start again
+    torch.testing.assert_close(quantizer.codebooks, started, rtol=0, atol=1e-6)
+
+
+def test_dead_codes_are_moved_at_their_interval_and_the_codebooks_have_their_own_rate(tmp_path):
+    trainer = trainer_of(
+        tmp_path, {}, revive_dead_codes=2, max_steps=4, codebook_learning_rate=0.25, rotation_trick=True
+    )
+    quantizer, optimizer = trainer.tokenizer.module.vision_model.quantizer, trainer.tokenizer.optimizer
+    assert quantizer.rotation_trick
+    (group,) = [group for group in optimizer.param_groups if group["params"][0] is quantizer.codebooks]
+    assert group["lr"] == 0.25 and group["weight_decay"] == 0 and len(group["params"]) == 1
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(trainer.ema.module.parameters()))
+    trainer.train()
+    assert [step for step, values in trainer.reports.items() if "revived_codes" in values] == [2, 4]
+    assert 0 < trainer.reports[2]["revived_codes"] < quantizer.usage.numel()
+
+
+def test_the_codebooks_are_left_alone_by_default(tmp_path):
+    trainer = trainer_of(tmp_path, {}, max_steps=2, learning_rate=1e-12)
+    before = copy_of(trainer.tokenizer.module.vision_model.quantizer)["codebooks"]
+    trainer.train()
+    torch.testing.assert_close(trainer.tokenizer.module.vision_model.quantizer.codebooks, before, rtol=0, atol=1e-9)
+    assert len(trainer.tokenizer.optimizer.param_groups) == 2 and "revived_codes" not in trainer.reports[2]
+
+
+KEPT_IN_USE = {"codebook_start": "data", "revive_dead_codes": 4, "rotation_trick": True, "save_steps": 2}
+
+
+def test_a_resumed_run_revives_the_codes_of_one_without_a_break(tmp_path):
+    whole = trainer_of(tmp_path / "whole", {}, **KEPT_IN_USE, max_steps=6, save_total_limit=3)
+    whole.train()
+    for step in (4, 6):  # as if it had been killed between the checkpoint of step 2 and the revival in step 4
+        shutil.rmtree(tmp_path / "whole" / f"checkpoint-{step}")
+    resumed = trainer_of(tmp_path / "whole", {}, **KEPT_IN_USE, max_steps=6, resume=True)
+    assert resumed.step == 2 and resumed.dead_codes.chosen.any() and not resumed.dead_codes.chosen.all()
+    resumed.train()
+    assert resumed.reports == {step: whole.reports[step] for step in (3, 4, 5, 6)}
+    for a, b in zip(whole.ema.module.state_dict().values(), resumed.ema.module.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"codebook_start": "kmeans"}, "codebook_start is random or data, got 'kmeans'"),
+        ({"revive_dead_codes": -1}, "revive_dead_codes must be at least 0 and finite, got -1"),
+        ({"codebook_learning_rate": math.nan}, "codebook_learning_rate must be at least 0 and finite, got nan"),
+    ],
+)
+def test_impossible_codebook_options_are_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        TokenizerTrainingArguments(**option)
 
 
 def test_accumulated_batches_are_one_batch(tmp_path):
@@ -717,6 +788,10 @@ card: {{license: mit}}
     assert f"| `{captioned_folder}` | kind folder, repeat 2, horizontal_flip True, max_shift 1 |" in card.text
     assert "| steps | 3 |\n| samples in a step | 6 |\n| learning rate | 0.001 |\n" in card.text
     assert "bf16 autocast" in card.text and "grad_norm" not in card.text
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text("utf-8").splitlines()]
+    for name in ("l1", "eval_codebook_usage"):
+        logged = [(line["step"], line[name]) for line in history if name in line]
+        assert logged == [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)], name
     for name in ("l1", "gan", "eval_psnr"):
         assert f"| {name} | {events.Scalars(name)[-1].value:.4g} |" in card.text
 
