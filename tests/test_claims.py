@@ -232,7 +232,7 @@ def test_a_run_is_named_after_all_that_its_result_hangs_on(runs):
         (("--codebooks", "3"), r"total_codes \(1024\) is not a multiple of 3 sub-codebooks"),
         (("--codebooks", "128"), r"quantizer_dim \(64\) is not a multiple of num_codebooks \(128\)"),
         (("--steps", "0"), "steps must be at least 1, got 0"),
-        (("--seeds", "-1"), r"limit and seeds must be at least 0, got 0, 100 and \[-1\]"),
+        (("--seeds", "-1"), r"limit and seeds must be at least 0, got 0, 3 and \[-1\]"),
         (("--max_steps", "5", "--seed", "1"), "Set steps, seeds and batch_size instead of max_steps, seed"),
         (("--processes", "5"), r"batch_size \(16\) is not a multiple of 5 processes"),
         (("--search_steps", "0"), "search_steps must be at least 1, got 0"),

@@ -72,6 +72,9 @@ def test_preset_takes_overrides_and_names_the_known_ones():
     vision = UniTokConfig.preset("tiny", image_size=96, causal_projection=True).vision_config
     assert (vision.image_size, vision.num_positions, vision.causal_projection) == (96, 36, True)
     assert UniTokConfig.preset("tiny").vision_config.image_size == 64
+    config = UniTokConfig.preset("tiny", {"projection_dim": 64, "hidden_size": 32}, projection_dim=64)
+    assert config.text_config.hidden_size == 32 and config.vision_config.projection_dim == 64
+    assert UniTokConfig.preset("tiny").text_config.hidden_size == 128
     with pytest.raises(ValueError, match="Unknown preset 'huge'; known: large, base, tiny"):
         UniTokConfig.preset("huge")
 

@@ -251,6 +251,21 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(build):
         assert all(equal(a, b) for a, b in zip(loader, expected, strict=True))
 
 
+def test_a_source_in_memory_gives_the_same_samples_and_is_read_once(folder, build):
+    changes = {"horizontal_flip": True, "max_shift": 2, "repeat": 2}
+    plain, kept = build(**changes), build(**changes, in_memory=True)
+    expected = [plain[epoch, index] for epoch in range(3) for index in range(16)]
+    for image in folder.glob("images/*.png"):
+        assert kept[0, int(image.stem)]["input_ids"].shape == (12,)
+        image.unlink()
+    samples = [kept[epoch, index] for epoch in range(3) for index in range(16)]
+    assert all(equal(a, b) for a, b in zip(samples, expected))
+    again = build(**changes, in_memory=True)  # as another training in this process would
+    assert all(equal(again[2, index], b) for index, b in enumerate(expected[-16:]))
+    with pytest.raises(ValueError, match="in_memory keeps processed pixels, which a random_crop does not have"):
+        build(in_memory=True, random_crop=True)
+
+
 def test_the_next_readable_sample_takes_a_broken_ones_place(folder, build, caplog):
     (folder / "images/2.png").write_bytes(b"no picture")
     (folder / "images/7.png").unlink()

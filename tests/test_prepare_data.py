@@ -101,6 +101,8 @@ def test_easy_vqa_keeps_its_splits_and_all_its_questions(tmp_path):
     result = CliRunner().invoke(app, ["easy-vqa", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert [len(rows_of(tmp_path / f"{split}_captions.jsonl")) for split in ("train", "test")] == [4000, 1000]
+    train, fit, validation = (rows_of(tmp_path / f"{part}_captions.jsonl") for part in ("train", "fit", "validation"))
+    assert validation == train[::10] and fit == [row for row in train if row not in validation]
     rows = {kind: json.loads((tmp_path / f"train_{kind}.json").read_text(encoding="utf-8")) for kind in KINDS}
     assert len(rows["conversations"]) == len(get_train_questions()[0]) == 38575
     assert len(rows["edits"]) == len(rows["dialogues"]) == 3 * 4000
