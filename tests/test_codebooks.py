@@ -40,8 +40,14 @@ def test_chunks_are_those_that_the_search_compares_with_the_codes(quantizer):
         assert torch.equal(nearest, quantizer.encode(features)[:, k].flatten())
 
 
+def test_of_many_tokens_some_are_taken(quantizer):
+    features = torch.randn(2, 50, K * D)
+    taken = gather_chunks(quantizer, features.flatten(0, 1)[::4])  # 100 tokens, 4 for each of 6 codes are enough
+    assert torch.equal(gather_chunks(quantizer, features), taken) and taken.shape[1] == 25
+
+
 def test_codes_start_as_random_chunks_and_become_the_means_of_those_nearest_to_them(quantizer):
-    chunks = gather_chunks(quantizer, torch.randn(8, 10, K * D))
+    chunks = gather_chunks(quantizer, torch.randn(4, 10, K * D))
     start_from_data(quantizer, chunks, generator(), iterations=0)
     for k in range(K):
         assert len(rows(quantizer.codebooks[k])) == V and rows(quantizer.codebooks[k]) < rows(chunks[k])

@@ -361,8 +361,8 @@ def test_a_resumed_run_revives_the_codes_of_one_without_a_break(tmp_path):
     "option, message",
     [
         ({"codebook_start": "kmeans"}, "codebook_start is random or data, got 'kmeans'"),
-        ({"revive_dead_codes": -1}, "revive_dead_codes must be at least 0 and finite, got -1"),
-        ({"codebook_learning_rate": math.nan}, "codebook_learning_rate must be at least 0 and finite, got nan"),
+        ({"revive_dead_codes": -1}, r"revive_dead_codes \(-1\) is not between 0 and"),
+        ({"codebook_learning_rate": math.nan}, r"codebook_learning_rate \(nan\) is not between 0"),
     ],
 )
 def test_impossible_codebook_options_are_refused(option, message):

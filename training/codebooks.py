@@ -14,12 +14,17 @@ from torch.nn import functional as F
 from unitok_mllm import UniTokMultiCodebookQuantizer
 
 
+FEATURES_PER_CODE = 4  # of k-means
+
+
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 def gather_chunks(quantizer: UniTokMultiCodebookQuantizer, features: torch.Tensor) -> torch.Tensor:
     """The unit chunks of the features of all processes, as the search for the nearest codes sees them.
+
+    Of very many tokens only every n-th is taken, so that there are still FEATURES_PER_CODE for each code.
 
     Args:
         features: (..., dim), the same shape on every process.
@@ -28,6 +33,8 @@ def gather_chunks(quantizer: UniTokMultiCodebookQuantizer, features: torch.Tenso
         (K, N, dim / K), float32, of unit length, equal on every process.
     """
     tokens = features.detach().float().reshape(-1, quantizer.dim)
+    count = len(tokens) * (dist.get_world_size() if _is_distributed() else 1)
+    tokens = tokens[:: max(1, count // (FEATURES_PER_CODE * quantizer.codebook_size))]
     if _is_distributed():
         parts = [torch.empty_like(tokens) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, tokens.contiguous())

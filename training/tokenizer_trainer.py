@@ -31,7 +31,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 from training.arguments import BELOW_ONE, check_arguments
 from training.augment import blur, diff_augment, draw_augmentation
-from training.codebooks import DeadCodes, gather_chunks, start_from_data
+from training.codebooks import FEATURES_PER_CODE, DeadCodes, gather_chunks, start_from_data
 from training.discriminator import FeatureDiscriminator
 from training.files import whole_checkpoints
 from training.image_text_data import ImageTextStream, sample_seed
@@ -58,7 +58,6 @@ STATE = "state.pt"  # the last file of a checkpoint
 LAG = 0.01  # share of the first weights in the released average, above which there is a warning
 HISTORY = "history.jsonl"
 CODEBOOK_STARTS = ("random", "data")
-FEATURES_PER_CODE = 4  # of k-means
 NOT_ON_CARD = ("grad_norm", "discriminator_grad_norm", "images_per_second", "learning_rate", "revived_codes")
 
 
@@ -124,6 +123,7 @@ class TokenizerTrainingArguments:
         ranges = {f"discriminator_{name}": limits for name, limits in rates.items()}
         ranges |= {name.replace("beta", "adam_beta"): limits for name, limits in rates.items()}
         ranges |= {"final_learning_rate": SHARE, "max_grad_norm": ABOVE_ZERO, "ema_decay": BELOW_ONE}
+        ranges |= {"codebook_learning_rate": WEIGHT, "revive_dead_codes": (0, 2**40)}
         ranges |= {"max_steps": (0, 2**40), "dataloader_num_workers": (0, 1024), "seed": (0, 2**31)}
         check_arguments(self, **ranges)
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps")
@@ -132,9 +132,6 @@ class TokenizerTrainingArguments:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
         if self.codebook_start not in CODEBOOK_STARTS:
             raise ValueError(f"codebook_start is {' or '.join(CODEBOOK_STARTS)}, got {self.codebook_start!r}.")
-        for name in ("revive_dead_codes", "codebook_learning_rate"):
-            if not 0 <= vars(self)[name] < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, got {vars(self)[name]}.")
         if unknown := set(self.report_to) - set(TRACKERS):
             raise ValueError(f"report_to may name {' and '.join(TRACKERS)}, got {', '.join(sorted(unknown))}.")
 
@@ -427,11 +424,15 @@ class TokenizerTrainer:
 
     def _start_codebooks_from_data(self) -> None:
         quantizer, chunks = self.tokenizer.module.vision_model.quantizer, []
+        stream = self.train_dataset if isinstance(self.train_dataset, ImageTextStream) else None
+        position = stream and stream.state_dict()
         batches = self._batches()
         while sum(part.shape[1] for part in chunks) < FEATURES_PER_CODE * quantizer.codebook_size:
             chunks.append(self._chunks(next(batches)["pixel_values"]))
         start_from_data(quantizer, torch.cat(chunks, dim=1), self._generator("codebook_start"))
         self.ema.set(self.tokenizer.module)
+        if stream is not None:
+            stream.load_state_dict(position)  # the training begins with the same images
 
     def _revive_dead_codes(self, pixel_values: torch.Tensor) -> None:
         revived = self.dead_codes.revive(
