@@ -58,7 +58,14 @@ STATE = "state.pt"  # the last file of a checkpoint
 LAG = 0.01  # share of the first weights in the released average, above which there is a warning
 HISTORY = "history.jsonl"
 CODEBOOK_STARTS = ("random", "data")
-NOT_ON_CARD = ("grad_norm", "discriminator_grad_norm", "images_per_second", "learning_rate", "revived_codes")
+NOT_ON_CARD = (
+    "grad_norm",
+    "discriminator_grad_norm",
+    "images_per_second",
+    "learning_rate",
+    "revived_codes",
+    "running_codebook_usage",
+)
 
 
 @dataclass
