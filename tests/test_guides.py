@@ -55,6 +55,22 @@ def known_options(command: list[str]) -> tuple[set[str], list[str]]:
     return known, [word.removeprefix("--") for word in given if word.startswith("--")]
 
 
+def check_other_tools(names: dict) -> None:
+    """The LLaVA guide's tower is the model's own, the pipelines do what the model does, the exported encoder too."""
+    visual, tower = names["model"].visual, names["tower"]
+    state = visual.vision_model.state_dict()
+    assert tower.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in tower.state_dict().items())
+    pixels = names["processor"].image_processor(names["picture"])["pixel_values"]
+    expected = names["llava"].model.multi_modal_projector(visual.vision_model(pixels).last_hidden_state)
+    torch.testing.assert_close(torch.stack(list(names["features"].pooler_output)), expected)
+    assert names["answer"][0]["generated_text"].strip() == "red"
+    assert torch.equal(names["codes"], visual.encode(names["pixels"]))
+
+
+CHECKS = {"other_tools.md": check_other_tools}
+
+
 @pytest.mark.parametrize("guide", GUIDES)
 def test_guide_runs_as_written(guide, folder):
     if guide == "released_weights.md":  # in place of the download: the same tensors, each dimension an eighth
@@ -67,6 +83,8 @@ def test_guide_runs_as_written(guide, folder):
         elif language == "bash":
             result = run(block)
             assert result.returncode == 0, (block, result.stderr[-3000:])
+    if guide in CHECKS:
+        CHECKS[guide](names)
 
 
 @pytest.mark.parametrize("guide", GUIDES)

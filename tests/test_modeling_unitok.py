@@ -487,6 +487,28 @@ def test_missing_unexpected_and_misshapen_weights_are_loud(visual_tokenizer, tmp
     assert name in library_log.text
 
 
+def test_misspelt_arguments_of_the_tokenizer_and_the_tower_are_refused(visual_tokenizer, images):
+    for model, name, hint in (
+        (visual_tokenizer, "pixels", ""),
+        (visual_tokenizer, "output_hidden_state", " Did you mean 'output_hidden_states'?"),
+        (visual_tokenizer.vision_model, "interpolate_pos_encodings", ""),
+    ):
+        message = f"{type(model).__name__}.forward got an unexpected keyword argument {name!r}.{hint}"
+        with pytest.raises(TypeError, match=message.replace("?", r"\?")):
+            model(images, **{name: True})
+    assert visual_tokenizer.vision_model(images, output_hidden_states=True, return_dict=True).hidden_states
+
+
+def test_misspelt_fields_of_configs_are_refused(tokenizer_config):
+    with pytest.raises(
+        TypeError, match="UniTokVisionConfig got unexpected arguments: hiden_size. It takes image_size,"
+    ):
+        UniTokConfig(vision_config={"hiden_size": 64})
+    with pytest.raises(TypeError, match="UniTokConfig got unexpected arguments: decoder_layer."):
+        UniTokConfig(decoder_layer=3)
+    assert UniTokConfig(**tokenizer_config.to_dict()).to_dict() == tokenizer_config.to_dict()
+
+
 # --- inside another library model ---
 
 

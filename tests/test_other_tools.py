@@ -1,7 +1,18 @@
-"""Other people's tools, unmodified, on this project's models: trl, LLaVA, peft, accelerate, torchao, bitsandbytes, and
-torch's compiler and exporter. `docs/other_tools.md` shows them to users."""
+"""Other people's tools, unmodified, on this project's models: the library's pipelines and server, trl, LLaVA, peft,
+accelerate, torchao, bitsandbytes, and torch's compiler and exporter. `docs/other_tools.md` shows them to users."""
 
+import base64
 import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +29,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    TextStreamer,
     TorchAoConfig,
+    pipeline,
 )
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -65,6 +79,132 @@ def behaviour(model, processor, device: str = "cpu") -> tuple[torch.Tensor, ...]
 
 def changed(before: dict[str, torch.Tensor], model: nn.Module) -> set[str]:
     return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+# --- the library's pipelines ---
+
+
+def drawing(model, processor, inputs, **options) -> bytes:
+    codes = model.generate(**inputs, generation_mode="image", **options)
+    return processor.post_process_multimodal_output(model.decode_images(codes), generation_mode="image")[0].tobytes()
+
+
+def test_the_any_to_any_pipeline_draws_what_generate_draws(lively_mllm, processor):
+    pipe = pipeline("any-to-any", model=lively_mllm, processor=processor, device="cpu")
+    options = {"seed": 3, "guidance_scale": 2.0}
+    expected = {
+        text: drawing(lively_mllm, processor, processor(text=text, generation_mode="image"), **options)
+        for text in ("a red circle", "blue")
+    }
+    of_images = {"generation_mode": "image", "generate_kwargs": options}
+    told = pipe("blue", **of_images, processor_kwargs={"generation_mode": "image"})
+    assert [record["generated_image"].tobytes() for record in told] == [expected["blue"]]
+    with pytest.raises(ValueError, match="for a pipeline, processor_kwargs=.'generation_mode': 'image'."):
+        pipe("blue", **of_images)
+
+    for name, ids in processor.config_prompt_ids().items():
+        setattr(lively_mllm.config, name, ids)
+    assert pipe("blue", **of_images)[0]["generated_image"].tobytes() == expected["blue"]
+    several = pipe([{"text": text} for text in expected], **of_images)
+    assert {r[0]["input_text"]: r[0]["generated_image"].tobytes() for r in several} == expected
+    with pytest.raises(ValueError, match="give a pipeline several prompts as"):
+        pipe(list(expected), **of_images)
+    with_picture = processor(
+        text=processor.apply_chat_template(chat("red"), add_generation_prompt=True),
+        images=[Image.new("RGB", (30, 30), "red")],
+        generation_mode="image",
+    )
+    drawn = pipe(chat("red"), **of_images)[0]["generated_image"].tobytes()
+    assert drawn == drawing(lively_mllm, processor, with_picture, **options)
+
+
+def test_a_generation_config_is_honoured_or_refused_by_name_where_an_image_is_drawn(lively_mllm, processor):
+    inputs = processor(text="blue", generation_mode="image")
+    config = GenerationConfig(do_sample=False, max_new_tokens=3, eos_token_id=2)
+    by_config = drawing(lively_mllm, processor, inputs, generation_config=config)
+    assert by_config == drawing(lively_mllm, processor, inputs, do_sample=False)
+    with pytest.raises(ValueError, match=r"does not know these options of the generation_config: \['num_beams'\]"):
+        drawing(lively_mllm, processor, inputs, generation_config=GenerationConfig(num_beams=3))
+    with pytest.raises(TypeError, match="num_beams"):
+        drawing(lively_mllm, processor, inputs, num_beams=3)
+
+
+def test_the_image_text_to_text_pipeline_answers_what_generate_answers(lively_mllm, processor, capsys):
+    pipe = pipeline("image-text-to-text", model=lively_mllm, processor=processor, device="cpu")
+    expected = {
+        color: processor.decode(ask(lively_mllm, processor, color, max_new_tokens=6)[0], skip_special_tokens=True)
+        for color in ("red", "blue")
+    }
+    options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    assert pipe(text=chat("red"), **options)[0]["generated_text"] == expected["red"]
+    several = pipe(text=[chat(color) for color in expected], **options, batch_size=2)
+    assert [records[0]["generated_text"] for records in several] == list(expected.values())
+    capsys.readouterr()
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    pipe(text=chat("blue"), **options, generate_kwargs={"streamer": streamer})
+    assert capsys.readouterr().out.strip() == expected["blue"].strip()
+    any_pipe = pipeline("any-to-any", model=lively_mllm, processor=processor, device="cpu")
+    assert any_pipe(chat("red"), **options)[0]["generated_text"] == expected["red"]
+
+
+# --- the library's server ---
+
+
+def test_servers_are_told_the_placeholders_of_an_image(processor):
+    inputs = processor(text="<image> yes", images=[Image.new("RGB", (30, 70))], return_mm_token_type_ids=True)
+    told = processor._get_num_multimodal_tokens(image_sizes=[(70, 30), (5, 5)])
+    placeholders = int((inputs["input_ids"] == processor.image_token_id).sum())
+    assert told["num_image_tokens"] == [placeholders, placeholders] and told["num_image_patches"] == [1, 1]
+    assert inputs["mm_token_type_ids"].sum() == placeholders
+    assert processor._get_num_multimodal_tokens()["num_image_tokens"] is None
+
+
+@pytest.mark.slow  # the server takes about 20 s to start
+@pytest.mark.parametrize("kind", ["shipped", "saved"])
+def test_transformers_serve_answers_about_a_picture(kind, tmp_path):
+    folder = "unitok_mllm/checkpoints/tiny"
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    expected = processor.decode(ask(model, processor, "red")[0], skip_special_tokens=True)
+    if kind == "saved":
+        folder = str(tmp_path)
+        model.save_pretrained(folder), processor.save_pretrained(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    png = BytesIO()
+    Image.new("RGB", (30, 30), "red").save(png, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    request = {"model": folder, "messages": [{"role": "user", "content": content}], "temperature": 0}
+
+    def post(**body) -> str:
+        data, kind = json.dumps({**request, **body}).encode(), {"Content-Type": "application/json"}
+        address = f"http://127.0.0.1:{port}/v1/chat/completions"
+        with urllib.request.urlopen(urllib.request.Request(address, data, kind), timeout=120) as answer:
+            return answer.read().decode()
+
+    program = Path(sys.executable).parent / "transformers"
+    options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    server = subprocess.Popen([program, "serve", folder, *options], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                answer = post(max_tokens=12)
+                break
+            except urllib.error.HTTPError:
+                raise
+            except urllib.error.URLError:
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(1)
+        assert json.loads(answer)["choices"][0]["message"]["content"] == expected
+        chunks = [json.loads(line[6:]) for line in post(max_tokens=12, stream=True).splitlines() if line]
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == expected
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
 
 
 # --- trl ---

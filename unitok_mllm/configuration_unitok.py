@@ -11,6 +11,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPTextConfig, GenerationConfig, LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 
 # Far beyond what has been trained, and far below what fills a memory: (least, most), both included.
@@ -364,6 +369,46 @@ _SIZE_NAMES = {
 }
 
 
+# Families that count positions from the left edge, padding included, unless they are told the positions.
+LEARNED_POSITIONS = {
+    *("bert", "bert-generation", "big_bird", "biogpt", "ctrl", "electra", "ernie", "gpt2", "gpt_bigcode", "gpt_neo"),
+    *("megatron-bert", "rembert", "roc_bert", "xglm"),
+}
+_OFFSET = "its positions start behind the padding token's"
+_NO_CACHE = "it has no key/value cache of the library's kind"
+_NO_POSITIONS = "it takes no positions, and counts padding"
+# What the others lack: see `docs/llm_families.md`.
+UNSUITABLE_LLMS = {
+    **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"), _OFFSET),
+    **dict.fromkeys(("xlm-roberta-xl", "xmod"), _OFFSET),
+    **dict.fromkeys(("minimax", "openai-gpt", "reformer", "rwkv", "xlm", "xlnet"), _NO_CACHE),
+    **dict.fromkeys(("whisper",), _NO_POSITIONS),
+    **dict.fromkeys(
+        ("gemma3n_text", "gemma4_text", "gemma4_unified_text"), "its layers take token ids beside embeddings"
+    ),
+    **dict.fromkeys(("musicgen_decoder", "musicgen_melody_decoder"), "it has one output layer for each codebook"),
+    **dict.fromkeys(("emu3_text_model", "mllama_text_model"), "the library cannot load it from its own config"),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "it is a draft model, without keys of its own"),
+    "blt": "it takes bytes",
+    "cpmant": "it takes no embeddings",
+    "xlstm": "it has no mask for padding",
+}
+
+
+def check_llm(config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: an LLM of this kind cannot be the part of a whole that reads and draws.
+    """
+    reason = UNSUITABLE_LLMS.get(config.model_type)
+    if config.is_encoder_decoder or config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        reason = "it is half of an encoder-decoder"
+    elif reason is None and getattr(config, "is_decoder", True) is False:
+        reason = "it looks ahead: its config needs is_decoder=True"
+    if reason is not None:
+        raise ValueError(f"A {config.model_type!r} cannot be the LLM: {reason}.")
+
+
 def llm_sizes(config: PreTrainedConfig) -> LLMSizes:
     """The sizes of the LLM that this config describes.
 
@@ -392,6 +437,11 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
         boi_token_id, eoi_token_id: the tokens that open and close an image.
         image_token_id: the placeholder at image positions; never looked up, so it may lie beyond the LLM's vocabulary.
         image_loss_z_weight: weight of the mean squared maximal logit in the image loss.
+        image_prompt_ids: the tokens that make a prompt for an image of a description, the opening token last: drawing
+            adds them to prompts that open no image themselves (those of the library's pipelines). None: such a prompt
+            is an error.
+        unconditional_prompt_ids: the prompt that guidance leads away from where it is given none. None: that is an
+            error.
     """
 
     model_type = "unitok_mllm"
@@ -418,6 +468,8 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
     eoi_token_id: int = 4
     image_token_id: int = 32000
     image_loss_z_weight: float | int = 5e-5
+    image_prompt_ids: list[int] | None = None
+    unconditional_prompt_ids: list[int] | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -444,6 +496,7 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
                 f"boi_token_id ({self.boi_token_id}), eoi_token_id ({self.eoi_token_id}) and "
                 f"image_token_id ({self.image_token_id}) must differ."
             )
+        check_llm(self.text_config)
         check_ranges(self.text_config, "text_config.", num_hidden_layers=DEPTH)
         check_ranges(self.llm_sizes, "text_config.", vocab_size=VOCABULARY, hidden_size=WIDTH)
         in_vocabulary = (0, self.llm_sizes.vocab_size - 1)
@@ -454,9 +507,22 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
             eoi_token_id=in_vocabulary,
             image_token_id=(0, 2**31 - 1),
             image_loss_z_weight=WEIGHT,
+            image_prompt_ids=in_vocabulary,
+            unconditional_prompt_ids=in_vocabulary,
             initializer_range=WEIGHT,
         )
+        for name in ("image_prompt_ids", "unconditional_prompt_ids"):
+            ids = getattr(self, name)
+            if ids is not None and ids[-1:] != [self.boi_token_id]:
+                raise ValueError(f"{name} ({ids}) must end with boi_token_id ({self.boi_token_id}).")
         self.depth_config.validate_architecture()  # its sizes are known by now
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As the library's; a model's `auto_map` has all Auto classes that give it, so that servers find it."""
+        auto_map = vars(self).get("auto_map") or {}
+        if "AutoModelForImageTextToText" in auto_map:
+            auto_map["AutoModelForMultimodalLM"] = auto_map["AutoModelForImageTextToText"]
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def llm_sizes(self) -> LLMSizes:
@@ -468,5 +534,9 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
         """L: the positions that one image takes in the sequence."""
         return self.visual_config.vision_config.num_positions
 
+
+# Programs that look a model up by its name (the library's pipelines and server) find this one like the library's own.
+for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    _names[UniTokMLLMConfig.model_type] = "UniTokMLLMForConditionalGeneration"
 
 __all__ = ["UniTokConfig", "UniTokDepthConfig", "UniTokMLLMConfig", "UniTokVisionConfig"]

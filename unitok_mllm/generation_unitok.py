@@ -9,6 +9,7 @@ is another: it compares the picture alone with neither).
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -18,7 +19,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, StoppingCriteriaList
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -35,6 +36,8 @@ from .streaming_unitok import UniTokImageStreamer, streamers_told
 
 
 IMAGE_INPUTS = ("pixel_values", "image_codes")
+# About text alone, yet passed for drawings too by the library's pipelines (or written into every config).
+TEXT_OPTIONS = {"max_new_tokens", "max_length", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"}
 MAX_GUIDANCE = 1e6  # logits times it stay finite in float32
 MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
 
@@ -66,6 +69,18 @@ def none_means_default(method: Callable) -> Callable:
         return method(self, *args, **{name: value for name, value in kwargs.items() if value is not None})
 
     return call
+
+
+def has_keys(cache: Cache) -> bool:
+    """Whether any of its layers keeps keys and values (a dynamic one without layers will); a Mamba's keep a state."""
+    return not cache.layers or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+
+
+def is_used(cache: Cache | None) -> bool:
+    """Whether a cache holds earlier tokens; one of the library's paged ones, which serve texts alone, may."""
+    if cache is None or not isinstance(cache, Cache):
+        return cache is not None
+    return cache.get_seq_length() > 0 if has_keys(cache) else cache.has_previous_state()
 
 
 @dataclass
@@ -113,7 +128,8 @@ class UniTokGenerationMixin(GenerationMixin):
         """
         if generation_mode == "image":
             with streamers_told(kwargs.get("streamer")):
-                return self.generate_image_codes(kwargs.pop("input_ids", inputs), *args, **kwargs)
+                options = self._drawing_options(kwargs)
+                return self.generate_image_codes(options.pop("input_ids", inputs), *args, **options)
         if generation_mode == "interleaved":
             return self.generate_interleaved(kwargs.pop("input_ids", inputs), *args, **kwargs)
         with streamers_told(kwargs.get("streamer"), error_only=True):
@@ -123,6 +139,24 @@ class UniTokGenerationMixin(GenerationMixin):
             if input_ids is not None:
                 self._check_room(input_ids, 1)
             return super().generate(inputs, *args, **kwargs)
+
+    def _drawing_options(self, options: dict) -> dict:
+        """Without those about text that the library's pipelines always pass; a `generation_config` is unfolded.
+
+        Raises:
+            ValueError: the `generation_config` sets something that drawing does not know.
+        """
+        options = {name: value for name, value in options.items() if name not in TEXT_OPTIONS}
+        config = options.pop("generation_config", None)
+        if config is None:
+            return options
+        known = inspect.signature(self.generate_image_codes).parameters.keys()
+        standard = self.generation_config.to_dict()
+        chosen = {name: value for name, value in config.to_diff_dict().items() if value is not None}
+        foreign = [n for n in chosen.keys() - known - TEXT_OPTIONS if chosen[n] != standard.get(n)]
+        if foreign:
+            raise ValueError(f"Drawing does not know these options of the generation_config: {sorted(foreign)}.")
+        return {name: value for name, value in chosen.items() if name in known} | options
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
         """Embeds the images once, before the prompt is gone through: pixels, codes, or those of a model that this one
@@ -142,11 +176,14 @@ class UniTokGenerationMixin(GenerationMixin):
         and without the tokenizers for `stop_strings` and for drafts, which it would hand to the model."""
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
-        if kwargs.get("mm_encoder_outputs") and cache is not None and cache.get_seq_length() == 0:
+        if kwargs.get("mm_encoder_outputs") and cache is not None and not is_used(cache):
             is_first_iteration = True
-        return super().prepare_inputs_for_generation(
+        model_inputs = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, cache=cache, **kwargs
         )
+        if isinstance(cache, Cache) and not has_keys(cache) and is_used(cache):
+            model_inputs["attention_mask"] = None  # padding is behind a state
+        return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """As the library's, which would drop images that no row has room for."""
@@ -241,11 +278,15 @@ class UniTokGenerationMixin(GenerationMixin):
             num_positions = self.config.num_image_positions
         if num_positions < 1:
             raise ValueError(f"num_positions must be at least 1, got {num_positions}.")
+        input_ids, attention_mask = self._with_image_opened(input_ids, attention_mask)
+        if unconditional_input_ids is None and self.config.unconditional_prompt_ids is not None:
+            unconditional_input_ids = input_ids.new_tensor([self.config.unconditional_prompt_ids])
         self._check_room(input_ids, num_positions)
         if not (input_ids[:, -1] == self.config.boi_token_id).all():
             raise ValueError(
                 f"Each prompt must end with the token that opens an image ({self.config.boi_token_id}): make prompts "
-                "with processor(text=..., generation_mode='image'), padded on the left."
+                "with processor(text=..., generation_mode='image'), padded on the left (for a pipeline, "
+                "processor_kwargs={'generation_mode': 'image'})."
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -320,6 +361,7 @@ class UniTokGenerationMixin(GenerationMixin):
             end = prompt_length + position
             mask = attention_mask if fixed_cache is not None else attention_mask[:, :end]
             if use_cache and position > 0:
+                mask = mask if has_keys(llm_cache) else None  # padding is behind a state
                 group = step(groups[-1], mask, position_ids[:, end - 1 : end], noise[:, position])
             else:
                 drawn = [embed_drawn(torch.stack(groups, dim=2))] if groups else []
@@ -501,6 +543,16 @@ class UniTokGenerationMixin(GenerationMixin):
         if not all(isinstance(one, Integral) and one >= 0 for one in seeds):
             raise ValueError(f"seed must be an integer of at least 0, or one for each prompt, got {seed}.")
         return seeds
+
+    def _with_image_opened(self, input_ids, attention_mask):
+        """Prompts (B, T) and their mask; where none opens an image, with the config's `image_prompt_ids` behind them."""
+        ids = self.config.image_prompt_ids
+        if ids is None or (input_ids[:, -1] == self.config.boi_token_id).any():
+            return input_ids, attention_mask
+        added = input_ids.new_tensor([ids]).repeat(len(input_ids), 1)
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (0, len(ids)), value=1)
+        return torch.cat([input_ids, added], dim=1), attention_mask
 
     def _check_room(self, input_ids: torch.Tensor, num_positions: int) -> None:
         """

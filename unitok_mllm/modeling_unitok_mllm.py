@@ -23,9 +23,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
-from .configuration_unitok import UniTokDepthConfig, UniTokMLLMConfig
+from .configuration_unitok import LEARNED_POSITIONS, UniTokDepthConfig, UniTokMLLMConfig
 from .depth_unitok import UniTokDepthTransformer
-from .generation_unitok import UniTokGenerationMixin
+from .generation_unitok import UniTokGenerationMixin, is_used
 from .modeling_unitok import (
     HANDED_DOWN,
     UniTokAttentionProjection,
@@ -66,11 +66,6 @@ class UniTokMLLMOutput(ModelOutput):
     num_text_targets: torch.Tensor | None = None
     num_image_targets: torch.Tensor | None = None
     image_logits: torch.Tensor | None = None
-
-
-def is_used(cache: Cache | None) -> bool:
-    """Whether a cache holds earlier tokens; one of the library's paged ones, which serve texts alone, may."""
-    return cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() > 0)
 
 
 class UniTokEmbedder(nn.Module):
@@ -149,7 +144,18 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_decoder(self) -> nn.Module:
-        return self.language_model.get_decoder()
+        decoder = self.language_model.get_decoder()
+        if decoder is self.language_model or not isinstance(decoder, PreTrainedModel):  # Llama 4, ModernBERT
+            return self.language_model.model
+        return decoder
+
+    def _positions(self, position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None):
+        """The positions given; or, for an LLM that would count padding too, those that the mask (B, T) leaves."""
+        if position_ids is not None or attention_mask is None or attention_mask.dim() != 2:
+            return position_ids
+        if self.config.text_config.model_type not in LEARNED_POSITIONS:
+            return None
+        return (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -298,7 +304,7 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
         return self.get_decoder()(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=self._positions(position_ids, attention_mask),
             cache=cache,
             use_cache=use_cache,
             **self._output_options(kwargs),
@@ -400,6 +406,20 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
         self.depth_head.set_attn_implementation(self.config.depth_config._attn_implementation)
 
+    def decode_image_tokens(self, codes: torch.Tensor) -> torch.Tensor:
+        """What the library's any-to-any pipeline calls: (K, L), the codes of one image, -> (1, 3, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: more than one image: the pipeline would label all with the first prompt.
+        """
+        num_codebooks = self.depth_head.num_codebooks
+        if codes.dim() != 2 or len(codes) != num_codebooks:
+            raise ValueError(
+                f"Expected the {num_codebooks} codes of each position of one image, got {tuple(codes.shape)}: give a "
+                'pipeline several prompts as [{"text": ...}, ...] or as conversations, each on its own.'
+            )
+        return self.decode_images(codes[None])
+
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
@@ -474,7 +494,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=self._positions(position_ids, attention_mask),
             cache=cache,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,

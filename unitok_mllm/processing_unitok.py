@@ -10,6 +10,7 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import MultiModalData
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START, mark_control_tokens
 
 
@@ -157,6 +158,23 @@ class UniTokMLLMProcessor(ProcessorMixin):
             "eoi_token_id": self.eoi_token_id,
             "image_token_id": self.image_token_id,
         }
+
+    def config_prompt_ids(self) -> dict[str, list[int]]:
+        """What a `UniTokMLLMConfig` needs for drawings of prompts that this processor did not make for an image."""
+        tokenizer = self.tokenizer
+        return {
+            "image_prompt_ids": tokenizer(GENERATION_SUFFIX + self.boi_token, add_special_tokens=False).input_ids,
+            "unconditional_prompt_ids": tokenizer(UNCONDITIONAL_PROMPT + self.boi_token).input_ids,
+        }
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
+        """What servers ask before they make inputs: placeholders for each image of these sizes (height, width)."""
+        if image_sizes is None:
+            return MultiModalData()
+        size, stride = kwargs.get("size") or self.image_processor.size, self.image_processor.patch_size
+        positions = (size["height"] // stride) * (size["width"] // stride)
+        counts = [positions] * len(image_sizes)
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(image_sizes))
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """What one image is in the text: opening token, L placeholders, closing token."""
