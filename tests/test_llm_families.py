@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import enliven
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from unitok_mllm import UniTokConfig, UniTokMLLMForConditionalGeneration, UniTokModel
+from eval.llm_families import join, outcome, tiny_llm
+from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokMLLMForConditionalGeneration, UniTokModel
 
 
 L, BOI, IMAGE = 9, 3, 5
@@ -125,6 +127,32 @@ def test_every_llm_learns_the_same_from_the_logits_at_its_targets_alone(model, p
     none = model(**inputs, labels=torch.full_like(labels, -100), logits_at_targets=True)
     assert none.text_loss == 0 and none.logits.shape[0] == 0
     none.loss.backward()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "mamba"])
+def test_llms_with_other_fields_than_llamas_read_draw_and_learn(family):
+    assert outcome(family) == "works"
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("bart", "it is half of an encoder-decoder"), ("roberta", "its positions start behind the padding token's")]
+    + [("rwkv", "it has no key/value cache"), ("cpmant", "it takes no embeddings")],
+)
+def test_an_llm_that_cannot_be_one_is_refused_by_name(family, reason):
+    with pytest.raises(ValueError, match=f"A '{family}' cannot be the LLM: {reason}"):
+        join(tiny_llm(family))
+
+
+def test_an_llm_that_looks_ahead_is_refused():
+    with pytest.raises(ValueError, match="A 'bert' cannot be the LLM: it looks ahead: its config needs is_decoder"):
+        UniTokMLLMConfig(text_config=AutoConfig.for_model("bert"))
+
+
+@pytest.mark.slow  # all of the library's, about 6 s each
+def test_every_llm_of_the_library_works_or_is_refused():
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        assert not outcome(family).startswith("fails"), family
 
 
 def smollm2_file() -> Path | None:

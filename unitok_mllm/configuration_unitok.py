@@ -381,16 +381,18 @@ _NO_POSITIONS = "it takes no positions, and counts padding"
 UNSUITABLE_LLMS = {
     **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"), _OFFSET),
     **dict.fromkeys(("xlm-roberta-xl", "xmod"), _OFFSET),
-    **dict.fromkeys(("minimax", "openai-gpt", "reformer", "rwkv", "xlm", "xlnet"), _NO_CACHE),
-    **dict.fromkeys(("whisper",), _NO_POSITIONS),
+    **dict.fromkeys(("minimax", "openai-gpt", "recurrent_gemma", "reformer", "rwkv", "xlm", "xlnet"), _NO_CACHE),
+    **dict.fromkeys(("trocr", "whisper"), _NO_POSITIONS),
     **dict.fromkeys(
         ("gemma3n_text", "gemma4_text", "gemma4_unified_text"), "its layers take token ids beside embeddings"
     ),
     **dict.fromkeys(("musicgen_decoder", "musicgen_melody_decoder"), "it has one output layer for each codebook"),
     **dict.fromkeys(("emu3_text_model", "mllama_text_model"), "the library cannot load it from its own config"),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "it is a draft model, without keys of its own"),
+    **dict.fromkeys(("doge", "moshi"), "what it computes with its cache is not what it computes without"),
     "blt": "it takes bytes",
     "cpmant": "it takes no embeddings",
+    "git": "it expects an image encoder of its own",
     "xlstm": "it has no mask for padding",
 }
 

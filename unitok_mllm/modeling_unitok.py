@@ -690,6 +690,7 @@ class UniTokModel(UniTokPreTrainedModel):
             with_entropy: also compute the quantizer's entropy loss.
             with_reconstruction_embeds: also embed the reconstruction (for cross-task consistency).
         """
+        refuse_unknown("UniTokModel.forward", kwargs, HANDED_DOWN)
         vision, logit_scale = self.vision_model, self.logit_scale
         if logit_scale is not None and not self.training:  # clamped in training, its gradient would end at the bounds
             logit_scale = logit_scale.clamp(*LOGIT_SCALE_BOUNDS)
