@@ -477,6 +477,7 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        check_llm(self.text_config)
         depth, text = self.depth_config, llm_sizes(self.text_config)
         same_width = depth.hidden_size in (None, text.hidden_size)
         if depth.hidden_size is None:
@@ -498,7 +499,6 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
                 f"boi_token_id ({self.boi_token_id}), eoi_token_id ({self.eoi_token_id}) and "
                 f"image_token_id ({self.image_token_id}) must differ."
             )
-        check_llm(self.text_config)
         check_ranges(self.text_config, "text_config.", num_hidden_layers=DEPTH)
         check_ranges(self.llm_sizes, "text_config.", vocab_size=VOCABULARY, hidden_size=WIDTH)
         in_vocabulary = (0, self.llm_sizes.vocab_size - 1)
