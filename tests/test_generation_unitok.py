@@ -13,8 +13,8 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
-from unitok_mllm import UniTokMLLMForConditionalGeneration, generation_unitok
-from unitok_mllm.generation_unitok import sample_codes
+from unitok_mllm import UniTokMLLMForConditionalGeneration, drawing_unitok
+from unitok_mllm.drawing_unitok import sample_codes
 
 
 K, L, V = 4, 9, 32
@@ -158,8 +158,8 @@ def test_caches_of_fixed_length_draw_the_same(monkeypatch, draw, options):
         lengths.append(max_length)
         return StaticCache(config=model.config.text_config, max_cache_len=max_length)
 
-    monkeypatch.setattr(generation_unitok, "static_cache", static_cache)
-    monkeypatch.setattr(generation_unitok, "UniTokCudaGraph", lambda step: step)
+    monkeypatch.setattr(drawing_unitok, "static_cache", static_cache)
+    monkeypatch.setattr(drawing_unitok, "UniTokCudaGraph", lambda step: step)
     assert torch.equal(draw(**options), expected)
     assert len(lengths) == 1 and lengths[0] > L + 20
     assert torch.equal(draw(**options, num_positions=1), expected[..., :1])

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.generation import SuppressTokensLogitsProcessor
 
-from unitok_mllm import UniTokImageStreamer
+from unitok_mllm import UniTokImageStreamer, drawing_unitok, generation_unitok
 from unitok_mllm.interleaved_unitok import IMAGE_OPTIONS, TEXT_OPTIONS
 
 
@@ -113,10 +113,25 @@ def test_what_is_refused_says_what_to_do_instead(answer, lively_mllm):
     assert len(answer()[0]) == 8
 
 
+def test_an_answer_prepares_the_model_once_for_all_its_images(answer, monkeypatch):
+    prepared = []
+
+    class Parts(drawing_unitok.UniTokDrawingParts):
+        def __init__(self, model):
+            prepared.append(model)
+            super().__init__(model)
+
+    monkeypatch.setattr(generation_unitok, "UniTokDrawingParts", Parts)
+    assert answer((RED, BOI, BOI, BLUE, EOS)) == ([RED, *PICTURE, *PICTURE, BLUE, EOS], 2)
+    assert len(prepared) == 1
+    answer((RED, BLUE, EOS))
+    assert len(prepared) == 1
+
+
 def test_the_options_of_images_are_those_of_drawing(lively_mllm):
     parameters = set(inspect.signature(lively_mllm.generate_image_codes).parameters)
     prompts = {name for name in parameters if name.endswith(("input_ids", "attention_mask"))}
-    ours = {"pixel_values", "image_codes", "num_return_sequences", "num_positions"}
+    ours = {"pixel_values", "image_codes", "num_return_sequences", "num_positions", "parts"}
     ours |= {"image_guidance_scale"}  # edits alone have the prompts for it
     assert IMAGE_OPTIONS == parameters - prompts - ours
 

@@ -14,12 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, StoppingCriteriaList
-from transformers.cache_utils import CacheLayerMixin, StaticLayer
+from transformers import Cache, GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -27,11 +25,16 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from .cuda_graph_unitok import UniTokCudaGraph, static_cache
-from .growing_cache_unitok import growing_cache
+from .drawing_unitok import (
+    UniTokCodeSampler,
+    UniTokDrawing,
+    UniTokDrawingParts,
+    UniTokGuidance,
+    has_keys,
+    uniform_noise,
+)
 from .interleaved_unitok import UniTokAnswerEnd, UniTokAnswerStream, check_options
 from .modeling_unitok import UniTokImageFeatures
-from .packing_unitok import pack_linears
 from .streaming_unitok import UniTokImageStreamer, streamers_told
 
 
@@ -42,25 +45,6 @@ MAX_GUIDANCE = 1e6  # logits times it stay finite in float32
 MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
-def uniform_noise(seeds: list[int], num_return_sequences: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The random numbers that samples are drawn with: (prompts * num_return_sequences, *shape), in [0, 1).
-
-    Those of sample j of a prompt depend on that prompt's seed and on j alone, not on its neighbours in the batch.
-    """
-    draws = [
-        np.random.default_rng((seed, j)).random(shape, dtype=np.float32)
-        for seed in seeds
-        for j in range(num_return_sequences)
-    ]
-    return torch.from_numpy(np.stack(draws))
-
-
-def sample_codes(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Draws from softmax(logits) by inverting its cumulative sum: logits (B, V), noise (B,) in [0, 1) -> (B,)."""
-    cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
-    return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True).squeeze(1)
-
-
 def none_means_default(method: Callable) -> Callable:
     """For a method whose every option may be given as None, which means its default."""
 
@@ -69,11 +53,6 @@ def none_means_default(method: Callable) -> Callable:
         return method(self, *args, **{name: value for name, value in kwargs.items() if value is not None})
 
     return call
-
-
-def has_keys(cache: Cache) -> bool:
-    """Whether any of its layers keeps keys and values (a dynamic one without layers will); a Mamba's keep a state."""
-    return not cache.layers or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
 
 def is_used(cache: Cache | None) -> bool:
@@ -232,6 +211,7 @@ class UniTokGenerationMixin(GenerationMixin):
         cuda_graph: bool = True,
         progress: bool = False,
         streamer: UniTokImageStreamer | None = None,
+        parts: UniTokDrawingParts | None = None,
     ) -> torch.Tensor:
         """Draws one image for each prompt, or `num_return_sequences` of them. An option that is None has its default.
 
@@ -258,6 +238,7 @@ class UniTokGenerationMixin(GenerationMixin):
                 no graph is possible: see `cuda_graph_unitok`.
             progress: show a progress bar.
             streamer: shown the codes so far after each position; it may stop the drawing.
+            parts: `UniTokDrawingParts(model)`, made once for several drawings; None to make them for this one.
 
         Returns:
             (B * num_return_sequences, K, L), int64, the samples of a prompt side by side; fewer than L positions where
@@ -290,6 +271,15 @@ class UniTokGenerationMixin(GenerationMixin):
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        guidance = self._guidance(
+            *self.embed(input_ids, pixel_values, image_codes),
+            attention_mask,
+            {
+                "unconditional": (guidance_scale, unconditional_input_ids, unconditional_attention_mask),
+                "text_alone": (image_guidance_scale, text_alone_input_ids, text_alone_attention_mask),
+            },
+            num_return_sequences,
+        )
         warpers = self._warpers(temperature, top_k, top_p)
         noise_shape = (num_positions, self.depth_head.num_codebooks)
         if do_sample:
@@ -297,83 +287,25 @@ class UniTokGenerationMixin(GenerationMixin):
         else:
             noise = torch.zeros(len(input_ids) * num_return_sequences, *noise_shape)  # not looked at
         noise = noise.to(input_ids.device)
-
-        inputs_embeds, image_codes = self.embed(input_ids, pixel_values, image_codes)
-        branches, scales = [(inputs_embeds, attention_mask)], []
-        for scale, name, scale_name, ids, mask in (
-            (guidance_scale, "unconditional", "guidance_scale", unconditional_input_ids, unconditional_attention_mask),
-            (
-                image_guidance_scale,
-                "text_alone",
-                "image_guidance_scale",
-                text_alone_input_ids,
-                text_alone_attention_mask,
-            ),
-        ):
-            if scale > 1:
-                branches.append(self._other_branch(scale_name, name, ids, mask, image_codes, len(input_ids)))
-                scales.append(scale - 1)
-        inputs_embeds, attention_mask = self._stack(branches, num_return_sequences)
-
-        def choose(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-            logits, *others = logits.float().chunk(len(branches))
-            logits = logits + sum(scale * (logits - other) for scale, other in zip(scales, others))
-            if not do_sample:
-                return logits.argmax(dim=-1)
-            logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no temperature makes infinity of them
-            return sample_codes(warpers(None, logits), noise)
-
-        prompt_length = inputs_embeds.shape[1]
-        attention_mask = F.pad(attention_mask, (0, num_positions), value=1)
-        position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
-        llm, embedder, depth_head = (pack_linears(m) for m in (self.get_decoder(), self.embedder, self.depth_head))
-        fixed_cache = static_cache(self, attention_mask.shape[1]) if use_cache and cuda_graph else None
-        if fixed_cache is not None:
-            llm_cache, embedder_cache = fixed_cache, Cache(layers=[StaticLayer(num_positions)])
-        elif use_cache:
-            llm, llm_cache = growing_cache(llm, attention_mask.shape[1])
-            embedder_cache = DynamicCache()
-        else:
-            llm_cache = embedder_cache = None
-
-        def next_group(inputs_embeds, attention_mask, position_ids, noise) -> torch.Tensor:
-            """The codes (B, K) of the position after these inputs (R * B, T, D)."""
-            hidden_states = llm(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cache=llm_cache,
-                use_cache=use_cache,
-            ).last_hidden_state[:, -1]
-            return depth_head.generate(hidden_states, lambda logits, k: choose(logits, noise[:, k]))
-
-        def embed_drawn(codes: torch.Tensor) -> torch.Tensor:
-            return embedder(codes, embedder_cache).repeat(len(branches), 1, 1)
-
-        def step(group, attention_mask, position_ids, noise) -> torch.Tensor:
-            """The codes (B, K) after those of the position before."""
-            return next_group(embed_drawn(group[:, :, None]), attention_mask, position_ids, noise)
-
-        if fixed_cache is not None:
-            step = UniTokCudaGraph(step)
-        groups = []
-        for position in tqdm(range(num_positions), desc="drawing", disable=not progress, leave=False):
-            end = prompt_length + position
-            mask = attention_mask if fixed_cache is not None else attention_mask[:, :end]
-            if use_cache and position > 0:
-                mask = mask if has_keys(llm_cache) else None  # padding is behind a state
-                group = step(groups[-1], mask, position_ids[:, end - 1 : end], noise[:, position])
-            else:
-                drawn = [embed_drawn(torch.stack(groups, dim=2))] if groups else []
-                group = next_group(
-                    torch.cat([inputs_embeds, *drawn], dim=1), mask, position_ids[:, :end], noise[:, position]
-                )
-            groups.append(group)
-            if progress and group.device.type == "cuda":
-                torch.cuda.synchronize(group.device)  # or the bar would run ahead
-            if streamer is not None and streamer.put(torch.stack(groups, dim=2)):
-                break
-        return torch.stack(groups, dim=2)
+        drawing = UniTokDrawing(
+            self,
+            UniTokDrawingParts(self) if parts is None else parts,
+            guidance,
+            UniTokCodeSampler(warpers if do_sample else None),
+            num_positions,
+            use_cache,
+            cuda_graph,
+        )
+        groups = [drawing.prefill(noise[:, 0])]
+        with tqdm(total=num_positions, desc="drawing", disable=not progress, leave=False) as bar:
+            while True:
+                if progress and input_ids.device.type == "cuda":
+                    torch.cuda.synchronize(input_ids.device)  # or the bar would run ahead
+                bar.update()
+                is_stopped = streamer is not None and streamer.put(torch.stack(groups, dim=2))
+                if is_stopped or len(groups) == num_positions:
+                    return torch.stack(groups, dim=2)
+                groups.append(drawing.step(groups, noise[:, len(groups)]))
 
     @torch.no_grad()
     def generate_interleaved(
@@ -448,6 +380,7 @@ class UniTokGenerationMixin(GenerationMixin):
             allowed = others.pop("prefix_allowed_tokens_fn", None)
 
             output = UniTokInterleavedOutput([], [])
+            parts = functools.cache(lambda: UniTokDrawingParts(self))  # made with the first image, for all of them
             for row, (ids, mask, codes) in enumerate(zip(input_ids, attention_mask, of_row)):
                 prompt = ids[mask.bool()][None]
                 if allowed is not None:
@@ -463,12 +396,13 @@ class UniTokGenerationMixin(GenerationMixin):
                     end,
                     dict(others),
                     {**image_options, **places, "seed": seeds[row]},
+                    parts,
                 )
                 output.sequences.append(sequence[0, prompt.shape[1] :])
                 output.image_codes.append(codes)
             return output
 
-    def _interleave_one(self, sequence, known_codes, max_images, config, end, options, image_options):
+    def _interleave_one(self, sequence, known_codes, max_images, config, end, options, image_options, parts):
         """One prompt (1, T) and its images -> prompt and answer (1, T'), and the codes drawn (N, K, L)."""
         boi, eoi, placeholder = self.config.boi_token_id, self.config.eoi_token_id, self.config.image_token_id
         suppressed = [*(self.generation_config.suppress_tokens or []), *(config.suppress_tokens or [])]
@@ -505,6 +439,7 @@ class UniTokGenerationMixin(GenerationMixin):
                     image_codes=codes if len(codes) else None,
                     seed=None if seed is None else seed + len(drawn),
                     streamer=image_streamer,
+                    parts=parts(),
                     **image_options,
                 )
             if new is None or new.shape[-1] < self.config.num_image_positions:
@@ -566,9 +501,19 @@ class UniTokGenerationMixin(GenerationMixin):
                 f"the model's {most} positions."
             )
 
-    def _other_branch(self, scale_name, name, input_ids, attention_mask, image_codes, batch):
+    def _guidance(self, inputs_embeds, image_codes, attention_mask, others, num_return_sequences) -> UniTokGuidance:
+        """The prompts beside those that guidance leads away from, by name: scale (1 for none), ids and mask."""
+        branches, scales = [(inputs_embeds, attention_mask)], []
+        for name, (scale, ids, mask) in others.items():
+            if scale > 1:
+                branches.append(self._other_branch(name, ids, mask, image_codes, len(inputs_embeds)))
+                scales.append(scale)
+        return UniTokGuidance(branches, scales, num_return_sequences)
+
+    def _other_branch(self, name, input_ids, attention_mask, image_codes, batch):
         """Embeddings and mask, a row for each prompt, of the prompts that a guidance leads away from."""
         if input_ids is None:
+            scale_name = "guidance_scale" if name == "unconditional" else "image_guidance_scale"
             raise ValueError(
                 f"A {scale_name} above 1 needs {name}_input_ids: make prompts with "
                 f"processor(text=..., generation_mode={'image' if name == 'unconditional' else 'edit'!r})."
@@ -581,14 +526,6 @@ class UniTokGenerationMixin(GenerationMixin):
         inputs_embeds, _ = self.embed(input_ids, image_codes=image_codes if has_images else None)
         repeats = batch // len(input_ids)
         return inputs_embeds.repeat_interleave(repeats, dim=0), attention_mask.repeat_interleave(repeats, dim=0)
-
-    @staticmethod
-    def _stack(branches, num_return_sequences):
-        """All branches under one another, padded on the left to one length, each row `num_return_sequences` times."""
-        length = max(mask.shape[1] for _, mask in branches)
-        embeds = [F.pad(embeds, (0, 0, length - embeds.shape[1], 0)) for embeds, _ in branches]
-        masks = [F.pad(mask, (length - mask.shape[1], 0)) for _, mask in branches]
-        return (torch.cat(rows).repeat_interleave(num_return_sequences, dim=0) for rows in (embeds, masks))
 
 
 __all__ = ["UniTokGenerationMixin", "UniTokInterleavedOutput"]
