@@ -10,6 +10,7 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START, mark_control_tokens
 
@@ -121,7 +122,6 @@ class UniTokMLLMProcessor(ProcessorMixin):
     """
 
     text_kwargs = {"padding": True, "return_tensors": "pt"}
-    images_kwargs = {"return_tensors": "pt"}
 
     def __init__(
         self,
@@ -358,9 +358,9 @@ class UniTokMLLMProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images=None,
-        text=None,
-        generation_mode: str = "text",
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        generation_mode: str | None = None,
         sanitize_control_tokens: bool | None = None,
         **kwargs,
     ) -> BatchFeature:
@@ -370,7 +370,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
             images: all images of the texts in order, flat or one list for each text; whatever the image processor
                 takes.
             text: one text or several, with "<image>" where an image goes. In image mode, a description each.
-            generation_mode: "text": `input_ids`, `attention_mask` and `pixel_values` for an answer.
+            generation_mode: "text", or None: `input_ids`, `attention_mask` and `pixel_values` for an answer.
                 "image": prompts that end where the image begins, and `unconditional_input_ids` and
                 `unconditional_attention_mask` for guidance.
                 "interleaved": as "text", with `unconditional_...` too, for the images of the answer.
@@ -387,7 +387,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
             ValueError: another mode, no text (in image mode) or an empty list of texts, images and placeholders that do not pair up, or a
                 `max_length` that would cut through an image.
         """
-        if generation_mode == "text":
+        if generation_mode in (None, "text"):
             return self._encode(images, text, sanitize_control_tokens, **kwargs)
         if generation_mode not in ("image", "interleaved", "edit"):
             raise ValueError(f"generation_mode is 'text', 'image', 'interleaved' or 'edit', got {generation_mode!r}.")

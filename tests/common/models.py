@@ -10,11 +10,13 @@ from unitok_mllm import (
     UniTokDepthConfig,
     UniTokMLLMConfig,
     UniTokMLLMForConditionalGeneration,
+    UniTokMLLMModel,
     UniTokModel,
     UniTokVisionConfig,
     UniTokVisionModel,
 )
 
+from ...generation.test_utils import GenerationTesterMixin
 from ...test_configuration_common import ConfigTester
 from ...test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 
@@ -105,6 +107,10 @@ class UniTokVisionModelTest(ModelTesterMixin, unittest.TestCase):
     test_can_init_all_missing_weights_before_2023 = True  # no copyright line to read a year from
     has_attentions = False  # timm's blocks give none
 
+    @unittest.skip("timm's blocks recompute by timm's own switch; see test_checkpointing_gradients")
+    def test_gradient_checkpointing_enable_disable(self):
+        pass
+
     def test_model_get_set_embeddings(self):  # as in every vision model's tests
         model = UniTokVisionModel(self.model_tester.get_config())
         self.assertIsInstance(model.get_input_embeddings(), torch.nn.Module)
@@ -168,6 +174,12 @@ class UniTokModelTest(ModelTesterMixin, unittest.TestCase):
     test_resize_embeddings = False
     test_can_init_all_missing_weights_before_2023 = True
     has_attentions = False
+
+    @unittest.skip(
+        "The library has no initialisation for a CLIP text tower's missing weights in a model of custom code"
+    )
+    def test_can_init_all_missing_weights(self):
+        pass
 
     def test_model_get_set_embeddings(self):
         model = UniTokModel(self.model_tester.get_config())
@@ -261,7 +273,7 @@ class UniTokMLLMModelTester:
 
 
 @require_torch
-class UniTokMLLMModelTest(ModelTesterMixin, unittest.TestCase):
+class UniTokMLLMModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (UniTokMLLMForConditionalGeneration,)
     _is_composite = True
     additional_model_inputs = ["pixel_values"]
@@ -300,6 +312,41 @@ class UniTokMLLMModelTest(ModelTesterMixin, unittest.TestCase):
 
     def test_config(self):
         self.config_tester.run_common_tests()
+
+    @unittest.skip(
+        "The library has no initialisation for a CLIP text tower's missing weights in a model of custom code"
+    )
+    def test_can_init_all_missing_weights(self):
+        pass
+
+    @unittest.skip("The tower's encoder (timm's ViTamin) gives no attention weights, and says so when asked for them")
+    def test_get_image_features_attentions(self):
+        pass
+
+
+class UniTokBackboneTest(UniTokMLLMModelTest):
+    """The model without its heads."""
+
+    all_model_classes = (UniTokMLLMModel,)
+    all_generative_model_classes = ()
+
+    def setUp(self):
+        super().setUp()
+        with_labels = self.model_tester.prepare_config_and_inputs_for_common
+
+        def without_labels():
+            config, inputs = with_labels()
+            inputs.pop("labels", None)
+            return config, inputs
+
+        self.model_tester.prepare_config_and_inputs_for_common = without_labels
+
+    @unittest.skip("No loss: a backbone")
+    def test_training(self):
+        pass
+
+    test_training_gradient_checkpointing = test_training_gradient_checkpointing_use_reentrant_false = test_training
+    test_training_gradient_checkpointing_use_reentrant_true = test_training
 
 
 class UniTokTextTester(UniTokMLLMModelTester):
