@@ -365,7 +365,8 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         """The backbone alone, on the same parts, for trainers that apply the LLM's output layer themselves."""
         backbone = UniTokMLLMModel.__new__(UniTokMLLMModel)
         parts = {name: part for name, part in self._modules.items() if name != "depth_head"}
-        backbone.__dict__.update(self.__dict__, _modules=parts)
+        own = {name: value for name, value in vars(self).items() if name != "forward"}  # trl replaces the head's
+        backbone.__dict__.update(own, _modules=parts)
         return backbone
 
     @classmethod
