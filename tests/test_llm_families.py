@@ -129,7 +129,7 @@ def test_every_llm_learns_the_same_from_the_logits_at_its_targets_alone(model, p
     none.loss.backward()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "mamba"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "mamba", "falcon_h1"])
 def test_llms_with_other_fields_than_llamas_read_draw_and_learn(family):
     assert outcome(family) == "works"
 

@@ -384,7 +384,8 @@ UNSUITABLE_LLMS = {
     **dict.fromkeys(("minimax", "openai-gpt", "recurrent_gemma", "reformer", "rwkv", "xlm", "xlnet"), _NO_CACHE),
     **dict.fromkeys(("trocr", "whisper"), _NO_POSITIONS),
     **dict.fromkeys(
-        ("gemma3n_text", "gemma4_text", "gemma4_unified_text"), "its layers take token ids beside embeddings"
+        ("deepseek_v4", "gemma3n_text", "gemma4_text", "gemma4_unified_text"),
+        "its layers take token ids beside embeddings",
     ),
     **dict.fromkeys(("musicgen_decoder", "musicgen_melody_decoder"), "it has one output layer for each codebook"),
     **dict.fromkeys(("emu3_text_model", "mllama_text_model"), "the library cannot load it from its own config"),

@@ -397,6 +397,15 @@ class UniTokPreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, math.log(1 / 0.07))
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: all here is initialised through the library's functions, which leave loaded weights alone.
+
+        In custom code the library passes over modules whose own weights are loaded, and with them the buffers that they
+        fill in the modules below (an LLM's of the Falcon-H1 family).
+        """
+        return False
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As the library's, from the folder of this model or of one that holds it as a part.
 
