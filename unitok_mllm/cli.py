@@ -6,6 +6,7 @@ errors and missing files need neither torch nor transformers, and tests hold the
 """
 
 import codecs
+import importlib.util
 import json
 import math
 import os
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 SHIPPED_MODEL = Path(__file__).parent / "checkpoints" / "tiny"
 
 
+def show_error(message: object) -> None:
+    """One line on stderr, whatever the message has in it."""
+    typer.echo(f"error: {' '.join(str(message).split())}", err=True)
+
+
 class OneLineErrors(TyperGroup):
     """Runs a command; errors that a user can mend become one line on stderr and exit code 2."""
 
@@ -38,7 +44,7 @@ class OneLineErrors(TyperGroup):
             message = error.format_message() + self.value_given(args, error.param)
         except (ValueError, OSError) as error:
             message = str(error)
-        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        show_error(message)
         raise typer.Exit(2)
 
     @staticmethod
@@ -529,22 +535,43 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     queue_size: Annotated[int, typer.Option(min=1, help="How many requests may wait.")] = 16,
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest file to take, in MiB.")] = 10,
+    max_kept_mb: Annotated[
+        int, typer.Option(min=1, help="Most that uploads and drawings take together, in MiB; the oldest go first.")
+    ] = 1024,
+    allow_host: Annotated[
+        list[str], typer.Option(help="A further name by which browsers reach the page; may be given again.")
+    ] = [],  # noqa: B006
+    proxy: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a reverse proxy whose X-Forwarded-For tells visitors apart.", show_default="none"
+        ),
+    ] = None,
 ) -> None:
     """Show a web page: chat about pictures, draw, look into the tokenizer. Ctrl-C ends it.
 
     Uploads and drawings lie in a temporary folder: for an hour, or until the end.
     """
     check_model(model)
-    with tempfile.TemporaryDirectory(prefix="unitok-mllm-") as cache:
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("serve needs gradio: pip install 'unitok_mllm[web]'")
+    from .child import run_in_folder
+
+    def work(folder: str) -> None:
         # gradio reads these when it is imported
-        os.environ |= {"GRADIO_TEMP_DIR": cache, "GRADIO_EXAMPLES_CACHE": f"{cache}/examples"}
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_EXAMPLES_CACHE": f"{folder}/examples"}
         try:
             from . import web
-        except ModuleNotFoundError as error:
-            raise ValueError("serve needs gradio: pip install 'unitok_mllm[web]'") from error
-        mllm, processor = load(model)
-        title = f"{model.resolve().name}, {mllm.num_parameters() / 1e6:.0f} M parameters"
-        web.serve(mllm, processor, title, host, port, queue_size, max_upload_mb)
+
+            mllm, processor = load(model)
+            title = f"{model.resolve().name}, {mllm.num_parameters() / 1e6:.0f} M parameters"
+            limits = {"queue_size": queue_size, "max_upload_mb": max_upload_mb, "max_kept_mb": max_kept_mb}
+            web.serve(mllm, processor, title, folder, host, port, further_hosts=allow_host, proxy=proxy, **limits)
+        except (ValueError, OSError) as error:
+            show_error(error)
+            sys.exit(2)
+
+    raise typer.Exit(run_in_folder(work, prefix="unitok-mllm-"))
 
 
 def escape(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -11,8 +11,11 @@ Two backends share everything but their resize: `UniTokImageProcessor` (torchvis
 
 import math
 import os
+import stat
 import struct
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from http.client import HTTPException
 from io import BytesIO
 from typing import Any
@@ -47,7 +50,13 @@ DECODE_ERRORS = (
 )
 
 
-def load_image(source: str | os.PathLike | bytes | Image.Image, name: str = "") -> Image.Image:
+def load_image(
+    source: str | os.PathLike | bytes | Image.Image,
+    name: str = "",
+    *,
+    formats: Sequence[str] | None = None,
+    max_side: int | None = None,
+) -> Image.Image:
     """Read an image as an upright 8-bit RGB picture. Everything here that opens a picture from outside does it so.
 
     The EXIF orientation is applied and removed, so that a second call changes nothing. Transparency is composited on
@@ -57,25 +66,52 @@ def load_image(source: str | os.PathLike | bytes | Image.Image, name: str = "") 
         source: a local path, an http(s) or `data:image/` URL, the bytes of a file, or a Pillow image of any mode (left
             unchanged).
         name: what errors call it; as it is, the path, or what is known of an image without one.
+        formats: those of Pillow's that are read; all that need no other program if None.
+        max_side: shrink a picture with a longer side to it, as early as its format allows, so that it takes less
+            memory; a Pillow image is not shrunk.
 
     Raises:
         ValueError: the source is missing, truncated, not an image, empty, of a kind that another program would have to
-            read (EPS), or beyond Pillow's decompression-bomb limit. The message names it.
+            read (EPS), no regular file (a FIFO, a device), or beyond Pillow's decompression-bomb limit. The message
+            names it.
     """
-    try:
-        if isinstance(source, Image.Image):
-            has_file = isinstance(source, ImageFile.ImageFile) and source.filename
-            name = name or (source.filename if has_file else f"{source.mode} image of {source.width}x{source.height}")
+    if isinstance(source, Image.Image):
+        has_file = isinstance(source, ImageFile.ImageFile) and source.filename
+        name = name or (source.filename if has_file else f"{source.mode} image of {source.width}x{source.height}")
+        with _named_errors(name):
             picture = _to_upright_rgb(source)
-        else:
-            name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source)[:200])
-            with Image.open(_file_of(source), formats=_formats()) as image:
-                picture = _to_upright_rgb(image)
-    except (*DECODE_ERRORS, Image.DecompressionBombError, HTTPException) as error:
-        raise ValueError(f"cannot read image {name!r}: {error or type(error).__name__}") from error
+    else:
+        name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source)[:200])
+        with _named_errors(name), Image.open(_file_of(source), formats=formats or _formats()) as image:
+            picture = _to_upright_rgb(_shrink(image, max_side) if max_side else image)
     if not (picture.width and picture.height):
         raise ValueError(f"expected a non-empty array of pixels, got {name!r}, {picture.width}x{picture.height}")
     return picture
+
+
+def picture_size(source: str | os.PathLike | bytes, *, formats: Sequence[str] | None = None) -> tuple[int, int]:
+    """Width and height, as the header has them; no pixel is decoded. Arguments and errors are those of `load_image`."""
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)[:200]
+    with _named_errors(name), Image.open(_file_of(source), formats=formats or _formats()) as image:
+        return image.size
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (*DECODE_ERRORS, Image.DecompressionBombError, HTTPException) as error:
+        raise ValueError(f"cannot read image {name!r}: {error or type(error).__name__}") from error
+
+
+def _shrink(image: Image.Image, max_side: int) -> Image.Image:
+    """An opened picture whose longer side is at most `max_side`; a JPEG is decoded no larger than needed."""
+    if max(image.size) <= max_side:
+        return image
+    if image.mode in ("1", "P", "PA") or "transparency" in image.info:  # no mean of these values means anything
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image.thumbnail((max_side, max_side))
+    return image
 
 
 def _file_of(source: str | os.PathLike | bytes) -> str | bytes | BytesIO:
@@ -84,6 +120,8 @@ def _file_of(source: str | os.PathLike | bytes) -> str | bytes | BytesIO:
         return BytesIO(source)
     path = os.fspath(source)
     if not str(path).startswith(("http://", "https://", "data:image/")):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would wait for ever
+            raise ValueError("not a regular file")
         return path
     with urlopen(path, timeout=URL_TIMEOUT) as response:
         data = response.read(URL_BYTES + 1)

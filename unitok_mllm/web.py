@@ -5,15 +5,16 @@ visitor can get wrong is a ValueError, shown on the page; any other exception is
 terminal alone.
 
 Only pictures and texts come from the browser.  The conversation stays on this side, so that no visitor can hand in
-another's, and everything uploaded or drawn lies in one folder, the only one that the page serves files from.
+another's, and everything uploaded or drawn lies in one folder, the only one that the page serves files from.  A `Guard`
+stands in front of it; docs/robustness.md says what against.
 """
 
 import colorsys
 import html
+import json
 import math
 import random
-import signal
-import sys
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,12 +26,16 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import torch
+import uvicorn
+from fastapi import FastAPI
 from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
 from transformers import BatchFeature, TextStreamer
 
 from .cli import psnr
-from .image_processing_unitok import load_image
+from .guard import Guard, Refused, own_hosts, visitor_of
+from .image_processing_unitok import load_image, picture_size
+from .kept_files import KeptFiles
 from .sheet import COLORS, SHAPES
 from .streaming_unitok import UniTokImageStreamer
 
@@ -45,6 +50,26 @@ MAP_SIZE = 160  # about the side of one code map, in pixels
 MAP_GAP = 8
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 UPLOADS_KEPT = 3600  # seconds
+TIDY_EVERY = 60  # seconds
+PICTURE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "AVIF")  # each decoder more is one to attack
+MAX_PICTURES = 8  # in one message
+MAX_PIXELS = 50_000_000  # of all pictures in one message
+MAX_SIDE = 1024  # pixels; a larger picture is shrunk while it is read
+JOBS_OF_A_VISITOR = 4  # waiting or at work
+MIB = 2**20
+MULTIPART_HEADERS = 2**16  # bytes that an upload may have besides its files
+MAX_SESSIONS = 1000  # conversations remembered
+MAX_CONNECTIONS = 1000
+SESSION_NAME = 64  # characters; gradio's own have 11
+ROUTES = (
+    r"(GET|HEAD) /",
+    r"GET /(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)",
+    r"GET /(assets|static|svelte)/.*",
+    r"GET /gradio_api/(info|app_id|startup-events|upload_progress|queue/data|heartbeat/[^/]*)",
+    r"GET /gradio_api/call/[^/]*/[^/]*",
+    r"(GET|HEAD) /gradio_api/file=/.*",  # a path, no URL
+    r"POST /gradio_api/(upload|cancel|reset|queue/join|call/[^/]*)",
+)
 WORDS = "\n".join(f"a {color} {shape}" for color in COLORS for shape in SHAPES)
 CSS = """
 .chat .image-frame img {width: 128px !important; height: 128px !important; object-fit: contain}
@@ -135,6 +160,22 @@ class SharedModel:
                 stop()
         future.result()
 
+    def _check_length(self, length: int) -> None:
+        if length >= self.max_positions:
+            raise ValueError(
+                f"the conversation takes {length} of the model's {self.max_positions} positions "
+                f"({self.num_positions + 2} for each picture): start a new one, or ask for less"
+            )
+
+    def check_pictures(self, count: int, conversation: list[dict]) -> None:
+        """Finds out before any is read whether `count` more pictures have room in a conversation.
+
+        Raises:
+            ValueError: they have not.
+        """
+        count += sum(part["type"] == "image" for turn in conversation for part in turn["content"])
+        self._check_length(count * (self.num_positions + 2))
+
     def check_text(self, text: str) -> None:
         """
         Raises:
@@ -160,12 +201,7 @@ class SharedModel:
             return_dict=True,
             processor_kwargs={"generation_mode": "interleaved"},
         )
-        length = inputs["input_ids"].shape[1]
-        if length >= self.max_positions:
-            raise ValueError(
-                f"the conversation takes {length} of the model's {self.max_positions} positions "
-                f"({self.num_positions + 2} for each picture): start a new one, or ask for less"
-            )
+        self._check_length(inputs["input_ids"].shape[1])
         return inputs.to(self.model.device)
 
     def answer(self, inputs: BatchFeature, max_new_tokens: int, image_options: dict) -> Iterator[list[dict]]:
@@ -236,7 +272,7 @@ class SharedModel:
         Raises:
             ValueError: a prompt that is empty or too long, or an option or `count` out of its range.
         """
-        if not prompt.strip():
+        if not (prompt or "").strip():
             raise ValueError("the prompt is empty")
         if not 1 <= count <= MAX_COUNT:
             raise ValueError(f"from 1 to {MAX_COUNT} pictures can be drawn at once, not {count}")
@@ -285,8 +321,10 @@ class SharedModel:
         """How likely each of these words (or longer texts) is the picture's, of these alone: from 0 to 1, in all 1.
 
         Raises:
-            ValueError: no words, too many, or the picture is too elongated.
+            ValueError: no words, too many or too long, or the picture is too elongated.
         """
+        if (length := sum(map(len, words))) > MAX_TEXT:
+            raise ValueError(f"the words have {length} characters, {MAX_TEXT} at most can be read")
         if not 1 <= len(words) <= MAX_WORDS:
             raise ValueError(f"the list has {len(words)} words; it needs 1 to {MAX_WORDS}, one a line")
         visual, tokenizer = self.model.visual, self.processor.tokenizer
@@ -327,16 +365,40 @@ def code_maps(codes: torch.Tensor, grid_size: tuple[int, int], codebook_size: in
     return picture
 
 
-def read_picture(path: str) -> Image.Image:
-    """A picture that was uploaded or drawn.
+def read_pictures(paths: list[str]) -> list[Image.Image]:
+    """Pictures that were uploaded or drawn, none with a side above `MAX_SIDE`.
+
+    Counted first, then measured by their headers, then decoded one by one.
 
     Raises:
-        ValueError: it is none, or no longer there; with the file's name, not its folder.
+        ValueError: too many, too many pixels, or one that is no picture of `PICTURE_FORMATS` or no longer there; with
+            the file's name, not its folder.
     """
+    if len(paths) > MAX_PICTURES:
+        raise ValueError(f"{len(paths)} pictures are too many: {MAX_PICTURES} can be read at once")
+    num_pixels = 0
+    for path in paths:
+        with _picture_errors(path):
+            width, height = picture_size(path, formats=PICTURE_FORMATS)
+        num_pixels += width * height
+        if num_pixels > MAX_PIXELS:
+            raise ValueError(
+                f"{Path(path).name} is too large, {width}x{height}: {MAX_PIXELS / 1e6:.0f} million pixels can be read "
+                "at once"
+            )
+    pictures = []
+    for path in paths:
+        with _picture_errors(path):
+            pictures.append(load_image(path, formats=PICTURE_FORMATS, max_side=MAX_SIDE))
+    return pictures
+
+
+@contextmanager
+def _picture_errors(path: str) -> Iterator[None]:
     if not Path(path).is_file():
         raise ValueError(f"{Path(path).name} is no longer kept: start a new chat, or upload it again")
     try:
-        return load_image(path)
+        yield
     except ValueError as error:
         raise ValueError(f"{Path(path).name} is not a picture that can be read") from error
 
@@ -371,8 +433,9 @@ def shown_errors():
 def build_page(shared: SharedModel, title: str) -> gr.Blocks:
     """The page: three tabs, one piece of work at a time; `title` says what the model is."""
     one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
-    with gr.Blocks(title="UniTok", analytics_enabled=False, delete_cache=(600, UPLOADS_KEPT)) as page:
-        gr.Markdown(f"# UniTok: one model reads images and draws them\n{title}")
+    with gr.Blocks(title="UniTok", analytics_enabled=False) as page:
+        gr.Markdown("# UniTok: one model reads images and draws them")
+        gr.HTML(html.escape(title))
         with gr.Tab("Chat"):
             _chat_tab(shared, one_at_a_time)
         with gr.Tab("Draw"):
@@ -428,18 +491,20 @@ def _chat_tab(shared: SharedModel, event_options: dict) -> None:
 
     def loaded(turn: dict) -> dict:
         parts = [
-            {"type": "image", "image": read_picture(part["path"])} if part["type"] == "image" else part
+            {"type": "image", "image": read_pictures([part["path"]])[0]} if part["type"] == "image" else part
             for part in turn["content"]
         ]
         return {"role": turn["role"], "content": parts}
 
     def chat(message, conversation, longest, *sampling):
         with shown_errors():
-            pictures = [{"type": "image", "path": path} for path in message["files"]]
+            message = message or {"files": [], "text": ""}
             text = message["text"].strip()
-            content = pictures + ([{"type": "text", "text": text}] if text else [])
-            if not content:
+            if not (text or message["files"]):
                 raise ValueError("write something, or add a picture")
+            shared.check_pictures(len(message["files"]), conversation)
+            pictures = [{"type": "image", "image": picture} for picture in read_pictures(message["files"])]
+            content = [kept(part) for part in pictures] + ([{"type": "text", "text": text}] if text else [])
             turns = [*conversation, {"role": "user", "content": content}]
             inputs = shared.chat_inputs([loaded(turn) for turn in turns])
             options = drawing_options(*sampling)
@@ -452,7 +517,15 @@ def _chat_tab(shared: SharedModel, event_options: dict) -> None:
 
     asked = box.submit(chat, [box, conversation, longest, *fields], [box, chatbot, conversation], **event_options)
     stop.click(None, cancels=asked)
-    gr.on([clear.click, chatbot.clear], lambda: ([], []), None, [chatbot, conversation], cancels=asked, queue=False)
+    gr.on(
+        [clear.click, chatbot.clear],
+        lambda: ([], []),
+        None,
+        [chatbot, conversation],
+        cancels=asked,
+        concurrency_id="clear",
+        show_progress="hidden",
+    )
 
 
 def _draw_tab(shared: SharedModel, event_options: dict) -> None:
@@ -496,9 +569,15 @@ def _tokenizer_tab(shared: SharedModel, event_options: dict) -> None:
         maps = gr.Image(label="Codes, a map for each codebook", **options)
     summary = gr.Markdown(elem_id="summary")
 
+    def needed(path):
+        if path is None:
+            raise ValueError("upload a picture first")
+        return path
+
     def tokenize(path):
         with shown_errors():
-            original, result, codes, grid_size = shared.tokenize(read_picture(path))
+            (picture,) = read_pictures([needed(path)])
+            original, result, codes, grid_size = shared.tokenize(picture)
             text = f"{codes.numel()} codes ({codes.shape[1]} positions), PSNR {psnr(original, result):.1f} dB"
             return original, result, code_maps(codes, grid_size, codebook_size), text
 
@@ -513,37 +592,28 @@ def _tokenizer_tab(shared: SharedModel, event_options: dict) -> None:
 
     def compare(path, words):
         with shown_errors():
-            if path is None:
-                raise ValueError("upload a picture first")
-            listed = dict.fromkeys(line.strip() for line in words.splitlines() if line.strip())
-            return shared.compare(read_picture(path), list(listed))
+            (picture,) = read_pictures([needed(path)])
+            listed = dict.fromkeys(line.strip() for line in (words or "").splitlines() if line.strip())
+            return shared.compare(picture, list(listed))
 
     for event in (tokenized.success, again.click):
         event(compare, [upload, words], nearest, **event_options)
 
 
-def serve(model, processor, title: str, host: str, port: int, queue_size: int, max_upload_mb: int) -> None:
-    """Shows the page until Ctrl-C or SIGTERM.
-
-    Args:
-        title: see `build_page`.
-        host, port: where to listen.
-        queue_size: visitors that may wait; the next one is told that the queue is full.
-        max_upload_mb: the largest file that is taken, in MiB.
-
-    Raises:
-        OSError: the port is taken.
-    """
-    page = build_page(SharedModel(model, processor), title)
-    page.queue(max_size=queue_size)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that whoever called can clean up
+def build_app(page: gr.Blocks, host: str, port: int, queue_size: int, max_upload_mb: int) -> FastAPI:
+    """The page as an application; not yet guarded. Arguments as of `serve`."""
+    page.queue(max_size=queue_size, api_open=False)
+    page.state_session_capacity = MAX_SESSIONS
     fonts = ("system-ui", "sans-serif")
-    page.launch(
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        page,
+        "/",
         server_name=host,
         server_port=port,
         max_file_size=f"{max_upload_mb}mb",
         allowed_paths=[],
-        share=False,
+        show_error=False,
         run_history=False,
         enable_monitoring=False,
         mcp_server=False,
@@ -553,3 +623,89 @@ def serve(model, processor, title: str, host: str, port: int, queue_size: int, m
         theme=gr.themes.Soft(font=fonts, font_mono=("ui-monospace", "monospace")),
         css=CSS,
     )
+    page.has_launched = True  # or gradio would not look whether a path is one of its own
+    return app
+
+
+def guarded(
+    app: FastAPI, page: gr.Blocks, files: KeptFiles, host: str, further_hosts: list[str], max_upload_mb: int
+) -> Guard:
+    """The page's application behind a guard. Arguments as of `serve`."""
+
+    def num_jobs(visitor: str) -> int:
+        queue = page._queue
+        waiting = [event for queued in queue.event_queue_per_concurrency_id.values() for event in queued.queue]
+        at_work = [event for job in queue.active_jobs if job is not None for event in job]
+        return sum(visitor_of(event.request.client.host) == visitor for event in waiting + at_work)
+
+    def admit(visitor: str, path: str, body: bytes) -> None:
+        try:
+            request = json.loads(body, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise Refused(400, "the request is no JSON") from error
+        if not isinstance(request, dict) or len(str(request.get("session_hash") or "")) > SESSION_NAME:
+            raise Refused(400, f"a request is an object, and a session's name has {SESSION_NAME} characters at most")
+        is_job = path.startswith(("/gradio_api/queue/join", "/gradio_api/call/"))
+        if is_job and num_jobs(visitor) >= JOBS_OF_A_VISITOR:
+            raise Refused(429, f"{JOBS_OF_A_VISITOR} requests of one visitor wait already: wait for one of them")
+
+    max_request = MAX_PICTURES * max_upload_mb * MIB + MULTIPART_HEADERS
+    return Guard(app, own_hosts(host), {*further_hosts}, ROUTES, max_request, files.tidy, admit)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def server_of(app: Guard, proxy: str | None = None) -> uvicorn.Server:
+    """What talks HTTP for an application; `proxy` as of `serve`."""
+    config = uvicorn.Config(
+        app,
+        ws="none",
+        log_level="warning",
+        proxy_headers=proxy is not None,
+        forwarded_allow_ips=proxy,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=1,
+        server_header=False,
+    )
+    return uvicorn.Server(config)
+
+
+def serve(
+    model,
+    processor,
+    title: str,
+    folder: str,
+    host: str,
+    port: int,
+    queue_size: int,
+    max_upload_mb: int,
+    max_kept_mb: int,
+    further_hosts: list[str],
+    proxy: str | None,
+) -> None:
+    """Shows the page until a signal ends it.
+
+    Args:
+        title: see `build_page`.
+        folder: the one that gradio keeps its files in.
+        host, port: where to listen.
+        queue_size: visitors that may wait; the next one is told that the queue is full.
+        max_upload_mb: the largest file that is taken, in MiB.
+        max_kept_mb: what uploads and drawings may take together, in MiB; the oldest go first.
+        further_hosts: names besides `host` by which browsers reach it.
+        proxy: the address of a reverse proxy whose `X-Forwarded-For` tells visitors apart.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    page = build_page(SharedModel(model, processor), title)
+    files = KeptFiles(folder, UPLOADS_KEPT, max_kept_mb * MIB)
+    app = guarded(
+        build_app(page, host, port, queue_size, max_upload_mb), page, files, host, further_hosts, max_upload_mb
+    )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as listening, files.tidied(TIDY_EVERY):
+        print(f"Running on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        server_of(app, proxy).run([listening])

@@ -1,0 +1,250 @@
+"""What stands in front of a server: an ASGI middleware that lets through what its own page asks for, within limits.
+
+A browser sends requests for every page that its user opens, so who may ask is a matter of the headers `Host` and
+`Origin`: a page elsewhere can neither send requests here nor read what is here under a name of its own (DNS rebinding).
+What a visitor may take (bytes, requests, jobs) is counted by address; IPv6 by its /64 network.
+
+Knows nothing of what it guards: every server of this package can stand behind it.
+"""
+
+import asyncio
+import ipaddress
+import re
+import socket
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+
+BODY_SECONDS = 300  # for a whole request to arrive
+MAX_BODY = 2**16  # bytes of a request that is no upload
+MAX_OPEN = 64  # requests of one visitor at the same time; a page holds two
+POSTS, POSTS_A_SECOND = 60, 2  # of one visitor: at once, and on average
+MAX_VISITORS = 10_000  # remembered
+HEADERS = (
+    (b"content-security-policy", b"frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"same-origin"),
+)
+
+
+class Refused(Exception):
+    """A request that is not let through: the status and the text of the response."""
+
+    def __init__(self, status: int, text: str):
+        super().__init__(text)
+        self.status = status
+
+
+def own_hosts(host: str) -> set[str]:
+    """The names by which browsers reach a server that listens on `host`: of all addresses, any address of the machine.
+
+    An address for all ("0.0.0.0", "::") adds the machine's name, and "*", which stands for every IP address: unlike a
+    name, an address cannot be made to lead elsewhere.
+    """
+    if host in ("0.0.0.0", "::"):
+        return {"*", "localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
+    if host == "localhost" or _is_address(host) and ipaddress.ip_address(host).is_loopback:
+        return {"localhost", "127.0.0.1", "::1", host}
+    return {host.lower()}
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def visitor_of(address: str) -> str:
+    """Whom an address stands for: itself, or its /64 network."""
+    if ":" not in address:
+        return address
+    return str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False).network_address)
+
+
+class Guard:
+    """ASGI middleware; what it refuses gets a 4xx and a line of text, and `app` sees nothing of it.
+
+    Args:
+        app: what it guards.
+        hosts: names and addresses in `Host`, as of `own_hosts`; those of `further_hosts` also as `Origin` behind a
+            proxy that puts another name in `Host`.
+        routes: regular expressions of what is served, each of a method, a space and a path, such as "GET /file/.*".
+        max_upload: bytes of a multipart request; any other has `MAX_BODY`.
+        make_room: called with the size of an upload before it is read, in a thread.
+        admit: called with the visitor, the path and the whole body of every other POST, one at a time until `app` has
+            answered it; raises `Refused`.
+    """
+
+    def __init__(
+        self,
+        app: Callable,
+        hosts: set[str],
+        further_hosts: set[str],
+        routes: tuple[str, ...],
+        max_upload: int,
+        make_room: Callable[[int], None],
+        admit: Callable[[str, str, bytes], None],
+    ):
+        self.app = app
+        self.further_hosts = {host.lower() for host in further_hosts}
+        self.hosts = hosts | self.further_hosts
+        self.routes = re.compile("|".join(f"(?:{route})" for route in routes))
+        self.max_upload, self.make_room, self.admit = max_upload, make_room, admit
+        self._open: Counter[str] = Counter()
+        self._posts: OrderedDict[str, tuple[float, float]] = OrderedDict()  # visitor -> what is left, and when
+        self._admission = asyncio.Lock()
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+
+        async def answer(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                message = message | {"headers": [*message.get("headers", ()), *HEADERS]}
+            await send(message)
+
+        visitor = visitor_of(scope["client"][0]) if scope["client"] else ""
+        self._open[visitor] += 1
+        try:
+            self._check(scope, visitor)
+            await self._pass(scope, receive, answer, visitor)
+        except Refused as refused:
+            await _respond(answer, refused)
+        finally:
+            self._open[visitor] -= 1
+            if not self._open[visitor]:
+                del self._open[visitor]
+
+    def _check(self, scope: dict, visitor: str) -> None:
+        """What is known before the body."""
+        if scope["type"] != "http":
+            raise Refused(403, "only HTTP is served here")
+        host, netloc = self._host(scope)
+        if host not in self.hosts and not ("*" in self.hosts and _is_address(host)):
+            raise Refused(403, f"the host {host[:100]!r} is not served here")
+        if self._is_foreign(scope, netloc):
+            raise Refused(403, "requests of other sites are not served here")
+        if not self.routes.fullmatch(f"{scope['method']} {scope['path']}"):
+            raise Refused(404, "not found")
+        if self._open[visitor] > MAX_OPEN:
+            raise Refused(429, f"{MAX_OPEN} requests at once are the most for one visitor")
+        if scope["method"] == "POST":
+            self._count_post(visitor)
+
+    @staticmethod
+    def _host(scope: dict) -> tuple[str, str]:
+        """The name in `Host` without its port, and as it is."""
+        values = _header(scope, b"host")
+        if len(values) != 1:
+            raise Refused(400, "a request has one Host")
+        try:
+            return (urlsplit(f"//{values[0]}").hostname or "").rstrip("."), values[0].lower()
+        except ValueError as error:
+            raise Refused(400, "no such Host can be") from error
+
+    def _is_foreign(self, scope: dict, netloc: str) -> bool:
+        """Whether a page elsewhere sends this: it says so, or what it fetches or embeds is no page to look at."""
+        for origin in _header(scope, b"origin"):
+            try:
+                parts = urlsplit(origin)
+            except ValueError:
+                return True
+            if parts.netloc.lower() != netloc and parts.hostname not in self.further_hosts:
+                return True
+        is_cross_site = _header(scope, b"sec-fetch-site") in (["cross-site"], ["same-site"])
+        return is_cross_site and _header(scope, b"sec-fetch-mode") != ["navigate"]
+
+    def _count_post(self, visitor: str) -> None:
+        """One POST less for this visitor, from a bucket that fills again with time."""
+        now = time.monotonic()
+        left, then = self._posts.pop(visitor, (POSTS, now))
+        left = min(POSTS, left + (now - then) * POSTS_A_SECOND)
+        self._posts[visitor] = (max(0, left - 1), now)
+        while len(self._posts) > MAX_VISITORS:
+            self._posts.popitem(last=False)
+        if left < 1:
+            raise Refused(429, "too many requests: wait a minute")
+
+    async def _pass(self, scope: dict, receive: Callable, send: Callable, visitor: str) -> None:
+        if scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        is_upload = "".join(_header(scope, b"content-type")).startswith("multipart/")
+        body = _Body(receive, self.max_upload if is_upload else MAX_BODY, _header(scope, b"content-length"))
+        if is_upload:
+            if body.length is None:
+                raise Refused(411, "an upload says how long it is")
+            await asyncio.to_thread(self.make_room, body.length)
+            await self.app(scope, body.receive, send)
+        else:
+            whole = await body.whole()
+            async with self._admission:
+                self.admit(visitor, scope["path"], whole)
+                await self.app(scope, body.again(whole), send)
+
+
+class _Body:
+    """The body of a request, no longer than `limit` bytes and `BODY_SECONDS`; `length` is what it says itself.
+
+    Raises:
+        Refused: it says that it is longer.
+    """
+
+    def __init__(self, receive: Callable, limit: int, lengths: list[str]):
+        self._receive, self.limit = receive, limit
+        self.length = int(lengths[0]) if len(lengths) == 1 and lengths[0].isdecimal() else None
+        self._is_whole = False
+        self._deadline = time.monotonic() + BODY_SECONDS
+        if self.length is not None and self.length > limit:
+            raise self._too_long()
+
+    def _too_long(self) -> Refused:
+        return Refused(413, f"the request is longer than {self.limit} bytes")
+
+    async def receive(self) -> dict:
+        """The next piece; a client that is too slow has gone."""
+        if self._is_whole:
+            return await self._receive()  # waits for the client to leave
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0, self._deadline - time.monotonic()))
+        except asyncio.TimeoutError:
+            return {"type": "http.disconnect"}
+        self._is_whole = not message.get("more_body", False)
+        return message
+
+    async def whole(self) -> bytes:
+        body = b""
+        while not self._is_whole:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise Refused(408, f"the request did not arrive in {BODY_SECONDS} seconds")
+            body += message.get("body", b"")
+            if len(body) > self.limit:
+                raise self._too_long()
+        return body
+
+    def again(self, body: bytes) -> Callable:
+        """A `receive` that gives a body that has been read once more."""
+        pending = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict:
+            return pending.pop() if pending else await self._receive()
+
+        return receive
+
+
+def _header(scope: dict, name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
+
+
+async def _respond(send: Callable, refused: Refused) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    if refused.status == 429:
+        headers.append((b"retry-after", b"60"))
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": str(refused).encode()})

@@ -1,0 +1,76 @@
+"""A folder of files that are kept for a while: no longer than an age, and together no larger than a size."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Lock, Thread
+
+
+class KeptFiles:
+    """What lies in a folder and below, whoever wrote it there.
+
+    Args:
+        folder: need not exist yet.
+        seconds: the age, counted from the last change, at which a file goes.
+        max_bytes: of all files; the oldest go first.
+    """
+
+    def __init__(self, folder: str | os.PathLike, seconds: float, max_bytes: int):
+        self.folder, self.seconds, self.max_bytes = Path(folder), seconds, max_bytes
+        self._lock = Lock()
+
+    def tidy(self, room: int = 0) -> int:
+        """Removes what is too old, and then the oldest until `room` more bytes fit; gives the bytes that stay."""
+        with self._lock:
+            files = sorted(self._files())
+            total = sum(size for _, size, _ in files)
+            oldest = time.time() - self.seconds
+            for changed, size, path in files:
+                if changed >= oldest and total + room <= self.max_bytes:
+                    break
+                self._remove(path)
+                total -= size
+            return total
+
+    def _files(self) -> Iterator[tuple[float, int, str]]:
+        """When each was changed, how large it is, and its path; others write and remove meanwhile."""
+        for parent, _, names in os.walk(self.folder):
+            for name in names:
+                path = os.path.join(parent, name)
+                try:
+                    status = os.lstat(path)
+                except FileNotFoundError:
+                    continue
+                yield status.st_mtime, status.st_size, path
+
+    def _remove(self, path: str) -> None:
+        try:
+            os.unlink(path)
+            os.rmdir(os.path.dirname(path))
+        except OSError as error:  # gone already, or the folder has more in it
+            if os.path.lexists(path):
+                print(f"cannot remove {path}: {error}", file=sys.stderr)
+
+    @contextmanager
+    def tidied(self, every: float) -> Iterator[None]:
+        """Within it, a thread tidies up each `every` seconds, and goes on whatever happens to it."""
+        is_over = Event()
+
+        def work() -> None:
+            while not is_over.wait(every):
+                try:
+                    self.tidy()
+                except Exception:  # whatever it is, the next time it may be gone
+                    traceback.print_exc()
+
+        thread = Thread(target=work, daemon=True, name="tidy")
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
