@@ -1,4 +1,8 @@
+import math
+import os
 import pickle
+import re
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,7 +19,9 @@ from transformers import (
     AutoProcessor,
     PreTrainedTokenizerFast,
 )
+from typer.testing import CliRunner
 
+from unitok_mllm import cli
 from unitok_mllm.convert_unitok import ConversionError, convert_mllm, convert_tokenizer, load_original_tokenizer
 
 
@@ -412,3 +418,112 @@ def test_an_mllm_folder_that_does_not_fit_raises(small_checkpoint, llama_tokeniz
     with pytest.raises(ConversionError, match=f"(?s){message}"):
         convert_mllm(folder, saved(small_checkpoint, tmp_path), tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
+
+
+# --- hostile checkpoints ---
+
+
+def repeated(tensor: torch.Tensor) -> torch.Tensor:
+    """The same shape, of one number that is repeated: a few bytes in a file."""
+    return torch.zeros(1).expand(tensor.shape)
+
+
+NORM = "encoder.norm.weight"
+HOSTILE = {
+    "no such size": (lambda c: c["args"].update(img_size=10**9), "image_size .1000000000. is not"),
+    "a size below 0": (lambda c: c["args"].update(img_size=-256), "image_size .-256. is not"),
+    "a size in words": (lambda c: c["args"].update(img_size="256"), "image_size"),
+    "NaN as an argument": (lambda c: c["args"].update(vq_beta=math.nan), "vq_beta .nan. is not"),
+    "no heads": (lambda c: c["args"].update(text_heads=0), "ZeroDivisionError"),
+    "heads that do not fit": (lambda c: c["args"].update(text_heads=5), "num_heads"),
+    "arguments that are none": (lambda c: c.update(args=3), "is no UniTok tokenizer checkpoint"),
+    "a list of tensors": (lambda c: c["trainer"].update(unitok=[1]), "does not hold named tensors, but a list"),
+    "a text as a tensor": (put(NORM, lambda _: "one"), f"has a str as '{NORM}', expected a tensor"),
+    "a number as a name": (lambda c: c["trainer"]["unitok"].update({3: torch.ones(1)}), "has a Tensor as 3"),
+    "a meta tensor": (put(NORM, lambda t: t.to("meta")), f"has a meta tensor as {NORM}"),
+    "a sparse tensor": (put(NORM, lambda t: t.to_sparse()), f"torch.sparse_coo tensor as {NORM}"),
+    "a complex tensor": (put(NORM, lambda t: t.to(torch.complex64)), f"complex numbers in {NORM}"),
+    "NaN": (put(NORM, lambda t: t * math.nan), f"NaN or infinite numbers in {NORM}"),
+    "infinity": (put(NORM, lambda t: t / 0), f"NaN or infinite numbers in {NORM}"),
+    "one number repeated": (put(NORM, repeated), f"{NORM} of the shape .96,. with 4 bytes: the same numbers"),
+    "no dims": (put(NORM, lambda _: torch.tensor(1.0)), "IndexError"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_checkpoints_end_in_one_line(small_checkpoint, tmp_path, name):
+    change, message = HOSTILE[name]
+    change(small_checkpoint)
+    source = saved(small_checkpoint, tmp_path)
+    with pytest.raises(ConversionError, match=message):
+        load_original_tokenizer(source)
+    result = CliRunner().invoke(cli.app, ["convert", str(source), "--to", str(tmp_path / "to")])
+    assert result.exit_code == 2 and re.fullmatch("error: .*\n", result.stderr), (result.output, result.exception)
+    assert not (tmp_path / "to").exists()
+
+
+def test_small_files_that_say_they_are_large_are_refused_unread(
+    small_checkpoint, llama_tokenizer, tmp_path, monkeypatch
+):
+    torch.save({"args": {}, "trainer": {"unitok": {"a": torch.zeros(10**7)}}}, tmp_path / "stored.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pth") as stored,
+        zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for member in stored.infolist():
+            deflated.writestr(member.filename, stored.read(member))
+    assert (tmp_path / "a.pth").stat().st_size < 100_000
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("read"))
+    for allow_pickle in (False, True):
+        with pytest.raises(ConversionError, match=r"a.pth has \d+ bytes, and says to hold 40\d+"):
+            load_original_tokenizer(tmp_path / "a.pth", allow_pickle)
+    os.mkfifo(tmp_path / "fifo.pth")
+    with pytest.raises(ConversionError, match="fifo.pth is no torch checkpoint: it is not a regular file"):
+        load_original_tokenizer(tmp_path / "fifo.pth")
+
+
+def test_a_folder_of_hostile_shards_ends_in_one_line(small_checkpoint, llama_tokenizer, tmp_path):
+    tokenizer = saved(small_checkpoint, tmp_path)
+    state = reference_state("mllm_tiny")
+    for number, (change, message) in enumerate(
+        (
+            (
+                lambda s: s.update({"lm_head.weight": torch.full_like(s["lm_head.weight"], math.nan)}),
+                "NaN or infinite",
+            ),
+            (
+                lambda s: s.update({"lm_head.weight": repeated(s["lm_head.weight"])}),
+                "the same numbers again and again",
+            ),
+            (lambda s: s.update({"lm_head.weight": "text"}), "has a str as"),
+        )
+    ):
+        changed = dict(state)
+        change(changed)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_mllm_folder(folder, changed, llama_tokenizer, as_pickle=True)
+        with pytest.raises(ConversionError, match=message):
+            convert_mllm(folder, tokenizer, tmp_path / "to")
+    for config, message in (
+        ('{"rope_theta": "x", "hidden_size": 128}', "cannot read the config"),
+        ("[" * 100_000, "cannot read the config"),
+        ('{"hidden_size": 128, "num_attention_heads": 0}', ""),
+    ):
+        (folder / "config.json").write_text(config, encoding="utf-8")
+        with pytest.raises(ConversionError, match=message):
+            convert_mllm(folder, tokenizer, tmp_path / "to")
+
+
+def test_a_target_that_is_a_link_or_in_use_is_refused_before_the_work(small_checkpoint, tmp_path, monkeypatch):
+    source = saved(small_checkpoint, tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("read"))
+    for target in (".", "..", "../here", "../link", "../link/", "../dangling", str(tmp_path / "here"), "/"):
+        result = CliRunner().invoke(cli.app, ["convert", str(source), "--to", target])
+        assert result.exit_code == 2 and result.stderr.startswith("error: cannot write "), (target, result.output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "empty", "here", "link", "tokenizer.pth"]

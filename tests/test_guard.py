@@ -37,6 +37,20 @@ def ask(app: Guard, method="GET", path="/", address="10.0.0.1", **options) -> ht
     return asyncio.run(asked())
 
 
+def answers(app: Guard, scope: dict) -> list[dict]:
+    """What a request that no client of ours would send is answered with."""
+    sent = []
+
+    async def receive() -> dict:
+        return {"type": "http.request"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    return sent
+
+
 def test_what_is_let_through_is_answered_by_the_application_with_headers_added():
     response = ask(guarded(), "POST", "/work", content=b"12345")
     assert (response.status_code, response.text, response.headers["x-toy"]) == (200, "/work 5", "1")
@@ -77,13 +91,7 @@ def test_two_hosts_or_none_are_refused():
     app = guarded()
     for headers in ([], [(b"host", b"here"), (b"host", b"here")]):
         scope = {"type": "http", "method": "GET", "path": "/", "headers": headers, "client": ("1.2.3.4", 1)}
-        sent = []
-
-        async def send(message, sent=sent):
-            sent.append(message)
-
-        asyncio.run(app(scope, None, send))
-        assert sent[0]["status"] == 400
+        assert answers(app, scope)[0]["status"] == 400
 
 
 @pytest.mark.parametrize(
@@ -237,13 +245,7 @@ def test_posts_are_admitted_one_at_a_time():
 
 
 def test_only_http():
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
-    asyncio.run(guarded()({"type": "websocket", "headers": [], "client": None}, None, send))
-    assert sent[0]["status"] == 403
+    assert answers(guarded(), {"type": "websocket", "headers": [], "client": None})[0]["status"] == 403
 
 
 def test_visitors():

@@ -13,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from typer.testing import CliRunner, Result
 from eval._common import write_atomically
 from training.codes import CodeStore, write_metadata, write_shard
 from training.data import MLLMCollator, MLLMDataset, SampleTexts, Source
-from training.files import ImageStore, UnusableSample, decode_image, read_rows
+from training.files import ImageStore, UnusableSample, decode_image, load_sample_image, read_rows
 from training.mllm_trainer import MLLMTrainer, set_visual_aside
 from training.release import save_release, write_folder
 from unitok_mllm import (
@@ -263,6 +264,132 @@ def test_absurd_values_in_a_config_are_refused_with_field_and_value(config_class
 def test_parts_and_lists_of_a_config_are_checked_too(build: Callable[[], PreTrainedConfig], message):
     with pytest.raises(StrictDataclassError, match=message):
         build()
+
+
+def changed_config(folder: Path, part: str | None, **values) -> Path:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (config if part is None else config[part]).update(values)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "part, values, message",
+    [
+        (None, {"dtype": "floaty16"}, "floaty16"),
+        (None, {"quantization_config": {"quant_method": "wishes"}}, "wishes"),
+        ("text_config", {"quantization_config": 3}, "cannot load"),
+        ("text_config", {"rope_parameters": {"rope_type": "wrong", "rope_theta": 1.0}}, "wrong"),
+        ("text_config", {"rope_parameters": {"rope_type": "yarn", "rope_theta": "x"}}, "cannot load"),
+        ("text_config", {"rope_parameters": []}, "rope_parameters"),
+        ("text_config", {"model_type": "nothing"}, "nothing"),
+        ("text_config", {"hidden_act": "grelu"}, "grelu"),
+        ("text_config", {"num_attention_heads": 0}, "cannot load"),
+        ("text_config", {"head_dim": -4}, "cannot load"),
+        (None, {"boi_token_id": "x"}, "boi_token_id"),
+        (None, {"text_config": []}, "text_config"),
+        (None, {"model_type": ["unitok_mllm"]}, "model type"),
+    ],
+    ids=str,
+)
+def test_a_hostile_config_ends_in_one_line(folder, part, values, message):
+    assert message in failure("generate", "red", "--model", changed_config(folder, part, **values))
+
+
+def test_an_unknown_attention_in_a_config_is_refused_or_has_no_effect(folder):
+    """The library keeps what a caller asks for, and nothing of a folder's."""
+    assert cli.load(changed_config(folder, None, _attn_implementation="wishful", attn_implementation="wishful"))
+
+
+def test_pickled_weights_load_without_being_executed_or_are_refused(folder, tmp_path, lively_mllm):
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    model, _ = cli.load(folder)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if name in state)
+
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    for content in ({"a": Attack()}, [1, 2], "words"):
+        torch.save(content, folder / "pytorch_model.bin")
+        assert "cannot load the model in" in failure("generate", "red", "--model", folder)
+    (folder / "pytorch_model.bin").write_bytes(b"no weights")
+    assert "cannot load the model in" in failure("generate", "red", "--model", folder)
+    assert not (tmp_path / "executed").exists()
+    torch.save(state, folder / "stored.bin")
+    with (
+        zipfile.ZipFile(folder / "stored.bin") as stored,
+        zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for member in stored.infolist():
+            archive.writestr(member.filename, bytes(10**8) if member.filename.endswith("/0") else stored.read(member))
+    (folder / "stored.bin").unlink()
+    assert "says to hold" in failure("generate", "red", "--model", folder)
+
+
+def test_tables_computed_from_a_config_and_weights_in_pickles_count_before_memory_is_taken(folder):
+    state = load_file(folder / "model.safetensors")
+    gpt = {"model_type": "gptj", "vocab_size": 300, "n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    changed_config(folder, None, text_config=gpt | {"n_positions": 10**8})
+    with pytest.raises(ValueError, match=r"its config asks for tables of 8000000\d\d numbers beside \d+ parameters"):
+        cli.load(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    changed_config(folder, "text_config", intermediate_size=10_000_000)
+    with pytest.raises(ValueError, match=r"its config asks for \d+ parameters, its weights hold \d+"):
+        cli.load(folder)
+
+
+@pytest.mark.parametrize("name", ["num_beams", "num_return_sequences"])
+@pytest.mark.parametrize("value", [10**6, 0, -1])
+def test_a_generation_config_that_asks_for_too_much_is_refused(folder, name, value):
+    generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    (folder / "generation_config.json").write_text(json.dumps(generation | {name: value}), encoding="utf-8")
+    assert name in failure("generate", "red", "--model", folder)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(folder):
+    state = load_file(folder / "model.safetensors")
+    for value in (math.nan, math.inf):
+        changed = state | {"embedder.fc1.weight": torch.full_like(state["embedder.fc1.weight"], value)}
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
+        assert "its weight embedder.fc1.weight is not finite" in failure("generate", "red", "--model", folder)
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "takes more than 1 seconds",
+        ),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ ''.__class__.__base__.__subclasses__() }}", "unsafe"),
+        ("{{ 'a' * 10**14 }}", "cannot load the model in"),
+        ("{% for a in range(10**9) %}{% endfor %}", "Range too big"),
+        ("{{ nothing.of.this }}", "undefined"),
+        ("{% for %}", "cannot load the model in"),
+        ("{{ raise_exception('never') }}", "never"),
+    ],
+)
+def test_a_hostile_chat_template_ends_in_one_line(folder, monkeypatch, template, message):
+    monkeypatch.setattr(cli, "TEMPLATE_SECONDS", 1)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    assert message in failure("generate", "red", "--model", folder)
+
+
+def test_what_is_no_regular_file_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "fifo.png")
+    for path in (tmp_path / "fifo.png", tmp_path / "link.png", "/dev/zero", tmp_path):
+        with pytest.raises(ValueError, match=f"cannot read image '{path}': not a regular file"):
+            load_image(path)
+        with pytest.raises(UnusableSample, match="not a regular file"):
+            load_sample_image(Path(path))
 
 
 # --- codes and tables ---

@@ -3,19 +3,24 @@
 python tests/test_web.py docs/web.png    # a picture of the page in use
 """
 
+import json
 import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
+from typing import Any
 
 import httpx
 import numpy as np
@@ -27,11 +32,13 @@ from transformers import LogitsProcessorList
 from typer.testing import CliRunner
 
 from unitok_mllm import cli, web
+from unitok_mllm.kept_files import KeptFiles
 
 
 REPOSITORY = Path(web.__file__).parent.parent
 BOI, EOS = 3, 2
 L = 9
+TURNED = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # EXIF: orientation 6
 WAIT = 120_000  # milliseconds
 DRAWING = {"guidance_scale": 2.0, "seed": 4}
 
@@ -191,9 +198,85 @@ def test_what_visitors_write_is_plain_text(shared, processor):
 def test_unreadable_pictures_are_named_without_their_folder(tmp_path):
     (tmp_path / "notes.png").write_text("no picture", encoding="utf-8")
     with pytest.raises(ValueError, match="^notes.png is not a picture that can be read$"):
-        web.read_picture(str(tmp_path / "notes.png"))
+        web.read_pictures([str(tmp_path / "notes.png")])
     with pytest.raises(ValueError, match="^gone.png is no longer kept"):
-        web.read_picture(str(tmp_path / "gone.png"))
+        web.read_pictures([str(tmp_path / "gone.png")])
+
+
+def test_small_pictures_are_read_as_they_are_and_large_ones_shrunk(tmp_path):
+    noise = Image.effect_noise((1024, 300), 90).convert("RGB")
+    noise.save(tmp_path / "small.png")
+    Image.effect_noise((2400, 1800), 90).convert("RGB").save(tmp_path / "large.jpg", exif=b"Exif\0\0" + TURNED)
+    small, large = web.read_pictures([str(tmp_path / "small.png"), str(tmp_path / "large.jpg")])
+    assert pixels(small) == pixels(noise) and large.size == (768, 1024)
+
+
+BOMBS = [  # format and mode of pictures that are small as files
+    *(("PNG", mode, {}) for mode in ("RGB", "RGBA", "P", "1", "I;16")),
+    ("JPEG", "RGB", {"progressive": True}),
+    ("JPEG", "CMYK", {}),
+    ("WEBP", "RGBA", {"lossless": True, "method": 0}),
+    ("GIF", "P", {}),
+    ("BMP", "L", {}),
+]
+
+
+def bomb(path: Path, side: int, mode: str, **options) -> str:
+    """A file whose pixels are all alike."""
+    Image.new(mode, (side, side), 1 if mode == "1" else 0).save(path, **options)
+    return str(path)
+
+
+def peak_memory(work: Callable[[], None]) -> int:
+    """Bytes that this process takes at most during `work`, above what it has before."""
+
+    def now(key: str) -> int:
+        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before = now("VmRSS")
+    work()
+    return now("VmHWM") - before
+
+
+def test_bombs_are_refused_by_their_headers(tmp_path, shared, monkeypatch):
+    header = struct.pack(">4sIIBBBBB", b"IHDR", 13_000, 13_000, 8, 2, 0, 0, 0)
+    data = struct.pack(">4s", b"IDAT") + zlib.compress(bytes(100))
+    chunks = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (header, data)]
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    path = str(tmp_path / "bomb.png")
+
+    def attack() -> None:
+        with pytest.raises(ValueError, match="^bomb.png is too large, 13000x13000: 50 million pixels can be read at"):
+            web.read_pictures([path] * 6)
+        with pytest.raises(ValueError, match="^9 pictures are too many: 8 can be read at once"):
+            web.read_pictures([path] * 9)
+        with pytest.raises(ValueError, match="takes 330 of the model's 256 positions"):
+            shared.check_pictures(8, [question("what?", *[None] * 22)])
+
+    assert peak_memory(attack) < 20 * web.MIB
+    monkeypatch.setattr(web, "MAX_PIXELS", 3 * 100**2)
+    parts = [bomb(tmp_path / f"{i}.png", 100, "1") for i in range(4)]
+    assert [picture.size for picture in web.read_pictures(parts[:3])] == [(100, 100)] * 3
+    with pytest.raises(ValueError, match="^3.png is too large"):  # together
+        web.read_pictures(parts)
+
+
+@pytest.mark.slow  # some seconds each
+@pytest.mark.parametrize("format, mode, options", BOMBS)
+def test_the_largest_picture_takes_bounded_memory(tmp_path, format, mode, options):
+    path = bomb(tmp_path / f"large.{format.lower()}", 7000, mode, format=format, **options)
+    taken = peak_memory(lambda: web.read_pictures([path]))
+    print(f"\n{format} {mode}: {taken / web.MIB:.0f} MiB")
+    assert taken < 600 * web.MIB
+
+
+@pytest.mark.parametrize("format", ["TIFF", "PPM", "TGA", "ICO", "JPEG2000"])
+def test_formats_that_no_browser_makes_are_not_decoded(tmp_path, format):
+    red_circle().save(tmp_path / "circle.png", format=format)
+    with pytest.raises(ValueError, match="^circle.png is not a picture that can be read$"):
+        web.read_pictures([str(tmp_path / "circle.png")])
 
 
 def test_the_fields_as_options():
@@ -244,11 +327,11 @@ def test_nearest_words_are_those_of_the_text_tower(shared, processor):
     assert list(found) == words and np.allclose(list(found.values()), expected.detach(), atol=1e-5)
     with pytest.raises(ValueError, match="the list has 0 words; it needs 1 to 1000"):
         shared.compare(red_circle(), [])
+    with pytest.raises(ValueError, match="the words have 20000000 characters, 10000 at most can be read"):
+        shared.compare(red_circle(), ["x" * 20_000] * 1000)
 
 
 def test_without_gradio_the_command_names_the_extra(monkeypatch):
-    monkeypatch.delitem(sys.modules, "unitok_mllm.web")
-    monkeypatch.delattr("unitok_mllm.web")
     monkeypatch.setitem(sys.modules, "gradio", None)
     result = CliRunner().invoke(cli.app, ["serve"])
     assert result.exit_code == 2
@@ -272,29 +355,34 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-@contextmanager
-def server(workplace: Path) -> Iterator[tuple[str, Path]]:
-    """`unitok-mllm serve` in a process of its own: its address, and the folder for its temporary files."""
-    temporary = workplace / "tmp"
-    temporary.mkdir()
-    port = free_port()
+def start_server(workplace: Path, port: int) -> subprocess.Popen:
+    """`unitok-mllm serve` in a process of its own; temporary files in `workplace`/tmp, output in `workplace`/log."""
+    (workplace / "tmp").mkdir()
     command = [sys.executable, "-m", "unitok_mllm.cli", "serve", "--port", str(port), "--max-upload-mb", "1"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(temporary), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(workplace / "tmp")}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
     with open(workplace / "log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, cwd=workplace, env=environment, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=workplace, env=environment, stdout=log, stderr=log)
+
+
+@contextmanager
+def server(workplace: Path, end: signal.Signals = signal.SIGTERM) -> Iterator[tuple[str, Path]]:
+    """Its address, and the folder for its temporary files; in the end it gets a signal."""
+    port = free_port()
+    process = start_server(workplace, port)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(1200):
+        for _ in range(3000):
             try:
                 httpx.get(address, timeout=30)
                 break
             except httpx.ConnectError:
                 assert process.poll() is None, (workplace / "log").read_text(encoding="utf-8")
                 time.sleep(0.1)
-        yield address, temporary
+        yield address, workplace / "tmp"
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(120)
+        process.send_signal(end)
+        assert process.wait(120) == 0
 
 
 @pytest.fixture(scope="module")
@@ -400,6 +488,28 @@ def test_what_is_no_picture_gives_a_message(page, tmp_path):
     expect(page.get_by_text("Invalid file type: notes.txt. Only image allowed.")).to_be_visible()
 
 
+MARKUP = """<img src=x onerror="window.hacked = 1"><script>window.hacked = 2</script><b class="hacked">b</b>"""
+
+
+@pytest.mark.web
+def test_markup_in_prompts_words_and_names_of_files_stays_text(page, picture, tmp_path):
+    ask(page, MARKUP)
+    expect(page.locator(".chat [data-testid=user]").last).to_have_text(MARKUP)
+    expect(answers(page)).to_have_count(1)
+    (tmp_path / "<b class=hacked>.png").write_text("no picture", encoding="utf-8")
+    ask(page, "what?", tmp_path / "<b class=hacked>.png")
+    expect(page.get_by_text("is not a picture that can be read")).to_be_visible()
+    draw(page, MARKUP * 100)
+    expect(page.get_by_text("the prompt is too long")).to_be_visible()
+    page.get_by_role("tab", name="Tokenizer").click()
+    page.locator("#picture input[type=file]").set_input_files(picture)
+    expect(page.locator("#nearest")).to_contain_text("a red circle")
+    page.get_by_label("Words, one a line").fill(f"{MARKUP}\nred")
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#nearest")).to_contain_text(MARKUP)
+    assert page.evaluate("window.hacked") is None and page.locator(".hacked").count() == 0
+
+
 @pytest.mark.web
 def test_no_file_of_the_machine_can_be_read(served):
     address, temporary = served
@@ -427,6 +537,33 @@ def test_uploads_have_a_limit(served):
     assert sorted(temporary.rglob("*")) == before
 
 
+@contextmanager
+def page_of(shared: web.SharedModel, folder: Path) -> Iterator[str]:
+    """The address of a page as `serve` shows it, in this process: 16 may wait, files of 1 MiB, 4 MiB in all."""
+    page = web.build_page(shared, "<b>random</b>")
+    listening = socket.create_server(("127.0.0.1", 0))
+    host, port = listening.getsockname()
+    files = KeptFiles(folder, 3600, 4 * web.MIB)
+    app = web.guarded(web.build_app(page, host, port, 16, 1), page, files, host, ["further.example"], 1)
+    server = web.server_of(app)
+    thread = Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
+@pytest.fixture
+def small_page(shared, monkeypatch, tmp_path) -> Iterator[str]:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "kept"))
+    with page_of(shared, tmp_path / "kept") as address:
+        yield address
+
+
 @pytest.fixture
 def slow_page(shared, monkeypatch, tmp_path):
     """A page whose random model needs a second for each position; its address, and the codes it has shown."""
@@ -438,12 +575,199 @@ def slow_page(shared, monkeypatch, tmp_path):
         return put(self, value)
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    page = web.build_page(shared, "random").queue(max_size=1)
-    _, address, _ = page.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True)
-    with monkeypatch.context() as patch:
+    with page_of(shared, tmp_path) as address, monkeypatch.context() as patch:
         patch.setattr(web.UniTokImageStreamer, "put", slow_put)
-        yield address.rstrip("/"), codes_seen
-    page.close(verbose=False)
+        yield address, codes_seen
+
+
+@pytest.mark.slow  # loads the model in a process of its own
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda end: end.name)
+def test_a_signal_in_the_middle_of_drawings_leaves_nothing(tmp_path, end):
+    with server(tmp_path, end) as (address, temporary), visitor() as client:
+        for _ in range(4):
+            assert call(client, address, "draw", ["a red circle", 8, *DRAW[2:]]).status_code == 200
+        wait_until(lambda: list(temporary.rglob("*.png")) or list(temporary.rglob("*.webp")))
+    assert list(temporary.glob("unitok-mllm-*")) == []
+    assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow  # imports gradio in a process of its own
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda end: end.name)
+def test_a_signal_while_loading_leaves_nothing(tmp_path, end):
+    process = start_server(tmp_path, free_port())
+    wait_until(lambda: list((tmp_path / "tmp").glob("unitok-mllm-*")))
+    time.sleep(1)
+    process.send_signal(end)
+    assert process.wait(120) == 0
+    assert list((tmp_path / "tmp").glob("unitok-mllm-*")) == []
+    assert (tmp_path / "log").read_text(encoding="utf-8").count("Traceback") == 0
+
+
+# Attacks without a browser
+
+
+DRAW = ["a red circle", 1, 1, 1, 0, 1, 0]  # the fields of the tab
+
+
+def visitor(number: int = 1) -> httpx.Client:
+    """Somebody with an address of their own."""
+    return httpx.Client(transport=httpx.HTTPTransport(local_address=f"127.0.0.{number}"), timeout=60)
+
+
+def call(client: httpx.Client, address: str, name: str, data: list) -> httpx.Response:
+    return client.post(f"{address}/gradio_api/call/{name}", json={"data": data})
+
+
+def outcome(client: httpx.Client, address: str, name: str, data: list) -> tuple[str, Any]:
+    """The last event of a job, and what it says; or the status that refused it."""
+    response = call(client, address, name, data)
+    if response.status_code != 200:
+        return str(response.status_code), response.text
+    text = client.get(f"{address}/gradio_api/call/{name}/{response.json()['event_id']}").text
+    event, _, data = text.strip().split("\n\n")[-1].partition("\n")
+    return event.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+
+def upload(client: httpx.Client, address: str, *paths: Path) -> list[dict]:
+    files = [("files", (path.name, path.read_bytes())) for path in paths]
+    uploaded = client.post(f"{address}/gradio_api/upload", files=files).raise_for_status().json()
+    return [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in uploaded]
+
+
+def test_other_sites_can_neither_send_nor_read(small_page, picture):
+    with visitor() as client:
+        page = client.get(small_page)
+        assert page.status_code == 200 and "frame-ancestors 'none'" in page.headers["content-security-policy"]
+        (good,) = upload(client, small_page, picture)
+        foreign = [
+            {"origin": "http://evil.example"},
+            {"origin": "null"},
+            {"origin": "http://127.0.0.1:1"},
+            {"host": "evil.example"},
+            {"host": "evil.example", "origin": "http://evil.example"},
+            {"host": "further.example", "origin": "http://evil.example"},
+            {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"},
+        ]
+        for headers in foreign:
+            for route in ("config", "", "gradio_api/info", f"gradio_api/file={good['path']}"):
+                response = client.get(f"{small_page}/{route}", headers=headers)
+                assert response.status_code == 403 and "served here" in response.text, (route, headers)
+            for name, options in (
+                ("upload", {"files": {"files": b"x"}}),
+                ("call/draw", {"json": {"data": DRAW}}),
+                ("queue/join", {"json": {"fn_index": 0, "data": []}}),
+                ("cancel", {"json": {"session_hash": "a", "fn_index": 0, "event_id": "b"}}),
+            ):
+                response = client.post(f"{small_page}/gradio_api/{name}", headers=headers, **options)
+                assert response.status_code == 403, (name, headers)
+        own = {"origin": small_page, "sec-fetch-site": "same-origin"}
+        assert client.get(f"{small_page}/config", headers=own).status_code == 200
+        further = {"host": "further.example", "origin": "https://further.example"}
+        assert client.get(f"{small_page}/config", headers=further).status_code == 200
+
+
+def test_nothing_else_of_gradio_is_served(small_page):
+    with visitor() as client:
+        for method, route in (
+            *(("POST", f"run/{name}") for name in ("draw", "tokenize", "compare", "chat", "predict", "lambda")),
+            *(("POST", name) for name in ("api/draw", "api/predict", "component_server", "call/v2/draw", "vibe-edit")),
+            *(
+                ("GET", name)
+                for name in ("proxy=http://127.0.0.1", "file=http://127.0.0.1/a.png", "runs", "deep_link")
+            ),
+            *(("GET", name) for name in ("openapi.json", "token", "vibe-code", "custom_component/1/client/a/b")),
+            ("POST", "stream/1"),
+        ):
+            response = client.request(method, f"{small_page}/gradio_api/{route}", json={"data": DRAW})
+            assert (response.status_code, response.text) == (404, "not found"), route
+        shown = [str(each["props"].get("value")) for each in client.get(f"{small_page}/config").json()["components"]]
+        assert "&lt;b&gt;random&lt;/b&gt;" in shown  # the model's name is a text as well
+        for route in ("monitoring", "openapi.json", "docs", "redoc", "login", "logout", "gradio_api"):
+            assert client.get(f"{small_page}/{route}").status_code == 404, route
+
+
+def test_no_picture_of_the_machine_can_be_shown(small_page, picture):
+    """A real picture outside the folder: only the check of its path can refuse it."""
+    with visitor() as client:
+        (good,) = upload(client, small_page, picture)
+        assert outcome(client, small_page, "tokenize", [good])[0] == "complete"
+        inside = Path(good["path"]).parent
+        for path in (picture, inside / "../../circle.png", "http://127.0.0.1:1/a.png", "/dev/zero"):
+            data = {"path": str(path), "url": str(path), "meta": {"_type": "gradio.FileData"}}
+            assert outcome(client, small_page, "tokenize", [data])[0] == "error", path
+            message = {"text": "what?", "files": [data]}
+            assert outcome(client, small_page, "chat", [message, 8, *DRAW[2:]])[0] == "error", path
+
+
+def test_the_queue_cannot_be_passed_and_a_visitor_has_four_jobs(slow_page):
+    address, codes_seen = slow_page
+    clients = [visitor(number) for number in range(1, 31)]
+    with ThreadPoolExecutor(30) as pool:
+        first = [pool.submit(call, clients[0], address, "draw", DRAW) for _ in range(50)]
+        statuses = [each.result().status_code for each in first]
+        assert statuses.count(200) == 4 and statuses.count(429) == 46
+        others = [pool.submit(call, client, address, "draw", DRAW) for client in clients[1:]]
+        statuses = [each.result().status_code for each in others]
+    assert statuses.count(200) == 16 + 1 - 4 and statuses.count(503) == 29 - 13  # one is at work, 16 wait
+    direct = clients[0].post(f"{address}/gradio_api/run/draw", json={"data": DRAW})
+    assert direct.status_code == 404
+
+
+def test_requests_have_a_size_and_a_rate(small_page):
+    with visitor(2) as client:
+        words = "\n".join(["x" * 20_000] * 1000)
+        assert call(client, small_page, "compare", [None, words]).status_code == 413
+        assert call(client, small_page, "draw", ["x" * 2**16, *DRAW[1:]]).status_code == 413
+        for data in ("[", "[" * 60_000, "3", '{"session_hash": "' + "x" * 100 + '"}', '{"data": [NaN]}'):
+            response = client.post(f"{small_page}/gradio_api/queue/join", content=data)
+            assert response.status_code == 400, data[:50]
+        too_much = [("files", (f"{i}.png", bytes(2**20))) for i in range(9)]
+        assert client.post(f"{small_page}/gradio_api/upload", files=too_much).status_code == 413
+        posts = [client.post(f"{small_page}/gradio_api/cancel", json={}).status_code for _ in range(100)]
+        assert posts[0] == 422 and posts[-1] == 429 and client.get(small_page).status_code == 200
+
+
+HOSTILE = [  # job, which of its fields, and what it cannot be
+    ("draw", 0, ["x" * 10_001, "", None]),
+    ("draw", 1, [0, 9, 10**9, -1, None]),
+    ("draw", 2, [0, 10**9, -1, None]),
+    ("draw", 3, [-1, 10**9, None]),
+    ("draw", 4, [-1, None]),
+    ("draw", 5, [0, 2, None]),
+    ("draw", 6, [-2, 2**40, None]),
+    ("chat", 0, [None, {}, {"text": "x" * 10_001, "files": []}, {"text": " ", "files": []}]),
+    ("chat", 1, [0, 10**9, None]),
+    ("compare", 1, ["x" * 10_001, "", None, "\n".join(map(str, range(1001)))]),
+    ("tokenize", 0, [None]),
+]
+
+
+def test_every_field_is_checked_on_the_server(small_page, picture):
+    with visitor() as client:
+        (file,) = upload(client, small_page, picture)
+    good = {
+        "draw": DRAW,
+        "chat": [{"text": "hello", "files": []}, 8, *DRAW[2:]],
+        "compare": [file, "red\nblue"],
+        "tokenize": [file],
+    }
+    for number, (name, field, values) in enumerate(HOSTILE, start=2):
+        with visitor(number) as client:
+            assert outcome(client, small_page, name, good[name])[0] == "complete"
+            for value in values:
+                data = [*good[name][:field], value, *good[name][field + 1 :]]
+                assert outcome(client, small_page, name, data)[0] == "error", (name, field, str(value)[:100])
+
+
+def test_uploads_make_room_for_themselves(small_page, tmp_path):
+    kept = tmp_path / "kept"
+    with visitor() as client:
+        for number in range(12):
+            (tmp_path / f"{number}.png").write_bytes(bytes([number]) * 2**20)
+            upload(client, small_page, tmp_path / f"{number}.png")
+            size = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
+            assert size <= 4 * web.MIB
+        assert {path.name for path in kept.rglob("*.png")} == {"9.png", "10.png", "11.png"}
 
 
 @pytest.mark.web
@@ -462,20 +786,6 @@ def test_stopping_and_leaving_end_the_drawing(shared, slow_page, monkeypatch, ho
         if how == "stop":
             draw(page, "a blue circle")  # and usable
             wait_until(lambda: codes_seen[-1].shape[-1] == L)
-
-
-@pytest.mark.web
-def test_the_queue_has_a_limit(slow_page):
-    address, codes_seen = slow_page
-    data = {"data": ["a red circle", 1, 1, 1, 0, 1, 0]}
-
-    def post() -> httpx.Response:
-        return httpx.post(f"{address}/gradio_api/call/draw", json=data)
-
-    assert post().status_code == 200
-    wait_until(lambda: codes_seen)  # the first is being drawn
-    assert post().status_code == 200  # the second waits
-    assert post().status_code == 503
 
 
 @pytest.mark.web

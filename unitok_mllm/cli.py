@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import pickle
 import random
 import sys
 import tempfile
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from .modeling_unitok import UniTokModel
 
+MAX_SEQUENCES = 100  # that a folder's generation config may ask for at once
+TEMPLATE_SECONDS = 10
 SHIPPED_MODEL = Path(__file__).parent / "checkpoints" / "tiny"
 
 
@@ -92,11 +95,12 @@ def load(folder: str | os.PathLike, *, tokenizer_only: bool = False) -> tuple[An
     folder = Path(folder)
     check_model(folder)
     import torch
-    from huggingface_hub.errors import StrictDataclassError
+    from jinja2 import TemplateError
     from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
+    from .convert_unitok import CONFIG_ERRORS
     from .modeling_unitok import UniTokModel
 
     logging.set_verbosity_error()
@@ -104,6 +108,8 @@ def load(folder: str | os.PathLike, *, tokenizer_only: bool = False) -> tuple[An
     known = ("unitok", "unitok_mllm") if tokenizer_only else ("unitok_mllm",)
     model_class = UniTokModel if tokenizer_only else AutoModelForImageTextToText
     processor_class = AutoImageProcessor if tokenizer_only else AutoProcessor
+    bad_folder = (*CONFIG_ERRORS, OSError, ImportError, AssertionError, MemoryError)
+    bad_folder += (SafetensorError, pickle.UnpicklingError, TemplateError)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -115,8 +121,11 @@ def load(folder: str | os.PathLike, *, tokenizer_only: bool = False) -> tuple[An
         )
         if bad := {key: sorted(names) for key, names in info.items() if names}:
             raise ValueError(f"its weights do not fit its config: {str(bad)[:300]}")
+        check_values(model)
         processor = processor_class.from_pretrained(folder)
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+        if not tokenizer_only:
+            check_template(processor)
+    except bad_folder as error:
         raise ValueError(f"cannot load the model in {folder}: {error}") from error
     return model.to(device).eval(), processor
 
@@ -126,17 +135,23 @@ def check_size(folder: Path) -> None:
     for: what is missing or of another shape would be made anew first, and only then reported.
 
     Raises:
-        ValueError: the model has many more parameters than the .safetensors files (others are not looked into).
+        ValueError: the model has many more parameters than the .safetensors files (or numbers than the .bin files have
+            bytes), or tables that are computed from the config beyond what any model needs.
     """
     import torch
     from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig
 
+    from .convert_unitok import MAX_COMPUTED, check_archive
     from .modeling_unitok import UniTokModel
     from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
 
-    stored, files = 0, sorted(folder.glob("*.safetensors"))
+    stored, files = 0, sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     for path in files:
+        if path.suffix == ".bin":
+            check_archive(path)
+            stored += path.stat().st_size
+            continue
         try:
             with safe_open(path, "pt") as file:
                 stored += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
@@ -145,9 +160,39 @@ def check_size(folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     model_class = UniTokModel if config.model_type == "unitok" else UniTokMLLMForConditionalGeneration
     with torch.device("meta"):
-        needed = model_class._from_config(config).num_parameters()
+        model = model_class._from_config(config)
+    needed, computed = model.num_parameters(), sum(map(torch.numel, model.buffers()))
     if files and needed > 4 * stored:  # tied weights are stored once, quantized ones packed
         raise ValueError(f"its config asks for {needed} parameters, its weights hold {stored}")
+    if computed > 4 * stored + MAX_COMPUTED:
+        raise ValueError(f"its config asks for tables of {computed} numbers beside {needed} parameters")
+
+
+def check_values(model: Any) -> None:
+    """
+    Raises:
+        ValueError: a weight is NaN or infinite, or the generation config asks for what no memory holds.
+    """
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(f"its weight {name} is not finite")
+    for name in ("num_beams", "num_beam_groups", "num_return_sequences"):
+        value = getattr(model.generation_config, name, None) if model.can_generate() else None
+        if value is not None and not 1 <= value <= MAX_SEQUENCES:
+            raise ValueError(f"its generation config has {name} {value}, expected 1 to {MAX_SEQUENCES}")
+
+
+def check_template(processor: Any) -> None:
+    """Finds out whether the chat template works for a question about a picture; it is a program of the folder's own.
+
+    Raises:
+        ValueError, TemplateError: it takes too long, or asks for what it may not see.
+    """
+    from .time_limit import time_limit
+
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    with time_limit(TEMPLATE_SECONDS, f"its chat template takes more than {TEMPLATE_SECONDS} seconds"):
+        processor.apply_chat_template(question, add_generation_prompt=True)
 
 
 def reconstruct_images(
@@ -504,6 +549,8 @@ def convert(
         raise ValueError("--tokenizer goes with an MLLM folder, and with that alone")
     if source.is_dir() and causal:
         raise ValueError("--causal goes with a tokenizer file alone")
+    if to.is_symlink() or to.absolute() == Path.cwd() or to.name in ("", ".."):
+        raise ValueError(f"cannot write {to}: it is a link, or where a folder is in use")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"cannot write {to}: it exists and is not an empty folder")
     if not to.absolute().parent.is_dir():

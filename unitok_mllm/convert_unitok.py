@@ -9,14 +9,16 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_unitok import UniTokConfig, UniTokDepthConfig, UniTokMLLMConfig, UniTokVisionConfig
@@ -50,6 +52,11 @@ MLLM_KEYS = (
     (r"^ar_head\.(layers|norm)\.", r"depth_head.\1."),
     (r"^(model|lm_head)\.", r"language_model.\1."),
 )
+MAX_COMPUTED = 2**27  # numbers that a model may compute from its config beside its weights, such as position tables
+# what a config that cannot be makes config and model classes raise
+CONFIG_ERRORS = (
+    *(LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, StrictDataclassError),
+)
 ALWAYS_ZERO = re.compile(r"(^encoder\.pos_embed|\.zero_k_bias)$")
 UNUSED = re.compile(r"(^model\.vision_tokenizer\.|\.rotary_emb\.inv_freq$)")
 
@@ -74,13 +81,58 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
+def check_archive(path: Path) -> None:
+    """Finds out before any of it is read whether a file that is an archive says to hold about as much as it has bytes.
+
+    torch does not compress what it saves, so that a larger one would fill the memory from little.
+
+    Raises:
+        ConversionError: it says to hold more, or is no regular file.
+    """
+    if not path.is_file():
+        raise ConversionError(f"{path} is no torch checkpoint: it is not a regular file.")
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        held = sum(member.file_size for member in archive.infolist())
+    if held > 2 * path.stat().st_size:
+        raise ConversionError(f"{path} has {path.stat().st_size} bytes, and says to hold {held}.")
+
+
+def check_tensors(state: object, source: Path) -> None:
+    """Finds out whether these are weights: dense, real and finite numbers by name, each with its own bytes.
+
+    Raises:
+        ConversionError: one is not; it is named.
+    """
+    if not isinstance(state, dict):
+        raise ConversionError(f"{source} does not hold named tensors, but a {type(state).__name__}.")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise ConversionError(f"{source} has a {type(value).__name__} as {name!r}, expected a tensor by its name.")
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+            raise ConversionError(f"{source} has a {kind} tensor as {name}, expected a dense one.")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ConversionError(
+                f"{source} has {name} of the shape {tuple(value.shape)} with "
+                f"{value.untyped_storage().nbytes()} bytes: the same numbers again and again."
+            )
+        if value.is_complex() or not value.isfinite().all():
+            raise ConversionError(
+                f"{source} has {'complex' if value.is_complex() else 'NaN or infinite'} numbers in {name}."
+            )
+
+
 def read_pickle(path: str | os.PathLike, allow_pickle: bool = False) -> object:
     """Reads a torch checkpoint without executing it.
 
     Raises:
-        ConversionError: it is no torch checkpoint, or only loads by executing a pickle and `allow_pickle` is False.
+        ConversionError: it is no torch checkpoint, only loads by executing a pickle and `allow_pickle` is False, or is
+            compressed.
     """
     path = Path(path)
+    check_archive(path)
     try:
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -142,6 +194,24 @@ def _load_exactly(model: PreTrainedModel, state: StateDict) -> None:
     broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if broken:
         raise ConversionError(f"{len(broken)} tensors are not finite in {model.dtype}, {broken[0]} first.")
+
+
+def _built(model_class: type[PreTrainedModel], config: PreTrainedConfig, state: StateDict) -> PreTrainedModel:
+    """A model of these weights in eval mode; whether they are as many as the config asks for is found out before any
+    memory is taken."""
+    try:
+        with torch.device("meta"):
+            empty = model_class(config)
+    except CONFIG_ERRORS as error:
+        raise ConversionError(f"The checkpoint's config cannot be: {error!r}") from error
+    needed = empty.num_parameters() + sum(map(torch.numel, empty.buffers()))
+    held = sum(map(torch.numel, state.values()))
+    if needed > 2 * held + MAX_COMPUTED:
+        raise ConversionError(f"The config asks for {needed} numbers, the checkpoint has {held}.")
+    with init.no_init_weights():
+        model = model_class(config).eval()
+    _load_exactly(model, state)
+    return model
 
 
 def tokenizer_config(args: dict, state: StateDict) -> UniTokConfig:
@@ -228,18 +298,17 @@ def load_original_tokenizer(
     try:
         args, state = checkpoint["args"], checkpoint["trainer"]["unitok"]
         args = dict(vars(args) if isinstance(args, Namespace) else args)
+        check_tensors(state, source)
         config = tokenizer_config(args | {"causal_projection": causal}, state)
+        report = ConversionReport()
+        converted = tokenizer_state_dict(state, report)
     except ConversionError:
         raise
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+    except CONFIG_ERRORS as error:
         raise ConversionError(
             f"{source} is no UniTok tokenizer checkpoint ({{'args', 'trainer': {{'unitok': ...}}}}): {error!r}"
         ) from error
-    report = ConversionReport()
-    with init.no_init_weights():
-        model = UniTokModel(config).eval()
-    _load_exactly(model, tokenizer_state_dict(state, report))
-    return model, report
+    return _built(UniTokModel, config, converted), report
 
 
 def _image_processor(config: UniTokVisionConfig, mode: str) -> UniTokImageProcessor:
@@ -264,9 +333,11 @@ def _read_shards(source: Path, allow_pickle: bool) -> StateDict:
     state: StateDict = {}
     for path in safetensors or pickles:
         try:
-            state |= load_file(path) if safetensors else read_pickle(path, allow_pickle)
-        except (SafetensorError, TypeError) as error:
+            shard = load_file(path) if safetensors else read_pickle(path, allow_pickle)
+        except (SafetensorError, OSError) as error:
             raise ConversionError(f"{path} does not hold named tensors: {error}") from error
+        check_tensors(shard, path)
+        state |= shard
     return state
 
 
@@ -303,9 +374,12 @@ def convert_mllm(
     if not (source / "config.json").is_file():
         raise ConversionError(f"{source} has no config.json.")
     state = _read_shards(source, allow_pickle)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    text_config = AutoConfig.for_model("llama", **{k: v for k, v in config.items() if k != "model_type"})
-    text_tokenizer = AutoTokenizer.from_pretrained(source)
+    try:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        text_config = AutoConfig.for_model("llama", **{k: v for k, v in config.items() if k != "model_type"})
+        text_tokenizer = AutoTokenizer.from_pretrained(source)
+    except (*CONFIG_ERRORS, OSError) as error:
+        raise ConversionError(f"cannot read the config or the tokenizer in {source}: {error}") from error
     boi_token, eoi_token = text_tokenizer.convert_ids_to_tokens([3, 4])
     text_tokenizer.add_tokens([boi_token, eoi_token], special_tokens=True)  # a text's "<0x00>" is no byte token yet
     processor = UniTokMLLMProcessor(
@@ -326,18 +400,18 @@ def convert_mllm(
             rms_norm_eps=text_config.rms_norm_eps,
         )
         converted = mllm_state_dict(state, visual, report)
+        model_config = UniTokMLLMConfig(
+            text_config=text_config,
+            visual_config=visual.config,
+            depth_config=depth_config,
+            embedder_dim=embedder_dim,
+            **processor.config_token_ids(),
+        )
     except KeyError as error:
         raise ConversionError(f"{source} is no UniTok MLLM: it has no {error}.") from error
-    model_config = UniTokMLLMConfig(
-        text_config=text_config,
-        visual_config=visual.config,
-        depth_config=depth_config,
-        embedder_dim=embedder_dim,
-        **processor.config_token_ids(),
-    )
-    with init.no_init_weights():
-        model = UniTokMLLMForConditionalGeneration(model_config).eval()
-    _load_exactly(model, converted)
+    except CONFIG_ERRORS as error:
+        raise ConversionError(f"{source} is no UniTok MLLM: {error!r}") from error
+    model = _built(UniTokMLLMForConditionalGeneration, model_config, converted)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return report

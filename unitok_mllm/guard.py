@@ -110,10 +110,13 @@ class Guard:
 
         visitor = visitor_of(scope["client"][0]) if scope["client"] else ""
         self._open[visitor] += 1
+        body = _Body(scope, receive)
         try:
             self._check(scope, visitor)
-            await self._pass(scope, receive, answer, visitor)
+            await self._pass(scope, body, answer, visitor)
         except Refused as refused:
+            if refused.status == 413:
+                await body.drain(self.max_upload)
             await _respond(answer, refused)
         finally:
             self._open[visitor] -= 1
@@ -170,41 +173,39 @@ class Guard:
         if left < 1:
             raise Refused(429, "too many requests: wait a minute")
 
-    async def _pass(self, scope: dict, receive: Callable, send: Callable, visitor: str) -> None:
+    async def _pass(self, scope: dict, body: "_Body", send: Callable, visitor: str) -> None:
         if scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
-        is_upload = "".join(_header(scope, b"content-type")).startswith("multipart/")
-        body = _Body(receive, self.max_upload if is_upload else MAX_BODY, _header(scope, b"content-length"))
-        if is_upload:
+            await self.app(scope, body.receive, send)
+        elif "".join(_header(scope, b"content-type")).startswith("multipart/"):
             if body.length is None:
                 raise Refused(411, "an upload says how long it is")
+            body.check_length(self.max_upload)
             await asyncio.to_thread(self.make_room, body.length)
             await self.app(scope, body.receive, send)
         else:
-            whole = await body.whole()
+            whole = await body.whole(MAX_BODY)
             async with self._admission:
                 self.admit(visitor, scope["path"], whole)
                 await self.app(scope, body.again(whole), send)
 
 
 class _Body:
-    """The body of a request, no longer than `limit` bytes and `BODY_SECONDS`; `length` is what it says itself.
+    """The body of a request, which may take `BODY_SECONDS`; `length` is what it says itself."""
 
-    Raises:
-        Refused: it says that it is longer.
-    """
-
-    def __init__(self, receive: Callable, limit: int, lengths: list[str]):
-        self._receive, self.limit = receive, limit
+    def __init__(self, scope: dict, receive: Callable):
+        lengths = _header(scope, b"content-length")
         self.length = int(lengths[0]) if len(lengths) == 1 and lengths[0].isdecimal() else None
+        self._receive = receive
         self._is_whole = False
         self._deadline = time.monotonic() + BODY_SECONDS
-        if self.length is not None and self.length > limit:
-            raise self._too_long()
 
-    def _too_long(self) -> Refused:
-        return Refused(413, f"the request is longer than {self.limit} bytes")
+    def check_length(self, limit: int) -> None:
+        """
+        Raises:
+            Refused: it says that it is longer.
+        """
+        if self.length is not None and self.length > limit:
+            raise Refused(413, f"the request is longer than {limit} bytes")
 
     async def receive(self) -> dict:
         """The next piece; a client that is too slow has gone."""
@@ -213,20 +214,32 @@ class _Body:
         try:
             message = await asyncio.wait_for(self._receive(), max(0, self._deadline - time.monotonic()))
         except asyncio.TimeoutError:
-            return {"type": "http.disconnect"}
+            message = {"type": "http.disconnect"}
         self._is_whole = not message.get("more_body", False)
         return message
 
-    async def whole(self) -> bytes:
+    async def whole(self, limit: int) -> bytes:
+        """
+        Raises:
+            Refused: it is longer, or too slow.
+        """
+        self.check_length(limit)
         body = b""
         while not self._is_whole:
             message = await self.receive()
             if message["type"] == "http.disconnect":
                 raise Refused(408, f"the request did not arrive in {BODY_SECONDS} seconds")
             body += message.get("body", b"")
-            if len(body) > self.limit:
-                raise self._too_long()
+            if len(body) > limit:
+                raise Refused(413, f"the request is longer than {limit} bytes")
         return body
+
+    async def drain(self, limit: int) -> None:
+        """Reads on, up to a limit, so that a client that is still sending gets to read the refusal."""
+        num_bytes = 0
+        while not self._is_whole and num_bytes <= limit:
+            message = await self.receive()
+            num_bytes += len(message.get("body", b""))
 
     def again(self, body: bytes) -> Callable:
         """A `receive` that gives a body that has been read once more."""
@@ -243,8 +256,10 @@ def _header(scope: dict, name: bytes) -> list[str]:
 
 
 async def _respond(send: Callable, refused: Refused) -> None:
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    text = str(refused).encode()
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(text)).encode())]
+    headers.append((b"connection", b"close"))
     if refused.status == 429:
         headers.append((b"retry-after", b"60"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "http.response.body", "body": str(refused).encode()})
+    await send({"type": "http.response.body", "body": text})

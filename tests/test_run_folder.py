@@ -1,0 +1,55 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training import run_folder
+from training.run_folder import claim_folder
+
+
+SCRIPT = """
+import importlib.util, sys, time
+spec = importlib.util.spec_from_file_location("run_folder", sys.argv[1])
+run_folder = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(run_folder)
+run_folder.claim_folder(sys.argv[2])
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def other_run(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", SCRIPT, run_folder.__file__, str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=lambda end: end.name)
+def test_a_second_run_is_told_who_holds_the_folder_until_that_ends(tmp_path, end):
+    first = other_run(tmp_path / "new/run")
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=rf"new/run is in use by process {first.pid} on \S+, since 20"):
+        claim_folder(tmp_path / "new/run")
+    claim_folder(tmp_path / "new/run", is_main=False)
+    first.send_signal(end)
+    first.communicate(timeout=60)
+    claim_folder(tmp_path / "new/run")
+    claim_folder(tmp_path / "new/run")  # by the same process
+    second = other_run(tmp_path / "new/run")
+    _, errors = second.communicate(timeout=60)
+    assert f"is in use by process {os.getpid()} on" in errors
+
+
+def test_what_cannot_be_an_output_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("a file", encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot write to the output folder .*/file: File exists"):
+        claim_folder(tmp_path / "file")
+    with pytest.raises(ValueError, match="cannot write to the output folder .*/file/run: Not a directory"):
+        claim_folder(tmp_path / "file/run")
+    with pytest.raises(ValueError, match="cannot write to the output folder /proc/run: "):  # nobody may write there
+        claim_folder("/proc/run")
+    (tmp_path / "run/.lock").mkdir(parents=True)
+    with pytest.raises(ValueError, match="cannot write to the output folder .*/run: Is a directory"):
+        claim_folder(tmp_path / "run")

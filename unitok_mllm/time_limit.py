@@ -1,0 +1,41 @@
+"""A limit of time for Python code that may loop, such as a chat template's."""
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class _TimeIsUp(BaseException):
+    """Not an Exception, so that the code that is ended does not catch it."""
+
+
+@contextmanager
+def time_limit(seconds: float, message: str) -> Iterator[None]:
+    """Ends the code within it, in any thread, at its next step in Python after `seconds`.
+
+    A call into compiled code is not interrupted, only what comes after it.
+
+    Raises:
+        ValueError: it took longer; with the message.
+    """
+    thread, lock, is_over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+
+    def interrupt() -> None:
+        with lock:
+            if not is_over:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_TimeIsUp))
+
+    timer = threading.Timer(seconds, interrupt)
+    timer.daemon = True
+    try:
+        try:
+            timer.start()
+            yield
+        finally:
+            with lock:
+                is_over = True
+            timer.cancel()
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)
+    except _TimeIsUp:
+        raise ValueError(message) from None
