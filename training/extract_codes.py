@@ -27,6 +27,7 @@ from tqdm import tqdm
 from training.codes import shard_path, write_metadata, write_shard
 from training.files import IMAGE_SUFFIXES, BrokenSamples, ImageStore, read_rows
 from training.image_text_data import augmentation, random_numbers, sample_seed
+from training.run_folder import claim_folder
 from unitok_mllm import UniTokModel
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, MODES, UniTokImageProcessor
 from unitok_mllm.packing_unitok import pack_linears
@@ -160,6 +161,7 @@ def main(
     weights = sorted(visual_model.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"There is no model in {visual_model}: it has no .safetensors file.")
+    claim_folder(out, rank == 0)
     keys, store = image_keys(data, image_folder)
     model = UniTokModel.from_pretrained(visual_model, dtype=torch.bfloat16 if bf16 else torch.float32)
     model = pack_linears(model.to(device).eval())

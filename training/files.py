@@ -19,6 +19,7 @@ from unitok_mllm.image_processing_unitok import load_image
 
 
 logger = logging.getLogger(__name__)
+BROKEN_TABLE = (ValueError, RecursionError, StopIteration, pa.ArrowException)  # StopIteration: there is no row
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -53,8 +54,10 @@ def read_rows(path: str | os.PathLike) -> list[dict] | datasets.Dataset:
         rows = (
             json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else readers[path.suffix](str(path))
         )
-    except (ValueError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"cannot read the data file {path}: {error.__cause__ or error}") from error
+    except (*BROKEN_TABLE, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(
+            f"cannot read the data file {path}: {error.__cause__ or error or 'it has no rows'}"
+        ) from error
     if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) or isinstance(rows, datasets.Dataset):
         return rows
     raise ValueError(f"The data file {path} is no list of rows.")

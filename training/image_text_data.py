@@ -24,6 +24,7 @@ Each may also set `random_crop`, `horizontal_flip` and `max_shift` (see `ImageTe
 """
 
 import bisect
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 import datasets
 import torch
@@ -43,10 +45,12 @@ from transformers import PreTrainedTokenizerBase
 from webdataset.shardlists import expand_urls
 from webdataset.utils import pytorch_worker_info
 
+from training.arguments import TRUST_CONFIG, TRUSTED
 from training.files import IMAGE_SUFFIXES, BrokenSamples, decode_image, read_rows
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor, load_image
 
 
+SCHEMES = ("file", "http", "https")  # of shards that no command is run for; a letter is a Windows drive
 CROP_SCALE = (0.9, 1.0)  # share of the picture's area that a random crop keeps; its caption tells of all of it
 CHANGES = ("random_crop", "horizontal_flip", "max_shift")  # of the transform, by a source
 OPTIONS = {  # of each kind; True: required
@@ -333,6 +337,20 @@ class ImageTextDataset(EpochDataset):
         raise ValueError(f"None of the {len(self)} samples can be read.")
 
 
+def check_shards(shards: list[str]) -> None:
+    """
+    Raises:
+        ValueError: one is no file or web address, but has a command run ("pipe:...", "gs:..."), and the config is not
+            trusted (`--trust_config`).
+    """
+    schemes = {shard: urlsplit(shard).scheme for shard in shards}
+    commands = [shard for shard, scheme in schemes.items() if len(scheme) > 1 and scheme not in SCHEMES]
+    if commands and not os.environ.get(TRUSTED):
+        raise ValueError(
+            f"the shard {commands[0]!r:.200} is the output of a command: trust the config by {TRUST_CONFIG}"
+        )
+
+
 class ImageTextStream(EpochDataset, IterableDataset):
     """The samples of a `webdataset` source, in an order drawn from the seed.
 
@@ -368,6 +386,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
     ):
         super().__init__(seed)
         self.shards = expand_urls(shards) if isinstance(shards, str) else shards
+        check_shards(self.shards)
         if not self.shards or samples_per_epoch < 1 or shuffle < 0:
             raise ValueError(
                 f"A stream has at least 1 shard, samples_per_epoch of at least 1, and shuffle of at least 0, got "

@@ -31,6 +31,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 from training.arguments import BELOW_ONE, check_arguments
 from training.augment import blur, diff_augment, draw_augmentation
+from training.checkpoints import newest_checkpoint
 from training.codebooks import FEATURES_PER_CODE, DeadCodes, gather_chunks, start_from_data
 from training.discriminator import FeatureDiscriminator
 from training.files import whole_checkpoints
@@ -314,10 +315,10 @@ class TokenizerTrainer:
         self.step = 0
         self.history = LossHistory(self.accelerator)
         set_seed(arguments.seed, device_specific=True)
-        if checkpoints := whole_checkpoints(self.output_dir, STATE):
+        if whole_checkpoints(self.output_dir, STATE):
             if not arguments.resume:
                 raise ValueError(f"{self.output_dir} has checkpoints: set resume, or choose another output_dir.")
-            self._load_checkpoint(checkpoints[max(checkpoints)])
+            self._load_checkpoint(newest_checkpoint(self.output_dir, STATE))
 
     def _check_networks(self, model: UniTokModel, perceptual: nn.Module | None, discriminator: nn.Module | None):
         present = {"perceptual": perceptual, "gan": discriminator, "contrastive": model.text_model}

@@ -33,10 +33,10 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from training.arguments import parse_yaml_and_command_line
+from training.arguments import parse_yaml_and_command_line, run_script
+from training.checkpoints import check_files, newest_checkpoint
 from training.codes import CodeStore
 from training.data import MLLMCollator, MLLMDataset, SampleTexts, Source
-from training.files import whole_checkpoints
 from training.merge_lora import load_with_adapter
 from training.mllm_trainer import (
     WHOLE,
@@ -49,6 +49,7 @@ from training.mllm_trainer import (
 )
 from training.model_card import TrainingRun, check_metadata, push_release, training_facts
 from training.release import FLOAT_TYPES, check_weight, save_release, write_folder
+from training.run_folder import claim_folder
 from training.trainer_options import check_trainer_options
 from unitok_mllm import (
     UniTokImageProcessor,
@@ -57,7 +58,7 @@ from unitok_mllm import (
     UniTokMLLMProcessor,
     UniTokModel,
 )
-from unitok_mllm.configuration_unitok import UniTokVisionConfig
+from unitok_mllm.configuration_unitok import WEIGHT, UniTokVisionConfig, check_ranges
 from unitok_mllm.processing_unitok import VICUNA_SYSTEM, vicuna_chat_template
 
 
@@ -243,6 +244,16 @@ def build_model(
     return model, processor
 
 
+def check_numbers(training_arguments: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: a number of the Trainer's that is none, or negative; it would take it, and train nothing or nonsense.
+    """
+    check_ranges(training_arguments, **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), WEIGHT))
+    if training_arguments.max_steps < 1 and training_arguments.max_steps != -1:  # its own "not given"
+        raise ValueError(f"max_steps must be at least 1, got {training_arguments.max_steps}.")
+
+
 def checked(source: Source, vision: UniTokVisionConfig) -> Source:
     """The source, unless its codes cannot be the tokenizer's.
 
@@ -419,6 +430,8 @@ def main(argv: list[str] | None = None) -> None:
         deepspeed.init_distributed()  # or ZeRO-3 would load the model as if there were one process
     torch.manual_seed(training_arguments.seed)
     output_dir = Path(training_arguments.output_dir)
+    check_numbers(training_arguments)
+    claim_folder(output_dir, training_arguments.process_index == 0)
     model, processor = build_model(arguments, training_arguments)
     vision = model.config.visual_config.vision_config
     texts = SampleTexts(processor, arguments.max_length)
@@ -461,8 +474,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     samples.bind(trainer)
     log_trained_parts(trainer)
-    checkpoints = list(whole_checkpoints(output_dir, WHOLE).values())
-    resume_from, first_step = training_arguments.resume_from_checkpoint or next(reversed(checkpoints), None), 0
+    resume_from, first_step = training_arguments.resume_from_checkpoint, 0
+    if resume_from:
+        check_files(Path(resume_from))
+    else:
+        resume_from = newest_checkpoint(output_dir, WHOLE)
     if resume_from:
         logger.info("going on from %s", resume_from)
         first_step = TrainerState.load_from_json(f"{resume_from}/trainer_state.json").global_step
@@ -473,6 +489,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             "There is no best model to release: no evaluation gave a finite loss, or its checkpoint is gone."
         )
+    if not trainer.state.global_step:
+        raise ValueError("Not one step was made: there is nothing to release.")
     run = training_run(trainer, arguments, first_step, result.metrics["train_runtime"])
     save_results(trainer, processor, arguments, run)
     if push and trainer.is_world_process_zero():
@@ -482,4 +500,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,6 +9,7 @@ without a break. A webdataset stream goes on where it was with the same number o
 resuming is refused.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,12 +21,13 @@ from huggingface_hub.utils import validate_repo_id
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from training.arguments import check_arguments, parse_yaml_and_command_line
+from training.arguments import check_arguments, parse_yaml_and_command_line, run_script
 from training.discriminator import FeatureDiscriminator
 from training.image_text_data import ImageTextTransform, build_image_text_dataset
 from training.losses import LossArguments
 from training.model_card import TrainingRun, check_metadata, push_release
 from training.perceptual import FrozenFeatures, perceptual_distance
+from training.run_folder import claim_folder
 from training.tokenizer_trainer import TokenizerTrainer, TokenizerTrainingArguments
 from unitok_mllm import UniTokConfig, UniTokModel
 from unitok_mllm.convert_unitok import TOKENIZER_KEYS, ConversionReport
@@ -220,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
             f"codebook_start is {training.codebook_start}, but the codebooks come from {arguments.init_from}."
         )
     set_seed(training.seed)
+    claim_folder(training.output_dir, int(os.environ.get("RANK", 0)) == 0)
     with PartialState(cpu=training.use_cpu).local_main_process_first():  # what comes from a hub comes once
         model = build_model(arguments)
         text_tokenizer = AutoTokenizer.from_pretrained(arguments.text_tokenizer)
@@ -250,4 +253,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -136,11 +136,12 @@ def check_size(folder: Path) -> None:
 
     Raises:
         ValueError: the model has many more parameters than the .safetensors files (or numbers than the .bin files have
-            bytes), or tables that are computed from the config beyond what any model needs.
+            bytes), an unknown quantization, or tables that are computed from the config beyond what any model needs.
     """
     import torch
     from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     from .convert_unitok import MAX_COMPUTED, check_archive
     from .modeling_unitok import UniTokModel
@@ -158,6 +159,10 @@ def check_size(folder: Path) -> None:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path.name}: {error}") from error
     config = AutoConfig.from_pretrained(folder)
+    quantization = vars(config).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if quantization is not None and str(method) not in {*AUTO_QUANTIZER_MAPPING, "bitsandbytes"}:
+        raise ValueError(f"its quantization {quantization!r:.100} is not known")
     model_class = UniTokModel if config.model_type == "unitok" else UniTokMLLMForConditionalGeneration
     with torch.device("meta"):
         model = model_class._from_config(config)
