@@ -3,6 +3,7 @@
 python tests/test_web.py docs/web.png    # a picture of the page in use
 """
 
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -227,17 +229,18 @@ def bomb(path: Path, side: int, mode: str, **options) -> str:
     return str(path)
 
 
+def memory(key: str = "VmRSS") -> int:
+    """Bytes that this process has, or had at most (VmHWM)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+
 def peak_memory(work: Callable[[], None]) -> int:
     """Bytes that this process takes at most during `work`, above what it has before."""
-
-    def now(key: str) -> int:
-        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
-
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = now("VmRSS")
+    before = memory()
     work()
-    return now("VmHWM") - before
+    return memory("VmHWM") - before
 
 
 def test_bombs_are_refused_by_their_headers(tmp_path, shared, monkeypatch):
@@ -757,6 +760,49 @@ def test_every_field_is_checked_on_the_server(small_page, picture):
             for value in values:
                 data = [*good[name][:field], value, *good[name][field + 1 :]]
                 assert outcome(client, small_page, name, data)[0] == "error", (name, field, str(value)[:100])
+
+
+def growth(work: Callable[[], None], times: int) -> list[int]:
+    """MiB that this process has more after a tenth of the times, half of them, and all, each against the one before."""
+    sizes = []
+    for number in range(times + 1):
+        if number in (times // 10, times // 2, times):
+            gc.collect()
+            sizes.append(memory() // web.MIB)
+        if number < times:
+            work()
+    return [after - before for before, after in zip(sizes, sizes[1:])]
+
+
+@pytest.mark.slow  # minutes
+def test_nothing_grows_over_many_drawings_and_loads(shared, processor, tmp_path):
+    shared.model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    grown = {
+        "200 drawings": growth(lambda: list(shared.draw("a red circle", 2, DRAWING)), 200),
+        "20 loads": growth(lambda: cli.load(tmp_path), 20),
+    }
+    print(f"\n{grown} MiB")
+    assert max(half[-1] for half in grown.values()) < 20
+
+
+@pytest.mark.slow  # minutes
+def test_nothing_grows_over_many_requests(small_page, picture):
+    """The same thousand visits, from fifty addresses: the page, an upload, a look into the tokenizer, a drawing."""
+    numbers = count()
+
+    def visit() -> None:
+        with visitor(2 + next(numbers) % 50) as client:
+            if next(numbers) % 4:
+                assert client.get(f"{small_page}/config").status_code == 200
+            else:
+                (file,) = upload(client, small_page, picture)
+                assert outcome(client, small_page, "tokenize", [file])[0] == "complete"
+                assert outcome(client, small_page, "draw", DRAW)[0] == "complete"
+
+    grown = growth(visit, 1000)
+    print(f"\n{grown} MiB")
+    assert grown[-1] < 30
 
 
 def test_uploads_make_room_for_themselves(small_page, tmp_path):

@@ -490,6 +490,19 @@ def _chat_tab(shared: SharedModel, event_options: dict) -> None:
             return part
         return {"type": part["type"], "path": save_pil_to_cache(part["image"], chatbot.GRADIO_CACHE, format="png")}
 
+    def shown_as_text(turns: list[dict]) -> list[dict]:
+        """The page takes texts for HTML."""
+        return [
+            turn
+            | {
+                "content": [
+                    part | {"text": html.escape(part["text"], quote=False)} if part["type"] == "text" else part
+                    for part in turn["content"]
+                ]
+            }
+            for turn in turns
+        ]
+
     def loaded(turn: dict) -> dict:
         parts = [
             {"type": "image", "image": read_pictures([part["path"]])[0]} if part["type"] == "image" else part
@@ -509,12 +522,13 @@ def _chat_tab(shared: SharedModel, event_options: dict) -> None:
             turns = [*conversation, {"role": "user", "content": content}]
             inputs = shared.chat_inputs([loaded(turn) for turn in turns])
             options = drawing_options(*sampling)
-            yield None, turns, gr.skip()
+            yield None, shown_as_text(turns), gr.skip()
             for parts in shared.answer(inputs, longest, options):
                 shown = [kept(part) for part in parts]
                 whole = [part for part in shown if part["type"] != "unfinished"]  # what stays after a stop
                 answered = [*turns, {"role": "assistant", "content": whole}] if whole else gr.skip()
-                yield gr.skip(), [*turns, {"role": "assistant", "content": shown}] if shown else turns, answered
+                so_far = [*turns, {"role": "assistant", "content": shown}] if shown else turns
+                yield gr.skip(), shown_as_text(so_far), answered
 
     asked = box.submit(chat, [box, conversation, longest, *fields], [box, chatbot, conversation], **event_options)
     stop.click(None, cancels=asked)
