@@ -902,14 +902,14 @@ HOSTILE_ROWS = [
 def test_rows_that_are_not_what_they_should_be_are_broken_samples(tmp_path, processor, picture, kind, change):
     turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
     row = {"image": picture.name, "conversations": turns, "caption": "red", "text": "a red circle"}
-    texts, rng = SampleTexts(processor, 100), np.random.default_rng(0)
+    texts, rng = SampleTexts(processor, 250), np.random.default_rng(0)
     for content, is_good in ((row, True), (row | change, False)):
         (tmp_path / "rows.json").write_text(json.dumps([content]), encoding="utf-8")
         source = Source(str(tmp_path / "rows.json"), kind)
         if is_good:
             assert len(source.sample(0, texts, 0.0, rng)["input_ids"])
             continue
-        with pytest.raises(UnusableSample):
+        with pytest.raises(UnusableSample, match="named by texts, not by|cannot be|'/dev/zero': not a regular file"):
             source.sample(0, texts, 0.0, rng)
 
 

@@ -30,7 +30,7 @@ def other_run(folder: Path) -> subprocess.Popen:
 def test_a_second_run_is_told_who_holds_the_folder_until_that_ends(tmp_path, end):
     first = other_run(tmp_path / "new/run")
     assert first.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=rf"new/run is in use by process {first.pid} on \S+, since 20"):
+    with pytest.raises(ValueError, match=rf"the output folder .*new/run is in use by process {first.pid}$"):
         claim_folder(tmp_path / "new/run")
     claim_folder(tmp_path / "new/run", is_main=False)
     first.send_signal(end)
@@ -39,7 +39,7 @@ def test_a_second_run_is_told_who_holds_the_folder_until_that_ends(tmp_path, end
     claim_folder(tmp_path / "new/run")  # by the same process
     second = other_run(tmp_path / "new/run")
     _, errors = second.communicate(timeout=60)
-    assert f"is in use by process {os.getpid()} on" in errors
+    assert f"is in use by process {os.getpid()}\n" in errors and list((tmp_path / "new/run").iterdir()) == []
 
 
 def test_what_cannot_be_an_output_folder_is_refused(tmp_path):
@@ -50,6 +50,17 @@ def test_what_cannot_be_an_output_folder_is_refused(tmp_path):
         claim_folder(tmp_path / "file/run")
     with pytest.raises(ValueError, match="cannot write to the output folder /proc/run: "):  # nobody may write there
         claim_folder("/proc/run")
-    (tmp_path / "run/.lock").mkdir(parents=True)
-    with pytest.raises(ValueError, match="cannot write to the output folder .*/run: Is a directory"):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if os.geteuid():  # root may write everywhere
+        with pytest.raises(ValueError, match="cannot write to the output folder .*/locked: no permission"):
+            claim_folder(tmp_path / "locked")
+
+
+def test_without_the_systems_list_another_run_has_no_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCKS", tmp_path / "none")
+    first = other_run(tmp_path / "run")
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="run is in use by another run$"):
         claim_folder(tmp_path / "run")
+    first.kill()
+    first.communicate(timeout=60)

@@ -4,6 +4,7 @@ python tests/test_web.py docs/web.png    # a picture of the page in use
 """
 
 import gc
+import html
 import json
 import os
 import shutil
@@ -491,9 +492,6 @@ def test_what_is_no_picture_gives_a_message(page, tmp_path):
     expect(page.get_by_text("Invalid file type: notes.txt. Only image allowed.")).to_be_visible()
 
 
-MARKUP = """<img src=x onerror="window.hacked = 1"><script>window.hacked = 2</script><b class="hacked">b</b>"""
-
-
 @pytest.mark.web
 def test_markup_in_prompts_words_and_names_of_files_stays_text(page, picture, tmp_path):
     ask(page, MARKUP)
@@ -609,6 +607,9 @@ def test_a_signal_while_loading_leaves_nothing(tmp_path, end):
 # Attacks without a browser
 
 
+MARKUP = """<img src=x onerror="window.hacked = 1"><script>window.hacked = 2</script><b class="hacked">b</b>"""
+
+
 DRAW = ["a red circle", 1, 1, 1, 0, 1, 0]  # the fields of the tab
 
 
@@ -714,6 +715,16 @@ def test_the_queue_cannot_be_passed_and_a_visitor_has_four_jobs(slow_page):
     assert statuses.count(200) == 16 + 1 - 4 and statuses.count(503) == 29 - 13  # one is at work, 16 wait
     direct = clients[0].post(f"{address}/gradio_api/run/draw", json={"data": DRAW})
     assert direct.status_code == 404
+
+
+def test_texts_of_a_chat_reach_the_page_escaped_and_the_model_as_they_are(small_page, shared, monkeypatch):
+    asked, chat_inputs = [], shared.chat_inputs
+    monkeypatch.setattr(shared, "chat_inputs", lambda turns: asked.append(turns) or chat_inputs(turns))
+    with visitor() as client:
+        _, (_, turns, *_) = outcome(client, small_page, "chat", [{"text": MARKUP, "files": []}, 8, *DRAW[2:]])
+    ((text,), *_) = [turn["content"] for turn in turns]
+    assert text["text"] == html.escape(MARKUP, quote=False) and "<" not in text["text"]
+    assert asked[0][0]["content"] == [{"type": "text", "text": MARKUP}]
 
 
 def test_requests_have_a_size_and_a_rate(small_page):

@@ -56,7 +56,7 @@ def read_rows(path: str | os.PathLike) -> list[dict] | datasets.Dataset:
         )
     except (*BROKEN_TABLE, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(
-            f"cannot read the data file {path}: {error.__cause__ or error or 'it has no rows'}"
+            f"cannot read the data file {path}: {str(error.__cause__ or error) or 'it has no rows'}"
         ) from error
     if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) or isinstance(rows, datasets.Dataset):
         return rows

@@ -37,6 +37,7 @@ from training.arguments import parse_yaml_and_command_line, run_script
 from training.checkpoints import check_files, newest_checkpoint
 from training.codes import CodeStore
 from training.data import MLLMCollator, MLLMDataset, SampleTexts, Source
+from training.files import whole_checkpoints
 from training.merge_lora import load_with_adapter
 from training.mllm_trainer import (
     WHOLE,
