@@ -494,12 +494,13 @@ def test_what_is_no_picture_gives_a_message(page, tmp_path):
 
 @pytest.mark.web
 def test_markup_in_prompts_words_and_names_of_files_stays_text(page, picture, tmp_path):
-    ask(page, MARKUP)
-    expect(page.locator(".chat [data-testid=user]").last).to_have_text(MARKUP)
-    expect(answers(page)).to_have_count(1)
     (tmp_path / "<b class=hacked>.png").write_text("no picture", encoding="utf-8")
     ask(page, "what?", tmp_path / "<b class=hacked>.png")
     expect(page.get_by_text("is not a picture that can be read")).to_be_visible()
+    page.reload()
+    ask(page, MARKUP)
+    expect(page.locator(".chat [data-testid=user]").last).to_have_text(MARKUP)
+    expect(answers(page)).to_have_count(1)
     draw(page, MARKUP * 100)
     expect(page.get_by_text("the prompt is too long")).to_be_visible()
     page.get_by_role("tab", name="Tokenizer").click()
