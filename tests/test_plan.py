@@ -333,6 +333,25 @@ def test_command_line_prints_and_writes_the_plan(folder, tmp_path):
     )
 
 
+def test_other_sizes_than_a_presets_are_planned(tmp_path):
+    sizes = {"image_size": 128, "num_codebooks": 4, "codebook_size": 1024, "hidden_size": 128}
+    own = UniTokConfig.preset("tiny", **sizes)
+    own.save_pretrained(tmp_path / "own")
+    options = ("--samples", 1e6, "--gpus", 8, "--no-gan", "--no-perceptual", "--batch-per-gpu", 1)
+    plan_file = tmp_path / "plan.json"
+    changes = ("--vision-overrides", json.dumps(sizes))
+    result = run_cli("tokenizer", *options, "--preset", "tiny", *changes, "--json", plan_file)
+    assert result.exit_code == 0, result.output
+    parts = json.loads(plan_file.read_text(encoding="utf-8"))["parts"]
+    total, _ = count_parameters(without_values(lambda: UniTokModel(own)))
+    assert sum(part["parameters"] for part in parts) == total
+    result = run_cli("tokenizer", *options, "--preset", tmp_path / "own", "--vision-overrides", "{image_size: 64}")
+    assert result.exit_code == 2 and "has its own sizes: image_size would have no effect" in result.stderr
+    for wrong, message in (("{image_sizes: 64}", "no image_sizes"), ("[1]", "no mapping")):
+        result = run_cli("tokenizer", *options, "--preset", "tiny", "--vision-overrides", wrong)
+        assert result.exit_code == 2 and message in result.stderr
+
+
 def test_command_line_errors_are_one_line():
     for args, message in (
         (("tokenizer", "--preset", "huge", "--samples", 1, "--gpus", 8), "Unknown preset 'huge'"),

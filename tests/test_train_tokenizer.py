@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -637,9 +638,23 @@ def test_training_arguments_that_cannot_be_are_refused(wrong, message):
 
 
 @pytest.mark.parametrize("beside", [{"vision_overrides": {"image_size": 32}}, {"init_open_clip": "ViTamin-L-256"}])
-def test_a_tokenizer_to_start_from_takes_no_config_and_no_weights_beside_it(beside):
+def test_a_tokenizer_to_start_from_takes_no_config_and_no_weights_beside_it(beside, text_tokenizer):
     with pytest.raises(ValueError, match="init_from .a. brings its own .*(ViTamin|32)"):
-        build_model(TokenizerArguments(init_from="a", **beside))
+        build_model(TokenizerArguments(init_from="a", **beside), text_tokenizer)
+
+
+def test_a_fresh_text_tower_is_as_large_as_the_text_tokenizer_and_finds_its_ends(text_tokenizer):
+    texts = copy.deepcopy(text_tokenizer)
+    texts.add_tokens([f"<word{i}>" for i in range(700 - len(texts))])
+    texts.add_special_tokens({"eos_token": "<end>"})
+    model = build_model(TokenizerArguments(), texts)
+    check_text_tokenizer(texts, model.config)
+    text = model.config.text_config
+    assert (text.vocab_size, text.bos_token_id, text.eos_token_id, text.pad_token_id) == (701, 1, 700, 0)
+    ids = texts(["a red circle<end>", "a blue<word3><end>"], padding=True, padding_side="right", return_tensors="pt")
+    longer = torch.cat([ids["input_ids"], torch.full((2, 3), 5)], dim=1)
+    features = [model.get_text_features(i).pooler_output for i in (ids["input_ids"], longer)]
+    torch.testing.assert_close(*features)
 
 
 @pytest.mark.parametrize(
@@ -679,6 +694,34 @@ def test_the_text_tokenizers_command_has_a_help_and_refuses_what_it_does_not_kno
         with pytest.raises(SystemExit, match="2"):
             text_tokenizer.main(wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_text_tokenizer_of_own_captions_knows_their_words(tmp_path, capsys):
+    captions = tmp_path / "captions.jsonl"
+    rows = [json.dumps({"caption": f"an ostrich beside a zeppelin {i}"}) + "\n" for i in range(20)]
+    captions.write_text("".join(rows), encoding="utf-8")
+    text_tokenizer.main([str(tmp_path / "own"), "--captions", str(captions), "--vocab-size", "400"])
+    own = AutoTokenizer.from_pretrained(tmp_path / "own")
+    assert own.tokenize("an ostrich beside a zeppelin") == ["an", "Ġostrich", "Ġbeside", "Ġa", "Ġzeppelin"]
+    assert "Ġdescription" in own.get_vocab() and "ĠASSISTANT" in own.get_vocab() and len(own) <= 400
+    assert f"{len(own)} tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"text": "a"}, (), "Row 1 of .* has no text under 'caption'"),
+        ({"caption": "a"}, ("--vocab-size", "200"), "--vocab-size 200 is less than 262"),
+        (None, (), "There is no data file"),
+    ],
+)
+def test_captions_and_sizes_that_make_no_text_tokenizer_are_refused_in_a_line(row, options, message, tmp_path, capsys):
+    if row is not None:
+        (tmp_path / "captions.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        text_tokenizer.main([str(tmp_path / "own"), "--captions", str(tmp_path / "captions.jsonl"), *options])
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "own").exists()
 
 
 def small_open_clip(tmp_path: Path) -> nn.Module:

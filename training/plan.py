@@ -27,7 +27,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +35,7 @@ from typing import Annotated
 import psutil
 import torch
 import typer
+import yaml
 from peft import LoraConfig, inject_adapter_in_model
 from rich import box
 from rich.console import Console
@@ -52,6 +53,7 @@ from training.losses import LossArguments
 from training.perceptual import FrozenFeatures, perceptual_distance
 from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokMLLMForConditionalGeneration, UniTokModel
 from unitok_mllm.cli import SHIPPED_MODEL, OneLineErrors
+from unitok_mllm.configuration_unitok import UniTokVisionConfig
 
 
 GIB = 2**30
@@ -333,13 +335,17 @@ def make_plan(
     return Plan(title, run, parts, notes, forward, step, memory, stage, run.days(step))
 
 
-def visual_config(name: str) -> UniTokConfig:
-    """A visual tokenizer's config, from a preset's name or a folder.
+def visual_config(name: str, **vision_overrides) -> UniTokConfig:
+    """A visual tokenizer's config, from a preset's name (with other sizes where given) or a folder.
 
     Raises:
-        ValueError: neither of both.
+        ValueError: neither of both, or other sizes for a folder.
     """
-    return UniTokConfig.from_pretrained(name) if Path(name, "config.json").is_file() else UniTokConfig.preset(name)
+    if not Path(name, "config.json").is_file():
+        return UniTokConfig.preset(name, **vision_overrides)
+    if vision_overrides:
+        raise ValueError(f"The folder {name} has its own sizes: {', '.join(vision_overrides)} would have no effect.")
+    return UniTokConfig.from_pretrained(name)
 
 
 def mllm_config(llm: str, visual: str) -> UniTokMLLMConfig:
@@ -410,6 +416,7 @@ def plan_tokenizer(
     gan_start: float = 0.375,
     ema: bool = True,
     gradient_checkpointing: bool = False,
+    **vision_overrides,
 ) -> Plan:
     """Plans the training of a visual tokenizer (UniTok, section 3.1).
 
@@ -421,11 +428,12 @@ def plan_tokenizer(
             four images: real and reconstructed, plain and augmented.
         gan_start: share of the training that is over when the GAN starts.
         ema: keeps an average of the weights, in fp32 on every GPU.
+        vision_overrides: fields of the preset's vision config that differ.
 
     Raises:
         ValueError: an unknown preset, or one without a text tower; or a `gan_start` outside [0, 1].
     """
-    config = visual_config(preset)
+    config = visual_config(preset, **vision_overrides)
     if config.text_config is None:
         raise ValueError(f"The tokenizer {preset!r} has no text tower to train with.")
     if not 0 <= gan_start <= 1:
@@ -703,6 +711,20 @@ Checkpointing = Annotated[bool, typer.Option(help="Compute activations again in 
 JSONFile = Annotated[Path | None, typer.Option("--json", help="Write the plan to this file too.")]
 
 
+def vision_fields(text: str) -> dict:
+    """Fields of a vision config, from YAML (or JSON) like "{image_size: 512}".
+
+    Raises:
+        typer.BadParameter: it is no mapping, or names a field that there is not.
+    """
+    values = yaml.safe_load(text)
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{text!r} is no mapping like '{{image_size: 512}}'.")
+    if unknown := values.keys() - {field.name for field in fields(UniTokVisionConfig)}:
+        raise typer.BadParameter(f"A vision config has no {', '.join(sorted(unknown))}.")
+    return values
+
+
 @app.command("tokenizer")
 def tokenizer_command(
     samples: Samples,
@@ -718,11 +740,18 @@ def tokenizer_command(
     gan_start: Annotated[float, typer.Option(help="Share of the training before the discriminator starts.")] = 0.375,
     ema: Annotated[bool, typer.Option(help="With an average of the weights.")] = True,
     gradient_checkpointing: Checkpointing = False,
+    vision_overrides: Annotated[
+        dict,
+        typer.Option(parser=vision_fields, help="Fields of its vision config that differ, like '{image_size: 512}'."),
+    ] = "{}",
     json_file: JSONFile = None,
 ) -> None:
     """Plans the visual tokenizer's training."""
     run = Run(samples, gpus, gpu_memory, gpu_flops, mfu, batch_per_gpu, gpus_per_node)
-    show(plan_tokenizer(preset, run, perceptual, gan, gan_start, ema, gradient_checkpointing), json_file)
+    show(
+        plan_tokenizer(preset, run, perceptual, gan, gan_start, ema, gradient_checkpointing, **vision_overrides),
+        json_file,
+    )
 
 
 @app.command("mllm")

@@ -1,6 +1,7 @@
-"""Makes the small byte-level BPE tokenizer of the `tiny` models from easy-VQA's train split.
+"""Makes a small byte-level BPE tokenizer for texts, from captions of one's own or (the shipped model's) of easy-VQA.
 
 python -m training.text_tokenizer runs/tiny-text-tokenizer
+python -m training.text_tokenizer runs/my-text-tokenizer --captions data/captions.jsonl --vocab-size 4096
 """
 
 import argparse
@@ -10,11 +11,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from training import easy_vqa
+from training.files import read_rows
 from unitok_mllm.processing_unitok import GENERATION_SUFFIX, UNCONDITIONAL_PROMPT
 
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<boi>", "<eoi>", "<image>")
 TURNS = "USER: ASSISTANT: "
+SMALLEST = len(SPECIAL_TOKENS) + 256  # a token for each byte
 
 
 def train_text_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
@@ -40,16 +43,50 @@ def train_text_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedT
     )
 
 
+def easy_vqa_texts() -> list[str]:
+    """What the shipped model reads and draws: prompts, null prompts, questions with their answers."""
+    samples = easy_vqa.load("train")
+    texts = [s.caption + GENERATION_SUFFIX for s in samples] + [UNCONDITIONAL_PROMPT] * 400
+    return texts + [f"{TURNS}{question} {answer}" for s in samples for question, answer in s.questions]
+
+
+def caption_texts(paths: list[Path]) -> list[str]:
+    """The captions of tables as prompts, with null prompts and the words around turns, one for ten of them.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such table, or a row of it has no caption; it is named.
+    """
+    prompts = []
+    for path in paths:
+        for number, row in enumerate(read_rows(path), start=1):
+            if not isinstance(row.get("caption"), str):
+                raise ValueError(f"Row {number} of {path} has no text under 'caption'.")
+            prompts.append(row["caption"] + GENERATION_SUFFIX)
+    return prompts + [UNCONDITIONAL_PROMPT, TURNS] * (len(prompts) // 10 + 1)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where it is written to")
-    folder = parser.parse_args(argv).folder
-    if folder.is_file():
-        parser.error(f"{folder} is a file, not a folder")
-    samples = easy_vqa.load("train")
-    texts = [s.caption + GENERATION_SUFFIX for s in samples] + [UNCONDITIONAL_PROMPT] * 400
-    texts += [f"{TURNS}{question} {answer}" for s in samples for question, answer in s.questions]
-    train_text_tokenizer(texts).save_pretrained(folder)
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        action="append",
+        help="a .jsonl, .json or .parquet file with a `caption` in each row; may be given again; without it: easy-VQA",
+    )
+    parser.add_argument("--vocab-size", type=int, default=512, help="its tokens, at most (default: 512)")
+    arguments = parser.parse_args(argv)
+    if arguments.folder.is_file():
+        parser.error(f"{arguments.folder} is a file, not a folder")
+    if arguments.vocab_size < SMALLEST:
+        parser.error(f"--vocab-size {arguments.vocab_size} is less than {SMALLEST}, the special tokens and all bytes")
+    try:
+        texts = caption_texts(arguments.captions) if arguments.captions else easy_vqa_texts()
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    tokenizer = train_text_tokenizer(texts, arguments.vocab_size)
+    tokenizer.save_pretrained(arguments.folder)
+    print(f"{arguments.folder}: {len(tokenizer)} tokens")
 
 
 if __name__ == "__main__":

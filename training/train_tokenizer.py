@@ -48,7 +48,12 @@ GRID_IMAGES = 16
 class TokenizerArguments:
     """What is trained, on what."""
 
-    preset: str = field(default="tiny", metadata={"help": "a preset of UniTokConfig: large, base or tiny"})
+    preset: str = field(
+        default="tiny",
+        metadata={
+            "help": "a preset of UniTokConfig: large, base or tiny; its text tower gets the text tokenizer's vocabulary"
+        },
+    )
     vision_overrides: dict = field(default_factory=dict, metadata={"help": "fields of its vision config that differ"})
     text_overrides: dict = field(default_factory=dict, metadata={"help": "fields of its text config that differ"})
     init_from: str = field(default="", metadata={"help": "folder of a tokenizer to start from; replaces the preset"})
@@ -132,8 +137,10 @@ def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionRep
     return report
 
 
-def build_model(arguments: TokenizerArguments) -> UniTokModel:
+def build_model(arguments: TokenizerArguments, text_tokenizer: PreTrainedTokenizerBase) -> UniTokModel:
     """A tokenizer from a folder, or a fresh one, with the towers of an open_clip model where asked for.
+
+    A fresh text tower has an embedding for each token of the text tokenizer; open_clip's keeps its own.
 
     Raises:
         ValueError: a folder and what it would replace.
@@ -145,7 +152,10 @@ def build_model(arguments: TokenizerArguments) -> UniTokModel:
         )
     if arguments.init_from:
         return UniTokModel.from_pretrained(arguments.init_from, dtype=torch.float32)
-    model = UniTokModel(UniTokConfig.preset(arguments.preset, arguments.text_overrides, **arguments.vision_overrides))
+    text = {"vocab_size": max(text_tokenizer.get_vocab().values()) + 1}
+    text |= {name: getattr(text_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = arguments.text_overrides if arguments.init_open_clip else text | arguments.text_overrides
+    model = UniTokModel(UniTokConfig.preset(arguments.preset, text, **arguments.vision_overrides))
     if arguments.init_open_clip:
         print(load_open_clip(model, arguments.init_open_clip, arguments.init_open_clip_weights))
     return model
@@ -224,8 +234,8 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(training.seed)
     claim_folder(training.output_dir, int(os.environ.get("RANK", 0)) == 0)
     with PartialState(cpu=training.use_cpu).local_main_process_first():  # what comes from a hub comes once
-        model = build_model(arguments)
         text_tokenizer = AutoTokenizer.from_pretrained(arguments.text_tokenizer)
+        model = build_model(arguments, text_tokenizer)
         networks = build_networks(losses, model.config.vision_config.image_size)
     check_text_tokenizer(text_tokenizer, model.config)
     size = {"height": model.config.vision_config.image_size, "width": model.config.vision_config.image_size}
