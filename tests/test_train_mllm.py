@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,10 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainingArguments
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from training.arguments import parse_yaml_and_command_line
@@ -27,7 +32,7 @@ from training.merge_lora import app as merge_lora_app
 from training.merge_lora import load_with_adapter
 from training.mllm_trainer import WHOLE, EvalShare, MLLMTrainer, is_under, set_visual_aside
 from training.release import save_release
-from training.train_mllm import MLLMArguments, build_model, main
+from training.train_mllm import IMAGE_TOKENS, MLLMArguments, build_model, main
 from training.trainer_options import METRICS
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
@@ -358,6 +363,99 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, start, data):
         torch.testing.assert_close(second[name], weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture
+def llm(tmp_path) -> Callable[..., Path]:
+    """Saves a Qwen3 with one weight for embeddings and output, and a text tokenizer with these special tokens."""
+
+    def save(*special_tokens: str) -> Path:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        special_tokens = list(dict.fromkeys(["<pad>", "<s>", "</s>", *special_tokens]))
+        backend.train_from_iterator(
+            ["a red circle"], trainers.BpeTrainer(special_tokens=special_tokens, initial_alphabet=alphabet)
+        )
+        names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+        config = Qwen3Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)
+        Qwen3ForCausalLM(config).save_pretrained(tmp_path / "llm")
+        tokenizer.save_pretrained(tmp_path / "llm")
+        return tmp_path / "llm"
+
+    return save
+
+
+def joined(tmp_path, start, llm: Path, sources: list[dict], **options) -> Path:
+    """A config for training the LLM joined with the tokenizer of `start`."""
+    parts = {"model": "", "visual_model": str(start), "llm": str(llm), "embedder_dim": 40, "embedder_heads": 2}
+    return write_config(tmp_path / "joined.yaml", start, sources, **parts, **options)
+
+
+def built(config: Path):
+    return build_model(*parse_yaml_and_command_line((MLLMArguments, TrainingArguments), [str(config)]))
+
+
+@pytest.mark.parametrize("pair", IMAGE_TOKENS)
+def test_the_tokens_around_an_image_are_those_that_the_text_tokenizer_has(tmp_path, start, llm, pair):
+    folder = llm("<other>", *pair, "<0x00>", "<0x01>")
+    model, processor = built(joined(tmp_path, start, folder, []))
+    assert (processor.boi_token, processor.eoi_token) == pair
+    assert (model.config.boi_token_id, model.config.eoi_token_id) == (4, 5)
+    named = {"boi_token": "<0x01>", "eoi_token": "<other>"}
+    _, processor = built(joined(tmp_path, start, folder, [], **named))
+    assert (processor.boi_token, processor.eoi_token) == ("<0x01>", "<other>")
+
+
+def test_tokens_around_an_image_are_added_with_rows_for_them_or_refused(tmp_path, start, llm):
+    folder = llm()
+    size = len(AutoTokenizer.from_pretrained(folder))
+    with pytest.raises(ValueError, match="no <boi> and no <eoi> .* set add_image_tokens, or name two of its tokens"):
+        built(joined(tmp_path, start, folder, []))
+    model, processor = built(joined(tmp_path, start, folder, [], add_image_tokens=True))
+    assert (processor.boi_token, processor.eoi_token, model.config.llm_sizes.vocab_size) == (
+        "<boi>",
+        "<eoi>",
+        size + 2,
+    )
+    assert (model.config.boi_token_id, model.config.eoi_token_id, model.config.image_token_id) == (
+        size,
+        size + 1,
+        size + 2,
+    )
+    before = Qwen3ForCausalLM.from_pretrained(folder)
+    rows = model.get_input_embeddings().weight
+    assert model.get_output_embeddings().weight is rows and len(rows) == size + 2
+    assert torch.equal(rows[:size], before.get_input_embeddings().weight)
+    assert not torch.equal(rows[size], rows[size + 1]) and rows[size:].any(dim=1).all()
+    named = {"boi_token": "<s>", "eoi_token": "<end>"}
+    model, processor = built(joined(tmp_path, start, folder, [], add_image_tokens=True, **named))
+    assert (model.config.boi_token_id, model.config.eoi_token_id, model.config.llm_sizes.vocab_size) == (
+        1,
+        size,
+        size + 1,
+    )
+
+
+def test_a_tied_llm_resumes_without_a_word_of_missing_weights_but_of_those_that_are(tmp_path, start, llm, data):
+    options = {"save_strategy": "steps", "save_steps": 1, "add_image_tokens": True}
+    main([str(joined(tmp_path, start, llm(), [data["draw"]], max_steps=2, **options))])
+    shutil.rmtree(tmp_path / "joined/checkpoint-2")
+    first = losses(tmp_path / "joined")
+    weights = tmp_path / "joined/checkpoint-1/model.safetensors"
+    assert "language_model.lm_head.weight" not in load_file(weights)
+    with CaptureLogger(logging.get_logger("transformers.trainer")) as captured:
+        main([str(tmp_path / "joined.yaml")])
+    assert "missing keys" not in captured.out
+    np.testing.assert_allclose(losses(tmp_path / "joined"), first, rtol=1e-6)
+    save_file({k: v for k, v in load_file(weights).items() if k != "embedder.norm.bias"}, weights)
+    shutil.rmtree(tmp_path / "joined/checkpoint-2")
+    with CaptureLogger(logging.get_logger("transformers.trainer")) as captured:
+        main([str(tmp_path / "joined.yaml")])
+    assert "There were missing keys in the checkpoint model loaded: ['embedder.norm.bias']." in captured.out
+
+
 @pytest.mark.slow  # compiles every shape of batch: two minutes
 def test_a_compiled_training_gives_the_losses_and_the_release_of_a_plain_one(tmp_path, start, data):
     for name, options in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "eager"})):
@@ -616,6 +714,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
         ({"learning_rates": {"embedder": 1.0}, "trainable": ["depth_head"]}, "'embedder', which fits no trained"),
         ({"llm": "x"}, "With model, llm 'x' would have no effect"),
         ({"boi_token": "<x>"}, "With model, boi_token '<x>' would have no effect"),
+        ({"add_image_tokens": True}, "With model, add_image_tokens True would have no effect"),
         ({"sample_options": {"top_k": 3}}, "With no sample_prompts, sample_options"),
         ({"train_codebooks": True, "trainable": ["depth_head"]}, "train_codebooks needs embedder"),
         ({"release_dtype": "int8"}, "release_dtype is one of float32, float16, bfloat16, got 'int8'"),

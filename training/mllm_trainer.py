@@ -266,6 +266,12 @@ class MLLMTrainer(Trainer):
         for parameter in frozen:
             parameter.requires_grad_(False)
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """The library's, but for tied weights: a checkpoint holds them once."""
+        tied = self.mllm.all_tied_weights_keys
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()

@@ -24,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TrainerState,
     TrainingArguments,
 )
@@ -68,7 +69,14 @@ PARTS = ["embedder", "depth_head", "language_model"]
 # options for an MLLM that is joined from parts
 OF_PARTS = (
     *("text_tokenizer", "depth_config", "embedder_dim", "embedder_heads", "system_line", "boi_token", "eoi_token"),
-    "llm_gguf_file",
+    *("add_image_tokens", "llm_gguf_file"),
+)
+# that open and close an image: in this project's text tokenizers, Gemma 3's, Qwen's and (bytes that no text has) Llama's
+IMAGE_TOKENS = (
+    ("<boi>", "<eoi>"),
+    ("<start_of_image>", "<end_of_image>"),
+    ("<|vision_start|>", "<|vision_end|>"),
+    ("<0x00>", "<0x01>"),
 )
 
 
@@ -91,8 +99,14 @@ class MLLMArguments:
     embedder_dim: int = field(default=1024, metadata={"help": "width of the embedder's attention projection"})
     embedder_heads: int = field(default=16, metadata={"help": "its heads"})
     system_line: str = field(default=VICUNA_SYSTEM, metadata={"help": "system line of the vicuna_v1 chat template"})
-    boi_token: str = field(default="<0x00>", metadata={"help": "the token that opens an image"})
-    eoi_token: str = field(default="<0x01>", metadata={"help": "the token that closes an image"})
+    boi_token: str = field(
+        default="", metadata={"help": "the token that opens an image; empty: one that the text tokenizer has for that"}
+    )
+    eoi_token: str = field(default="", metadata={"help": "the token that closes an image; goes with boi_token"})
+    add_image_tokens: bool = field(
+        default=False,
+        metadata={"help": "add these tokens where the text tokenizer lacks them, with rows in the LLM's embeddings"},
+    )
 
     trainable: list[str] = field(
         default_factory=lambda: list(PARTS),
@@ -162,6 +176,8 @@ class MLLMArguments:
             for name in names:
                 if is_given and getattr(self, name) != defaults[name]:
                     raise ValueError(f"With {what}, {name} {getattr(self, name)!r} would have no effect.")
+        if bool(self.boi_token) != bool(self.eoi_token):
+            raise ValueError(f"boi_token {self.boi_token!r} and eoi_token {self.eoi_token!r} go together.")
 
 
 @contextmanager
@@ -175,16 +191,37 @@ def whole_weights(training_arguments: TrainingArguments) -> Iterator[None]:
             set_hf_deepspeed_config(training_arguments.hf_deepspeed_config)
 
 
+def choose_image_tokens(arguments: MLLMArguments, text_tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The tokens that open and close an image: those named, or a pair that is known; added where that is allowed.
+
+    Raises:
+        ValueError: the text tokenizer lacks them.
+    """
+    vocabulary = text_tokenizer.get_vocab()
+    known = next((pair for pair in IMAGE_TOKENS if vocabulary.keys() >= set(pair)), IMAGE_TOKENS[0])
+    pair = (arguments.boi_token, arguments.eoi_token) if arguments.boi_token else known
+    if missing := [token for token in pair if token not in vocabulary]:
+        if not arguments.add_image_tokens:
+            raise ValueError(
+                f"The text tokenizer has no {' and no '.join(missing)} for an image to begin and end with: set "
+                "add_image_tokens, or name two of its tokens as boi_token and eoi_token."
+            )
+        text_tokenizer.add_tokens(missing, special_tokens=True)
+    return pair
+
+
 def build_processor(arguments: MLLMArguments, image_size: int) -> UniTokMLLMProcessor:
     if arguments.model:
         return UniTokMLLMProcessor.from_pretrained(arguments.model)
     gguf = {"gguf_file": arguments.llm_gguf_file} if arguments.llm_gguf_file and not arguments.text_tokenizer else {}
+    text_tokenizer = AutoTokenizer.from_pretrained(arguments.text_tokenizer or arguments.llm, **gguf)
+    boi_token, eoi_token = choose_image_tokens(arguments, text_tokenizer)
     return UniTokMLLMProcessor(
         UniTokImageProcessor(size={"height": image_size, "width": image_size}),
-        AutoTokenizer.from_pretrained(arguments.text_tokenizer or arguments.llm, **gguf),
+        text_tokenizer,
         chat_template=vicuna_chat_template(arguments.system_line),
-        boi_token=arguments.boi_token,
-        eoi_token=arguments.eoi_token,
+        boi_token=boi_token,
+        eoi_token=eoi_token,
     )
 
 
@@ -231,8 +268,12 @@ def build_model(
         if arguments.visual_model:
             model.embedder.quantizer.load_state_dict(visual.vision_model.quantizer.state_dict())
     else:
+        language_model = build_language_model(arguments)
+        tokens = max(processor.boi_token_id, processor.eoi_token_id) + 1
+        if arguments.add_image_tokens and tokens > language_model.get_input_embeddings().num_embeddings:
+            language_model.resize_token_embeddings(tokens)
         model = UniTokMLLMForConditionalGeneration.from_parts(
-            build_language_model(arguments),
+            language_model,
             visual,
             depth_config=arguments.depth_config,
             embedder_dim=arguments.embedder_dim,
