@@ -344,7 +344,7 @@ def test_other_sizes_than_a_presets_are_planned(tmp_path):
     assert result.exit_code == 0, result.output
     parts = json.loads(plan_file.read_text(encoding="utf-8"))["parts"]
     total, _ = count_parameters(without_values(lambda: UniTokModel(own)))
-    assert sum(part["parameters"] for part in parts) == total
+    assert sum(part["parameters"] for part in parts) == total - 1  # the logit scale
     result = run_cli("tokenizer", *options, "--preset", tmp_path / "own", "--vision-overrides", "{image_size: 64}")
     assert result.exit_code == 2 and "has its own sizes: image_size would have no effect" in result.stderr
     for wrong, message in (("{image_sizes: 64}", "no image_sizes"), ("[1]", "no mapping")):
