@@ -181,8 +181,8 @@ class Plan:
     """Which runs there are to be.
 
     Raises:
-        ValueError: a setting that each run has to make itself, a candidate's option that there is not, or a geometry
-            that cannot be.
+        ValueError: a setting that each run has to make itself, a source that is no folder, an option of a candidate that
+            no run has, or a geometry that cannot be.
     """
 
     def __init__(
@@ -197,6 +197,8 @@ class Plan:
             raise ValueError(f"Set steps, seeds and batch_size instead of {', '.join(given)}.")
         if tokenizer.init_from or tokenizer.init_open_clip:
             raise ValueError("Every run starts from fresh weights: init_from and init_open_clip have no place here.")
+        if kinds := sorted({source.get("kind", "") for source in tokenizer.datasets} - {"folder"}):
+            raise ValueError(f"The datasets are of kind folder, got {', '.join(kinds)}.")
         if tokenizer.eval_datasets:
             raise ValueError("Name the validation sets in validation instead of eval_datasets.")
         apart = (*SET_HERE, *WITHOUT_EFFECT, "output_dir")

@@ -194,6 +194,16 @@ def test_a_single_candidate_needs_no_search(runs):
     assert {run.settings["training"]["revive_dead_codes"] for run in plan.comparison(choice)} == {7}
 
 
+def test_sources_other_than_folders_and_evaluation_sets_of_the_trainings_are_refused(runs):
+    arguments = parse_yaml_and_command_line(TYPES, [str(CONFIG)])
+    arguments[1].eval_datasets = arguments[1].datasets
+    with pytest.raises(ValueError, match="Name the validation sets in validation instead of eval_datasets"):
+        Plan(*arguments)
+    arguments[1].datasets = [{"kind": "hf", "path": "owner/name"}]
+    with pytest.raises(ValueError, match="The datasets are of kind folder, got hf"):
+        Plan(*arguments)
+
+
 def test_a_candidate_with_an_unknown_option_is_refused(runs):
     arguments = parse_yaml_and_command_line(TYPES, [str(CONFIG)])
     arguments[0].candidates["typo"] = {"revive": 7, "learning_rate": 1e-3}

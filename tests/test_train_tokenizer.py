@@ -541,7 +541,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
     assert list(whole_checkpoints(tmp_path / "killed", STATE)) == [6]
 
 
-TWO = {"max_steps": 3, "adam_epsilon": 1e-3}
+TWO = {"max_steps": 3, "adam_epsilon": 1e-3, "codebook_start": "data", "revive_dead_codes": 2, "rotation_trick": True}
 TWO_LOSSES = ALL_TERMS | {"gan_weight": 0.0}  # whose draws are each process's own
 
 

@@ -145,10 +145,11 @@ def build_model(arguments: TokenizerArguments, text_tokenizer: PreTrainedTokeniz
     Raises:
         ValueError: a folder and what it would replace.
     """
-    if arguments.init_from and (arguments.init_open_clip or arguments.vision_overrides):
+    overrides = arguments.vision_overrides | arguments.text_overrides
+    if arguments.init_from and (arguments.init_open_clip or overrides):
         raise ValueError(
             f"init_from ({arguments.init_from}) brings its own config and weights: init_open_clip "
-            f"({arguments.init_open_clip}) and vision_overrides ({arguments.vision_overrides}) have no place beside it."
+            f"({arguments.init_open_clip}) and overrides ({overrides}) have no place beside it."
         )
     if arguments.init_from:
         return UniTokModel.from_pretrained(arguments.init_from, dtype=torch.float32)
