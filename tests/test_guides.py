@@ -21,6 +21,7 @@ from unitok_mllm import cli
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+SLOW = ("train_a_tokenizer.md", "own_llm.md")  # train for minutes
 BLOCK = re.compile(r"```(python|bash|text)\n(.*?)```", re.DOTALL)
 
 
@@ -71,7 +72,9 @@ def check_other_tools(names: dict) -> None:
 CHECKS = {"other_tools.md": check_other_tools}
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize(
+    "guide", [pytest.param(guide, marks=pytest.mark.slow) if guide in SLOW else guide for guide in GUIDES]
+)
 def test_guide_runs_as_written(guide, folder):
     if guide == "released_weights.md":  # in place of the download: the same tensors, each dimension an eighth
         state = reference_state("tokenizer_base_depth2", shrink=8)
