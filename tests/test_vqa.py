@@ -145,7 +145,7 @@ def test_the_same_command_goes_on_where_it_was_cut_off(expected, tmp_path, monke
         first["metrics"]["easy_vqa"]["accuracy"] == count_right(*(each[:12] for each in expected))["all"]["accuracy"]
     )
 
-    monkeypatch.setattr(vqa, "simple_evaluate", None)  # a finished task is not run again
+    monkeypatch.setattr("lmms_eval.evaluator.simple_evaluate", None)  # a finished task is not run again
     vqa.main(["--model", TINY, "--output", str(tmp_path / "out.json"), "--limit", "12"])
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["parts"]["easy_vqa"] == first
 
