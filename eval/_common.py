@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch
 import transformers
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import unitok_mllm
+from training.arguments import Parser
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
 
@@ -44,11 +44,8 @@ Settings = TypeVar("Settings")
 
 
 def parse_settings(settings_class: type[Settings], argv: list[str] | None = None) -> Settings:
-    """The command line as an instance of a dataclass; what its `__post_init__` refuses ends in one line."""
-    try:
-        (settings,) = HfArgumentParser(settings_class).parse_args_into_dataclasses(args=argv)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    """The command line as an instance of a dataclass, see `Parser.parse`."""
+    (settings,) = Parser(settings_class).parse(argv)
     return settings
 
 

@@ -55,6 +55,7 @@ from eval._common import versions, write_atomically
 from eval.easy_vqa import PAIRS
 from training import train_tokenizer
 from training.arguments import parse_yaml_and_command_line
+from training.errors import one_line_errors
 from training.extract_codes import file_digest
 from training.files import whole_checkpoints
 from training.image_text_data import ImageFiles, ImageTextTransform
@@ -675,14 +676,10 @@ def compare(
     return summarize(output_dir, searched, compared, claims, without_tokenizer)
 
 
+@one_line_errors("Interrupted. Finished runs are kept; the same command goes on from there.")
 def main(argv: list[str] | None = None) -> None:
     types = (ClaimsArguments, TokenizerArguments, LossArguments, TokenizerTrainingArguments)
-    try:
-        report = compare(*parse_yaml_and_command_line(types, argv))
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Finished runs are kept; the same command goes on from there.")
+    report = compare(*parse_yaml_and_command_line(types, argv))
     print(table(report["rows"], report["baselines_psnr_db"]))
 
 

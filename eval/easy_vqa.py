@@ -46,7 +46,9 @@ from eval.judge import (
     make_judge,
 )
 from eval.protocol import number
+from training.arguments import check_device
 from training.easy_vqa import COLORS, KINDS, SHAPES, load, question_kind
+from training.errors import one_line_errors
 from training.losses import psnr
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.image_processing_unitok import MODES
@@ -83,6 +85,7 @@ class Settings:
     device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
 
     def __post_init__(self):
+        check_device(self.device)
         check_model_folder(self.model)
         for name in ("batch_size", "limit", "samples"):
             value = getattr(self, name)
@@ -485,6 +488,7 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, argv)
     try:

@@ -28,7 +28,9 @@ from eval._common import (
 )
 from eval.easy_vqa import answer_questions, draw, normalize_answer
 from eval.protocol import number
+from training.arguments import check_device
 from training.emoji import QUESTION, STYLES, TABLE, Emoji, read_table
+from training.errors import one_line_errors
 from training.losses import psnr
 from unitok_mllm import UniTokMLLMProcessor
 from unitok_mllm.sheet import contact_sheet
@@ -62,6 +64,7 @@ class Settings:
     device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
 
     def __post_init__(self):
+        check_device(self.device)
         check_model_folder(self.model)
         if not (Path(self.data) / TABLE).is_file():
             raise ValueError(f"{self.data} has no emoji: python -m training.prepare_data emoji {self.data}")
@@ -226,6 +229,7 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, argv)
     print(table(evaluate(settings)))

@@ -17,6 +17,7 @@ import torch
 import typer
 
 from eval.speed import smollm2_mllm
+from training.errors import one_line_errors
 
 
 SHARES = (1.0, 0.5, 0.25)
@@ -47,6 +48,10 @@ def measure(share: float, runs: int) -> dict:
     return {"image_loss_share": share, "seconds": round(sorted(seconds[1:])[runs // 2], 2), "mib": round(grown)}
 
 
+app = typer.Typer(help=__doc__, add_completion=False)
+
+
+@app.command()
 def main(
     share: Annotated[float, typer.Option(help="Only this share, in this process; 0: all of them.")] = 0.0,
     runs: Annotated[int, typer.Option(help="Steps to take the median of.")] = 3,
@@ -62,4 +67,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    one_line_errors()(app)()

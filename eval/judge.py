@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
-from eval._common import write_atomically
+from eval._common import parse_settings, write_atomically
 from training.easy_vqa import COLORS, SHAPES, Sample, load
+from training.errors import one_line_errors
 
 
 IMAGE_SIZE = 64
@@ -176,8 +176,9 @@ class JudgeArguments:
     seed: int = field(default=0, metadata={"help": "of initialisation, order and augmentation"})
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    (arguments,) = HfArgumentParser(JudgeArguments).parse_args_into_dataclasses(args=argv)
+    arguments = parse_settings(JudgeArguments, argv)
     make_judge(arguments.output, arguments.epochs, arguments.seed)
 
 

@@ -41,9 +41,16 @@ from torch.nn import functional as F
 from torchvision.models import VGG16_Weights
 from torchvision.transforms.functional import center_crop, pil_to_tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
-from eval._common import check_model_folder, folder_digest, png_bytes, versions, weights_needed, write_atomically
+from eval._common import (
+    check_model_folder,
+    folder_digest,
+    parse_settings,
+    png_bytes,
+    versions,
+    weights_needed,
+    write_atomically,
+)
 from eval.fid import load_inception
 from eval.images import (
     EvalImages,
@@ -57,6 +64,8 @@ from eval.images import (
     stamp,
 )
 from eval.protocol import number
+from training.arguments import check_device
+from training.errors import one_line_errors
 from training.losses import psnr
 from training.perceptual import VGGDistance
 from unitok_mllm import UniTokImageProcessorPil, UniTokModel
@@ -111,6 +120,7 @@ class Settings:
     device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
 
     def __post_init__(self):
+        check_device(self.device)
         if self.system not in ("unitok", "diffusers"):
             raise ValueError(f"unknown system {self.system!r}, expected unitok or diffusers")
         if self.system == "unitok":
@@ -703,15 +713,10 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+@one_line_errors("Interrupted. What is measured is kept; the same command goes on from there.")
 def main(argv: list[str] | None = None) -> None:
-    try:
-        (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(args=argv)
-        report = evaluate(settings)
-        PartialState().destroy_process_group()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. What is measured is kept; the same command goes on from there.")
+    report = evaluate(parse_settings(Settings, argv))
+    PartialState().destroy_process_group()
     if report is not None:
         print(table(report))
 

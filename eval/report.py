@@ -16,7 +16,6 @@ import base64
 import glob
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from jinja2 import Environment
 
 from eval._common import versions, write_atomically
 from eval.protocol import Published, differences, read_published
+from training.errors import one_line_errors
 
 
 ABOUT = ("settings", "versions", "prompt", "prompts", "measured", "configs", "config", "runs")  # shown folded
@@ -419,13 +419,10 @@ def main(
     title: Annotated[str, typer.Option(help="Its heading.")] = "Measured and published",
 ) -> None:
     """Writes one HTML page of results, beside what was published."""
-    try:
-        page = make_report(results, title)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    page = make_report(results, title)
     write_atomically(output, page.encode())
     print(f"{len(results)} results are in {output}")
 
 
 if __name__ == "__main__":
-    app()
+    one_line_errors()(app)()

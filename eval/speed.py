@@ -69,6 +69,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaC
 
 from eval import naive
 from eval._common import check_model_folder, parse_settings, versions, write_atomically
+from training.arguments import check_device
+from training.errors import one_line_errors
 from training.losses import LossArguments, psnr, tokenizer_losses
 from unitok_mllm import (
     UniTokConfig,
@@ -147,6 +149,7 @@ class Settings:
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.split(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device is cpu or cuda, got {self.device!r}")
+        check_device(self.device)
         possible = PRESETS[self.preset]
         if self.model:
             check_model_folder(self.model)
@@ -889,6 +892,7 @@ def show(rows: list[dict]) -> None:
     Console(stderr=True, width=160, highlight=False).print(table)
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, argv)
     rows, unfinished = in_own_process(settings, "peaks", {}), []

@@ -37,12 +37,13 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor, HfArgumentParser
+from transformers import AutoConfig, AutoProcessor
 
 from eval._common import (
     check_model_folder,
     folder_digest,
     load_model,
+    parse_settings,
     picture_bytes,
     png_bytes,
     versions,
@@ -53,6 +54,8 @@ from eval.fid import TOOLS, PictureFiles, fid, load_inception, reference_picture
 from eval.images import stamp
 from eval.prompts import FORMATS, Prompt, read_prompts
 from eval.protocol import number
+from training.arguments import check_device
+from training.errors import one_line_errors
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, load_image
 from unitok_mllm.sheet import contact_sheet
@@ -103,6 +106,7 @@ class Settings:
     vqa_python: str = field(default=sys.executable, metadata={"help": "the Python where t2v-metrics is installed"})
 
     def __post_init__(self):
+        check_device(self.device)
         check_model_folder(self.model)
         for name in ("samples", "limit", "batch_size"):
             value = getattr(self, name)
@@ -479,12 +483,10 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    try:
-        (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(args=argv)
-        evaluation = Evaluation(settings)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    settings = parse_settings(Settings, argv)
+    evaluation = Evaluation(settings)
     try:
         drawing = evaluation.draw()
         is_main_process = evaluation.state.is_main_process

@@ -15,7 +15,6 @@ import difflib
 import functools
 import importlib.metadata
 import json
-import sys
 import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass, field
@@ -29,6 +28,8 @@ from tenacity import RetryError
 
 from eval._common import check_model_folder, folder_digest, parse_settings, versions, write_atomically
 from eval.protocol import number
+from training.arguments import check_device
+from training.errors import one_line_errors
 
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Settings:
     device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
 
     def __post_init__(self):
+        check_device(self.device)
         check_model_folder(self.model)
         for name in ("batch_size", "limit"):
             value = getattr(self, name)
@@ -295,14 +297,9 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+@one_line_errors("Interrupted. The same command goes on from here.")
 def main(argv: list[str] | None = None) -> None:
-    settings = parse_settings(Settings, argv)
-    try:
-        report = evaluate(settings)
-    except TaskError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command goes on from here.")
+    report = evaluate(parse_settings(Settings, argv))
     if PartialState().is_main_process:
         print(table(report))
     PartialState().destroy_process_group()

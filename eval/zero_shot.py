@@ -24,7 +24,6 @@ import importlib.metadata
 import json
 import math
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -47,14 +46,14 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPTextConfig,
-    HfArgumentParser,
 )
 
-from eval._common import check_model_folder, folder_digest, png_bytes, versions, write_atomically
+from eval._common import check_model_folder, folder_digest, parse_settings, png_bytes, versions, write_atomically
 from eval.images import FolderImages, load_batches, stamp
 from eval.protocol import number
 from training import easy_vqa
 from training.emoji import STYLES, TABLE, Emoji, read_table
+from training.errors import one_line_errors
 from training.extract_codes import file_digest
 from training.image_text_data import ImageTextTransform
 from unitok_mllm import UniTokModel
@@ -615,14 +614,9 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+@one_line_errors("Interrupted. The same command goes on from what is done.")
 def main(argv: list[str] | None = None) -> None:
-    try:
-        (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(args=argv)
-        report = evaluate(settings)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command goes on from what is done.")
+    report = evaluate(parse_settings(Settings, argv))
     if PartialState().is_main_process:
         print(table(report))
     PartialState().destroy_process_group()

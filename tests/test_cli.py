@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -558,3 +559,11 @@ def test_process_fails_in_one_line(workplace, models):
     result = run_process("generate", "a circle", "--top-p", 3, "--seed", 1, "--model", models / "mllm", cwd=workplace)
     assert result.returncode == 2 and result.stdout == ""
     assert own_words(result.stderr) == "error: top_p must be above 0 and at most 1, got 3.0.\n"
+
+
+def test_env_prints_what_a_bug_report_needs():
+    result = CliRunner().invoke(cli.app, ["env"])
+    lines = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    assert result.exit_code == 0 and lines["python"] == platform.python_version()
+    assert lines["torch"] == torch.__version__.partition("+")[0] or lines["torch"] == torch.__version__
+    assert {"unitok_mllm", "transformers", "gradio", "deepspeed", "CPUs", "threads"} <= lines.keys()

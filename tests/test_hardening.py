@@ -36,10 +36,11 @@ from typer.testing import CliRunner, Result
 
 from eval._common import write_atomically
 from training import train_mllm, train_tokenizer
-from training.arguments import TRUSTED, parse_yaml_and_command_line, run_script
+from training.arguments import TRUSTED, parse_yaml_and_command_line
 from training.checkpoints import newest_checkpoint
 from training.codes import CodeStore, write_metadata, write_shard
 from training.data import MLLMCollator, MLLMDataset, SampleTexts, Source
+from training.errors import one_line_errors
 from training.files import ImageStore, UnusableSample, decode_image, load_sample_image, read_rows
 from training.image_text_data import ImageTextStream, check_shards
 from training.mllm_trainer import MLLMTrainer, set_visual_aside
@@ -858,14 +859,14 @@ class Options:
         (b"output_dir: \xff", "is no YAML"),
         (b"[" * 5000, "is no YAML"),
         (b"output_dir: !!python/object/apply:os.system ['touch executed']", "is no YAML"),
-        (b"output_folder: a", "unknown keys: output_folder"),
+        (b"output_folder: a", "no 'output_folder': did you mean 'output_dir'"),
     ],
 )
 def test_a_config_that_is_none_is_named_in_one_line(tmp_path, monkeypatch, capsys, content, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(SystemExit) as ended:
-        parse_yaml_and_command_line((Options,), ["config.yaml"])
+        one_line_errors()(parse_yaml_and_command_line)((Options,), ["config.yaml"])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert ended.value.code == 2 and "config.yaml" in line and message in line
     assert not (tmp_path / "executed").exists()
@@ -967,15 +968,6 @@ def test_numbers_that_train_nothing_are_refused_before_anything_is_loaded(tmp_pa
     with pytest.raises(ValueError, match=message):
         train_mllm.main([str(tmp_path / "config.yaml"), *arguments])
     assert not (tmp_path / "run").exists()
-
-
-def test_what_a_user_can_mend_is_one_line(capsys):
-    def main() -> None:
-        raise ValueError("two\nlines")
-
-    with pytest.raises(SystemExit) as ended:
-        run_script(main)
-    assert ended.value.code == 2 and capsys.readouterr().err == "error: two lines\n"
 
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, caplog):

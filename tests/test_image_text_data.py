@@ -303,8 +303,9 @@ def test_too_many_broken_samples_stop_the_run(folder, build):
     ("changes", "message"),
     [
         ({"kind": "video"}, "kind is folder, hf, webdataset, got 'video'"),
-        ({"flip": True}, r"has \['flip'\] beside these, and lacks \[\]"),
-        ({"kind": "webdataset"}, r"has \['path'\] beside these, and lacks \['samples_per_epoch', 'shards'\]"),
+        ({"flip": True}, "a folder source has no 'flip'"),
+        ({"kind": "webdataset"}, "a webdataset source has no 'path'"),
+        ({"horizontal_flp": True}, "no 'horizontal_flp': did you mean 'horizontal_flip'"),
         ({"repeat": 0}, "repeat must be at least 1, got 0"),
     ],
 )

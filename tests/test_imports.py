@@ -32,7 +32,7 @@ COMMAND_LINE = "import sys; sys.argv[0] = 'unitok-mllm'; from unitok_mllm.cli im
         ("", 2, "Usage"),
         ("--help", 0, "Usage"),
         ("--version", 0, "unitok-mllm 0"),
-        *((f"{name} --help", 0, "Usage") for name in "demo reconstruct ask generate edit convert serve".split()),
+        *((f"{name} --help", 0, "Usage") for name in "demo reconstruct ask generate edit convert serve env".split()),
         ("paint", 2, "No such command 'paint'"),
         ("generate circle --colour blue", 2, "No such option: --colour"),
         ("generate circle --temperature 0", 2, "temperature must be above 0, got 0.0"),

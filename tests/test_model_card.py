@@ -119,7 +119,7 @@ def test_a_run_is_described_and_only_hub_names_go_to_the_front_matter(mllm, proc
     assert "| seconds | 12 (for the last 20 steps: the run was resumed) |" in card.text
     assert f"| hardware | {hardware(torch.device('cpu'), 2)} |" in card.text and "; 2 processes |" in card.text
     assert "| image_loss | 1.235 |" in card.text and "| stored as | F16" in card.text
-    with pytest.raises(ValueError, match="card takes license, .*, got licence"):
+    with pytest.raises(ValueError, match="card has no 'licence': did you mean 'license'"):
         check_metadata({"licence": "mit"})
 
 

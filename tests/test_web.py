@@ -29,7 +29,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 from playwright.sync_api import Page, expect, sync_playwright
 from transformers import LogitsProcessorList
 from typer.testing import CliRunner
@@ -467,9 +467,13 @@ def test_draw_from_a_prompt(page):
 
     def shown() -> list:
         sources = [image.get_attribute("src") for image in page.locator(".drawings img").all()]
-        return [pixels(Image.open(BytesIO(httpx.get(source).content))) for source in sources]
+        return [Image.open(BytesIO(httpx.get(source).content)).convert("RGB") for source in sources]
 
-    wait_until(lambda: shown() == [pixels(picture) for picture in expected])
+    def differ_by(one: Image.Image, other: Image.Image) -> int:
+        return max(most for _, most in ImageChops.difference(one, other).getextrema())
+
+    # another process rounds otherwise where it has another number of threads
+    wait_until(lambda: all(differ_by(*pair) <= 1 for pair in zip(shown(), expected, strict=True)))
 
 
 @pytest.mark.web

@@ -1,16 +1,19 @@
 """Command lines of the training scripts: one YAML file, then `--name value` for whatever should differ from it."""
 
+import argparse
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_origin
 
+import httpx
 import torch
 import yaml
-from transformers import HfArgumentParser
+from huggingface_hub import HfApi, try_to_load_from_cache
+from transformers import HfArgumentParser, TrainingArguments
 
+from training.errors import check_keys
 from unitok_mllm.configuration_unitok import check_ranges
 
 
@@ -32,13 +35,84 @@ def check_arguments(arguments: Any, **ranges: tuple[float, float]) -> None:
     check_ranges(arguments, **ranges)
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script; what its user can mend becomes one line on stderr and exit code 2."""
+def check_device(device: str) -> None:
+    """
+    Raises:
+        ValueError: this machine has no such device; "" passes.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = ["cpu"]
+    if accelerator:
+        devices += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if device and device not in devices:
+        raise ValueError(f"there is no device {device!r} here; there is {', '.join(devices)}.")
+
+
+def check_source(option: str, name: str | os.PathLike) -> None:
+    """Finds out in seconds whether there is a folder, or a model on the hub or in its cache; "" passes.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    name = str(name)
+    if not name or Path(name).is_dir():
+        return
+    if Path(name).parent == Path() or not Path(name).parent.exists():  # a folder beside the missing one: no hub name
+        try:
+            cached = [try_to_load_from_cache(name, file) for file in ("config.json", "tokenizer_config.json")]
+            if not any(isinstance(path, str) for path in cached):
+                HfApi().model_info(name, timeout=10)
+            return
+        except (ValueError, OSError, httpx.HTTPError) as error:
+            reason = f", and the hub has none of that name: {' '.join(str(error).split())[:120]}"
+    else:
+        reason = ""
+    raise ValueError(f"{option}: there is no folder {name}{reason}")
+
+
+def mapping(text: str) -> dict:
+    """A dict on a command line, in YAML (of which JSON is a part).
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
     try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a mapping such as '{{name: value}}', got {text!r}")
+    return value
+
+
+class Parser(HfArgumentParser):
+    """The library's, which also takes dicts, and says in one line what is wrong."""
+
+    def __init__(self, dataclass_types: Any, **kwargs: Any):
+        super().__init__(dataclass_types, **kwargs)
+        for action in self._actions:
+            if action.type is dict:
+                action.type = mapping
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}\n")
+
+    def parse(self, argv: list[str] | None = None) -> tuple:
+        """An instance of each dataclass.
+
+        Raises:
+            SystemExit: an option has no value, or one that is none of its type.
+            ValueError: there is no such option, or a dataclass refuses its value.
+        """
+        given, rest = self.parse_known_args(argv)
+        names = [option for action in self._actions for option in action.option_strings]
+        check_keys("the command line", [word.partition("=")[0] for word in rest if word.startswith("-")], names)
+        if rest:
+            raise ValueError(f"{' '.join(rest)} belongs to no option.")
+        deepspeed = vars(given).get("deepspeed")
+        if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not Path(deepspeed).is_file():
+            raise ValueError(f"deepspeed: there is no file {deepspeed}")
+        return self.parse_args_into_dataclasses(args=argv)
 
 
 def parse_yaml_and_command_line(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
@@ -47,33 +121,45 @@ def parse_yaml_and_command_line(dataclass_types: tuple, argv: list[str] | None =
     `--trust_config` says that what the config names may be run: shards that are the output of commands.
 
     Raises:
-        SystemExit: no config was given, it does not exist, is no YAML of names and values, or has a key that no
-            dataclass knows.
+        SystemExit: no config was given, or see `Parser.parse`.
+        ValueError: it does not exist, is no YAML, or has a key that no dataclass knows; or see `Parser.parse`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if TRUST_CONFIG in argv:
         argv.remove(TRUST_CONFIG)
         os.environ[TRUSTED] = "1"  # for the data's workers too
-    parser = HfArgumentParser(dataclass_types)
+    parser = Parser(dataclass_types)
     if not argv or argv[0] in ("-h", "--help"):
         parser.parse_args(["--help"])
     if not Path(argv[0]).is_file():
         parser.error(f"the first argument is a YAML config; there is no file {argv[0]}")
-    try:
-        values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        parser.error(f"{argv[0]} is no YAML: {' '.join(str(error).split())}")
-    if not isinstance(values, dict):
-        parser.error(f"{argv[0]} is a {type(values).__name__}, expected names and values")
+    values = read_yaml(argv[0])
     known = {action.dest for action in parser._actions}
-    if unknown := sorted(values.keys() - known):
-        parser.error(f"{argv[0]} has unknown keys: {', '.join(unknown)}")
+    check_keys(argv[0], values, sorted(known))
     defaults = {
         "use_cpu": not torch.accelerator.is_available(),  # or bf16 is refused where there is no GPU
         "remove_unused_columns": False,  # batches go to the model as they are
         "label_names": [],
         "num_train_epochs": 1,
     }
+    if TrainingArguments in dataclass_types:
+        defaults["logging_steps"] = 0.02  # of all steps
+        defaults["eval_steps"] = values.get("logging_steps", 500)  # as the library has it
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
     parser.set_defaults(**values)
-    return parser.parse_args_into_dataclasses(args=argv[1:])
+    return parser.parse(argv[1:])
+
+
+def read_yaml(path: str) -> dict:
+    """A config's values.
+
+    Raises:
+        ValueError: it is no YAML, or no mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is a {type(values).__name__}, expected names and values")
+    return values

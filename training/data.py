@@ -199,6 +199,8 @@ class Source:
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UnusableSample(f"images are named by texts, not by {row['image']!r:.100}")
+        if self.type == "captions" and len(names) != 1:
+            raise UnusableSample(f"a caption is of one image, but `image` is {row.get('image')!r}")
         draws_only = self.task == "draw"
         if self.type == "conversations":
             messages = to_messages(row["conversations"], texts.processor.image_token, len(names))

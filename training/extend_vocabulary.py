@@ -16,6 +16,8 @@ import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from training.arguments import check_source
+from training.errors import one_line_errors
 from training.files import read_rows
 from training.release import save_release
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
@@ -79,12 +81,13 @@ app = typer.Typer(help=__doc__, add_completion=False)
 
 @app.command()
 def main(
-    model: str,
-    folder: Path,
+    model: Annotated[str, typer.Argument(help="folder or hub name of an MLLM")],
+    folder: Annotated[Path, typer.Argument(help="where it is written to")],
     captions: Annotated[list[Path], typer.Option(help="JSONL files with a caption a line; may be given again")],
     vocab_size: Annotated[int, typer.Option(help="tokens afterwards, at most")] = 2048,
 ) -> None:
     """Writes MODEL, an MLLM's folder, to FOLDER, with tokens for the words of the captions."""
+    check_source("MODEL", model)
     mllm = UniTokMLLMForConditionalGeneration.from_pretrained(model)
     processor = UniTokMLLMProcessor.from_pretrained(model)
     old = processor.tokenizer
@@ -100,4 +103,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    one_line_errors()(app)()

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +24,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from training.arguments import check_device
 from training.codes import shard_path, write_metadata, write_shard
+from training.errors import one_line_errors
 from training.files import IMAGE_SUFFIXES, BrokenSamples, ImageStore, read_rows
 from training.image_text_data import augmentation, random_numbers, sample_seed
 from training.run_folder import claim_folder
@@ -33,7 +35,7 @@ from unitok_mllm.image_processing_unitok import DECODE_ERRORS, MODES, UniTokImag
 from unitok_mllm.packing_unitok import pack_linears
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     parquet = "parquet"
     webdataset = "webdataset"
 
@@ -157,6 +159,7 @@ def main(
     if variants > 1 and not mirror and not max_shift:
         raise ValueError(f"{variants} variants would be the same: mirror them, or give a max_shift.")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_device(device)
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     weights = sorted(visual_model.glob("*.safetensors"))
     if not weights:
@@ -257,4 +260,4 @@ def encode(model: UniTokModel, batch: Batch, broken: BrokenSamples) -> dict[str,
 
 
 if __name__ == "__main__":
-    app()
+    one_line_errors()(app)()

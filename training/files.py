@@ -12,14 +12,18 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import torch
+from accelerate import Accelerator
 from braceexpand import braceexpand
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from unitok_mllm.image_processing_unitok import load_image
 
 
 logger = logging.getLogger(__name__)
 BROKEN_TABLE = (ValueError, RecursionError, StopIteration, pa.ArrowException)  # StopIteration: there is no row
+MOST_WORKERS = 1024  # of a DataLoader
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -32,6 +36,19 @@ def whole_checkpoints(output_dir: str | Path, last_file: str) -> dict[int, Path]
     folders = (path.parent for path in Path(output_dir).glob(f"checkpoint-*/{last_file}"))
     steps = ((folder.name.removeprefix("checkpoint-"), folder) for folder in folders)
     return dict(sorted((int(step), folder) for step, folder in steps if step.isdecimal()))
+
+
+def how_to_go_on(output_dir: str | os.PathLike, last_file: str, command: str) -> str:
+    """What an interrupted training says.
+
+    Args:
+        last_file: see `whole_checkpoints`.
+        command: that goes on from the newest checkpoint.
+    """
+    checkpoints = whole_checkpoints(output_dir, last_file)
+    if not checkpoints:
+        return f"Interrupted before the first checkpoint in {output_dir}: the same command begins anew."
+    return f"Interrupted. {command[0].upper()}{command[1:]} goes on from {checkpoints[max(checkpoints)]}."
 
 
 class UnusableSample(ValueError):
@@ -183,6 +200,10 @@ class BrokenSamples:
     Args:
         max_share: broken samples of those seen that are put up with.
         minimum: samples to see before judging.
+
+    Attributes:
+        seen, broken, last: this worker's counts and its last broken samples; of_workers: broken samples of each worker,
+            in memory that all share.
     """
 
     max_share: float
@@ -190,6 +211,14 @@ class BrokenSamples:
     seen: int = 0
     broken: int = 0
     last: deque[str] = field(default_factory=lambda: deque(maxlen=5))
+    of_workers: torch.Tensor = field(
+        default_factory=lambda: torch.zeros(1 + MOST_WORKERS, dtype=torch.int64).share_memory_(), repr=False
+    )
+
+    @property
+    def total(self) -> int:
+        """Broken samples of this process and all of its DataLoader's workers."""
+        return int(self.of_workers.sum())
 
     def count(self) -> None:
         """Counts a sample; raises ValueError, as `judge` does, once enough have been seen."""
@@ -200,17 +229,26 @@ class BrokenSamples:
     def count_broken(self, name: str, error: Exception | str) -> None:
         """Names the sample in the log; raises what `count` raises."""
         self.broken += 1
-        self.last.append(name)
+        worker = get_worker_info()
+        self.of_workers[0 if worker is None else 1 + worker.id] += 1
+        self.last.append(f"{name} ({error})")
         logger.warning("skipping %s: %s", name, error)
         self.count()
 
     def judge(self) -> None:
         """
         Raises:
-            ValueError: too many are broken; it gives the counts and the last names.
+            ValueError: too many are broken; it gives the counts, and the last ones with what is wrong.
         """
         if self.broken > self.max_share * self.seen:
             raise ValueError(
                 f"{self.broken} of {self.seen} samples are broken, more than {self.max_share:.2%}. "
                 f"The last ones: {', '.join(self.last)}."
             )
+
+
+def log_broken(broken: BrokenSamples, accelerator: Accelerator) -> None:
+    """Says after a training how many samples were left out; every process must call it."""
+    total = accelerator.reduce(torch.tensor(broken.total, device=accelerator.device), "sum").item()
+    if total and accelerator.is_main_process:
+        logger.warning("%d broken samples were skipped; they are named above", total)

@@ -46,6 +46,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.utils import pytorch_worker_info
 
 from training.arguments import TRUST_CONFIG, TRUSTED
+from training.errors import check_keys
 from training.files import IMAGE_SUFFIXES, BrokenSamples, decode_image, read_rows
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor, load_image
 
@@ -516,13 +517,10 @@ def build_image_text_dataset(
             raise ValueError(f"kind is {', '.join(OPTIONS)}, got {kind!r} in {one}.")
         changes = {name: value for name, value in one.items() if name in CHANGES}
         options = {name: value for name, value in one.items() if name not in changes and name != "kind"}
-        unknown = options.keys() - OPTIONS[kind].keys()
+        check_keys(f"a {kind} source", options, [*OPTIONS[kind], *CHANGES])
         missing = {name for name, required in OPTIONS[kind].items() if required} - options.keys()
-        if unknown or missing:
-            raise ValueError(
-                f"A {kind} source takes {', '.join(OPTIONS[kind])}: {one} has {sorted(unknown)} beside these, "
-                f"and lacks {sorted(missing)}."
-            )
+        if missing:
+            raise ValueError(f"A {kind} source needs {', '.join(sorted(missing))}: {one} has none.")
         changed = replace(transform, **changes)
         if kind == "webdataset":
             return ImageTextStream(transform=changed, seed=seed, max_broken_share=max_broken_share, **options)

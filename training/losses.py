@@ -29,34 +29,44 @@ class LossArguments:
     """The weight of each term, when it starts (as a share of the training), and the networks that some need."""
 
     l1_weight: float = field(default=0.2, metadata={"help": "mean |reconstruction - image|"})
-    l1_start: float = 0.0
+    l1_start: float = field(default=0.0, metadata={"help": "share of the training before the term l1 counts"})
     l2_weight: float = field(default=1.0, metadata={"help": "mean squared error"})
-    l2_start: float = 0.0
+    l2_start: float = field(default=0.0, metadata={"help": "share of the training before the term l2 counts"})
     perceptual_weight: float = field(default=0.0, metadata={"help": "LPIPS, or a timm backbone's features"})
-    perceptual_start: float = 0.0
+    perceptual_start: float = field(
+        default=0.0, metadata={"help": "share of the training before the term perceptual counts"}
+    )
     vq_weight: float = field(default=1.0, metadata={"help": "the quantizer's loss"})
-    vq_start: float = 0.0
+    vq_start: float = field(default=0.0, metadata={"help": "share of the training before the term vq counts"})
     entropy_weight: float = field(default=0.0, metadata={"help": "the quantizer's entropy loss"})
-    entropy_start: float = 0.0
+    entropy_start: float = field(
+        default=0.0, metadata={"help": "share of the training before the term entropy counts"}
+    )
     contrastive_weight: float = field(default=1.0, metadata={"help": "CLIP's loss between images and captions"})
-    contrastive_start: float = 0.0
+    contrastive_start: float = field(
+        default=0.0, metadata={"help": "share of the training before the term contrastive counts"}
+    )
     consistency_weight: float = field(
         default=0.0, metadata={"help": "distance of the reconstruction's image embedding to the original's"}
     )
-    consistency_start: float = 0.0
+    consistency_start: float = field(
+        default=0.0, metadata={"help": "share of the training before the term consistency counts"}
+    )
     gan_weight: float = field(default=0.0, metadata={"help": "hinge GAN, times the adaptive weight"})
-    gan_start: float = 0.375
+    gan_start: float = field(default=0.375, metadata={"help": "share of the training before the discriminator starts"})
     gan_warmup: float = field(default=0.03, metadata={"help": "over which its weight grows; the blur fades over two"})
     gan_blur: float = field(
         default=9.58, metadata={"help": "the blur's sigma when it starts, in pixels of an image of 256"}
     )
     gan_consistency_weight: float = field(default=4.0, metadata={"help": "balanced consistency regularisation"})
     perceptual_backbone: str = field(default="lpips", metadata={"help": "lpips, or a timm model"})
-    perceptual_pretrained: bool = True
+    perceptual_pretrained: bool = field(default=True, metadata={"help": "load its weights"})
     perceptual_checkpoint: str = field(default="", metadata={"help": "file of the weights; empty for the hub's"})
     discriminator_backbone: str = field(default="vit_small_patch14_dinov2.lvd142m", metadata={"help": "a timm model"})
-    discriminator_depths: list[int] = field(default_factory=lambda: [0, 2, 5, 8, 11])
-    discriminator_pretrained: bool = True
+    discriminator_depths: list[int] = field(
+        default_factory=lambda: [0, 2, 5, 8, 11], metadata={"help": "blocks of the backbone whose outputs are judged"}
+    )
+    discriminator_pretrained: bool = field(default=True, metadata={"help": "load its weights"})
     discriminator_checkpoint: str = field(default="", metadata={"help": "file of the weights; empty for the hub's"})
 
     def __post_init__(self):

@@ -5,11 +5,14 @@ python -m training.merge_lora runs/vqa/adapter runs/vqa/merged
 
 import os
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
 from peft import PeftConfig, PeftModel
 
+from training.arguments import check_source
+from training.errors import one_line_errors
 from training.release import FLOAT_TYPES, save_release
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
@@ -26,8 +29,8 @@ def load_with_adapter(adapter: str | os.PathLike, base: str = "") -> PeftModel:
 
 @app.command()
 def merge_lora(
-    adapter: Path,
-    folder: Path,
+    adapter: Annotated[Path, typer.Argument(help="folder of the adapter")],
+    folder: Annotated[Path, typer.Argument(help="where the model is written to")],
     base: str = typer.Option("", help="folder of the base model, instead of the one that the adapter names"),
     dtype: str = typer.Option("float16", help="that the weights are stored in"),
 ) -> None:
@@ -36,10 +39,11 @@ def merge_lora(
         raise typer.BadParameter(f"{adapter} holds no adapter (adapter_config.json)")
     if dtype not in FLOAT_TYPES:
         raise typer.BadParameter(f"dtype is one of {', '.join(FLOAT_TYPES)}, got {dtype}")
+    check_source("--base", base or PeftConfig.from_pretrained(adapter).base_model_name_or_path)
     model = load_with_adapter(adapter, base).merge_and_unload()
     save_release(model, UniTokMLLMProcessor.from_pretrained(adapter), folder, getattr(torch, dtype))
     print(f"merged into {folder}")
 
 
 if __name__ == "__main__":
-    app()
+    one_line_errors()(app)()

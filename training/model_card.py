@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 
 from eval._common import check_model_folder, folder_digest, write_atomically
+from training.errors import check_keys, one_line_errors
 
 
 logger = logging.getLogger(__name__)
@@ -149,8 +149,7 @@ def check_metadata(metadata: dict) -> None:
     Raises:
         ValueError: a field that the front matter does not take from outside.
     """
-    if unknown := metadata.keys() - set(METADATA):
-        raise ValueError(f"card takes {', '.join(METADATA)}, got {', '.join(sorted(unknown))}.")
+    check_keys("card", metadata, METADATA)
 
 
 def is_hub_name(name: str) -> bool:
@@ -488,6 +487,7 @@ def push_release(folder: str | os.PathLike, name: str, private: bool | None = No
     return str(place)
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a released folder")
@@ -499,10 +499,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     metadata = {name: vars(arguments)[name] for name in METADATA if vars(arguments)[name]}
-    try:
-        update_card(arguments.folder, arguments.results, metadata)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    update_card(arguments.folder, arguments.results, metadata)
     print(f"the card is in {arguments.folder / REPOCARD_NAME}")
     if arguments.push_to_hub:
         print(push_release(arguments.folder, arguments.push_to_hub, arguments.private))

@@ -49,6 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from transformers import AutoConfig, LlamaConfig
 
 from training.discriminator import FeatureDiscriminator
+from training.errors import one_line_errors
 from training.losses import LossArguments
 from training.perceptual import FrozenFeatures, perceptual_distance
 from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokMLLMForConditionalGeneration, UniTokModel
@@ -822,4 +823,4 @@ def check_command(
 
 
 if __name__ == "__main__":
-    app()
+    one_line_errors()(app)()

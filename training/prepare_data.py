@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from training import easy_vqa, emoji
+from training.errors import one_line_errors
 
 
 EDITS_PER_IMAGE = 3
@@ -102,8 +103,8 @@ app = typer.Typer(help=__doc__, add_completion=False)
 
 @app.command()
 def main(
-    dataset: str,
-    folder: Path,
+    dataset: Annotated[str, typer.Argument(help="easy-vqa or emoji")],
+    folder: Annotated[Path, typer.Argument(help="where it is written to")],
     packages: Annotated[Path, typer.Option(help="where the emoji's npm archives are kept")] = Path("runs/npm"),
     category: Annotated[list[str] | None, typer.Option(help="of the emoji, may be given again; default: all")] = None,
 ) -> None:
@@ -119,4 +120,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    one_line_errors()(app)()

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from training import easy_vqa
+from training.errors import one_line_errors
 from training.files import read_rows
 from unitok_mllm.processing_unitok import GENERATION_SUFFIX, UNCONDITIONAL_PROMPT
 
@@ -65,6 +66,7 @@ def caption_texts(paths: list[Path]) -> list[str]:
     return prompts + [UNCONDITIONAL_PROMPT, TURNS] * (len(prompts) // 10 + 1)
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where it is written to")
@@ -80,10 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{arguments.folder} is a file, not a folder")
     if arguments.vocab_size < SMALLEST:
         parser.error(f"--vocab-size {arguments.vocab_size} is less than {SMALLEST}, the special tokens and all bytes")
-    try:
-        texts = caption_texts(arguments.captions) if arguments.captions else easy_vqa_texts()
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
+    texts = caption_texts(arguments.captions) if arguments.captions else easy_vqa_texts()
     tokenizer = train_text_tokenizer(texts, arguments.vocab_size)
     tokenizer.save_pretrained(arguments.folder)
     print(f"{arguments.folder}: {len(tokenizer)} tokens")

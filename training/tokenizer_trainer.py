@@ -34,8 +34,8 @@ from training.augment import blur, diff_augment, draw_augmentation
 from training.checkpoints import newest_checkpoint
 from training.codebooks import FEATURES_PER_CODE, DeadCodes, gather_chunks, start_from_data
 from training.discriminator import FeatureDiscriminator
-from training.files import whole_checkpoints
-from training.image_text_data import ImageTextStream, sample_seed
+from training.files import log_broken, whole_checkpoints
+from training.image_text_data import ImageTextDataset, ImageTextStream, sample_seed
 from training.losses import (
     DISCRIMINATOR_TERMS,
     RECONSTRUCTION_TERMS,
@@ -76,29 +76,31 @@ class TokenizerTrainingArguments:
     output_dir: str = field(
         default="runs/tokenizer", metadata={"help": "for checkpoints, samples, trackers' files and the release"}
     )
-    num_train_epochs: int = 1
+    num_train_epochs: int = field(default=1, metadata={"help": "passes over the data"})
     max_steps: int = field(default=0, metadata={"help": "optimizer steps; above 0 it replaces num_train_epochs"})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "images of a process in a forward pass"})
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-4
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-6
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes of an optimizer step"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "of the tokenizer, at the warm-up's end"})
+    adam_beta1: float = field(default=0.9, metadata={"help": "of the tokenizer's AdamW"})
+    adam_beta2: float = field(default=0.95, metadata={"help": "of the tokenizer's AdamW"})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "of the tokenizer's AdamW"})
     weight_decay: float = field(default=0.02, metadata={"help": "of parameters with 2 or more dims"})
     warmup: float = field(default=0.01, metadata={"help": "share of the steps, linear"})
     final_learning_rate: float = field(default=0.1, metadata={"help": "share of the rate where the cosine ends"})
-    max_grad_norm: float = 10.0
+    max_grad_norm: float = field(default=10.0, metadata={"help": "longer gradients are cut to this norm"})
     ema_decay: float = field(default=0.9999, metadata={"help": "of the average of the weights, which is released"})
     ema_warmup: bool = field(
         default=True,
         metadata={"help": "a decay of at most (1 + n) / (10 + n) after n steps; false: the same all along"},
     )
-    discriminator_learning_rate: float = 2e-5
+    discriminator_learning_rate: float = field(
+        default=2e-5, metadata={"help": "of the discriminator, at its warm-up's end"}
+    )
     discriminator_warmup: float = field(default=0.03, metadata={"help": "share of all steps, from the GAN's start on"})
-    discriminator_beta1: float = 0.5
-    discriminator_beta2: float = 0.9
-    discriminator_adam_epsilon: float = 1e-6
-    discriminator_weight_decay: float = 0.2
+    discriminator_beta1: float = field(default=0.5, metadata={"help": "of its AdamW"})
+    discriminator_beta2: float = field(default=0.9, metadata={"help": "of its AdamW"})
+    discriminator_adam_epsilon: float = field(default=1e-6, metadata={"help": "of its AdamW"})
+    discriminator_weight_decay: float = field(default=0.2, metadata={"help": "of its parameters with 2 or more dims"})
     codebook_start: str = field(
         default="random", metadata={"help": "random, or data: k-means of the first batches' features"}
     )
@@ -112,16 +114,21 @@ class TokenizerTrainingArguments:
         default=0.0, metadata={"help": "of the codebooks, which then have no weight decay; 0: as everything else"}
     )
     bf16: bool = field(default=True, metadata={"help": "autocast; weights, quantizer and losses stay float32"})
-    gradient_checkpointing: bool = False
-    use_cpu: bool = False
-    dataloader_num_workers: int = 0
-    seed: int = 0
-    logging_steps: int = 50
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory and more arithmetic"})
+    use_cpu: bool = field(
+        default=False,
+        metadata={"help": "train on the CPU even where there is an accelerator; on by default where there is none"},
+    )
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "processes that read images, for each that trains"}
+    )
+    seed: int = field(default=0, metadata={"help": "of weights, order and augmentation"})
+    logging_steps: int = field(default=0, metadata={"help": "steps between lines of losses; 0: fifty lines in all"})
     eval_steps: int = field(
         default=1000, metadata={"help": "steps between evaluations, with grids of reconstructions"}
     )
-    save_steps: int = 1000
-    save_total_limit: int = 2
+    save_steps: int = field(default=1000, metadata={"help": "steps between checkpoints"})
+    save_total_limit: int = field(default=2, metadata={"help": "newest checkpoints that are kept"})
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint, if there is one"})
     report_to: list[str] = field(default_factory=list, metadata={"help": "tensorboard, wandb"})
 
@@ -132,9 +139,14 @@ class TokenizerTrainingArguments:
         ranges |= {name.replace("beta", "adam_beta"): limits for name, limits in rates.items()}
         ranges |= {"final_learning_rate": SHARE, "max_grad_norm": ABOVE_ZERO, "ema_decay": BELOW_ONE}
         ranges |= {"codebook_learning_rate": WEIGHT, "revive_dead_codes": (0, 2**40)}
-        ranges |= {"max_steps": (0, 2**40), "dataloader_num_workers": (0, 1024), "seed": (0, 2**31)}
+        ranges |= {
+            "max_steps": (0, 2**40),
+            "logging_steps": (0, 2**40),
+            "dataloader_num_workers": (0, 1024),
+            "seed": (0, 2**31),
+        }
         check_arguments(self, **ranges)
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps")
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps")
         for name in (*counts, "save_steps", "save_total_limit", "num_train_epochs"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
@@ -375,10 +387,11 @@ class TokenizerTrainer:
             config = asdict(arguments) | asdict(self.losses)
             config = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
             accelerator.init_trackers("tokenizer", config=config)
+        self._log_start()
         bar = tqdm(total=self.total_steps, initial=self.step, disable=not accelerator.is_main_process)
         if self.step == 0 and arguments.codebook_start == "data":
             self._start_codebooks_from_data()
-        batches = self._batches()
+        batches, logging_steps = self._batches(), arguments.logging_steps or -(-self.total_steps // 50)
         logged_at, logged_step = start, first_step = time.perf_counter(), self.step
         while self.step < self.total_steps:
             weights = self.losses.weights(self.step / self.total_steps)
@@ -392,7 +405,7 @@ class TokenizerTrainer:
             if arguments.revive_dead_codes and self.step % arguments.revive_dead_codes == 0:
                 self._revive_dead_codes(batch["pixel_values"])
             last = self.step == self.total_steps
-            log, save = (last or self.step % steps == 0 for steps in (arguments.logging_steps, arguments.save_steps))
+            log, save = (last or self.step % steps == 0 for steps in (logging_steps, arguments.save_steps))
             if log or save:
                 means = self.history.means()
             if log:
@@ -420,6 +433,8 @@ class TokenizerTrainer:
             "bf16 autocast" if arguments.bf16 else "float32",
         )
         self._save_release()
+        if isinstance(self.train_dataset, ImageTextDataset | ImageTextStream):
+            log_broken(self.train_dataset.broken, accelerator)
         accelerator.end_training()
 
     @torch.no_grad()
@@ -454,6 +469,20 @@ class TokenizerTrainer:
     def _generator(self, purpose: str) -> torch.Generator:
         """The same on every process and after a break."""
         return torch.Generator().manual_seed(sample_seed(self.arguments.seed, purpose, self.step))
+
+    def _log_start(self) -> None:
+        """Says what is trained, on what, and for how long."""
+        for name, network in (("tokenizer", self.tokenizer), ("discriminator", self.discriminator)):
+            if network is not None:
+                rate = network.optimizer.param_groups[0]["initial_lr"]
+                count = sum(p.numel() for p in network.module.parameters() if p.requires_grad)
+                logger.info("training the %s: %.2f M parameters at learning rate %g", name, count / 1e6, rate)
+        logger.info(
+            "%d steps of %d images, %d of them done; losses are printed, and the bar shows the time left",
+            self.total_steps,
+            self.images_per_step,
+            self.step,
+        )
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """From the current step on, without end."""

@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,11 +35,12 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from training.arguments import parse_yaml_and_command_line, run_script
+from training.arguments import check_source, parse_yaml_and_command_line
 from training.checkpoints import check_files, newest_checkpoint
 from training.codes import CodeStore
 from training.data import MLLMCollator, MLLMDataset, SampleTexts, Source
-from training.files import whole_checkpoints
+from training.errors import check_keys, one_line_errors
+from training.files import how_to_go_on, log_broken, whole_checkpoints
 from training.merge_lora import load_with_adapter
 from training.mllm_trainer import (
     WHOLE,
@@ -60,7 +62,15 @@ from unitok_mllm import (
     UniTokMLLMProcessor,
     UniTokModel,
 )
-from unitok_mllm.configuration_unitok import WEIGHT, UniTokVisionConfig, check_ranges
+from unitok_mllm.configuration_unitok import (
+    LIBRARY_FIELDS,
+    SHARE,
+    WEIGHT,
+    UniTokDepthConfig,
+    UniTokVisionConfig,
+    check_ranges,
+)
+from unitok_mllm.interleaved_unitok import IMAGE_OPTIONS
 from unitok_mllm.processing_unitok import VICUNA_SYSTEM, vicuna_chat_template
 
 
@@ -145,7 +155,12 @@ class MLLMArguments:
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa or flash_attention_2, of the LLM"})
 
     def __post_init__(self):
-        check_metadata(self.card)
+        self._check_keys()
+        if joined := [name for name in self.trainable if "," in name]:
+            raise ValueError(f"Names in trainable have spaces between them on the command line, got {joined[0]!r}.")
+        check_ranges(
+            self, num_samples=(0, 2**40), max_length=(2, 2**24), caption_dropout=SHARE, max_broken_share=SHARE
+        )
         if not self.model and not (self.visual_model and (self.llm or self.llm_config)):
             raise ValueError("Give either model, or visual_model with llm or llm_config.")
         if self.load_in_4bit and not self.lora:
@@ -178,6 +193,31 @@ class MLLMArguments:
                     raise ValueError(f"With {what}, {name} {getattr(self, name)!r} would have no effect.")
         if bool(self.boi_token) != bool(self.eoi_token):
             raise ValueError(f"boi_token {self.boi_token!r} and eoi_token {self.eoi_token!r} go together.")
+
+    def _check_keys(self) -> None:
+        """Refuses nested names that nothing would read."""
+        check_metadata(self.card)
+        names = [option.name for option in fields(LoraConfig)]
+        check_keys("lora", self.lora or {}, names)
+        check_keys("depth_config", self.depth_config or {}, UniTokDepthConfig.own_fields())
+        for source in (*self.datasets, *self.eval_datasets):
+            check_keys(
+                f"the data set {source.get('path', source)}", source, [option.name for option in fields(Source)]
+            )
+            if "path" not in source:
+                raise ValueError(f"A data set has no path: {source}.")
+        for question in self.sample_questions:
+            check_keys("a sample question", question, ("image", "question"))
+            if len(question) < 2:
+                raise ValueError(f"A sample question has an image and a question, got {question}.")
+        check_keys("sample_options", self.sample_options or {}, IMAGE_OPTIONS)
+        if self.llm_config:
+            model_type = self.llm_config.get("model_type")
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(f"llm_config needs a model_type that transformers knows, got {model_type!r}.")
+            config_class = CONFIG_MAPPING[model_type]
+            known = {option.name for option in fields(config_class)} | config_class.attribute_map.keys()
+            check_keys("llm_config", self.llm_config, sorted(known | LIBRARY_FIELDS | {"rope_theta", "rope_scaling"}))
 
 
 @contextmanager
@@ -253,7 +293,13 @@ def build_language_model(arguments: MLLMArguments) -> PreTrainedModel:
 def build_model(
     arguments: MLLMArguments, training_arguments: TrainingArguments
 ) -> tuple[UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor]:
-    """The model to start from, its tokenizer whole and set aside, and its processor."""
+    """The model to start from, its tokenizer whole and set aside, and its processor.
+
+    Raises:
+        ValueError: see `check_source`.
+    """
+    for name in ("model", "visual_model", "llm", "text_tokenizer"):
+        check_source(name, getattr(arguments, name))
     with whole_weights(training_arguments):
         visual = UniTokModel.from_pretrained(arguments.visual_model or arguments.model).eval()
         if arguments.model:  # what the folder's own tokenizer is loaded into, or ZeRO-3 would shard it; then dropped
@@ -398,7 +444,7 @@ def add_lora(
 
 
 def log_trained_parts(trainer: MLLMTrainer) -> None:
-    """Says what is trained, with how many parameters and at which rate."""
+    """Says what is trained, with how many parameters and at which rate, and for how long."""
     groups: dict[tuple[str, float], int] = {}
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
@@ -407,6 +453,14 @@ def log_trained_parts(trainer: MLLMTrainer) -> None:
             groups[key] = groups.get(key, 0) + getattr(parameter, "ds_numel", parameter.numel())
     for (part, learning_rate), count in groups.items():
         logger.info("training %s: %.2f M parameters at learning rate %g", part, count / 1e6, learning_rate)
+    args, samples = trainer.args, len(trainer.train_dataset)
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    logger.info(
+        "%d samples, %d of them a step: %d steps; losses are printed, and the bar shows the time left",
+        samples,
+        batch,
+        args.max_steps if args.max_steps > 0 else -(-samples // batch),
+    )
 
 
 def training_run(trainer: MLLMTrainer, arguments: MLLMArguments, first_step: int, seconds: float) -> TrainingRun:
@@ -524,7 +578,10 @@ def main(argv: list[str] | None = None) -> None:
     if resume_from:
         logger.info("going on from %s", resume_from)
         first_step = TrainerState.load_from_json(f"{resume_from}/trainer_state.json").global_step
-    result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_go_on(output_dir, WHOLE, "the same command")) from None
     trainer.save_state()
     best = f"checkpoint-{trainer.state.best_global_step}"
     if training_arguments.load_best_model_at_end and Path(trainer.state.best_model_checkpoint or "").name != best:
@@ -535,6 +592,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("Not one step was made: there is nothing to release.")
     run = training_run(trainer, arguments, first_step, result.metrics["train_runtime"])
     save_results(trainer, processor, arguments, run)
+    log_broken(trainer.train_dataset.broken, trainer.accelerator)
+    release = output_dir / "release"
+    logger.info("the model is in %s; try it: unitok-mllm ask IMAGE QUESTION --model %s", release, release)
     if push and trainer.is_world_process_zero():
         name = training_arguments.hub_model_id or output_dir.absolute().name
         private, token = training_arguments.hub_private_repo, training_arguments.hub_token
@@ -542,4 +602,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    one_line_errors()(main)()

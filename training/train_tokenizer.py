@@ -9,6 +9,7 @@ without a break. A webdataset stream goes on where it was with the same number o
 resuming is refused.
 """
 
+import logging
 import os
 import re
 from dataclasses import dataclass, field
@@ -21,19 +22,23 @@ from huggingface_hub.utils import validate_repo_id
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from training.arguments import check_arguments, parse_yaml_and_command_line, run_script
+from training.arguments import check_arguments, check_source, parse_yaml_and_command_line
 from training.discriminator import FeatureDiscriminator
+from training.errors import check_keys, one_line_errors
+from training.files import how_to_go_on
 from training.image_text_data import ImageTextTransform, build_image_text_dataset
 from training.losses import LossArguments
 from training.model_card import TrainingRun, check_metadata, push_release
 from training.perceptual import FrozenFeatures, perceptual_distance
 from training.run_folder import claim_folder
-from training.tokenizer_trainer import TokenizerTrainer, TokenizerTrainingArguments
+from training.tokenizer_trainer import STATE, TokenizerTrainer, TokenizerTrainingArguments
 from unitok_mllm import UniTokConfig, UniTokModel
+from unitok_mllm.configuration_unitok import SHARE, UniTokVisionConfig
 from unitok_mllm.convert_unitok import TOKENIZER_KEYS, ConversionReport
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor
 
 
+logger = logging.getLogger(__name__)
 OPEN_CLIP_KEYS = (
     (r"^visual\.trunk\.fc_norm\.", "vision_model.fc_norm."),
     (r"^visual\.trunk\.", "vision_model.encoder."),
@@ -76,6 +81,7 @@ class TokenizerArguments:
         },
     )
     image_mode: str = field(default="reconstruct", metadata={"help": "the image processor's mode"})
+    max_broken_share: float = field(default=0.01, metadata={"help": "more broken samples than that stop the run"})
     card: dict = field(
         default_factory=dict,
         metadata={"help": "of the release's model card: {license: mit, datasets: [owner/name]} ..."},
@@ -83,7 +89,8 @@ class TokenizerArguments:
     hub_model_id: str = field(default="", metadata={"help": "the name on the hub that the release is pushed to"})
 
     def __post_init__(self):
-        check_arguments(self)
+        check_arguments(self, max_broken_share=SHARE)
+        check_keys("vision_overrides", self.vision_overrides, UniTokVisionConfig.own_fields())
         check_metadata(self.card)
         if self.hub_model_id:
             validate_repo_id(self.hub_model_id)
@@ -184,6 +191,7 @@ def build_datasets(
     text_tokenizer: PreTrainedTokenizerBase,
     max_text_length: int,
     seed: int,
+    max_broken_share: float = 0.01,
 ) -> tuple[Dataset, int | None]:
     """All sources as one dataset, and the samples of an epoch where it is a stream.
 
@@ -192,7 +200,7 @@ def build_datasets(
     """
     is_stream = any(source.get("kind") == "webdataset" for source in sources)
     transform = ImageTextTransform(image_processor, text_tokenizer, max_text_length)
-    dataset = build_image_text_dataset(sources, transform, seed)
+    dataset = build_image_text_dataset(sources, transform, seed, max_broken_share)
     return dataset, sources[0]["samples_per_epoch"] if is_stream else None
 
 
@@ -232,8 +240,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             f"codebook_start is {training.codebook_start}, but the codebooks come from {arguments.init_from}."
         )
+    logging.basicConfig(level=logging.INFO if PartialState(cpu=training.use_cpu).is_main_process else logging.ERROR)
     set_seed(training.seed)
     claim_folder(training.output_dir, int(os.environ.get("RANK", 0)) == 0)
+    check_source("text_tokenizer", arguments.text_tokenizer)
+    check_source("init_from", arguments.init_from)
     with PartialState(cpu=training.use_cpu).local_main_process_first():  # what comes from a hub comes once
         text_tokenizer = AutoTokenizer.from_pretrained(arguments.text_tokenizer)
         model = build_model(arguments, text_tokenizer)
@@ -241,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     check_text_tokenizer(text_tokenizer, model.config)
     size = {"height": model.config.vision_config.image_size, "width": model.config.vision_config.image_size}
     image_processor = UniTokImageProcessor(mode=arguments.image_mode, size=size)
-    data = image_processor, text_tokenizer, model.config.text_config.max_position_embeddings, training.seed
+    max_text_length = model.config.text_config.max_position_embeddings
+    data = image_processor, text_tokenizer, max_text_length, training.seed, arguments.max_broken_share
     train_dataset, samples_per_epoch = build_datasets(arguments.datasets, *data)
     eval_dataset = build_datasets(arguments.eval_datasets, *data)[0] if arguments.eval_datasets else None
     started_from = [name for name in (arguments.init_from, arguments.init_open_clip) if name]
@@ -258,10 +270,17 @@ def main(argv: list[str] | None = None) -> None:
         run=TrainingRun(started_from, arguments.datasets, arguments.card),
         **networks,
     )
-    trainer.train()
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            how_to_go_on(trainer.output_dir, STATE, "the same command with --resume true")
+        ) from None
+    release = trainer.output_dir / "release"
+    logger.info("the tokenizer is in %s; try it: unitok-mllm reconstruct IMAGE --model %s", release, release)
     if arguments.hub_model_id and trainer.accelerator.is_main_process:
         print(push_release(trainer.output_dir / "release", arguments.hub_model_id))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    one_line_errors()(main)()

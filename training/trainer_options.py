@@ -54,6 +54,9 @@ def check_trainer_options(options: TrainingArguments, evaluates: bool) -> None:
     for name, (taken, reason) in REFUSED.items():
         if (value := getattr(options, name)) != taken:
             raise ValueError(f"{name} is {value!r}, but this training takes {taken!r} alone: {reason}.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}.")
     if options.n_gpu > 1:
         raise ValueError(f"One process cannot train on {options.n_gpu} GPUs: start one for each, with torchrun.")
     if options.deepspeed and "optimizer" in options.hf_deepspeed_config.config:

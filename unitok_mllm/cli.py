@@ -1,4 +1,4 @@
-"""The command line `unitok-mllm`: demo, reconstruct, ask, generate, edit, convert, serve.
+"""The command line `unitok-mllm`: demo, reconstruct, ask, generate, edit, convert, serve, env.
 
 Results go to stdout, progress to stderr.  What a user can get wrong ends in one line `error: ...` and exit code 2;
 any other exception is a bug and shows its traceback.  Heavy modules are imported where they are needed: help, usage
@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import random
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -624,6 +625,29 @@ def serve(
             sys.exit(2)
 
     raise typer.Exit(run_in_folder(work, prefix="unitok-mllm-"))
+
+
+@app.command()
+def env() -> None:
+    """Print what a bug report needs: versions and the machine."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    import torch
+
+    rows = {"python": platform.python_version(), "platform": platform.platform(), "CPUs": os.cpu_count()}
+    names = {re.match(r"[\w.-]+", line)[0] for line in requires("unitok_mllm") or []}
+    for name in ("unitok_mllm", *sorted(names - {"unitok_mllm"}, key=str.lower)):
+        try:
+            rows[name] = version(name)
+        except PackageNotFoundError:
+            rows[name] = "not installed"
+    for index in range(torch.accelerator.device_count()):
+        device = torch.device(torch.accelerator.current_accelerator().type, index)
+        rows[str(device)] = torch.get_device_module(device).get_device_properties(index)
+    rows |= {"CUDA of torch": torch.version.cuda, "threads": torch.get_num_threads()}
+    for name, value in rows.items():
+        typer.echo(f"{name}: {value}")
 
 
 def escape(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -56,12 +56,16 @@ class UniTokPreTrainedConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         unknown = kwargs.keys() - LIBRARY_FIELDS
         if unknown:
-            own = [field.name for field in fields(self) if field.name not in PreTrainedConfig.__annotations__]
             raise TypeError(
                 f"{type(self).__name__} got unexpected arguments: {', '.join(sorted(unknown))}. "
-                f"It takes {', '.join(own)}."
+                f"It takes {', '.join(self.own_fields())}."
             )
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """The names of those that the library's configs do not have."""
+        return [field.name for field in fields(cls) if field.name not in PreTrainedConfig.__annotations__]
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

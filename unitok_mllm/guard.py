@@ -213,7 +213,7 @@ class _Body:
             return await self._receive()  # waits for the client to leave
         try:
             message = await asyncio.wait_for(self._receive(), max(0, self._deadline - time.monotonic()))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             message = {"type": "http.disconnect"}
         self._is_whole = not message.get("more_body", False)
         return message

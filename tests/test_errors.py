@@ -1,0 +1,228 @@
+"""What users get wrong, in any script: one line that names it, and exit code 2."""
+
+import importlib
+import shlex
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+import typer
+from test_imports import SCRIPTS
+from test_train_mllm import write_config
+from transformers import TrainingArguments
+
+from training.arguments import Parser, check_source, parse_yaml_and_command_line
+from training.errors import check_keys, one_line_errors
+from training.losses import LossArguments
+from training.tokenizer_trainer import TokenizerTrainingArguments
+from training.train_mllm import MLLMArguments
+from training.train_tokenizer import TokenizerArguments
+
+
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "unitok_mllm/checkpoints/tiny")
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def line_of(capsys, main, *args) -> str:
+    """What a script that a user called wrongly says: one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(*args)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize("error", [ValueError("a\nb"), OSError("a b"), FloatingPointError("a  b")])
+def test_what_a_user_can_mend_takes_one_line(error, capsys):
+    def main():
+        raise error
+
+    assert line_of(capsys, one_line_errors()(main)) == "error: a b\n"
+
+
+def test_bugs_keep_their_traceback():
+    with pytest.raises(KeyError):
+        one_line_errors()(lambda: {}["a"])()
+
+
+@pytest.mark.parametrize("text, said", [("", "It goes on.\n"), ("Step 3 is kept.", "Step 3 is kept.\n")])
+def test_ctrl_c_ends_in_one_line(text, said, capsys):
+    @one_line_errors("It goes on.")
+    def main():
+        raise KeyboardInterrupt(*[text] * bool(text))
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130 and capsys.readouterr().err == f"\n{said}"
+
+
+def test_typer_errors_take_one_line_too(capsys):
+    app = typer.Typer()
+
+    @app.command()
+    def command(name: str, count: int = 1):
+        if count > 2:
+            raise ValueError("too many")
+        raise typer.Exit(count - 1)
+
+    main = one_line_errors()(app)
+    assert line_of(capsys, main, ["a", "--cuont", "2"]).startswith("error: No such option: --cuont")
+    assert "Missing argument 'name'" in line_of(capsys, main, [])
+    assert line_of(capsys, main, ["a", "--count", "3"]) == "error: too many\n"
+    for count in (1, 2):
+        with pytest.raises(SystemExit) as end:
+            main(["a", "--count", str(count)])
+        assert end.value.code == count - 1
+
+
+@pytest.mark.parametrize("name", ["easy_vqa", "emoji", "reconstruction", "speed", "text_to_image", "vqa", "zero_shot"])
+def test_every_evaluation_refuses_a_missing_model_a_device_and_a_batch_of_none(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("table.json").write_text("[]", encoding="utf-8")
+    module = importlib.import_module(f"eval.{name}")
+    needed = {
+        "text_to_image": ["--prompts", "prompts.txt", "--output", "out"],
+        "reconstruction": ["--images", "pictures"],
+        "zero_shot": ["--dataset", "easy-vqa"],
+        "emoji": ["--data", str(tmp_path)],
+    }.get(name, [])
+    if name == "emoji":
+        Path(module.TABLE).write_text("[]", encoding="utf-8")
+    assert "no model folder runs/nothing" in line_of(capsys, module.main, [*needed, "--model", "runs/nothing"])
+    needed += ["--model", TINY]
+    if name != "zero_shot":
+        said = line_of(capsys, module.main, [*needed, "--device", "gpu"])
+        assert "'gpu'" in said and "cpu" in said
+    option = "--runs" if name == "speed" else "--batch_size"
+    assert "must be at least 1" in line_of(capsys, module.main, [*needed, option, "0"])
+    said = line_of(capsys, module.main, [*needed, "--modle", "x"])
+    assert said == "error: the command line has no '--modle': did you mean '--model'?\n"
+
+
+def train(capsys, name: str, *args: str) -> str:
+    return line_of(capsys, one_line_errors()(importlib.import_module(f"training.train_{name}").main), list(args))
+
+
+@pytest.fixture
+def config(tmp_path) -> str:
+    """A training of the shipped model on no data at all."""
+    return str(write_config(tmp_path / "run.yaml", Path(TINY), []))
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ("--trainabel embedder", "the command line has no '--trainabel': did you mean '--trainable'?"),
+        (
+            "--trainable embedder,depth_head",
+            "Names in trainable have spaces between them on the command line, got 'embedder,depth_head'",
+        ),
+        ("--lora r=16", "argument --lora: expected a mapping such as '{name: value}', got 'r=16'"),
+        ("--lora '{rank:16}'", "lora has no 'rank:16'; it has "),
+        ("--per_device_train_batch_size 0", "per_device_train_batch_size must be at least 1, got 0"),
+        ("--deepspeed nothing.json", "deepspeed: there is no file nothing.json"),
+        ("--model runs/nothing", "model: there is no folder runs/nothing"),
+        ("--datasets '{path: x.json, typ: text}'", "the data set x.json has no 'typ': did you mean 'type'?"),
+        ("--datasets '{type: text}'", "A data set has no path: {'type': 'text'}"),
+        ("--lora '{rr: 16}'", "lora has no 'rr': did you mean 'r'?"),
+        (
+            "--sample_questions '{image: a.png, qestion: what}'",
+            "a sample question has no 'qestion': did you mean 'question'?",
+        ),
+        ("--sample_questions '{image: a.png}'", "A sample question has an image and a question"),
+        ("--sample_options '{guidance: 3}'", "sample_options has no 'guidance': did you mean 'guidance_scale'?"),
+        ("--card '{licence: mit}'", "card has no 'licence': did you mean 'license'?"),
+        ("--depth_config '{hiden_size: 3}'", "depth_config has no 'hiden_size': did you mean 'hidden_size'?"),
+        (
+            "--llm_config '{model_type: llama, hiden_size: 3}'",
+            "llm_config has no 'hiden_size': did you mean 'hidden_size'?",
+        ),
+        ("--llm_config '{model_type: lama}'", "llm_config needs a model_type that transformers knows, got 'lama'"),
+        ("--caption_dropout 3", "caption_dropout (3.0) is not between 0.0 and 1.0"),
+        ("stray", "stray belongs to no option"),
+    ],
+)
+def test_a_wrong_mllm_training_ends_in_one_line(options, said, config, capsys):
+    assert said in train(capsys, "mllm", config, *shlex.split(options))
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("modle: x", "has no 'modle': did you mean 'model'?"),
+        ("model: [x", "is no YAML: "),
+        ("just words", "is a str, expected names and values"),
+    ],
+)
+def test_a_typo_in_a_config_ends_in_one_line(text, said, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    for name in ("mllm", "tokenizer"):
+        line = train(capsys, name, str(tmp_path / "run.yaml"))
+        assert said in line or name == "tokenizer" and "run.yaml has no 'modle'" in line
+    assert "there is no file nothing.yaml" in train(capsys, "mllm", "nothing.yaml")
+
+
+def test_dicts_come_from_the_command_line_too(config):
+    options = ["--lora", '{"r": 16}', "--depth_config", "{hidden_size: 32}", "--card", '{"license": "mit"}']
+    options += [
+        "--model",
+        "",
+        "--visual_model",
+        "v",
+        "--llm",
+        "l",
+        "--trainable",
+        "embedder",
+        "--datasets",
+        "{path: a.json}",
+        '{"path": "b.json", "weight": 2}',
+    ]
+    arguments, _ = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), [config, *options])
+    assert (arguments.lora, arguments.depth_config) == ({"r": 16}, {"hidden_size": 32})
+    assert arguments.card == {"license": "mit"}
+    assert arguments.datasets == [{"path": "a.json"}, {"path": "b.json", "weight": 2}]
+    (tokenizer,) = Parser(TokenizerArguments).parse(["--vision_overrides", "{image_size: 32}"])
+    assert tokenizer.vision_overrides == {"image_size": 32}
+
+
+def test_a_misspelt_size_of_the_tower_is_refused():
+    with pytest.raises(ValueError, match="vision_overrides has no 'image_sise': did you mean 'image_size'?"):
+        TokenizerArguments(vision_overrides={"image_sise": 32})
+    with pytest.raises(ValueError, match="a thing has no 'zzz'; it has a, b."):
+        check_keys("a thing", ["zzz"], ["a", "b"])
+
+
+def test_names_that_are_no_folder_are_told_from_those_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    check_source("llm", "")
+    check_source("llm", "runs")
+    with pytest.raises(ValueError, match="^llm: there is no folder runs/nothing$"):
+        check_source("llm", "runs/nothing")
+    with pytest.raises(ValueError, match="there is no folder some/llm, and the hub has none of that name: .*offline"):
+        check_source("llm", "some/llm")
+
+
+def test_every_option_says_what_it_is():
+    silent = []
+    for name in SCRIPTS:
+        module = importlib.import_module(name)
+        if app := getattr(module, "app", None):
+            group = typer.main.get_command(app)
+            for command in getattr(group, "commands", {"": group}).values():
+                silent += [(name, option.name) for option in command.params if not option.help]
+        for settings in (module.__dict__.get(kind) for kind in ("Settings", "JudgeArguments", "ClaimsArguments")):
+            silent += [(name, n) for n in undocumented(settings)] if is_dataclass(settings) else []
+    for kind in (MLLMArguments, TokenizerArguments, LossArguments, TokenizerTrainingArguments):
+        silent += [(kind.__name__, n) for n in undocumented(kind)]
+    assert silent == []
+
+
+def undocumented(settings: type) -> list[str]:
+    return [action.dest for action in Parser(settings)._actions if not action.help]
