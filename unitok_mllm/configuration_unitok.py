@@ -6,6 +6,7 @@ V codes in each sub-codebook, L image positions (height/16 * width/16, row-major
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPTextConfig, GenerationConfig, LlamaConfig
@@ -51,10 +52,13 @@ LIBRARY_FIELDS = frozenset(GenerationConfig()._get_default_generation_params()) 
 
 
 class UniTokPreTrainedConfig(PreTrainedConfig):
-    """What all configs here share: they know their own fields only, and find themselves in a larger model's folder."""
+    """What all configs here share: they refuse misspelt fields, and find themselves in a larger model's folder."""
 
     def __post_init__(self, **kwargs):
-        unknown = kwargs.keys() - LIBRARY_FIELDS
+        # The library keeps what it does not know, and other versions of it write more; what is nearly a field is a mistake.
+        unknown = [
+            name for name in kwargs.keys() - LIBRARY_FIELDS if get_close_matches(name, self.own_fields(), 1, 0.8)
+        ]
         if unknown:
             raise TypeError(
                 f"{type(self).__name__} got unexpected arguments: {', '.join(sorted(unknown))}. "

@@ -191,7 +191,8 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
             given = "not both" if image_codes is not None else "got neither"
             raise ValueError(f"Give either pixel_values or image_codes, {given}.")
         hidden_states = None
-        if any(value not in (None, False) for value in kwargs.values()):
+        wanted = any(value not in (None, False) for value in kwargs.values())
+        if wanted or (image_codes is None and self.visual.vision_model.config.output_hidden_states):
             if image_codes is not None:
                 raise ValueError(f"The vision tower, which gives {', '.join(kwargs)}, does not run for image_codes.")
             hidden_states = self.visual.vision_model(pixel_values, **kwargs).hidden_states
@@ -441,6 +442,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_targets: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_loss_share: float = 1.0,
@@ -458,6 +460,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
             mm_encoder_outputs: {"image": what `get_image_features` returned}, in their place.
             image_targets: (N,), bool: which of the images are to be drawn; None for none of them.
             labels: (B, T), the ids at text targets, -100 elsewhere; image positions are never text targets.
+            shift_labels: (B, T), in the place of `labels`: at each position the id that follows it.
             logits_to_keep: how many of the last positions' logits to return (0: all), or which: indices (M,) or (B, M),
                 or a mask (B, T), bool, for `logits` of (M, vocabulary). Without labels only.
             image_loss_share: the share of the target images' positions, drawn anew each time, that the depth
@@ -484,12 +487,15 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         inputs_embeds, image_codes = self._inputs_embeds(
             input_ids, inputs_embeds, cache, pixel_values, image_codes, mm_encoder_outputs
         )
-        with_loss = labels is not None or image_targets is not None
+        with_loss = labels is not None or shift_labels is not None or image_targets is not None
         options = self._output_options(kwargs)
-        text_labels = labels
-        if labels is not None and input_ids is not None:
-            text_labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
-        is_target = F.pad(text_labels[:, 1:] != -100, (0, 1)) if labels is not None and logits_at_targets else None
+        if shift_labels is None and labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        text_labels = shift_labels
+        if shift_labels is not None and input_ids is not None:
+            is_image = F.pad(input_ids[:, 1:] == self.config.image_token_id, (0, 1))
+            text_labels = shift_labels.masked_fill(is_image, -100)
+        is_target = text_labels != -100 if text_labels is not None and logits_at_targets else None
         if with_loss:
             logits_to_keep, use_cache = 0 if is_target is None else is_target, False
         outputs = self.language_model(
@@ -519,7 +525,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
             loss = (text_sum + image_count * image_mean) / (text_count + image_count).clamp_min(1)
         else:
             positions = image_count // self.depth_head.num_codebooks
-            self._check_count(labels, text_count + positions)
+            self._check_count(shift_labels, text_count + positions)
             loss = (text_sum + positions * image_mean) / num_items_in_batch
         if targets is None or image_loss_share < 1:
             image_logits = None
@@ -536,14 +542,14 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         )
 
     @staticmethod
-    def _check_count(labels: torch.Tensor | None, num_targets: torch.Tensor) -> None:
+    def _check_count(shift_labels: torch.Tensor | None, num_targets: torch.Tensor) -> None:
         """
         Raises:
             ValueError: the labels are fewer than the targets, so that a count of labels is not one of targets.
         """
         if torch.compiler.is_compiling():
             return
-        num_labels = 0 if labels is None else int((labels[:, 1:] != -100).sum())
+        num_labels = 0 if shift_labels is None else int((shift_labels != -100).sum())
         if num_labels < num_targets:
             raise ValueError(
                 f"num_items_in_batch counts labels, of which this batch has {num_labels} for {int(num_targets)} targets: "
@@ -553,14 +559,14 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
             )
 
     @staticmethod
-    def _text_loss(logits, labels, is_target) -> tuple[torch.Tensor, torch.Tensor]:
+    def _text_loss(logits, shift_labels, is_target) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the cross-entropies of the text targets, and their number."""
-        if labels is None:
+        if shift_labels is None:
             return 0.0 * logits.float().sum(), logits.new_zeros((), dtype=torch.long)
-        if is_target is None:
-            logits, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        if is_target is not None:
+            targets = shift_labels[is_target]
         else:
-            targets = labels[:, 1:][is_target[:, :-1]]
+            logits, targets = logits.flatten(0, 1), shift_labels.flatten()
         text_sum = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
         return text_sum, (targets != -100).sum()
 

@@ -361,7 +361,6 @@ class UniTokMLLMProcessor(ProcessorMixin):
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
         generation_mode: str | None = None,
-        sanitize_control_tokens: bool | None = None,
         **kwargs,
     ) -> BatchFeature:
         """Makes model inputs.
@@ -387,6 +386,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
             ValueError: another mode, no text (in image mode) or an empty list of texts, images and placeholders that do not pair up, or a
                 `max_length` that would cut through an image.
         """
+        sanitize_control_tokens = kwargs.pop("sanitize_control_tokens", None)
         if generation_mode in (None, "text"):
             return self._encode(images, text, sanitize_control_tokens, **kwargs)
         if generation_mode not in ("image", "interleaved", "edit"):
