@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import enliven
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from eval.llm_families import FAMILIES as ALL_FAMILIES
 from eval.llm_families import join, outcome, tiny_llm
 from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokMLLMForConditionalGeneration, UniTokModel
 
@@ -151,7 +151,7 @@ def test_an_llm_that_looks_ahead_is_refused():
 
 @pytest.mark.slow  # all of the library's, about 6 s each
 def test_every_llm_of_the_library_works_or_is_refused():
-    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    for family in ALL_FAMILIES:
         assert not outcome(family).startswith("fails"), family
 
 

@@ -379,7 +379,7 @@ _SIZE_NAMES = {
 
 # Families that count positions from the left edge, padding included, unless they are told the positions.
 LEARNED_POSITIONS = {
-    *("bert", "bert-generation", "big_bird", "biogpt", "ctrl", "electra", "ernie", "gpt2", "gpt_bigcode", "gpt_neo"),
+    *("bert", "bert-generation", "big_bird", "biogpt", "electra", "ernie", "gpt2", "gpt_bigcode", "gpt_neo"),
     *("megatron-bert", "rembert", "roc_bert", "xglm"),
 }
 _OFFSET = "its positions start behind the padding token's"
@@ -398,7 +398,7 @@ UNSUITABLE_LLMS = {
     **dict.fromkeys(("musicgen_decoder", "musicgen_melody_decoder"), "it has one output layer for each codebook"),
     **dict.fromkeys(("emu3_text_model", "mllama_text_model"), "the library cannot load it from its own config"),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "it is a draft model, without keys of its own"),
-    **dict.fromkeys(("doge", "moshi"), "what it computes with its cache is not what it computes without"),
+    **dict.fromkeys(("ctrl", "doge", "moshi"), "what it computes with its cache is not what it computes without"),
     "blt": "it takes bytes",
     "cpmant": "it takes no embeddings",
     "git": "it expects an image encoder of its own",
