@@ -21,7 +21,7 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 from lmms_eval.tasks.textvqa.utils import textvqa_process_results
 from lmms_eval.tasks.vqav2.utils import vqav2_process_results_val
-from PIL import Image
+from PIL import Image, ImageFile
 from tenacity import wait_none
 
 import unitok_mllm
@@ -38,6 +38,9 @@ from eval.lmms.models.unitok_mllm import (
 from eval.lmms.tasks.llava import utils as llava
 from eval.protocol import read_published
 from training.easy_vqa import COLORS, SHAPES, load
+
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import turns it on, for all tests of this process
 
 
 ROOT = Path(__file__).parent.parent

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import zipfile
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from training.files import whole_checkpoints
 logger = logging.getLogger(__name__)
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: str | os.PathLike) -> None:
     """Finds out whether the files of a checkpoint are as long as they say themselves; nothing of them is loaded.
 
     Raises:
         ValueError: one is not; it is named.
     """
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(Path(folder).rglob("*")):
         try:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt"):

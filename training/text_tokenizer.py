@@ -5,6 +5,7 @@ python -m training.text_tokenizer runs/my-text-tokenizer --captions data/caption
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -51,7 +52,7 @@ def easy_vqa_texts() -> list[str]:
     return texts + [f"{TURNS}{question} {answer}" for s in samples for question, answer in s.questions]
 
 
-def caption_texts(paths: list[Path]) -> list[str]:
+def caption_texts(paths: list[str | os.PathLike]) -> list[str]:
     """The captions of tables as prompts, with null prompts and the words around turns, one for ten of them.
 
     Raises:

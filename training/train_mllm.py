@@ -9,6 +9,7 @@ The same command goes on from the newest whole checkpoint in `output_dir`. The f
 """
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -386,7 +387,9 @@ def whole_modules(model: torch.nn.Module, prefixes: list[str]) -> list[str]:
     return sorted(name for name in names if not any(is_under(name, other) for other in names - {name}))
 
 
-def save_dequantized(model: UniTokMLLMForConditionalGeneration, processor: UniTokMLLMProcessor, folder: Path) -> None:
+def save_dequantized(
+    model: UniTokMLLMForConditionalGeneration, processor: UniTokMLLMProcessor, folder: str | os.PathLike
+) -> None:
     """Saves the MLLM that `model` was loaded from, with the weights that its 4 bits stand for."""
     whole = UniTokMLLMForConditionalGeneration.from_pretrained(model.config._name_or_path)
     for name, module in model.language_model.named_modules():

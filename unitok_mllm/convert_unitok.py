@@ -81,7 +81,7 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def check_archive(path: Path) -> None:
+def check_archive(path: str | os.PathLike) -> None:
     """Finds out before any of it is read whether a file that is an archive says to hold about as much as it has bytes.
 
     torch does not compress what it saves, so that a larger one would fill the memory from little.
@@ -89,6 +89,7 @@ def check_archive(path: Path) -> None:
     Raises:
         ConversionError: it says to hold more, or is no regular file.
     """
+    path = Path(path)
     if not path.is_file():
         raise ConversionError(f"{path} is no torch checkpoint: it is not a regular file.")
     if not zipfile.is_zipfile(path):
@@ -99,7 +100,7 @@ def check_archive(path: Path) -> None:
         raise ConversionError(f"{path} has {path.stat().st_size} bytes, and says to hold {held}.")
 
 
-def check_tensors(state: object, source: Path) -> None:
+def check_tensors(state: object, source: str | os.PathLike) -> None:
     """Finds out whether these are weights: dense, real and finite numbers by name, each with its own bytes.
 
     Raises:
