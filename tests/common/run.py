@@ -96,7 +96,7 @@ def main() -> int:
     prepare(folder)
     paths = [str(ROOT), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-    options = "-q -p no:cacheprovider -W ignore --timeout 300"
+    options = "-q -p no:cacheprovider -W ignore -W always::FutureWarning --timeout 300"
     command = [sys.executable, "-m", "pytest", "tests/models/unitok", *options.split(), *sys.argv[1:]]
     return subprocess.run(command, cwd=folder, env=environment).returncode
 
