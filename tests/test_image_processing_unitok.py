@@ -392,7 +392,7 @@ BAD_FILES = {
     "text.png": (lambda path: path.write_text("not a picture", encoding="utf-8"), "cannot identify image file"),
     "empty.gif": (lambda path: path.write_bytes(b""), "cannot identify image file"),
     "missing.png": (lambda path: None, "No such file"),
-    "folder.png": (lambda path: path.mkdir(), "Is a directory"),
+    "folder.png": (lambda path: path.mkdir(), "not a regular file"),
 }
 
 
