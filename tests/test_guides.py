@@ -100,7 +100,8 @@ def test_commands_that_are_not_run_have_only_known_options(guide):
 
 
 def test_links_lead_somewhere():
-    for path in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+    documents = [path for folder in ("docs", "training", "eval", "unitok_mllm") for path in (ROOT / folder).rglob("*.md")]
+    for path in (*ROOT.glob("*.md"), *documents):
         for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), (path.name, target)
