@@ -100,7 +100,9 @@ def test_commands_that_are_not_run_have_only_known_options(guide):
 
 
 def test_links_lead_somewhere():
-    documents = [path for folder in ("docs", "training", "eval", "unitok_mllm") for path in (ROOT / folder).rglob("*.md")]
+    documents = [
+        path for folder in ("docs", "training", "eval", "unitok_mllm") for path in (ROOT / folder).rglob("*.md")
+    ]
     for path in (*ROOT.glob("*.md"), *documents):
         for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
             if not target.startswith("http"):
