@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-common test-slow test-web test-all lint bench clean
+.PHONY: demo test test-common test-slow test-web test-all lint docs docs-serve bench clean
 
 demo: .venv/installed-demo
 	$(BIN)/unitok-mllm demo
@@ -30,6 +30,13 @@ test-all: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# the documentation site, in build/site
+docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench: .venv/installed-dev
 	$(BIN)/python -m eval.speed

@@ -104,6 +104,6 @@ def test_links_lead_somewhere():
         path for folder in ("docs", "training", "eval", "unitok_mllm") for path in (ROOT / folder).rglob("*.md")
     ]
     for path in (*ROOT.glob("*.md"), *documents):
-        for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
+        for target in re.findall(r"""(?:\]\(|src=")([^)#"]+)""", path.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), (path.name, target)

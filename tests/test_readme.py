@@ -14,6 +14,8 @@ import yaml
 from original_checkpoints import reference_state, tokenizer_checkpoint
 from PIL import Image, ImageDraw
 
+import unitok_mllm
+
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -37,6 +39,7 @@ def test_the_citation_has_the_version_of_the_package():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert (citation["title"], citation["version"]) == (project["name"], project["version"])
+    assert project["version"] == unitok_mllm.__version__
     paper = citation["preferred-citation"]
     assert f"title   = {{{paper['title']}}}" in README.read_text(encoding="utf-8")
 
