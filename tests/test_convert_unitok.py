@@ -202,9 +202,10 @@ def test_converted_mllm_writes_the_originals_text(converted_mllm, recorded):
 
 def test_converted_folder_holds_a_processor_and_the_visual_tokenizer(mllm_folder, converted_mllm, base_checkpoint):
     processor = AutoProcessor.from_pretrained(mllm_folder)
-    assert processor.config_token_ids() == {"boi_token_id": 3, "eoi_token_id": 4, "image_token_id": IMAGE}
     config = converted_mllm.config
+    assert processor.config_token_ids().items() <= vars(config).items()
     assert (config.boi_token_id, config.eoi_token_id, config.image_token_id) == (3, 4, IMAGE)
+    assert config.image_prompt_ids[-1] == config.unconditional_prompt_ids[-1] == 3
     assert config.text_config.model_type == "llama" and config.text_config.rms_norm_eps == 1e-5
     picture = (reference_image(256, 0).transpose(1, 2, 0) * 127.5 + 127.5).astype(np.uint8)
     inputs = processor(images=picture, text="<image>word7")

@@ -27,6 +27,9 @@ from training.easy_vqa import COLORS, SHAPES, load
 from training.losses import psnr
 
 
+pytestmark = pytest.mark.full
+
+
 @pytest.fixture
 def folder(mllm, processor, tmp_path):
     """A model's folder."""

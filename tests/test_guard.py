@@ -10,6 +10,9 @@ from unitok_mllm import guard
 from unitok_mllm.guard import Guard, Refused, own_hosts, visitor_of
 
 
+pytestmark = pytest.mark.full
+
+
 ROUTES = (r"(GET|HEAD) /", "GET /file/.*", "POST /(work|upload)")
 
 

@@ -19,6 +19,9 @@ from transformers import TrainingArguments
 from unitok_mllm import cli
 
 
+pytestmark = pytest.mark.full
+
+
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 SLOW = ("train_a_tokenizer.md", "own_llm.md")  # train for minutes

@@ -12,6 +12,9 @@ from eval.llm_families import join, outcome, tiny_llm
 from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokMLLMForConditionalGeneration, UniTokModel
 
 
+pytestmark = pytest.mark.full
+
+
 L, BOI, IMAGE = 9, 3, 5
 SIZES = {
     "vocab_size": 300,

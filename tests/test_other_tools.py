@@ -44,6 +44,9 @@ from training.easy_vqa import load
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokModel, UniTokVisionModel
 
 
+pytestmark = pytest.mark.full
+
+
 ANSWERS = {"red": "a red circle", "blue": "the blue shape", "white": "yes", "black": "no"}
 QUESTION = "what is the shape?"
 

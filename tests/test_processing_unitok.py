@@ -397,7 +397,10 @@ def test_tokens_that_are_not_in_the_vocabulary_raise(processor, missing):
 
 def test_an_image_token_that_the_tokenizer_lacks_is_added_behind_its_vocabulary(with_tokenizer, picture):
     processor = with_tokenizer(image_token="<picture>")
-    assert processor.config_token_ids() == {"boi_token_id": 3, "eoi_token_id": 4, "image_token_id": 300}
+    assert (
+        processor.config_token_ids()
+        == {"boi_token_id": 3, "eoi_token_id": 4, "image_token_id": 300} | processor.config_prompt_ids()
+    )
     assert (processor(text="red <picture>", images=picture).input_ids == 300).sum() == L
 
 

@@ -17,6 +17,9 @@ from PIL import Image, ImageDraw
 import unitok_mllm
 
 
+pytestmark = pytest.mark.full
+
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 # a server, which test_web.py runs, and an original MLLM, which test_convert_unitok.py has

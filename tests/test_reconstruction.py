@@ -27,6 +27,9 @@ from training.losses import MOST_PSNR
 from unitok_mllm import UniTokImageProcessorPil, UniTokModel
 
 
+pytestmark = pytest.mark.full
+
+
 IMAGES = 10
 SIDE = 48
 

@@ -18,6 +18,9 @@ from eval.protocol import FIELDS, Published, differences, number, read_published
 from eval.report import main, make_report, to_blocks
 
 
+pytestmark = pytest.mark.full
+
+
 CLI = typer.Typer()
 CLI.command()(main)
 EASY_VQA = {

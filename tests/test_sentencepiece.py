@@ -45,7 +45,7 @@ def assert_loads(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "saved/tokenizer.model").exists()
     again = UniTokMLLMProcessor.from_pretrained(tmp_path / "saved")
     assert [again(text=text)["input_ids"].tolist() for text in TEXTS] == [[ids] for ids in expected]
-    assert again.config_token_ids() == {"boi_token_id": 3, "eoi_token_id": 4, "image_token_id": len(reader)}
+    assert (again.boi_token_id, again.eoi_token_id, again.image_token_id) == (3, 4, len(reader))
 
 
 def test_a_folder_with_a_sentencepiece_model_alone_loads(tmp_path):

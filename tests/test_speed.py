@@ -19,6 +19,9 @@ from training.losses import psnr
 from unitok_mllm import UniTokModel
 
 
+pytestmark = pytest.mark.full
+
+
 PEAKS = {"GEMM": 1e11, "bandwidth": 1e10}
 
 

@@ -20,6 +20,9 @@ from eval.clip_score import clip_scores
 from eval.prompts import read_prompts
 
 
+pytestmark = pytest.mark.full
+
+
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "unitok_mllm" / "checkpoints" / "tiny"
 GENEVAL = [

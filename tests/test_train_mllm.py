@@ -494,7 +494,8 @@ def test_zero_gives_the_losses_of_one_process_and_a_model_that_loads(tmp_path, s
     dataset = MLLMDataset([Source(**source) for source in sources], texts=None, num_samples=80)
     only_text = (dataset.choices.reshape(20, 2, 2) == 0).all(axis=2)
     assert (only_text[:, 0] != only_text[:, 1]).any()
-    options = {"num_samples": 80, "save_strategy": "steps", "save_steps": 10}
+    # one gradient of the second step is 1e-8, a rounding error, which Adam's default epsilon would make a whole step of
+    options = {"num_samples": 80, "save_strategy": "steps", "save_steps": 10, "adam_epsilon": 1e-6}
     one = run(write_config(tmp_path / "one.yaml", start, sources, **options))
     options["per_device_train_batch_size"] = 2
     config = write_config(tmp_path / "two.yaml", start, sources, **options)
@@ -502,12 +503,9 @@ def test_zero_gives_the_losses_of_one_process_and_a_model_that_loads(tmp_path, s
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-3)
     expected = load_file(one / "release/model.safetensors")
     model = UniTokMLLMForConditionalGeneration.from_pretrained(two / "release")
-    # Adam makes whole steps of gradients that are rounding errors: a weight in ten thousand may be some steps away
-    weights = model.state_dict()
-    far = [~weight.isclose(expected[name], rtol=1e-2, atol=1e-4) for name, weight in weights.items()]
-    assert torch.cat([places.flatten() for places in far]).float().mean() < 1e-4
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-2)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-2, atol=1e-4)
+    assert load_file(two / "release/model.safetensors").keys() == expected.keys()
     resumed = run(
         config,
         2,

@@ -40,6 +40,9 @@ from eval.protocol import read_published
 from training.easy_vqa import COLORS, SHAPES, load
 
 
+pytestmark = pytest.mark.full
+
+
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import turns it on, for all tests of this process
 
 

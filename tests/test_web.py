@@ -38,6 +38,9 @@ from unitok_mllm import cli, web
 from unitok_mllm.kept_files import KeptFiles
 
 
+pytestmark = pytest.mark.full
+
+
 REPOSITORY = Path(web.__file__).parent.parent
 BOI, EOS = 3, 2
 L = 9

@@ -24,6 +24,9 @@ from unitok_mllm import UniTokImageProcessor, UniTokModel
 from unitok_mllm.image_processing_unitok import load_image
 
 
+pytestmark = pytest.mark.full
+
+
 SHIPPED = "unitok_mllm/checkpoints/tiny"
 NUM_EMOJI = 20
 

@@ -30,6 +30,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.core_model_loading import PrefixChange
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
     set_hf_deepspeed_config,
@@ -310,8 +311,12 @@ def build_model(
         model = UniTokMLLMForConditionalGeneration.from_pretrained(
             arguments.model, visual=own_visual, **loading_options(arguments)
         )
+        # ZeRO-3's loader notes changes of prefixes that it did not make, and saving would take them back
+        model._weight_conversions = [c for c in model._weight_conversions if not isinstance(c, PrefixChange)]
         model.visual = visual.requires_grad_(False)
         model.config.visual_config = visual.config
+        for name, ids in processor.config_prompt_ids().items():
+            setattr(model.config, name, ids)
         if arguments.visual_model:
             model.embedder.quantizer.load_state_dict(visual.vision_model.quantizer.state_dict())
     else:

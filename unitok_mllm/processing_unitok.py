@@ -151,12 +151,13 @@ class UniTokMLLMProcessor(ProcessorMixin):
             image_processor, tokenizer, chat_template=chat_template or vicuna_chat_template(image_token=image_token)
         )
 
-    def config_token_ids(self) -> dict[str, int]:
-        """The token ids that a `UniTokMLLMConfig` of this processor's model needs."""
+    def config_token_ids(self) -> dict[str, int | list[int]]:
+        """The token ids that a `UniTokMLLMConfig` of this processor's model needs, `config_prompt_ids` included."""
         return {
             "boi_token_id": self.boi_token_id,
             "eoi_token_id": self.eoi_token_id,
             "image_token_id": self.image_token_id,
+            **self.config_prompt_ids(),
         }
 
     def config_prompt_ids(self) -> dict[str, list[int]]:
