@@ -13,6 +13,8 @@ import yaml
 import unitok_mllm
 
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
