@@ -488,14 +488,9 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-@one_line_errors()
+@one_line_errors("Interrupted. Finished parts are kept; the same command with --resume goes on from there.")
 def main(argv: list[str] | None = None) -> None:
-    settings = parse_settings(Settings, argv)
-    try:
-        report = evaluate(settings)
-    except KeyboardInterrupt:
-        sys.exit(f"Interrupted. Finished parts are in {settings.output}; --resume goes on from there.")
-    print(table(report))
+    print(table(evaluate(parse_settings(Settings, argv))))
 
 
 if __name__ == "__main__":

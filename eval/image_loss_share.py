@@ -17,7 +17,7 @@ import torch
 import typer
 
 from eval.speed import smollm2_mllm
-from training.errors import one_line_errors
+from training.errors import one_line_errors, script_app
 
 
 SHARES = (1.0, 0.5, 0.25)
@@ -48,7 +48,7 @@ def measure(share: float, runs: int) -> dict:
     return {"image_loss_share": share, "seconds": round(sorted(seconds[1:])[runs // 2], 2), "mib": round(grown)}
 
 
-app = typer.Typer(help=__doc__, add_completion=False)
+app = script_app(help=__doc__)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from training.errors import CommandLine, check_keys, one_line_errors
 from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokMLLMForConditionalGeneration, UniTokModel
 from unitok_mllm.configuration_unitok import check_llm
 
@@ -283,21 +284,25 @@ python -m eval.llm_families --output docs/llm_families.md
 """
 
 
-def main(families: list[str], output: Path) -> None:
+@one_line_errors()
+def main(argv: list[str] | None = None) -> None:
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", default=FAMILIES, help="model types; default: all")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/llm_families.md"), help="where the table goes (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    check_keys("the library's list of causal LMs", arguments.families, FAMILIES)
+    logging.set_verbosity_error()
     outcomes = {}
-    for family in families:
+    for family in arguments.families:
         outcomes[family] = outcome(family)
         print(f"{family}: {outcomes[family]}", flush=True)
     works = sum(result == "works" for result in outcomes.values())
     header = HEADER.format(version=transformers.__version__, works=works, total=len(outcomes))
     rows = [f"| {family} | {result.replace('|', '/')} |" for family, result in outcomes.items()]
-    output.write_text(header + "\n".join(rows) + "\n", encoding="utf-8")
+    arguments.output.write_text(header + "\n".join(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", default=FAMILIES)
-    parser.add_argument("--output", type=Path, default=Path("docs/llm_families.md"))
-    arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    main(arguments.families, arguments.output)
+    main()

@@ -26,7 +26,7 @@ from jinja2 import Environment
 
 from eval._common import versions, write_atomically
 from eval.protocol import Published, differences, read_published
-from training.errors import one_line_errors
+from training.errors import one_line_errors, script_app
 
 
 ABOUT = ("settings", "versions", "prompt", "prompts", "measured", "configs", "config", "runs")  # shown folded
@@ -409,7 +409,7 @@ def make_report(paths: list[Path], title: str) -> str:
     )
 
 
-app = typer.Typer(help=__doc__, add_completion=False)
+app = script_app(help=__doc__)
 
 
 @app.command()

@@ -483,18 +483,14 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-@one_line_errors()
+@one_line_errors("Interrupted. Finished pictures and metrics are kept; the same command goes on from there.")
 def main(argv: list[str] | None = None) -> None:
-    settings = parse_settings(Settings, argv)
-    evaluation = Evaluation(settings)
-    try:
-        drawing = evaluation.draw()
-        is_main_process = evaluation.state.is_main_process
-        evaluation.state.destroy_process_group()  # the others need not wait for the metrics
-        if is_main_process:
-            print(table(evaluation.report(drawing)))
-    except KeyboardInterrupt:
-        sys.exit(f"Interrupted. Finished pictures are in {settings.output}; the same command goes on from there.")
+    evaluation = Evaluation(parse_settings(Settings, argv))
+    drawing = evaluation.draw()
+    is_main_process = evaluation.state.is_main_process
+    evaluation.state.destroy_process_group()  # the others need not wait for the metrics
+    if is_main_process:
+        print(table(evaluation.report(drawing)))
 
 
 if __name__ == "__main__":

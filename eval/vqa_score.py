@@ -12,14 +12,27 @@ import json
 from pathlib import Path
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pairs", type=Path)
-    parser.add_argument("scores", type=Path)
-    parser.add_argument("--model", default="clip-flant5-xxl")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch_size", type=int, default=16)
-    arguments = parser.parse_args()
+class OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", type=Path, help="JSON file of [picture's path, text] pairs")
+    parser.add_argument("scores", type=Path, help="where the scores go")
+    parser.add_argument("--model", default="clip-flant5-xxl", help="the package's name of it (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", "--batch-size", type=int, default=16, help="pairs at a time (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    if not arguments.pairs.is_file():
+        parser.error(f"there is no file {arguments.pairs}")
+    if arguments.batch_size < 1:
+        parser.error(f"batch_size must be at least 1, got {arguments.batch_size}")
     import t2v_metrics
 
     scorer = t2v_metrics.get_score_model(model=arguments.model, device=arguments.device)

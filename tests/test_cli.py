@@ -144,6 +144,36 @@ def test_shipped_model_is_the_default():
     assert cli.SHIPPED_MODEL == Path(unitok_mllm.__file__).parent / "checkpoints" / "tiny"
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("generate circle --tempreture 1", "No such option: --tempreture (Possible options: --temperature)"),
+        ("generat circle", "No such command 'generat'. Did you mean 'generate'?"),
+        ("ask", "Missing argument 'IMAGE'."),
+        (
+            "generate circle --count many",
+            "Invalid value for '--count': Input should be a valid integer, unable to pars",
+        ),
+        (
+            "generate circle --top_k -1",
+            "Invalid value for '--top-k': Input should be greater than or equal to 0, got -1",
+        ),
+    ],
+)
+def test_a_wrong_command_line_takes_one_line(words, said):
+    assert fail(*words.split()).startswith(said)
+
+
+def test_ctrl_c_takes_one_line(models, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "draw_images", interrupted)
+    result = run("generate", "a circle", "--top_k", "3", "--model", models / "mllm")
+    assert result.exit_code == 130
+    assert result.stderr.endswith("\nInterrupted. The same command begins again.\n")
+
+
 # reconstruct
 
 

@@ -1,8 +1,9 @@
 """What users get wrong, in any script: one line that names it, and exit code 2."""
 
+import argparse
 import importlib
 import shlex
-from dataclasses import is_dataclass
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,7 @@ from test_train_mllm import write_config
 from transformers import TrainingArguments
 
 from training.arguments import Parser, check_source, parse_yaml_and_command_line
-from training.errors import check_keys, one_line_errors
-from training.losses import LossArguments
-from training.tokenizer_trainer import TokenizerTrainingArguments
+from training.errors import check_keys, one_line_errors, underscored
 from training.train_mllm import MLLMArguments
 from training.train_tokenizer import TokenizerArguments
 
@@ -69,6 +68,8 @@ def test_typer_errors_take_one_line_too(capsys):
     def command(name: str, count: int = 1):
         if count > 2:
             raise ValueError("too many")
+        if count < 0:
+            raise KeyboardInterrupt
         raise typer.Exit(count - 1)
 
     main = one_line_errors()(app)
@@ -79,6 +80,9 @@ def test_typer_errors_take_one_line_too(capsys):
         with pytest.raises(SystemExit) as end:
             main(["a", "--count", str(count)])
         assert end.value.code == count - 1
+    with pytest.raises(SystemExit) as end:
+        main(["a", "--count", "-1"])
+    assert end.value.code == 130 and capsys.readouterr().err == "\nInterrupted. The same command begins again.\n"
 
 
 @pytest.mark.parametrize("name", ["easy_vqa", "emoji", "reconstruction", "speed", "text_to_image", "vqa", "zero_shot"])
@@ -209,20 +213,62 @@ def test_names_that_are_no_folder_are_told_from_those_on_the_hub(tmp_path, monke
         check_source("llm", "some/llm")
 
 
-def test_every_option_says_what_it_is():
-    silent = []
-    for name in SCRIPTS:
-        module = importlib.import_module(name)
-        if app := getattr(module, "app", None):
-            group = typer.main.get_command(app)
-            for command in getattr(group, "commands", {"": group}).values():
-                silent += [(name, option.name) for option in command.params if not option.help]
-        for settings in (module.__dict__.get(kind) for kind in ("Settings", "JudgeArguments", "ClaimsArguments")):
-            silent += [(name, n) for n in undocumented(settings)] if is_dataclass(settings) else []
-    for kind in (MLLMArguments, TokenizerArguments, LossArguments, TokenizerTrainingArguments):
-        silent += [(kind.__name__, n) for n in undocumented(kind)]
-    assert silent == []
+def main_of(script: str):
+    """What `python -m SCRIPT` runs, as a function of its arguments."""
+    module = importlib.import_module(script)
+    if app := module.__dict__.get("app"):
+        return one_line_errors()(app)
+    return module.main if script.startswith("eval.") else one_line_errors()(module.main)
 
 
-def undocumented(settings: type) -> list[str]:
-    return [action.dest for action in Parser(settings)._actions if not action.help]
+def commands(script: str) -> dict[str, list]:
+    """The parameters of a script's commands, by their words: those of typer, or the actions of argparse."""
+    module, found = importlib.import_module(script), {}
+    if app := module.__dict__.get("app"):
+        group = typer.main.get_command(app)
+        return {name: command.params for name, command in getattr(group, "commands", {"": group}).items()}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(argparse.ArgumentParser, "print_help", lambda self: found.setdefault("", self._actions))
+        module.main(["--help"])
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_option_says_what_it_is_and_takes_dashes_and_underscores(script):
+    for parameters in commands(script).values():
+        assert [
+            option.dest if hasattr(option, "dest") else option.name for option in parameters if not option.help
+        ] == []
+        names = {name for option in parameters for name in getattr(option, "option_strings", ()) if name[:2] == "--"}
+        assert {name.replace("_", "-") for name in names} | {underscored(name) for name in names} == names
+    if not script.startswith(("training.train_", "eval.claims")) and (app := sys.modules[script].__dict__.get("app")):
+        assert typer.main.get_command(app).context_settings["token_normalize_func"]("max_shift") == "max-shift"
+
+
+@pytest.mark.parametrize("script", sorted(set(SCRIPTS) - {"eval.vqa_score"}))  # which can import nothing of ours
+def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tmp_path):
+    (tmp_path / "empty.yaml").write_text("", encoding="utf-8")
+    for command in commands(script):
+        first = [command] if command else []
+        if script in ("training.train_mllm", "training.train_tokenizer", "eval.claims"):
+            first = [str(tmp_path / "empty.yaml")]
+        said = line_of(capsys, main_of(script), [*first, "--outputt", "x"])
+        assert "--outputt" in said
+
+
+EVALUATIONS = ("easy_vqa", "emoji", "reconstruction", "speed", "text_to_image", "vqa", "zero_shot", "judge", "claims")
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_ctrl_c_ends_every_evaluation_in_one_line_that_says_how_to_go_on(name, capsys, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    module = importlib.import_module(f"eval.{name}")
+    for parse in ("parse_settings", "parse_yaml_and_command_line"):
+        monkeypatch.setattr(module, parse, stop, raising=False)
+    with pytest.raises(SystemExit) as end:
+        module.main([])
+    said = capsys.readouterr().err
+    assert end.value.code == 130 and said.startswith("\nInterrupted. ") and said.count("\n") == 2
+    assert "the same command" in said.lower()

@@ -161,8 +161,9 @@ def test_finished_parts_outlive_an_interruption_and_are_not_measured_again(argum
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.Evaluation, "text_to_image", interrupted)
-        with pytest.raises(SystemExit, match="--resume"):
+        with pytest.raises(SystemExit, match="--resume goes on") as end:
             evaluation.main(arguments)
+        assert end.value.code == 130
     output = tmp_path / "out.json"
     first = json.loads(output.read_text(encoding="utf-8"))["parts"]
     assert list(first) == ["reconstruction", "vqa"]

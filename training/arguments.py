@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import HfArgumentParser, TrainingArguments
 
-from training.errors import check_keys
+from training.errors import CommandLine, check_keys
 from unitok_mllm.configuration_unitok import check_ranges
 
 
@@ -85,7 +85,7 @@ def mapping(text: str) -> dict:
     return value
 
 
-class Parser(HfArgumentParser):
+class Parser(HfArgumentParser, CommandLine):
     """The library's, which also takes dicts, and says in one line what is wrong."""
 
     def __init__(self, dataclass_types: Any, **kwargs: Any):
@@ -94,21 +94,14 @@ class Parser(HfArgumentParser):
             if action.type is dict:
                 action.type = mapping
 
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message}\n")
-
     def parse(self, argv: list[str] | None = None) -> tuple:
         """An instance of each dataclass.
 
         Raises:
-            SystemExit: an option has no value, or one that is none of its type.
-            ValueError: there is no such option, or a dataclass refuses its value.
+            ScriptEnd: see `CommandLine.parse_args`.
+            ValueError: see there; or a dataclass refuses its value.
         """
-        given, rest = self.parse_known_args(argv)
-        names = [option for action in self._actions for option in action.option_strings]
-        check_keys("the command line", [word.partition("=")[0] for word in rest if word.startswith("-")], names)
-        if rest:
-            raise ValueError(f"{' '.join(rest)} belongs to no option.")
+        given = self.parse_args(argv)
         deepspeed = vars(given).get("deepspeed")
         if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not Path(deepspeed).is_file():
             raise ValueError(f"deepspeed: there is no file {deepspeed}")

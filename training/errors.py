@@ -3,11 +3,12 @@
 Any other exception is a bug and shows its traceback.
 """
 
+import argparse
 import difflib
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import typer
@@ -32,7 +33,9 @@ def end(line: str, code: int) -> NoReturn:
     raise ScriptEnd(line, code)
 
 
-def one_line_errors(on_interrupt: str = "Interrupted.") -> Callable[[Callable], Callable]:
+def one_line_errors(
+    on_interrupt: str = "Interrupted. The same command begins again.",
+) -> Callable[[Callable], Callable]:
     """A decorator of a script's `main`, or of its typer app.
 
     Args:
@@ -44,12 +47,17 @@ def one_line_errors(on_interrupt: str = "Interrupted.") -> Callable[[Callable], 
         def run(*args: Any, **kwargs: Any) -> Any:
             try:
                 if isinstance(main, typer.Typer):
-                    sys.exit(main(*args, **kwargs, standalone_mode=False))
+                    code = main(*args, **kwargs, standalone_mode=False)
+                    if code == 130:  # what typer makes of Ctrl-C
+                        raise KeyboardInterrupt
+                    sys.exit(code)
                 return main(*args, **kwargs)
             except (KeyboardInterrupt, typer.Abort) as error:
                 end(f"\n{str(error) or on_interrupt}", 130)
             except TyperException as error:
                 message = error.format_message()
+                if not message:  # the help was printed
+                    sys.exit(error.exit_code)
             except MENDABLE as error:
                 message = str(error)
             end(f"error: {' '.join(message.split())}", 2)
@@ -75,3 +83,49 @@ def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
                 f"{where} has no {name!r}"
                 + (f": did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}.")
             )
+
+
+def underscored(option: str) -> str:
+    """A long option with underscores for dashes, as it is written in the help."""
+    return f"--{option[2:].replace('-', '_')}" if option.startswith("--") else option
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse's parser; long options also take dashes for underscores, and what is wrong takes one line."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        spellings = {underscored(name) for name in names} | {
+            name.replace("_", "-") for name in names if name[:2] == "--"
+        }
+        return super().add_argument(*sorted(spellings, reverse=True), **options)
+
+    def error(self, message: str) -> NoReturn:
+        end(f"error: {' '.join(message.split())}", 2)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """
+        Raises:
+            ScriptEnd: an option has no value, or one that is none of its type.
+            ValueError: there is no such option, or a word belongs to none.
+        """
+        args = list(sys.argv[1:] if args is None else args)
+        self.check_options(args)
+        given, rest = self.parse_known_args(args, namespace)
+        if rest:
+            raise ValueError(f"{' '.join(rest)} belongs to no option.")
+        return given
+
+    def check_options(self, args: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: there is no such option; it gives the nearest one.
+        """
+        known = [underscored(action.option_strings[-1]) for action in self._actions if action.option_strings]
+        given = [underscored(word.partition("=")[0]) for word in args if word.startswith("--") and len(word) > 2]
+        check_keys("the command line", [o for o in given if not any(name.startswith(o) for name in known)], known)
+
+
+def script_app(**options: Any) -> typer.Typer:
+    """A typer app whose long options also take underscores for dashes; `one_line_errors` runs it."""
+    settings = {"token_normalize_func": lambda token: token.replace("_", "-")}
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=settings, **options)

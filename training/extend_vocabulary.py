@@ -17,7 +17,7 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from training.arguments import check_source
-from training.errors import one_line_errors
+from training.errors import one_line_errors, script_app
 from training.files import read_rows
 from training.release import save_release
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
@@ -76,7 +76,7 @@ def extend_embeddings(model: PreTrainedModel, spellings: dict[int, list[int]]) -
                 embeddings.weight[number] = embeddings.weight[spelling].mean(dim=0)
 
 
-app = typer.Typer(help=__doc__, add_completion=False)
+app = script_app(help=__doc__)
 
 
 @app.command()

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from training.arguments import check_device
 from training.codes import shard_path, write_metadata, write_shard
-from training.errors import one_line_errors
+from training.errors import one_line_errors, script_app
 from training.files import IMAGE_SUFFIXES, BrokenSamples, ImageStore, read_rows
 from training.image_text_data import augmentation, random_numbers, sample_seed
 from training.run_folder import claim_folder
@@ -133,7 +133,7 @@ def collate(images: list[tuple[str, torch.Tensor | str]]) -> Batch:
     return Batch(list(views), pixel_values, errors)
 
 
-app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
+app = script_app(help=__doc__)
 
 
 @app.command()
@@ -260,4 +260,4 @@ def encode(model: UniTokModel, batch: Batch, broken: BrokenSamples) -> dict[str,
 
 
 if __name__ == "__main__":
-    one_line_errors()(app)()
+    one_line_errors("Interrupted. Whole shards are kept; the same command goes on with the others.")(app)()

@@ -12,12 +12,12 @@ import typer
 from peft import PeftConfig, PeftModel
 
 from training.arguments import check_source
-from training.errors import one_line_errors
+from training.errors import one_line_errors, script_app
 from training.release import FLOAT_TYPES, save_release
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
 
-app = typer.Typer(help=__doc__, add_completion=False)
+app = script_app(help=__doc__)
 
 
 def load_with_adapter(adapter: str | os.PathLike, base: str = "") -> PeftModel:

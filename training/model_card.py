@@ -28,7 +28,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 
 from eval._common import check_model_folder, folder_digest, write_atomically
-from training.errors import check_keys, one_line_errors
+from training.errors import CommandLine, check_keys, one_line_errors
 
 
 logger = logging.getLogger(__name__)
@@ -489,7 +489,7 @@ def push_release(folder: str | os.PathLike, name: str, private: bool | None = No
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a released folder")
     parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="JSON", help="files of eval/")
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="then upload the folder")

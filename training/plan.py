@@ -49,7 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from transformers import AutoConfig, LlamaConfig
 
 from training.discriminator import FeatureDiscriminator
-from training.errors import one_line_errors
+from training.errors import one_line_errors, script_app
 from training.losses import LossArguments
 from training.perceptual import FrozenFeatures, perceptual_distance
 from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokMLLMForConditionalGeneration, UniTokModel
@@ -697,9 +697,7 @@ def run_check(name: str, batch: int, steps: int) -> Check:
     )
 
 
-app = typer.Typer(
-    cls=OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
-)
+app = script_app(cls=OneLineErrors, no_args_is_help=True, help=__doc__)
 Samples = Annotated[float, typer.Option(help="Samples of the whole training, like 1.28e9.")]
 GPUs = Annotated[int, typer.Option(help="GPUs in all.")]
 TrainedParts = Annotated[list[str], typer.Option(help="A part that is trained; once for each.")]

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from training import easy_vqa, emoji
-from training.errors import one_line_errors
+from training.errors import one_line_errors, script_app
 
 
 EDITS_PER_IMAGE = 3
@@ -98,7 +98,7 @@ def prepare_emoji(folder: str | os.PathLike, packages: str | os.PathLike, catego
             (folder / f"{split}_{kind}.json").write_text(json.dumps(values), encoding="utf-8")
 
 
-app = typer.Typer(help=__doc__, add_completion=False)
+app = script_app(help=__doc__)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from training import easy_vqa
-from training.errors import one_line_errors
+from training.errors import CommandLine, one_line_errors
 from training.files import read_rows
 from unitok_mllm.processing_unitok import GENERATION_SUFFIX, UNCONDITIONAL_PROMPT
 
@@ -69,7 +69,7 @@ def caption_texts(paths: list[str | os.PathLike]) -> list[str]:
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where it is written to")
     parser.add_argument(
         "--captions",
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         action="append",
         help="a .jsonl, .json or .parquet file with a `caption` in each row; may be given again; without it: easy-VQA",
     )
-    parser.add_argument("--vocab-size", type=int, default=512, help="its tokens, at most (default: 512)")
+    parser.add_argument("--vocab_size", type=int, default=512, help="its tokens, at most (default: 512)")
     arguments = parser.parse_args(argv)
     if arguments.folder.is_file():
         parser.error(f"{arguments.folder} is a file, not a folder")

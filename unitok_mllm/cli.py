@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 
 if TYPE_CHECKING:
@@ -38,7 +39,21 @@ def show_error(message: object) -> None:
 
 
 class OneLineErrors(TyperGroup):
-    """Runs a command; errors that a user can mend become one line on stderr and exit code 2."""
+    """Runs a command; errors that a user can mend become one line on stderr and exit code 2, Ctrl-C one and 130."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        """typer's, which would print what is wrong with the command line in a box, and nothing after Ctrl-C."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **options)
+        try:
+            code = super().main(*args, standalone_mode=False, **options)
+        except TyperException as error:
+            code = error.exit_code
+            if message := error.format_message():  # or the help was printed
+                show_error(message)
+        if code == 130:
+            typer.echo("\nInterrupted. The same command begins again.", err=True)
+        sys.exit(code)
 
     def invoke(self, ctx: Any) -> Any:
         args = list(ctx.args)
@@ -56,7 +71,7 @@ class OneLineErrors(TyperGroup):
         """What the command line has for an option, which typer's messages leave out; "" where it has none."""
         for arg, following in zip(args, [*args[1:], ""]):
             name, equals, value = arg.partition("=")
-            if parameter is not None and name in parameter.opts:
+            if parameter is not None and name.replace("_", "-") in parameter.opts:
                 return f", got {value if equals else following}"
         return ""
 
@@ -66,6 +81,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},  # --top_k is --top-k
     help="One LLM that reads images and draws them.",
 )
 
