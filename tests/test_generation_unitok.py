@@ -1,4 +1,6 @@
 import inspect
+import json
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,12 +11,15 @@ from transformers import (
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxTimeCriteria,
     StaticCache,
+    StoppingCriteriaList,
     SuppressTokensLogitsProcessor,
 )
+from transformers.utils import logging
 
-from unitok_mllm import UniTokMLLMForConditionalGeneration, drawing_unitok
-from unitok_mllm.drawing_unitok import sample_codes
+from unitok_mllm import UniTokMLLMForConditionalGeneration, fast_drawing_unitok
+from unitok_mllm.drawing_unitok import UniTokDrawingOptions, sample_codes
 
 
 K, L, V = 4, 9, 32
@@ -158,8 +163,8 @@ def test_caches_of_fixed_length_draw_the_same(monkeypatch, draw, options):
         lengths.append(max_length)
         return StaticCache(config=model.config.text_config, max_cache_len=max_length)
 
-    monkeypatch.setattr(drawing_unitok, "static_cache", static_cache)
-    monkeypatch.setattr(drawing_unitok, "UniTokCudaGraph", lambda step: step)
+    monkeypatch.setattr(fast_drawing_unitok, "static_cache", static_cache)
+    monkeypatch.setattr(fast_drawing_unitok, "UniTokCudaGraph", lambda step: step)
     assert torch.equal(draw(**options), expected)
     assert len(lengths) == 1 and lengths[0] > L + 20
     assert torch.equal(draw(**options, num_positions=1), expected[..., :1])
@@ -323,6 +328,135 @@ def test_options_out_of_range_raise(mllm, processor, options, message):
         del inputs["unconditional_attention_mask"]
     with pytest.raises(ValueError, match=message):
         mllm.generate(**{**inputs, "generation_mode": "image", **options})
+
+
+# Options: the call's, its generation config's, the model's
+
+
+OWN = {"guidance_scale": 3.0, "temperature": 0.5, "top_k": 7}
+
+
+@pytest.fixture
+def text_options(lively_mllm):
+    """Such as an LLM's folder has; drawing passes them over."""
+    lively_mllm.generation_config.update(temperature=0.6, top_p=0.9, do_sample=True)
+
+
+def test_what_a_call_leaves_open_is_the_models(text_options, lively_mllm, draw):
+    expected, plain = draw(**OWN), draw()
+    lively_mllm.set_image_generation(**OWN)
+    assert torch.equal(draw(), expected) and not torch.equal(plain, expected)
+    assert torch.equal(draw(guidance_scale=1.0, temperature=1.0, top_k=0), plain)
+    lively_mllm.set_image_generation(do_sample=False)
+    assert torch.equal(draw(), draw(do_sample=False)) and torch.equal(draw(do_sample=True), plain)
+
+
+def test_a_generation_config_counts_between_the_call_and_the_model(text_options, lively_mllm, draw):
+    def expected(**options):
+        return draw(**OWN | options)
+
+    lively_mllm.generation_config.update(top_k=9)
+    results = {"call": expected(top_k=3), "nested": expected(top_k=4), "beside": expected(top_k=5), "own": expected()}
+    assert len({codes.numpy().tobytes() for codes in results.values()}) == 4
+    lively_mllm.set_image_generation(**OWN)
+    nested = GenerationConfig(image_generation={"top_k": 4}, top_k=5)
+    assert torch.equal(draw(generation_config=nested, top_k=3), results["call"])
+    assert torch.equal(draw(generation_config=nested), results["nested"])
+    assert torch.equal(draw(generation_config=GenerationConfig(top_k=5)), results["beside"])
+    assert torch.equal(draw(generation_config=lively_mllm.generation_config), results["own"])
+
+
+def test_options_of_drawing_are_saved_with_the_model_and_leave_text_as_it_is(lively_mllm, ask, draw, tmp_path):
+    answers = ask(), ask(do_sample=True, temperature=2.0)
+    expected = draw(**OWN)
+    torch.manual_seed(0)
+    lively_mllm.set_image_generation(**OWN)
+    assert ask() == answers[0]
+    lively_mllm.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["image_generation"] == OWN
+    again = UniTokMLLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.generation_config.image_generation == OWN
+    again.save_pretrained(tmp_path / "again")
+    assert GenerationConfig.from_pretrained(tmp_path / "again").image_generation == OWN
+    assert torch.equal(draw(), expected)
+
+
+def test_the_models_guidance_is_left_out_where_there_is_no_prompt_for_it(lively_mllm, processor, draw, caplog):
+    expected = draw(temperature=0.5, top_k=7)
+    lively_mllm.set_image_generation(**OWN)
+    prompt = {name: value for name, value in processor(text=TEXTS, generation_mode="image").items() if name[0] != "u"}
+    options = {**prompt, "generation_mode": "image", "seed": 0}
+    logging.get_logger("unitok_mllm").addHandler(caplog.handler)
+    assert torch.equal(lively_mllm.generate(**options), expected)
+    assert "without the model's own guidance_scale of 3.0: there is no prompt for it" in caplog.text
+    for asked in ({"guidance_scale": 3.0}, {"generation_config": GenerationConfig(guidance_scale=3.0)}):
+        with pytest.raises(ValueError, match="guidance_scale above 1 needs unconditional_input_ids"):
+            lively_mllm.generate(**options, **asked)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"guidance": 3.0}, "image_generation has no 'guidance': did you mean 'guidance_scale'?"),
+        ({"seed": 1}, "image_generation has no 'seed': known: guidance_scale, image_guidance_scale, do_sample, temp"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"temperature": "warm"}, "temperature must be above 0 .* got 'warm'"),
+        ([3], r"image_generation must be a dict of drawing options, got \[3\]"),
+    ],
+)
+def test_an_entry_that_drawing_cannot_honour_is_refused(lively_mllm, draw, options, message):
+    if isinstance(options, dict):
+        with pytest.raises(ValueError, match=message):
+            lively_mllm.set_image_generation(**options)
+    lively_mllm.generation_config.image_generation = options
+    with pytest.raises(ValueError, match=message):
+        draw()
+    with pytest.raises(ValueError, match="image_generation is for a generation_config"):
+        lively_mllm.generate(torch.tensor([[1, 20]]), image_generation={"top_k": 3})
+
+
+class Note(LogitsProcessor):
+    """Notes what it is given, and adds to the logits of some codes."""
+
+    def __init__(self, bias=0.0):
+        self.bias, self.seen = torch.zeros(V).index_fill(0, torch.tensor([3, 17]), bias), []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append((input_ids, scores))
+        return scores + self.bias
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"guidance_scale": 3.0, "top_k": 5}])
+def test_logits_processors_see_the_codes_so_far_and_the_guided_logits(lively_mllm, processor, draw, options):
+    expected, note = draw(**options), Note()
+    assert torch.equal(draw(**options, logits_processor=[note]), expected)
+    flat = expected.transpose(1, 2).flatten(1)  # position after position
+    assert all(torch.equal(ids, flat[:, :n]) for n, (ids, _) in enumerate(note.seen)) and len(note.seen) == K * L
+    prompt = processor(text=TEXTS, generation_mode="image")
+    cond = teacher_forced_logits(lively_mllm, prompt, expected)
+    uncond = teacher_forced_logits(lively_mllm, prompt, expected, "unconditional_")
+    guided = uncond + options.get("guidance_scale", 1.0) * (cond - uncond)
+    seen = torch.stack([scores for _, scores in note.seen], dim=1).unflatten(1, (L, K))
+    torch.testing.assert_close(seen, guided, rtol=1e-3, atol=1e-3)
+    assert draw(**options, logits_processor=[Note(1e4)]).unique().tolist() in ([3], [17], [3, 17])
+
+
+def test_a_processor_that_leaves_no_code_is_told_so(draw):
+    with pytest.raises(ValueError, match="leaves no code to draw after 0 codes"):
+        draw(logits_processor=[SuppressTokensLogitsProcessor(list(range(V)))])
+
+
+def test_stopping_criteria_end_a_drawing_when_all_its_rows_are_stopped(draw):
+    expected, seen = draw(), []
+
+    def stop(input_ids, scores, **kwargs):
+        seen.append(input_ids)
+        return torch.tensor([n == len(seen) for n in (5, 2, 3)])
+
+    codes = draw(stopping_criteria=[stop])
+    assert torch.equal(codes, expected[..., :5])
+    assert torch.equal(seen[-1], codes.transpose(1, 2).flatten(1)) and len(seen) == 5
+    assert draw(stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(0.0)])).shape[-1] == 1
 
 
 def test_progress_is_shown_on_stderr_and_only_if_asked_for(draw, capsys):
@@ -597,8 +731,10 @@ def test_an_answer_ends_at_a_stop_string(ask, processor):
 
 def test_none_means_the_default(lively_mllm, processor):
     inputs = processor(text="a red circle", generation_mode="image")
-    signature = inspect.signature(lively_mllm.generate_image_codes).parameters
-    options = dict.fromkeys(name for name in signature if name not in (*inputs, "seed"))
+    arguments = inspect.signature(lively_mllm.generate_image_codes).parameters.keys() - {*inputs, "options"}
+    options = dict.fromkeys(
+        (*arguments, *(field.name for field in fields(UniTokDrawingOptions) if field.name != "seed"))
+    )
     assert {"temperature", "top_k", "top_p", "guidance_scale", "do_sample", "num_return_sequences"} <= options.keys()
     expected = lively_mllm.generate(**inputs, generation_mode="image", seed=1)
     assert torch.equal(lively_mllm.generate(**inputs, generation_mode="image", seed=1, **options), expected)

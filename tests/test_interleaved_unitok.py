@@ -1,6 +1,7 @@
 """Options and streams of answers that are text with images in them; what they hold is in test_generation_unitok."""
 
 import inspect
+from dataclasses import fields
 from queue import Empty
 from threading import Thread
 
@@ -17,7 +18,9 @@ from transformers import (
 )
 from transformers.generation import SuppressTokensLogitsProcessor
 
-from unitok_mllm import UniTokImageStreamer, drawing_unitok, generation_unitok
+from unitok_mllm import UniTokImageStreamer, generation_unitok
+from unitok_mllm.drawing_unitok import UniTokDrawingOptions
+from unitok_mllm.fast_drawing_unitok import UniTokDrawingParts
 from unitok_mllm.interleaved_unitok import IMAGE_OPTIONS, TEXT_OPTIONS
 
 
@@ -116,22 +119,43 @@ def test_what_is_refused_says_what_to_do_instead(answer, lively_mllm):
 def test_an_answer_prepares_the_model_once_for_all_its_images(answer, monkeypatch):
     prepared = []
 
-    class Parts(drawing_unitok.UniTokDrawingParts):
-        def __init__(self, model):
-            prepared.append(model)
-            super().__init__(model)
+    def prepare_drawing(model):
+        prepared.append(model)
+        return UniTokDrawingParts(model)
 
-    monkeypatch.setattr(generation_unitok, "UniTokDrawingParts", Parts)
+    monkeypatch.setattr(generation_unitok, "prepare_drawing", prepare_drawing)
     assert answer((RED, BOI, BOI, BLUE, EOS)) == ([RED, *PICTURE, *PICTURE, BLUE, EOS], 2)
     assert len(prepared) == 1
     answer((RED, BLUE, EOS))
     assert len(prepared) == 1
 
 
+def test_images_are_drawn_with_the_options_of_the_model_or_of_the_calls_config(lively_mllm, processor):
+    inputs = processor(text="draw", generation_mode="interleaved")
+    say = LogitsProcessorList([Say(inputs["input_ids"].shape[1], BOI, EOS)])
+
+    def drawn(images, **options):
+        options |= {"image_options": {"seed": 0, **images}, "do_sample": False, "logits_processor": say}
+        return lively_mllm.generate(**inputs, **options, generation_mode="interleaved").image_codes[0].tolist()
+
+    own, others = {"guidance_scale": 3.0, "top_k": 5}, {"guidance_scale": 3.0, "top_k": 2}
+    expected = drawn(own), drawn(others), drawn({})
+    assert expected[0] != expected[1] != expected[2] != expected[0]
+    lively_mllm.set_image_generation(**own)
+    assert drawn({}) == expected[0] and drawn({"guidance_scale": 1.0, "top_k": 0}) == expected[2]
+    assert drawn({"top_k": 2}) == expected[1]
+    assert drawn({}, generation_config=GenerationConfig(image_generation={"top_k": 2})) == expected[1]
+    first = LogitsProcessorList([SuppressTokensLogitsProcessor(list(range(1, 32)))])
+    assert set(drawn({"logits_processor": first})[0][0]) == {0}
+    with pytest.raises(ValueError, match="does not take image_generation="):
+        drawn({}, image_generation=own)
+
+
 def test_the_options_of_images_are_those_of_drawing(lively_mllm):
-    parameters = set(inspect.signature(lively_mllm.generate_image_codes).parameters)
+    parameters = set(inspect.signature(lively_mllm.generate_image_codes).parameters) - {"options"}
+    parameters |= {field.name for field in fields(UniTokDrawingOptions)}
     prompts = {name for name in parameters if name.endswith(("input_ids", "attention_mask"))}
-    ours = {"pixel_values", "image_codes", "num_return_sequences", "num_positions", "parts"}
+    ours = {"pixel_values", "image_codes", "num_return_sequences", "num_positions", "parts", "generation_config"}
     ours |= {"image_guidance_scale"}  # edits alone have the prompts for it
     assert IMAGE_OPTIONS == parameters - prompts - ours
 

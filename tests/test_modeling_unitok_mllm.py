@@ -332,6 +332,7 @@ def test_from_parts_takes_over_weights_codebooks_and_generation_config(llama_con
     assert torch.equal(model.embedder.quantizer.codebooks, visual_tokenizer.vision_model.quantizer.codebooks)
     assert model.generation_config.eos_token_id == [2, 77] and model.generation_config.max_new_tokens == 7
     assert model.generation_config.suppress_tokens == [IMAGE] and llm.generation_config.suppress_tokens is None
+    assert "image_generation" not in vars(model.generation_config)
     assert not any(p.requires_grad for p in model.visual.parameters())
 
 

@@ -300,7 +300,7 @@ class SamplesCallback(TrainerCallback):
     Args:
         prompts: what to draw.
         questions: {"image": file, "question": text} each.
-        image_options: of the model's image generation.
+        image_options: of the drawing, over the model's own.
     """
 
     def __init__(
@@ -311,7 +311,7 @@ class SamplesCallback(TrainerCallback):
         image_options: dict,
     ):
         self.processor, self.prompts, self.questions = processor, prompts, questions
-        self.image_options = {"guidance_scale": 3.0, "seed": 0} | image_options
+        self.image_options = {"seed": 0} | image_options
         self.last_step = -1
 
     def bind(self, trainer: MLLMTrainer) -> None:

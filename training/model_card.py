@@ -63,7 +63,7 @@ answer = model.generate(**inputs, max_new_tokens=32, do_sample=False)
 print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 inputs = processor(text=["a red circle"], generation_mode="image")
-codes = model.generate(**inputs, generation_mode="image", guidance_scale=3.0, seed=0)  # (1, {K}, {L})
+codes = model.generate(**inputs, generation_mode="image", seed=0)  # (1, {K}, {L})
 drawings = processor.post_process_multimodal_output(model.decode_images(codes), generation_mode="image")
 drawings[0].save("drawing.png")""",
     "unitok": """\

@@ -72,6 +72,7 @@ from unitok_mllm.configuration_unitok import (
     UniTokVisionConfig,
     check_ranges,
 )
+from unitok_mllm.drawing_unitok import IMAGE_GENERATION
 from unitok_mllm.interleaved_unitok import IMAGE_OPTIONS
 from unitok_mllm.processing_unitok import VICUNA_SYSTEM, vicuna_chat_template
 
@@ -330,6 +331,7 @@ def build_model(
             depth_config=arguments.depth_config,
             embedder_dim=arguments.embedder_dim,
             embedder_heads=arguments.embedder_heads,
+            image_generation=IMAGE_GENERATION,
             **processor.config_token_ids(),
         )
     if arguments.train_codebooks:

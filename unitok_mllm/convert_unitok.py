@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, PreTrainedCo
 from transformers import initialization as init
 
 from .configuration_unitok import UniTokConfig, UniTokDepthConfig, UniTokMLLMConfig, UniTokVisionConfig
+from .drawing_unitok import IMAGE_GENERATION
 from .image_processing_unitok import UniTokImageProcessor
 from .modeling_unitok import UniTokModel
 from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
@@ -413,6 +414,7 @@ def convert_mllm(
     except CONFIG_ERRORS as error:
         raise ConversionError(f"{source} is no UniTok MLLM: {error!r}") from error
     model = _built(UniTokMLLMForConditionalGeneration, model_config, converted)
+    model.set_image_generation(**IMAGE_GENERATION)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return report

@@ -9,8 +9,6 @@ is another: it compares the picture alone with neither).
 
 import copy
 import functools
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -18,41 +16,25 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import Cache, GenerationConfig, GenerationMixin, StoppingCriteriaList
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import LogitsProcessorList
 
 from .drawing_unitok import (
+    TEXT_OPTIONS,
     UniTokCodeSampler,
     UniTokDrawing,
-    UniTokDrawingParts,
+    UniTokDrawingOptions,
     UniTokGuidance,
     has_keys,
+    image_generation,
     uniform_noise,
 )
+from .fast_drawing_unitok import UniTokDrawingParts, prepare_drawing
 from .interleaved_unitok import UniTokAnswerEnd, UniTokAnswerStream, check_options
 from .modeling_unitok import UniTokImageFeatures
 from .streaming_unitok import UniTokImageStreamer, streamers_told
 
 
 IMAGE_INPUTS = ("pixel_values", "image_codes")
-# About text alone, yet passed for drawings too by the library's pipelines (or written into every config).
-TEXT_OPTIONS = {"max_new_tokens", "max_length", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"}
-MAX_GUIDANCE = 1e6  # logits times it stay finite in float32
-MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
-
-
-def none_means_default(method: Callable) -> Callable:
-    """For a method whose every option may be given as None, which means its default."""
-
-    @functools.wraps(method)
-    def call(self, *args, **kwargs):
-        return method(self, *args, **{name: value for name, value in kwargs.items() if value is not None})
-
-    return call
 
 
 def is_used(cache: Cache | None) -> bool:
@@ -107,35 +89,19 @@ class UniTokGenerationMixin(GenerationMixin):
         """
         if generation_mode == "image":
             with streamers_told(kwargs.get("streamer")):
-                options = self._drawing_options(kwargs)
+                options = {name: value for name, value in kwargs.items() if name not in TEXT_OPTIONS}
                 return self.generate_image_codes(options.pop("input_ids", inputs), *args, **options)
         if generation_mode == "interleaved":
             return self.generate_interleaved(kwargs.pop("input_ids", inputs), *args, **kwargs)
         with streamers_told(kwargs.get("streamer"), error_only=True):
             if generation_mode != "text":
                 raise ValueError(f"generation_mode is 'text', 'image' or 'interleaved', got {generation_mode!r}.")
+            if "image_generation" in kwargs:  # the library would take it into the config, where text passes it over
+                raise ValueError("image_generation is for a generation_config; give a drawing its options themselves.")
             input_ids = kwargs.get("input_ids", inputs)
             if input_ids is not None:
                 self._check_room(input_ids, 1)
             return super().generate(inputs, *args, **kwargs)
-
-    def _drawing_options(self, options: dict) -> dict:
-        """Without those about text that the library's pipelines always pass; a `generation_config` is unfolded.
-
-        Raises:
-            ValueError: the `generation_config` sets something that drawing does not know.
-        """
-        options = {name: value for name, value in options.items() if name not in TEXT_OPTIONS}
-        config = options.pop("generation_config", None)
-        if config is None:
-            return options
-        known = inspect.signature(self.generate_image_codes).parameters.keys()
-        standard = self.generation_config.to_dict()
-        chosen = {name: value for name, value in config.to_diff_dict().items() if value is not None}
-        foreign = [n for n in chosen.keys() - known - TEXT_OPTIONS if chosen[n] != standard.get(n)]
-        if foreign:
-            raise ValueError(f"Drawing does not know these options of the generation_config: {sorted(foreign)}.")
-        return {name: value for name, value in chosen.items() if name in known} | options
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
         """Embeds the images once, before the prompt is gone through: pixels, codes, or those of a model that this one
@@ -186,7 +152,21 @@ class UniTokGenerationMixin(GenerationMixin):
         processors.placeholder, processors.boi_token_id = placeholder, boi
         return processors
 
-    @none_means_default
+    def set_image_generation(self, **options) -> None:
+        """Makes these the drawing's own defaults, in the generation config that the model is saved with.
+
+        Args:
+            options: the first six of `UniTokDrawingOptions`.
+
+        Raises:
+            ValueError: another option, or one out of its range.
+        """
+        config = copy.deepcopy(self.generation_config)
+        config.image_generation = options
+        config._from_model_config = False  # or the library would leave the entry out where it loads the config
+        image_generation(config)
+        self.generation_config = config
+
     @torch.no_grad()
     def generate_image_codes(
         self,
@@ -198,104 +178,70 @@ class UniTokGenerationMixin(GenerationMixin):
         text_alone_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_codes: torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
-        image_guidance_scale: float = 1.0,
-        do_sample: bool = True,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | list[int] | None = None,
-        num_return_sequences: int = 1,
-        num_positions: int | None = None,
-        use_cache: bool = True,
-        cuda_graph: bool = True,
-        progress: bool = False,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | list | None = None,
+        stopping_criteria: StoppingCriteriaList | list | None = None,
         streamer: UniTokImageStreamer | None = None,
+        progress: bool = False,
         parts: UniTokDrawingParts | None = None,
+        **options,
     ) -> torch.Tensor:
-        """Draws one image for each prompt, or `num_return_sequences` of them. An option that is None has its default.
+        """Draws one image for each prompt, or `num_return_sequences` of them.
 
         Args:
             input_ids, attention_mask: (B, T), prompts that end with the token that opens an image, padded on the left.
             unconditional_input_ids, unconditional_attention_mask: (1 or B, T'), the prompts that guidance leads away
                 from, without images or with those of `input_ids`; the processor makes them. Looked at only with a
-                `guidance_scale` above 1.
+                `guidance_scale` above 1. Without them (and without the config's `unconditional_prompt_ids`), the
+                model's own `guidance_scale` is left out, and one that the call asks for is an error.
             text_alone_input_ids, text_alone_attention_mask: (1 or B, T''), the same for `image_guidance_scale`: the
                 prompts without their images.
             pixel_values, image_codes: images that the prompts hold, see `UniTokMLLMForConditionalGeneration.embed`.
-            guidance_scale: how closely to follow the words. 1: no guidance, one branch. Above 1:
-                `uncond + scale * (cond - uncond)`, another branch.
-            image_guidance_scale: how closely to follow the images of the prompts, in the same way, with a branch of
-                its own.
-            do_sample: False for the likeliest code each time.
-            temperature, top_k, top_p: as in transformers; `top_k` 0 keeps all codes.
-            seed: one for all prompts or one for each; None to take it from torch's generator. Sample j of a prompt
-                depends on its seed and on j alone, not on its neighbours in the batch.
-            num_return_sequences: samples for each prompt.
-            num_positions: code groups to draw; None for a whole image (L).
-            use_cache: False to compute everything anew at each step (slow; gives the same codes).
-            cuda_graph: False to launch all kernels of each step from Python (slow; gives the same codes), as is done where
-                no graph is possible: see `cuda_graph_unitok`.
-            progress: show a progress bar.
+            generation_config: options of the drawing, see `UniTokDrawingOptions.resolve`.
+            logits_processor: change the logits before each code is chosen, see `UniTokCodeSampler`. With any, no step is
+                recorded as a CUDA graph.
+            stopping_criteria: asked after each position with the codes so far, (B * num_return_sequences, l * K), and
+                None for scores; the drawing ends early where all its rows have been stopped.
             streamer: shown the codes so far after each position; it may stop the drawing.
-            parts: `UniTokDrawingParts(model)`, made once for several drawings; None to make them for this one.
+            progress: show a progress bar.
+            parts: `prepare_drawing(model)`, made once for several drawings; None to make them for this one.
+            options: those of `UniTokDrawingOptions`: `guidance_scale`, `temperature`, `seed` ... What is left out (or None)
+                is taken from `generation_config`, then from `image_generation` in the model's own generation config.
 
         Returns:
             (B * num_return_sequences, K, L), int64, the samples of a prompt side by side; fewer than L positions where
-            the streamer stopped it.
+            the streamer or the criteria stopped it (which `decode_images` refuses).
 
         Raises:
             ValueError: an option out of its range, a prompt that does not end with the token that opens an image, or
                 guidance without an unconditional prompt.
+            TypeError: an option that drawing does not know.
         """
-        for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
-            if not 1 <= scale <= MAX_GUIDANCE:
-                raise ValueError(
-                    f"{name} must be at least 1 (1: no guidance) and at most {MAX_GUIDANCE:g}, got {scale}."
-                )
-        if num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences must be at least 1, got {num_return_sequences}.")
-        if num_positions is None:
-            num_positions = self.config.num_image_positions
-        if num_positions < 1:
-            raise ValueError(f"num_positions must be at least 1, got {num_positions}.")
-        input_ids, attention_mask = self._with_image_opened(input_ids, attention_mask)
         if unconditional_input_ids is None and self.config.unconditional_prompt_ids is not None:
             unconditional_input_ids = input_ids.new_tensor([self.config.unconditional_prompt_ids])
-        self._check_room(input_ids, num_positions)
-        if not (input_ids[:, -1] == self.config.boi_token_id).all():
-            raise ValueError(
-                f"Each prompt must end with the token that opens an image ({self.config.boi_token_id}): make prompts "
-                "with processor(text=..., generation_mode='image'), padded on the left (for a pipeline, "
-                "processor_kwargs={'generation_mode': 'image'})."
-            )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        others = {
+            "guidance_scale": ("unconditional", unconditional_input_ids, unconditional_attention_mask),
+            "image_guidance_scale": ("text_alone", text_alone_input_ids, text_alone_attention_mask),
+        }
+        missing = [scale for scale, (_, ids, _) in others.items() if ids is None]
+        options = UniTokDrawingOptions.resolve(self.generation_config, generation_config, missing, **options)
+        num_positions = options.num_positions or self.config.num_image_positions
+        input_ids, attention_mask = self._image_prompt(input_ids, attention_mask, num_positions)
+        branches = {name: (getattr(options, scale), *prompt) for scale, (name, *prompt) in others.items()}
         guidance = self._guidance(
-            *self.embed(input_ids, pixel_values, image_codes),
-            attention_mask,
-            {
-                "unconditional": (guidance_scale, unconditional_input_ids, unconditional_attention_mask),
-                "text_alone": (image_guidance_scale, text_alone_input_ids, text_alone_attention_mask),
-            },
-            num_return_sequences,
+            *self.embed(input_ids, pixel_values, image_codes), attention_mask, branches, options.num_return_sequences
         )
-        warpers = self._warpers(temperature, top_k, top_p)
-        noise_shape = (num_positions, self.depth_head.num_codebooks)
-        if do_sample:
-            noise = uniform_noise(self._seeds(seed, len(input_ids)), num_return_sequences, noise_shape)
-        else:
-            noise = torch.zeros(len(input_ids) * num_return_sequences, *noise_shape)  # not looked at
-        noise = noise.to(input_ids.device)
+        noise = self._noise(options, len(input_ids), num_positions).to(input_ids.device)
+        processors = LogitsProcessorList(logits_processor or [])
         drawing = UniTokDrawing(
-            self,
-            UniTokDrawingParts(self) if parts is None else parts,
+            prepare_drawing(self) if parts is None else parts,
             guidance,
-            UniTokCodeSampler(warpers if do_sample else None),
+            UniTokCodeSampler(options.warpers(), processors),
             num_positions,
-            use_cache,
-            cuda_graph,
+            options.use_cache,
+            options.cuda_graph and not processors,
         )
+        criteria, is_over = StoppingCriteriaList(stopping_criteria or []), torch.zeros(len(noise), dtype=torch.bool)
         groups = [drawing.prefill(noise[:, 0])]
         with tqdm(total=num_positions, desc="drawing", disable=not progress, leave=False) as bar:
             while True:
@@ -303,7 +249,9 @@ class UniTokGenerationMixin(GenerationMixin):
                     torch.cuda.synchronize(input_ids.device)  # or the bar would run ahead
                 bar.update()
                 is_stopped = streamer is not None and streamer.put(torch.stack(groups, dim=2))
-                if is_stopped or len(groups) == num_positions:
+                if criteria:
+                    is_over |= criteria(torch.stack(groups, dim=1).flatten(1), None).cpu()
+                if is_stopped or is_over.all() or len(groups) == num_positions:
                     return torch.stack(groups, dim=2)
                 groups.append(drawing.step(groups, noise[:, len(groups)]))
 
@@ -333,7 +281,8 @@ class UniTokGenerationMixin(GenerationMixin):
             max_new_tokens: text tokens at most for each prompt; images do not count. None for 256.
             max_images: images at most for each prompt; then no other can be opened.
             image_options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `seed` ... The n-th image
-                of a prompt is drawn with the seed plus n. Its `streamer` is shown all the images; one that stops a
+                of a prompt is drawn with the seed plus n. What is left out is as in `generate_image_codes`; a call's
+                `generation_config` may have it as `image_generation`. Its `streamer` is shown all the images; one that stops a
                 drawing ends the answer before that image.
             generation_config, text_options: of transformers' `generate`, as far as they are in
                 `interleaved_unitok.TEXT_OPTIONS`. They mean the whole answer: `min_new_tokens` counts all its text,
@@ -380,7 +329,7 @@ class UniTokGenerationMixin(GenerationMixin):
             allowed = others.pop("prefix_allowed_tokens_fn", None)
 
             output = UniTokInterleavedOutput([], [])
-            parts = functools.cache(lambda: UniTokDrawingParts(self))  # made with the first image, for all of them
+            parts = functools.cache(lambda: prepare_drawing(self))  # made with the first image, for all of them
             for row, (ids, mask, codes) in enumerate(zip(input_ids, attention_mask, of_row)):
                 prompt = ids[mask.bool()][None]
                 if allowed is not None:
@@ -438,6 +387,7 @@ class UniTokGenerationMixin(GenerationMixin):
                     sequence,
                     image_codes=codes if len(codes) else None,
                     seed=None if seed is None else seed + len(drawn),
+                    generation_config=GenerationConfig(image_generation=vars(config).get("image_generation")),
                     streamer=image_streamer,
                     parts=parts(),
                     **image_options,
@@ -450,23 +400,12 @@ class UniTokGenerationMixin(GenerationMixin):
             sequence = torch.cat([sequence, image[None]], dim=1)
         return sequence, drawn
 
-    @staticmethod
-    def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
-        if not MIN_TEMPERATURE <= temperature < float("inf"):
-            raise ValueError(
-                f"temperature must be above 0 (do_sample=False is greedy), from {MIN_TEMPERATURE:.2g}, and finite, "
-                f"got {temperature}."
-            )
-        if top_k < 0:
-            raise ValueError(f"top_k must be at least 0 (0: all codes), got {top_k}.")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}.")
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
-        if top_k:
-            warpers.append(TopKLogitsWarper(top_k))
-        if top_p < 1:
-            warpers.append(TopPLogitsWarper(top_p))
-        return warpers
+    def _noise(self, options: UniTokDrawingOptions, num_prompts: int, num_positions: int) -> torch.Tensor:
+        """What the codes are chosen by, (prompts * num_return_sequences, positions, K): zeros where they are greedy."""
+        shape = (num_positions, self.depth_head.num_codebooks)
+        if not options.do_sample:
+            return torch.zeros(num_prompts * options.num_return_sequences, *shape)
+        return uniform_noise(self._seeds(options.seed, num_prompts), options.num_return_sequences, shape)
 
     @staticmethod
     def _seeds(seed: int | list[int] | None, num_prompts: int) -> list[int]:
@@ -479,15 +418,26 @@ class UniTokGenerationMixin(GenerationMixin):
             raise ValueError(f"seed must be an integer of at least 0, or one for each prompt, got {seed}.")
         return seeds
 
-    def _with_image_opened(self, input_ids, attention_mask):
-        """Prompts (B, T) and their mask; where none opens an image, with the config's `image_prompt_ids` behind them."""
-        ids = self.config.image_prompt_ids
-        if ids is None or (input_ids[:, -1] == self.config.boi_token_id).any():
-            return input_ids, attention_mask
-        added = input_ids.new_tensor([ids]).repeat(len(input_ids), 1)
-        if attention_mask is not None:
-            attention_mask = F.pad(attention_mask, (0, len(ids)), value=1)
-        return torch.cat([input_ids, added], dim=1), attention_mask
+    def _image_prompt(self, input_ids, attention_mask, num_positions):
+        """Prompts (B, T) that all open an image, and their mask; where none does, with the config's `image_prompt_ids`
+        behind them.
+
+        Raises:
+            ValueError: some do not, or there is no room for an image.
+        """
+        boi, ids = self.config.boi_token_id, self.config.image_prompt_ids
+        if ids is not None and not (input_ids[:, -1] == boi).any():
+            input_ids = torch.cat([input_ids, input_ids.new_tensor([ids]).repeat(len(input_ids), 1)], dim=1)
+            if attention_mask is not None:
+                attention_mask = F.pad(attention_mask, (0, len(ids)), value=1)
+        self._check_room(input_ids, num_positions)
+        if not (input_ids[:, -1] == boi).all():
+            raise ValueError(
+                f"Each prompt must end with the token that opens an image ({boi}): make prompts "
+                "with processor(text=..., generation_mode='image'), padded on the left (for a pipeline, "
+                "processor_kwargs={'generation_mode': 'image'})."
+            )
+        return input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask
 
     def _check_room(self, input_ids: torch.Tensor, num_positions: int) -> None:
         """

@@ -22,7 +22,7 @@ TEXT_OPTIONS = frozenset(
 IMAGE_OPTIONS = frozenset(
     (
         *("guidance_scale", "do_sample", "temperature", "top_k", "top_p", "seed"),
-        *("use_cache", "cuda_graph", "progress", "streamer"),
+        *("use_cache", "cuda_graph", "progress", "streamer", "logits_processor", "stopping_criteria"),
     )
 )
 INSTEAD = {
@@ -46,8 +46,9 @@ def check_options(options: dict, config: GenerationConfig | None, own: Generatio
     """
     defaults = GenerationConfig._get_default_generation_params()
     given = {name: value for name, value in vars(own).items() if name not in ("max_length", "min_length")}
-    for further in (vars(config or GenerationConfig()), options):
-        given |= {name: value for name, value in further.items() if value is not None}
+    given |= {name: value for name, value in vars(config or GenerationConfig()).items() if value is not None}
+    given.pop("image_generation", None)  # for the images, and checked there
+    given |= {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
         is_default = value is None or value is False or name in defaults and value == defaults[name]
         if name.startswith("_") or name == "transformers_version" or is_default:

@@ -376,6 +376,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         language_model: PreTrainedModel,
         visual: UniTokModel,
         depth_config: UniTokDepthConfig | dict | None = None,
+        image_generation: dict | None = None,
         **config_kwargs,
     ) -> "UniTokMLLMForConditionalGeneration":
         """Joins a causal LM and a visual tokenizer, whose modules it takes over, with a fresh embedder and depth head.
@@ -384,6 +385,8 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
             language_model: any causal LM of transformers, weights and generation config included.
             visual: a trained tokenizer; its codebooks become the embedder's.
             depth_config: sizes of the depth transformer.
+            image_generation: how it draws where a call leaves that open, see `UniTokDrawingOptions`; a good start is
+                `drawing_unitok.IMAGE_GENERATION`. None: without guidance, from all codes.
             config_kwargs: other arguments of `UniTokMLLMConfig`.
         """
         attention = {part: part.config._attn_implementation for part in (language_model, visual)}
@@ -400,6 +403,8 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         suppressed = generation_config.suppress_tokens or []
         generation_config.suppress_tokens = [*suppressed, config.image_token_id]  # a placeholder is no answer
         model.generation_config = generation_config
+        if image_generation is not None:
+            model.set_image_generation(**image_generation)
         model.embedder.quantizer.load_state_dict(visual.vision_model.quantizer.state_dict())
         return model
 

@@ -1,0 +1,74 @@
+"""The one entry to what makes drawing fast: oneDNN's blocked layout, the growing cache, the CUDA graph.
+
+`prepare_drawing` puts a model's modules into the form that is fastest on its device, once for several drawings;
+`UniTokDrawingParts.begin` gives each drawing its caches. Whatever is chosen, the codes are the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import StaticLayer
+
+from .cuda_graph_unitok import UniTokCudaGraph, static_cache
+from .growing_cache_unitok import growing_cache
+from .packing_unitok import pack_linears
+
+
+@dataclass
+class UniTokDrawingCaches:
+    """Where one drawing keeps keys and values.
+
+    Attributes:
+        llm: the LLM's decoder in the form that goes with its cache.
+        llm_cache, embedder_cache: None where each step goes through everything again.
+        is_fixed: whether both have their full length from the start, so that a step can be recorded as a CUDA graph.
+    """
+
+    llm: nn.Module
+    llm_cache: Cache | None
+    embedder_cache: Cache | None
+    is_fixed: bool = False
+
+    def recorded(self, step: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """The function of a step, replayed as a CUDA graph where that is possible."""
+        return UniTokCudaGraph(step) if self.is_fixed else step
+
+
+class UniTokDrawingParts:
+    """The LLM's decoder, the embedder and the depth transformer; on a CPU with weights in oneDNN's blocked layout.
+
+    The layout is a copy of the weights: make this anew when they change.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        modules = model.get_decoder(), model.embedder, model.depth_head
+        self.llm, self.embedder, self.depth_head = (pack_linears(module) for module in modules)
+
+    def begin(self, max_length: int, num_positions: int, use_cache: bool, cuda_graph: bool) -> UniTokDrawingCaches:
+        """Empty caches for one drawing.
+
+        Args:
+            max_length: of the sequence, prompt and image together.
+            num_positions: of the image.
+            use_cache: False for none.
+            cuda_graph: False for growing caches even where caches of fixed length are possible.
+        """
+        if not use_cache:
+            return UniTokDrawingCaches(self.llm, None, None)
+        cache = static_cache(self.model, max_length) if cuda_graph else None
+        if cache is not None:
+            return UniTokDrawingCaches(self.llm, cache, Cache(layers=[StaticLayer(num_positions)]), is_fixed=True)
+        llm, cache = growing_cache(self.llm, max_length)
+        return UniTokDrawingCaches(llm, cache, DynamicCache())
+
+
+def prepare_drawing(model: PreTrainedModel) -> UniTokDrawingParts:
+    """The modules of an MLLM in the form that draws fastest on its device."""
+    return UniTokDrawingParts(model)
+
+
+__all__ = ["UniTokDrawingCaches", "UniTokDrawingParts", "prepare_drawing"]
