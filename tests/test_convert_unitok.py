@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from unitok_mllm import cli
 from unitok_mllm.convert_unitok import ConversionError, convert_mllm, convert_tokenizer, load_original_tokenizer
+from unitok_mllm.drawing_unitok import IMAGE_GENERATION
 
 
 NUM_BASE_TENSORS = 287
@@ -206,6 +207,7 @@ def test_converted_folder_holds_a_processor_and_the_visual_tokenizer(mllm_folder
     assert processor.config_token_ids().items() <= vars(config).items()
     assert (config.boi_token_id, config.eoi_token_id, config.image_token_id) == (3, 4, IMAGE)
     assert config.image_prompt_ids[-1] == config.unconditional_prompt_ids[-1] == 3
+    assert converted_mllm.generation_config.image_generation == IMAGE_GENERATION
     assert config.text_config.model_type == "llama" and config.text_config.rms_norm_eps == 1e-5
     picture = (reference_image(256, 0).transpose(1, 2, 0) * 127.5 + 127.5).astype(np.uint8)
     inputs = processor(images=picture, text="<image>word7")

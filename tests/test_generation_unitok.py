@@ -1,6 +1,7 @@
 import inspect
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from unitok_mllm import UniTokMLLMForConditionalGeneration, fast_drawing_unitok
-from unitok_mllm.drawing_unitok import UniTokDrawingOptions, sample_codes
+from unitok_mllm.drawing_unitok import IMAGE_GENERATION, UniTokDrawingOptions, sample_codes
 
 
 K, L, V = 4, 9, 32
@@ -379,6 +380,12 @@ def test_options_of_drawing_are_saved_with_the_model_and_leave_text_as_it_is(liv
     again.save_pretrained(tmp_path / "again")
     assert GenerationConfig.from_pretrained(tmp_path / "again").image_generation == OWN
     assert torch.equal(draw(), expected)
+
+
+def test_the_shipped_model_has_options_of_its_own():
+    folder = Path(fast_drawing_unitok.__file__).parent / "checkpoints" / "tiny"
+    config = GenerationConfig.from_pretrained(folder)
+    assert config.image_generation == IMAGE_GENERATION and config.temperature is None and config.top_k is None
 
 
 def test_the_models_guidance_is_left_out_where_there_is_no_prompt_for_it(lively_mllm, processor, draw, caplog):
