@@ -1,8 +1,8 @@
-"""Replaying a step of generation as one CUDA graph.
+"""Record a step of generation as one CUDA graph, and replay it.
 
-A step with few rows is made of a thousand small kernels; launched one by one from Python they take longer than a GPU
-takes to read the weights. Recorded once and replayed, they follow one another without a gap. What is recorded reads and
-writes the same memory each time, so shapes are fixed and caches have their full length from the start.
+A step with few rows consists of a thousand small kernels. Launching them one by one from Python takes longer than a GPU needs
+to read the weights. Recorded once and replayed, they run without gaps. A recording reads and writes the same memory at each
+replay, so shapes are fixed and caches have their full length from the start.
 """
 
 import warnings
@@ -14,13 +14,14 @@ from transformers.cache_utils import StaticLayer
 
 
 class UniTokCudaGraph:
-    """Calls a function of tensors on one CUDA device: directly at first, recorded at the second call, then replayed.
+    """Call a function of tensors on one CUDA device: the first call is direct, the second records, later ones replay.
 
-    The first call lets libraries set themselves up outside the recording. Where the recording fails (a function that
-    looks at values, say), there is a warning, and all calls are direct ones.
+    The first call lets libraries initialise themselves outside the recording. If the recording fails (for example, since
+    the function reads a tensor's values), a warning says so, and all calls are direct.
 
     Args:
-        function: takes tensors of the same shapes and dtypes at each call, changes others in place, returns a tensor.
+        function: takes tensors of the same shapes and dtypes at each call, may change other tensors in place, and
+            returns a tensor.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor]):
@@ -49,10 +50,16 @@ class UniTokCudaGraph:
 
 
 def static_cache(model: PreTrainedModel, max_length: int) -> StaticCache | None:
-    """A cache of fixed length for the model's LLM, with which its steps can be recorded on their CUDA device.
+    """Make a cache of fixed length, with which the steps of the model's LLM can be recorded.
 
-    None where they cannot: on other devices, with layers that keep other state or look back over less than `max_length`
-    tokens, where weights are moved in as they are needed, with code or quantized weights that torch cannot compile.
+    Args:
+        model: an MLLM.
+        max_length: tokens, at most.
+
+    Returns:
+        The cache; None if the steps cannot be recorded: on other devices than CUDA, with layers that have other state or
+        a window below `max_length` tokens, with offloaded weights, with code or quantized weights that torch cannot
+        compile.
     """
     llm, quantizer = model.get_decoder(), getattr(model, "hf_quantizer", None)
     if model.device.type != "cuda" or not getattr(llm, "_can_compile_fullgraph", False):

@@ -1,4 +1,4 @@
-"""The depth transformer: from one LLM state to the K codes of one image position, code after code.
+"""The depth transformer: predicts the K codes of one image position from one LLM state, code after code.
 
 UniTok (https://arxiv.org/abs/2502.20321, section 3.3), after RQ-Transformer (https://arxiv.org/abs/2203.01941).
 Input 1 is the LLM's state at the *previous* position, input k + 1 the embedding of code k; input k predicts code k.
@@ -19,7 +19,8 @@ class UniTokDepthTransformer(nn.Module):
     """A few causal Llama layers over the K codes of a position, with one output layer shared by all codes.
 
     Args:
-        config: `depth_config` gives the layers, `text_config` the width of the LLM's states.
+        config: `depth_config` has the layers' sizes, `text_config` the width D of the LLM's states, `visual_config` K
+            and V.
     """
 
     def __init__(self, config: UniTokMLLMConfig):
@@ -42,7 +43,11 @@ class UniTokDepthTransformer(nn.Module):
         self.head = nn.Linear(width, self.codebook_size)
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        """Chooses the library's attention function for teacher-forced passes; drawing steps call torch's own."""
+        """Set the library's attention function for teacher-forced passes. Drawing steps always call torch's own.
+
+        Args:
+            attn_implementation: a name that the library knows, such as "sdpa" or "eager".
+        """
         self.llama_config._attn_implementation = attn_implementation
 
     def _positions(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,14 +56,14 @@ class UniTokDepthTransformer(nn.Module):
         return self.rotary_emb(hidden_states, position_ids=position_ids)
 
     def forward(self, hidden_states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Teacher-forced logits.
+        """Compute teacher-forced logits.
 
         Args:
             hidden_states: (N, D), the LLM's states at the positions before the N image positions.
-            codes: (N, K), the true codes; the last one is not looked at.
+            codes: (N, K), the true codes, integers in [0, V); the last code of a position is not used.
 
         Returns:
-            (N, K, V).
+            (N, K, V), the logits of each code.
         """
         offsets = self.codebook_size * torch.arange(self.num_codebooks - 1, device=codes.device)
         inputs_embeds = torch.cat(
@@ -77,12 +82,12 @@ class UniTokDepthTransformer(nn.Module):
     def generate(
         self, hidden_states: torch.Tensor, choose: Callable[[torch.Tensor, int], torch.Tensor]
     ) -> torch.Tensor:
-        """Chooses the K codes of one position with a key/value cache: K passes of one input each.
+        """Choose the K codes of one position with a key/value cache, in K passes of one input each.
 
         Args:
             hidden_states: (R * B, D), the LLM's states, R guidance branches one after the other.
-            choose: given the logits (R * B, V) and the code's number (from 0), returns the codes (B,); all branches
-                go on with the same.
+            choose: a function of the logits (R * B, V) and the index of the codebook (from 0) that returns the codes
+                (B,). All branches continue with the same codes.
 
         Returns:
             (B, K), int64.
@@ -117,7 +122,10 @@ class UniTokDepthTransformer(nn.Module):
         rotation: tuple[torch.Tensor, torch.Tensor],
         cache: torch.Tensor,
     ) -> torch.Tensor:
-        """What the layer makes of input k (N, D) after those before it, in few small operations.
+        """One cached decoding step of a layer for input k, (N, D) -> (N, D).
+
+        Replaces `LlamaDecoderLayer.forward`, whose masks, caches and rotary tables cost more small operations than the
+        layer itself computes: a drawing calls it K times for each position.
 
         Args:
             rotation: rotary cosines, and sines of which the first half is negative, (K, head_dim) each.

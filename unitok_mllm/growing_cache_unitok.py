@@ -1,8 +1,8 @@
-"""A key/value cache for drawing whose memory is taken once, and whose attention on a CPU is computed in float32.
+"""A preallocated key/value cache for drawing, with attention in float32 on a CPU.
 
-The library's growing cache copies all keys and values at each token. And torch's attention of a single query in bfloat16
-takes three to eight times as long on a CPU as in float32, so that there keys and values are kept in float32, which costs
-memory and loses nothing.
+The library's growing cache copies all keys and values at each token. On a CPU, torch's attention of a single query takes
+three to eight times as long in bfloat16 as in float32. There the keys and values are stored in float32, which costs memory
+and loses nothing.
 """
 
 import copy
@@ -21,14 +21,23 @@ CACHE_DTYPE_ATTENTION = "unitok_cache_dtype"
 
 
 class UniTokGrowingLayer(DynamicLayer):
-    """Keys and values of up to `max_length` tokens, in `dtype` (None: their own)."""
+    """One layer of the cache, preallocated at its first update.
+
+    Args:
+        max_length: tokens, at most.
+        dtype: of the stored keys and values; None for their own.
+    """
 
     def __init__(self, max_length: int, dtype: torch.dtype | None = None):
         super().__init__()
         self.max_length, self.dtype = max_length, dtype
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Adds those of the next tokens, (B, heads, T, dims); returns all, as parts of the layer's memory."""
+        """Append the keys and values of the next T tokens, (B, heads, T, dims).
+
+        Returns:
+            All keys and all values so far, as views of the preallocated memory.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.memory = [
@@ -44,11 +53,18 @@ class UniTokGrowingLayer(DynamicLayer):
 
 
 def growing_cache(llm: nn.Module, max_length: int) -> tuple[nn.Module, DynamicCache]:
-    """The LLM's decoder and a cache of up to `max_length` tokens for it.
+    """Make a preallocated cache for an LLM.
 
-    On a CPU and in a dtype below float32, the decoder is a copy that shares all weights and attends in float32, the
-    cache's dtype. Layers that slide or keep other state than keys and values are the library's own, and so are all of a
-    compiled decoder's: the compiler fails at parts, of changing length, of a tensor.
+    On a CPU, for weights in 16 bits, the returned decoder is a copy that shares all weights and attends in float32, the
+    cache's dtype. Layers with a sliding window, or with other state than keys and values, use the library's own cache. So
+    do all layers of a compiled decoder: the compiler fails on views of changing length.
+
+    Args:
+        llm: the LLM's decoder.
+        max_length: tokens, at most.
+
+    Returns:
+        The decoder to call, and its cache.
     """
     cache, dtype = DynamicCache(config=llm.config), None
     if any(module._compiled_call_impl is not None for module in llm.modules()):
@@ -62,7 +78,7 @@ def growing_cache(llm: nn.Module, max_length: int) -> tuple[nn.Module, DynamicCa
 
 
 def _can_attend_in_float32(llm: nn.Module) -> bool:
-    """Whether all of it is torch's attention on a CPU, called as it is written."""
+    """Whether the LLM has 16-bit weights on a CPU, uses torch's attention, and no `forward` in it is patched."""
     if not isinstance(llm, PreTrainedModel) or llm.device.type != "cpu" or llm.dtype.itemsize > 2:
         return False
     if llm.config._attn_implementation != "sdpa":

@@ -1,8 +1,8 @@
 """Linear layers with weights in oneDNN's blocked layout, for inference on a CPU.
 
-A product with few rows is bound by reading its weights, and the usual row-major layout reads them at a half to a third
-of the memory's rate; oneDNN's own layout reads them at the full one, and computes large products near the peak. It is
-what torch's compiler uses after freezing a model.
+A matrix product with few rows is bound by reading the weights. In the usual row-major layout they are read at a half to a
+third of the memory's rate, in oneDNN's own layout at the full rate. Large products run near the peak in that layout too.
+torch's compiler uses it after freezing a model.
 """
 
 import copy
@@ -16,9 +16,13 @@ MIN_WEIGHTS = 2**16  # reading fewer takes less time than calling anything
 
 
 class UniTokPackedLinear(nn.Linear):
-    """`linear`, computed with a blocked copy of its weight, which later changes of the weight do not reach.
+    """A linear layer that computes with a copy of its weight in oneDNN's blocked layout.
 
-    `weight` and `bias` are the layer's own, for whatever reads them (peft's DoRA does).
+    Later changes of the weight do not reach the copy. `weight` and `bias` are those of the original layer, for code that
+    reads them (peft's DoRA does).
+
+    Args:
+        linear: a float32 or bfloat16 layer on a CPU.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -32,7 +36,7 @@ class UniTokPackedLinear(nn.Linear):
 
 
 def _can_pack(linear: nn.Linear, min_weights: int) -> bool:
-    """Whether it is a plain float32 or bfloat16 layer on a CPU that oneDNN serves, without hooks of anyone's."""
+    """Whether oneDNN can compute this layer: float32 or bfloat16 on a CPU, plain weights, no hooks."""
     weight = linear.weight
     if weight.numel() < min_weights:
         return False
@@ -46,15 +50,19 @@ def _can_pack(linear: nn.Linear, min_weights: int) -> bool:
 
 
 def pack_linears(module: nn.Module, min_weights: int = MIN_WEIGHTS) -> nn.Module:
-    """The module for inference on a CPU, its linear layers with packed weights; everything else is shared with it.
+    """Return a copy of a module for inference on a CPU, its linear weights in oneDNN's layout, all else shared.
 
-    The module itself is left as it is. Where there is nothing to pack (another device or dtype, a CPU that oneDNN does
-    not know, quantized weights, autocast) it is returned itself. Packed weights are copies, which take the memory of
-    the linear layers again; the results differ from the module's by rounding, and take no gradient.
+    The module itself does not change. It is returned itself if no layer can be converted (another device or dtype, a CPU
+    that oneDNN does not support, quantized weights, autocast). The converted weights are copies and take the memory of
+    the linear layers again. Results differ from the module's by rounding, and have no gradient.
 
     Args:
         module: any module in eval mode, also a whole model.
-        min_weights: layers with fewer weights are left as they are.
+        min_weights: layers with fewer weights are not converted.
+
+    Example:
+        >>> tokenizer = pack_linears(UniTokModel.from_pretrained(folder).eval())
+        >>> codes = tokenizer.encode(pixel_values)
     """
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return module
@@ -67,11 +75,12 @@ def pack_linears(module: nn.Module, min_weights: int = MIN_WEIGHTS) -> nn.Module
 def copy_changed(
     module: nn.Module, change: Callable[[nn.Module], nn.Module], known: dict[nn.Module, nn.Module] | None = None
 ) -> nn.Module:
-    """The module with some of those in it changed, all else shared; itself where nothing is.
+    """Return a module with some of its submodules replaced and all else shared; the module itself if none is.
 
     Args:
-        change: returns a module to stand in another's place, which is then gone through in turn, or the same one.
-        known: what has been changed so far.
+        module: the root; it does not change.
+        change: a function of a module that returns its replacement, or the same module. Replacements are visited too.
+        known: replacements so far, for the recursion.
     """
     known = {} if known is None else known
     if module not in known:

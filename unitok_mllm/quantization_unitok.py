@@ -1,7 +1,8 @@
 """Multi-codebook quantization (UniTok, https://arxiv.org/abs/2502.20321, section 3.2).
 
-A token of `dim` dims is cut into K chunks; each chunk is looked up in a sub-codebook of its own by cosine similarity.
-The search, the losses and the usage statistics are computed in float32 whatever the model's dtype.
+A token of `dim` dims is cut into K chunks. Each chunk is replaced by the nearest entry, by cosine similarity, of its own
+sub-codebook of V entries. The search, the losses and the usage statistics are computed in float32 whatever the model's
+dtype.
 """
 
 import functools
@@ -21,8 +22,10 @@ def _is_distributed() -> bool:
 
 
 def loads_weights(method: Callable) -> Callable:
-    """For a method that reads its module's own weights: where accelerate keeps these elsewhere and brings them in for
-    `forward` (CPU and disk offload), it does so for this method too."""
+    """Decorate a method that reads its module's own weights, so that it works with accelerate's CPU and disk offload.
+
+    accelerate's hook brings offloaded weights in for `forward` only; the decorated method calls the same hook.
+    """
 
     @functools.wraps(method)
     def loaded(self, *args, **kwargs):
@@ -36,20 +39,20 @@ def loads_weights(method: Callable) -> Callable:
 
 
 def scattered(shape: tuple[int, ...], device: torch.device | None = None) -> torch.Tensor:
-    """Numbers in [-1, 1], the same each time: what a buffer holds until it is loaded must not depend on chance."""
+    """Return the same numbers in [-1, 1] at each call: the values of a buffer before loading must not be random."""
     return torch.arange(math.prod(shape), dtype=torch.float32, device=device).cos().view(shape)
 
 
 @dataclass
 class UniTokQuantizerOutput(ModelOutput):
-    """What `UniTokMultiCodebookQuantizer.forward` returns.
+    """Output of `UniTokMultiCodebookQuantizer.forward`.
 
     Attributes:
-        features: (B, L, dim), the chosen code vectors side by side; gradients pass straight through to the input, or
-            are rotated on their way (`rotation_trick`).
-        codes: (B, K, L), int64.
+        features: (B, L, dim), the chosen code vectors, concatenated. The gradient passes to the input unchanged
+            (straight-through), or rotated with `rotation_trick`.
+        codes: (B, K, L), int64, in [0, V).
         vq_loss: scalar, float32: codebook term plus beta times the commitment term, averaged over sub-codebooks.
-        entropy_loss: scalar, float32, or None where it was not asked for.
+        entropy_loss: scalar, float32; None without `with_entropy`.
     """
 
     features: torch.Tensor | None = None
@@ -64,21 +67,29 @@ class UniTokMultiCodebookQuantizer(nn.Module):
     Args:
         num_codebooks: K.
         codebook_size: V.
-        dim: dims of a whole token; each sub-codebook holds vectors of dim / K.
+        dim: dims of a whole token; each sub-codebook has vectors of dim / K.
         beta: weight of the commitment term.
         entropy_temperature: softmax temperature of the entropy loss.
-        trainable: whether the codebooks are a parameter, or a buffer that nothing trains and that a checkpoint fills.
+        trainable: True makes the codebooks a parameter. False makes them a buffer, which a checkpoint fills.
         rotation_trick: pass gradients to the input through the rotation that turns it into its code vector
             (https://arxiv.org/abs/2410.06424, section 4) instead of unchanged. No value of a forward pass depends on it.
 
     Attributes:
         codebooks: (K, V, dim / K), not normalised.
-        usage: buffer, (K, V), float32: a running (exponential) average over training steps, and over all processes,
-            of the share of tokens that chose each code, begun at 0. Divided by its sum over V it is bias-corrected,
-            as Adam's averages are. It moves only in training mode, and not where the codebooks are frozen.
+        usage: buffer, (K, V), float32: exponential average, over training steps and all processes, of the share of
+            tokens that chose each code. It starts at 0; divided by its sum over V it is bias-corrected, like Adam's
+            averages. It changes only in training mode, and only if the codebooks are trainable.
 
     Raises:
         ValueError: `dim` is not a multiple of K.
+
+    Example:
+        >>> quantizer = UniTokMultiCodebookQuantizer(num_codebooks=8, codebook_size=512, dim=64)
+        >>> output = quantizer(torch.randn(2, 16, 64))
+        >>> output.codes.shape
+        torch.Size([2, 8, 16])
+        >>> torch.equal(quantizer.encode(quantizer.decode(output.codes)), output.codes)
+        True
     """
 
     USAGE_DECAY = 0.99
@@ -127,7 +138,14 @@ class UniTokMultiCodebookQuantizer(nn.Module):
 
     @loads_weights
     def encode(self, features: torch.Tensor) -> torch.Tensor:
-        """The codes nearest to the features: (B, L, dim) -> (B, K, L), int64."""
+        """Return the codes nearest to the features.
+
+        Args:
+            features: (B, L, dim), any float dtype; only the directions of their chunks matter.
+
+        Returns:
+            (B, K, L), int64, in [0, V).
+        """
         with torch.autocast(features.device.type, enabled=False):
             scores = torch.bmm(self._unit_chunks(features), self._unit_codebooks().transpose(1, 2))
         return self._to_codes(scores.argmax(dim=-1), features.shape[:-1])
@@ -138,12 +156,18 @@ class UniTokMultiCodebookQuantizer(nn.Module):
 
     @loads_weights
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """The features that codes stand for: (B, K, L) -> (B, L, dim), in the codebooks' dtype.
+        """Return the code vectors of codes.
+
+        Args:
+            codes: (B, K, L), integers in [0, V).
+
+        Returns:
+            (B, L, dim), in the codebooks' dtype: K unit vectors, concatenated.
 
         Raises:
             ValueError: `codes` is not an integer tensor (B, K, L).
-            IndexError: a code lies outside [0, V) (on a CPU; a GPU raises a device-side assertion, and a compiled or
-                exported graph does not look).
+            IndexError: a code lies outside [0, V). This holds on a CPU; a GPU raises a device-side assertion, and a
+                compiled or exported graph does not check.
         """
         if codes.dim() != 3 or codes.shape[1] != self.num_codebooks or codes.is_floating_point():
             raise ValueError(
@@ -168,12 +192,15 @@ class UniTokMultiCodebookQuantizer(nn.Module):
     def forward(
         self, features: torch.Tensor, with_entropy: bool = False, track_usage: bool = True
     ) -> UniTokQuantizerOutput:
-        """Quantizes features with a straight-through gradient, and returns the losses that train the codebooks.
+        """Quantize features with a straight-through gradient, and compute the losses that train the codebooks.
 
         Args:
             features: (B, L, dim), any float dtype.
             with_entropy: also compute the entropy loss, whose memory grows with B * L * K * V.
-            track_usage: count the chosen codes in `usage`; False for features that are not of training images.
+            track_usage: count the chosen codes in `usage`; False for features of anything but training images.
+
+        Returns:
+            `features` in the input's dtype, `codes`, `vq_loss`, and `entropy_loss` if asked for.
         """
         with torch.autocast(features.device.type, enabled=False):
             chunks, codebooks = self._unit_chunks(features), self._unit_codebooks()
@@ -196,17 +223,17 @@ class UniTokMultiCodebookQuantizer(nn.Module):
 
     @staticmethod
     def _rotate(chunks: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        """The chunks turned into the vectors by rotations that gradients see as constant; both of unit length."""
+        """Rotate the chunks onto the vectors, all of unit length. Gradients treat the rotations as constant."""
         start, end = chunks.detach(), vectors.detach()
         middle = F.normalize(start + end, dim=-1)
         reflected = 2 * middle * (middle * chunks).sum(dim=-1, keepdim=True)
         return chunks - reflected + 2 * end * (start * chunks).sum(dim=-1, keepdim=True)
 
     def _entropy_loss(self, scores: torch.Tensor) -> torch.Tensor:
-        """Mean entropy of each token's soft choice less the entropy of the mean choice; scores (K, N, V).
+        """Mean entropy of each token's soft assignment minus the entropy of the mean assignment; scores (K, N, V).
 
-        In training, the mean choice is that of all processes' tokens, the same number on each. Its gradient is that of
-        this process's tokens, so that the mean of the processes' gradients is the gradient of the whole batch.
+        In training, the mean assignment is over the tokens of all processes, of which each has the same number. The
+        gradient is that of this process's tokens, so the mean of the processes' gradients is that of the whole batch.
         """
         squared_distance = 2 - 2 * scores  # of unit vectors
         log_probs = F.log_softmax(-squared_distance / self.entropy_temperature, dim=-1)
@@ -231,9 +258,9 @@ class UniTokMultiCodebookQuantizer(nn.Module):
 
     @property
     def codebook_usage(self) -> torch.Tensor:
-        """Scalar: percent of codes in use, over all sub-codebooks, by the running average of the training.
+        """Scalar: percent of codes in use, over all sub-codebooks, by the running average `usage`.
 
-        A code is in use where that average is above 1% of an even share. To report a trained tokenizer, count the codes
+        A code is in use if its average is above 1% of an even share. To report on a trained tokenizer, count the codes
         of an evaluation set instead.
         """
         total = self.usage.sum(dim=1, keepdim=True)

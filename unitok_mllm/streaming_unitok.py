@@ -1,4 +1,4 @@
-"""Pictures while they are drawn, for whoever watches from another thread."""
+"""Stream pictures while they are drawn, to another thread."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 @contextmanager
 def streamers_told(*streamers, error_only: bool = False) -> Iterator[None]:
-    """Tells streamers that no more will come, whatever ends the work within, and a `UniTokImageStreamer` of its error.
+    """Call `end` of streamers when the block ends, also by an error, and pass the error to a `UniTokImageStreamer`.
 
     Args:
-        streamers: whatever `generate` was given, each told once; None for none.
-        error_only: the work tells them of its end itself, where it comes to it.
+        streamers: the streamers of `generate`; None for none. Each is called once, also if it is given twice.
+        error_only: only after an error; without one, the block itself ends its streamers.
     """
     ended = [] if error_only else streamers
     try:
@@ -32,27 +32,30 @@ def streamers_told(*streamers, error_only: bool = False) -> Iterator[None]:
 
 
 class UniTokImageStreamer:
-    """Iterates over the pictures so far, what is not drawn yet in gray; give it to `generate` as `streamer`.
+    """Iterate over pictures while `generate` draws them in another thread. Positions not drawn yet are grey.
 
+    Each item is a list of PIL pictures, one for each image of the batch. The last item has whole pictures, unless the
+    drawing was stopped.
+
+    Args:
+        model: the `UniTokMLLMForConditionalGeneration` that draws and decodes the pictures.
+        processor: its processor.
+        every: positions between two items, at least 1.
+        timeout: seconds to wait for an item; None for no limit.
+
+    Raises:
+        ValueError: `every` is below 1.
+        queue.Empty: while iterating, if nothing came within `timeout`.
+        Exception: while iterating, if `generate` raised it.
+
+    Example:
+        ```python
         streamer = UniTokImageStreamer(model, processor, every=16)
         thread = Thread(target=model.generate, kwargs={**inputs, "generation_mode": "image", "streamer": streamer})
         thread.start()
         for pictures in streamer:
             show(pictures[0])
-
-    Each item is a list of PIL pictures, one for each image of the batch. The last item shows whole pictures, unless the
-    drawing was stopped.
-
-    Args:
-        model: the `UniTokMLLMForConditionalGeneration` that draws; its decoder makes the pictures.
-        processor: its processor.
-        every: positions between two items, at least 1.
-        timeout: seconds to wait for an item; None: without limit.
-
-    Raises:
-        ValueError: `every` is below 1.
-        queue.Empty: while iterating, nothing came within `timeout`.
-        Exception: while iterating, whatever `generate` raised.
+        ```
     """
 
     def __init__(self, model, processor, every: int = 16, timeout: float | None = None):
@@ -64,21 +67,21 @@ class UniTokImageStreamer:
         self._error: BaseException | None = None
 
     def put(self, codes: torch.Tensor) -> bool:
-        """Takes the codes so far, (B, K, l), and says whether to stop; called by `generate`."""
+        """Take the codes so far, (B, K, l); called by `generate`. Returns whether to stop."""
         if codes.shape[-1] % self.every == 0 or codes.shape[-1] == self.model.config.num_image_positions:
             self._queue.put(codes)
         return self._is_stopped
 
     def end(self) -> None:
-        """No more will come; called by `generate`, whatever ends it."""
+        """Mark the end of the drawing, also after an error; called by `generate`."""
         self._queue.put(None)
 
     def fail(self, error: BaseException) -> None:
-        """Whoever iterates will see this error at the end; called by `generate`."""
+        """Store an error, which the iteration raises at its end; called by `generate`."""
         self._error = error
 
     def stop(self) -> None:
-        """Ends the drawing after the position it is at; the model stays as it was."""
+        """End the drawing after the current position. The model can be used again."""
         self._is_stopped = True
 
     def __iter__(self) -> "UniTokImageStreamer":
@@ -92,7 +95,10 @@ class UniTokImageStreamer:
         return self.processor.post_process_multimodal_output(self.decode(codes), generation_mode="image")
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """The first l positions' codes, (B, K, l), to pixels (B, 3, H, W) in [-1, 1], 0 where nothing is drawn yet."""
+        """Decode the codes of the first l positions, (B, K, l), to pixels (B, 3, H, W) in [-1, 1].
+
+        Positions not drawn yet are 0.
+        """
         length, drawn = self.model.config.num_image_positions, codes.shape[-1]
         filled = torch.cat([codes, codes[..., -1:].expand(-1, -1, length - drawn)], dim=-1)
         pixels = self.model.decode_images(filled)
