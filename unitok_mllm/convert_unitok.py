@@ -1,8 +1,8 @@
-"""Converts original UniTok checkpoints into folders that the Auto classes load.
+"""Convert original UniTok checkpoints into folders that the Auto classes load.
 
-A tokenizer `.pth` is `{"args": {...}, "trainer": {"unitok": {name: tensor}}}`; an original MLLM is a Llama folder with
-`model.multi_embedder.*` and `ar_head.*` beside the LLM's own keys.  Widths and depths are read off the tensors.  Every
-tensor is used or listed in the report; pickles are read with `weights_only=True` and never executed without a flag.
+A tokenizer `.pth` is `{"args": {...}, "trainer": {"unitok": {name: tensor}}}`. An original MLLM is a Llama folder with
+`model.multi_embedder.*` and `ar_head.*` beside the LLM's own keys. Widths and depths follow from the tensors' shapes. Every
+tensor is used or listed in the report. Pickles are read with `weights_only=True` and never executed without a flag.
 """
 
 import json
@@ -54,7 +54,7 @@ MLLM_KEYS = (
     (r"^(model|lm_head)\.", r"language_model.\1."),
 )
 MAX_COMPUTED = 2**27  # numbers that a model may compute from its config beside its weights, such as position tables
-# what a config that cannot be makes config and model classes raise
+# what config and model classes raise for an impossible config
 CONFIG_ERRORS = (
     *(LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, StrictDataclassError),
 )
@@ -63,12 +63,17 @@ UNUSED = re.compile(r"(^model\.vision_tokenizer\.|\.rotary_emb\.inv_freq$)")
 
 
 class ConversionError(ValueError):
-    """The source is not what it should be; the message says why."""
+    """The source cannot be converted. The message names the file or tensor and the reason."""
 
 
 @dataclass
 class ConversionReport:
-    """What became of the source's tensors: `used` of them, and the names of those that were left out and why."""
+    """The tensors of a source that were used and left out. `str` of it is a readable summary.
+
+    Attributes:
+        used: number of tensors used.
+        left_out: names of the others, with the reason.
+    """
 
     used: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
@@ -83,12 +88,12 @@ def _first_line(error: Exception) -> str:
 
 
 def check_archive(path: str | os.PathLike) -> None:
-    """Finds out before any of it is read whether a file that is an archive says to hold about as much as it has bytes.
+    """Refuse a compressed archive before any of it is read.
 
-    torch does not compress what it saves, so that a larger one would fill the memory from little.
+    torch does not compress its files. A compressed one could expand to any size in memory.
 
     Raises:
-        ConversionError: it says to hold more, or is no regular file.
+        ConversionError: the archive claims more than twice the bytes of its file, or it is not a regular file.
     """
     path = Path(path)
     if not path.is_file():
@@ -102,10 +107,14 @@ def check_archive(path: str | os.PathLike) -> None:
 
 
 def check_tensors(state: object, source: str | os.PathLike) -> None:
-    """Finds out whether these are weights: dense, real and finite numbers by name, each with its own bytes.
+    """Check that a state dict has weights only: named tensors, dense, real and finite, each with bytes of its own.
+
+    Args:
+        state: anything that was read from a checkpoint.
+        source: its path, for the message.
 
     Raises:
-        ConversionError: one is not; it is named.
+        ConversionError: a tensor is not; the message names it.
     """
     if not isinstance(state, dict):
         raise ConversionError(f"{source} does not hold named tensors, but a {type(state).__name__}.")
@@ -127,11 +136,15 @@ def check_tensors(state: object, source: str | os.PathLike) -> None:
 
 
 def read_pickle(path: str | os.PathLike, allow_pickle: bool = False) -> object:
-    """Reads a torch checkpoint without executing it.
+    """Read a torch checkpoint without executing its pickle.
+
+    Args:
+        path: the file.
+        allow_pickle: execute the pickle if the file does not load otherwise.
 
     Raises:
-        ConversionError: it is no torch checkpoint, only loads by executing a pickle and `allow_pickle` is False, or is
-            compressed.
+        ConversionError: the file is not a torch checkpoint, is compressed, or loads only by executing its pickle while
+            `allow_pickle` is False.
     """
     path = Path(path)
     check_archive(path)
@@ -159,7 +172,7 @@ def _rename(key: str, patterns: tuple[tuple[str, str], ...]) -> str:
 
 
 def _stack(state: StateDict, prefix: str, suffix: str, count: int) -> torch.Tensor:
-    """`prefix.0.suffix` to `prefix.(count - 1).suffix`, removed from `state` and stacked."""
+    """Remove `prefix.0.suffix` to `prefix.(count - 1).suffix` from `state`, and stack them."""
     names = [f"{prefix}.{i}.{suffix}" for i in range(count)]
     for name in names:
         if name not in state:
@@ -176,7 +189,7 @@ def _count_layers(state: StateDict, prefix: str) -> int:
 
 
 def _take_zeros(state: StateDict, report: ConversionReport) -> None:
-    """Removes the tensors that are zero by construction; a non-zero one is an error, since nothing here adds it."""
+    """Remove the tensors that are zero by construction. A non-zero one is an error: the model here has no place for it."""
     for name in [name for name in state if ALWAYS_ZERO.search(name)]:
         if state.pop(name).any():
             raise ConversionError(f"{name} is not zero as in every released checkpoint; this model cannot hold it.")
@@ -184,7 +197,7 @@ def _take_zeros(state: StateDict, report: ConversionReport) -> None:
 
 
 def _load_exactly(model: PreTrainedModel, state: StateDict) -> None:
-    """Loads the state dict; missing, unexpected, misshapen or non-finite tensors are errors that name them."""
+    """Load the state dict. Missing, unexpected, misshapen or non-finite tensors are errors that name them."""
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -199,8 +212,7 @@ def _load_exactly(model: PreTrainedModel, state: StateDict) -> None:
 
 
 def _built(model_class: type[PreTrainedModel], config: PreTrainedConfig, state: StateDict) -> PreTrainedModel:
-    """A model of these weights in eval mode; whether they are as many as the config asks for is found out before any
-    memory is taken."""
+    """Build a model with these weights, in eval mode. Their number is checked before memory is allocated."""
     try:
         with torch.device("meta"):
             empty = model_class(config)
@@ -217,7 +229,12 @@ def _built(model_class: type[PreTrainedModel], config: PreTrainedConfig, state: 
 
 
 def tokenizer_config(args: dict, state: StateDict) -> UniTokConfig:
-    """The config that a tokenizer checkpoint's tensors and arguments amount to."""
+    """Derive the config from the tensors and arguments of an original tokenizer checkpoint.
+
+    Raises:
+        ConversionError: the encoder is not a ViTamin.
+        KeyError: a tensor or an argument is missing.
+    """
     hidden_size = state["encoder.norm.weight"].shape[0]
     stages = "encoder.patch_embed.backbone.stages"
     codebook_size, codebook_dim = state["quantizer.codebooks.0.codebook.weight"].shape
@@ -261,7 +278,12 @@ def tokenizer_config(args: dict, state: StateDict) -> UniTokConfig:
 
 
 def tokenizer_state_dict(state: StateDict, report: ConversionReport) -> StateDict:
-    """Our names and layouts for an original tokenizer's tensors."""
+    """Convert an original tokenizer's tensors to the names and layouts of `UniTokModel`.
+
+    Args:
+        state: the original state dict; it does not change.
+        report: gets the numbers and names of the tensors.
+    """
     state = dict(state)
     report.used += len(state)
     _take_zeros(state, report)
@@ -285,15 +307,18 @@ def tokenizer_state_dict(state: StateDict, report: ConversionReport) -> StateDic
 def load_original_tokenizer(
     source: str | os.PathLike, allow_pickle: bool = False, causal: bool = False
 ) -> tuple[UniTokModel, ConversionReport]:
-    """A `UniTokModel` in eval mode from an original `.pth`, and what became of its tensors.
+    """Load an original tokenizer `.pth`.
 
     Args:
         source: the file.
         allow_pickle: execute the file's pickle if it does not load otherwise.
         causal: the checkpoint is of the first release (February 2025), whose attention projections are causal.
 
+    Returns:
+        The tokenizer in eval mode, and a report on its tensors.
+
     Raises:
-        ConversionError: it is no such checkpoint.
+        ConversionError: the file is not such a checkpoint.
     """
     source = Path(source)
     checkpoint = read_pickle(source, allow_pickle)
@@ -320,7 +345,23 @@ def _image_processor(config: UniTokVisionConfig, mode: str) -> UniTokImageProces
 def convert_tokenizer(
     source: str | os.PathLike, folder: str | os.PathLike, allow_pickle: bool = False, causal: bool = False
 ) -> ConversionReport:
-    """Writes an original tokenizer `.pth` as a folder with config, safetensors and image processor."""
+    """Convert an original tokenizer `.pth` to a folder with config, safetensors and image processor.
+
+    Args:
+        source: the `.pth` file.
+        folder: the folder to write.
+        allow_pickle: see `load_original_tokenizer`.
+        causal: see `load_original_tokenizer`.
+
+    Returns:
+        A report on the tensors.
+
+    Raises:
+        ConversionError: the source is not an original tokenizer checkpoint.
+
+    Example:
+        >>> print(convert_tokenizer("unitok_tokenizer.pth", "unitok-large"))
+    """
     source, folder = Path(source), Path(folder)
     model, report = load_original_tokenizer(source, allow_pickle, causal)
     model.save_pretrained(folder)
@@ -344,7 +385,13 @@ def _read_shards(source: Path, allow_pickle: bool) -> StateDict:
 
 
 def mllm_state_dict(state: StateDict, visual: UniTokModel, report: ConversionReport) -> StateDict:
-    """Our names and layouts for an original MLLM's tensors, with those of its visual tokenizer."""
+    """Convert an original MLLM's tensors to the names and layouts of `UniTokMLLMForConditionalGeneration`.
+
+    Args:
+        state: the original state dict; it does not change.
+        visual: the converted visual tokenizer, whose weights are added.
+        report: gets the numbers and names of the tensors.
+    """
     state = dict(state)
     for name in [name for name in state if UNUSED.search(name)]:
         del state[name]
@@ -366,10 +413,19 @@ def mllm_state_dict(state: StateDict, visual: UniTokModel, report: ConversionRep
 def convert_mllm(
     source: str | os.PathLike, tokenizer: str | os.PathLike, folder: str | os.PathLike, allow_pickle: bool = False
 ) -> ConversionReport:
-    """Writes an original MLLM folder and its tokenizer `.pth` as one folder that does everything.
+    """Convert an original MLLM folder and its tokenizer `.pth` to one folder with model and processor.
+
+    Args:
+        source: the original MLLM's folder.
+        tokenizer: the `.pth` file of its visual tokenizer.
+        folder: the folder to write.
+        allow_pickle: see `load_original_tokenizer`.
+
+    Returns:
+        A report on the tensors of both.
 
     Raises:
-        ConversionError: either is not what it should be.
+        ConversionError: one of the sources is not an original checkpoint.
     """
     source, tokenizer, folder = Path(source), Path(tokenizer), Path(folder)
     visual, report = load_original_tokenizer(tokenizer, allow_pickle)

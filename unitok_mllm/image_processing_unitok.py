@@ -1,10 +1,10 @@
-"""Images in, images out: the UniTok image processors.
+"""The image processors: images to `pixel_values` in [-1, 1], and back.
 
-Two backends share everything but their resize: `UniTokImageProcessor` (torchvision, tensors on any device) and
-`UniTokImageProcessorPil` (Pillow and numpy, the exact filters of the released models). Both map an image to
-`pixel_values` in [-1, 1] in one of three modes, those of the released models (UniTok, arXiv 2502.20321):
+Two backends differ only in their resize: `UniTokImageProcessor` (torchvision, tensors on any device) and
+`UniTokImageProcessorPil` (Pillow and numpy, the exact filters of the released models). Both have the three modes of the
+released models (UniTok, arXiv 2502.20321):
 
-- `understand`: pad to the target's aspect ratio, centred, then bilinear resize: the whole picture is seen.
+- `understand`: pad to the target's aspect ratio, centred, then bilinear resize. The whole picture stays visible.
 - `reconstruct`: LANCZOS resize to cover 1.125 times the target (288 for 256), then centre crop.
 - `classify`: bicubic resize to cover the target, then centre crop.
 """
@@ -57,18 +57,22 @@ def load_image(
     formats: Sequence[str] | None = None,
     max_side: int | None = None,
 ) -> Image.Image:
-    """Read an image as an upright 8-bit RGB picture. Everything here that opens a picture from outside does it so.
+    """Read an image as an upright 8-bit RGB picture. The package opens every picture from outside by this function.
 
     The EXIF orientation is applied and removed, so that a second call changes nothing. Transparency is composited on
-    white. 16-bit greyscale is scaled to 8 bits. An animated file gives its first frame, a Pillow image its current one.
+    white. 16-bit greyscale is scaled to 8 bits. Of an animated file the first frame is read, of a Pillow image the
+    current one.
 
     Args:
-        source: a local path, an http(s) or `data:image/` URL, the bytes of a file, or a Pillow image of any mode (left
-            unchanged).
-        name: what errors call it; as it is, the path, or what is known of an image without one.
-        formats: those of Pillow's that are read; all that need no other program if None.
-        max_side: shrink a picture with a longer side to it, as early as its format allows, so that it takes less
-            memory; a Pillow image is not shrunk.
+        source: a local path, an http(s) or `data:image/` URL, the bytes of a file, or a Pillow image of any mode (not
+            changed).
+        name: name for error messages; by default the path, or the mode and size of an image without one.
+        formats: Pillow's names of the formats to read; None for all that need no other program.
+        max_side: shrink a picture whose longer side exceeds it, in pixels, as early as its format allows, to save
+            memory. A Pillow image is not shrunk.
+
+    Returns:
+        A Pillow image of mode RGB.
 
     Raises:
         ValueError: the source is missing, truncated, not an image, empty, of a kind that another program would have to
@@ -90,7 +94,7 @@ def load_image(
 
 
 def picture_size(source: str | os.PathLike | bytes, *, formats: Sequence[str] | None = None) -> tuple[int, int]:
-    """Width and height, as the header has them; no pixel is decoded. Arguments and errors are those of `load_image`."""
+    """Read width and height from a file's header, without decoding. Arguments and errors are those of `load_image`."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)[:200]
     with _named_errors(name), Image.open(_file_of(source), formats=formats or _formats()) as image:
         return image.size
@@ -105,17 +109,17 @@ def _named_errors(name: str) -> Iterator[None]:
 
 
 def _shrink(image: Image.Image, max_side: int) -> Image.Image:
-    """An opened picture whose longer side is at most `max_side`; a JPEG is decoded no larger than needed."""
+    """Shrink an opened picture to a longer side of `max_side`; a JPEG is decoded no larger than needed."""
     if max(image.size) <= max_side:
         return image
-    if image.mode in ("1", "P", "PA") or "transparency" in image.info:  # no mean of these values means anything
+    if image.mode in ("1", "P", "PA") or "transparency" in image.info:  # the mean of palette indices has no meaning
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image.thumbnail((max_side, max_side))
     return image
 
 
 def _file_of(source: str | os.PathLike | bytes) -> str | bytes | BytesIO:
-    """What Pillow opens: a path, or what a URL or bytes hold."""
+    """Return what Pillow opens: a path, or the bytes of a URL or of a file."""
     if isinstance(source, bytes):
         return BytesIO(source)
     path = os.fspath(source)
@@ -131,7 +135,7 @@ def _file_of(source: str | os.PathLike | bytes) -> str | bytes | BytesIO:
 
 
 def _formats() -> list[str]:
-    """The formats that Pillow itself reads."""
+    """List the formats that Pillow reads without another program."""
     Image.init()
     return [name for name in Image.ID if name not in PROGRAM_FORMATS]
 
@@ -147,9 +151,9 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _check_range(pixels: np.ndarray) -> np.ndarray:
-    """Bring pixels of any real dtype to uint8 (0..255), or to float32 where they are floats within [0, 1] already.
+    """Convert pixels of any real dtype to uint8 (0..255), or to float32 if they are floats in [0, 1].
 
-    uint16, and other integers above 255, are taken as 16-bit. Other floats are taken as 0..255 and rounded.
+    uint16, and other integers above 255, are read as 16-bit. Other floats are read as 0..255 and rounded.
     """
     if pixels.dtype.kind not in "uif" or pixels.size == 0:
         raise ValueError(f"expected a non-empty array of integers or floats, got {pixels.dtype} {pixels.shape}")
@@ -172,7 +176,7 @@ def _check_range(pixels: np.ndarray) -> np.ndarray:
 
 
 def _to_8_bits(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-    """uint8, or floats in [0, 1] -> uint8."""
+    """Convert uint8, or floats in [0, 1], to uint8."""
     if image.dtype in (np.uint8, torch.uint8):
         return image
     levels = (image * 255).round()
@@ -208,17 +212,22 @@ class UniTokImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class UniTokImageProcessorMixin:
-    """What the two backends share. See the module's docstring for the modes.
+    """The two backends' common part. The module's docstring explains the modes.
 
-    Called on one image or any nesting of lists, tuples and 4-D batches, sizes mixed: paths, URLs, bytes of files,
-    Pillow images, arrays or tensors, (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels (C first where both
-    readings fit). Values are integers in 0..255, 16-bit integers, floats in [0, 1] (never rescaled) or floats in
+    A call takes one image, or any nesting of lists, tuples and 4-D batches, of mixed sizes. An image is a path, a URL, the
+    bytes of a file, a Pillow image, an array or a tensor: (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels (C first
+    if both readings fit). Values are integers in 0..255, 16-bit integers, floats in [0, 1] (never rescaled) or floats in
     0..255. All are rounded to the 8 bits of a picture file, so that a picture gives the same values in any form.
 
-    Returns a `BatchFeature` with `pixel_values` (B, 3, height, width), float32 in [-1, 1].
+    It returns a `BatchFeature` with `pixel_values` (B, 3, height, width), float32 in [-1, 1].
 
-    The mode alone decides between padding and cropping. `resample` overrides its filter. `do_rescale=False` keeps
-    0..255 values as they are; `do_resize=False` keeps the picture's own size.
+    The mode alone decides between padding and cropping. `resample` overrides its filter. `do_rescale=False` keeps 0..255
+    values; `do_resize=False` keeps the picture's own size.
+
+    Attributes:
+        mode: "understand", "reconstruct" or "classify".
+        size: height and width of the result, in pixels, multiples of `patch_size`.
+        patch_size: the tokenizer's stride, in pixels.
 
     Raises:
         ValueError: an unknown mode; a size that is not a multiple of `patch_size`; no image; an image that cannot be
@@ -239,10 +248,10 @@ class UniTokImageProcessorMixin:
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """As the library's.
+        """Read a folder's settings, as the library does.
 
         Raises:
-            ValueError: the folder's image processor is another.
+            ValueError: the folder has another class of image processor.
         """
         settings, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         kind = settings.get("image_processor_type", cls.__name__)
@@ -251,7 +260,7 @@ class UniTokImageProcessorMixin:
         return settings, kwargs
 
     def fetch_images(self, images: Any) -> Any:
-        """Replace every path, URL and file's bytes in `images` by its upright RGB picture, keeping the nesting."""
+        """Replace every path, URL and bytes of a file in `images` by its upright RGB picture, keeping the nesting."""
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         return load_image(images) if isinstance(images, (str, os.PathLike, bytes)) else images
@@ -295,7 +304,7 @@ class UniTokImageProcessorMixin:
         return prepared
 
     def process_image(self, image: Any, input_data_format: str | None = None, **kwargs) -> np.ndarray:
-        """One raw image -> a copy of it as RGB (3, H, W), uint8 in 0..255 or float32 in [0, 1]."""
+        """Copy one raw image to RGB (3, H, W), uint8 in 0..255 or float32 in [0, 1]."""
         if isinstance(image, torch.Tensor):
             image = image.detach().cpu()
             image = (image.float() if image.is_floating_point() else image).numpy()
@@ -317,7 +326,7 @@ class UniTokImageProcessorMixin:
         return np.array(np.broadcast_to(pixels, (3, *pixels.shape[1:])), order="C")
 
     def _fit(self, image, mode: str, size: SizeDict, resample: PILImageResampling | None):
-        """Resize (3, H, W) to (3, size.height, size.width) as the mode says."""
+        """Resize (3, H, W) to (3, size.height, size.width), by the mode's rule."""
         (height, width), (default_resample, zoom) = image.shape[1:], MODES[mode]
         resample = default_resample if resample is None else resample
         if zoom is None:  # the smallest canvas of the target's aspect ratio that holds the picture
@@ -364,20 +373,25 @@ class UniTokImageProcessorMixin:
 
 
 class UniTokImageProcessor(UniTokImageProcessorMixin, TorchvisionBackend):
-    """Torchvision backend: works on `device`, or where a tensor already is; on a GPU, LANCZOS becomes bicubic.
+    """Image processor with the torchvision backend. On a GPU, LANCZOS becomes bicubic.
 
-    Inputs, output and errors: `UniTokImageProcessorMixin`.
+    It computes on `device`, by default the device of a tensor. Inputs, output and errors: `UniTokImageProcessorMixin`.
+
+    Example:
+        >>> image_processor = UniTokImageProcessor(mode="reconstruct", size={"height": 256, "width": 256})
+        >>> image_processor(["a.png", "b.png"])["pixel_values"].shape
+        torch.Size([2, 3, 256, 256])
     """
 
     def process_image(self, image: Any, device: torch.device | str | None = None, **kwargs) -> torch.Tensor:
-        """One raw image -> RGB (3, H, W), uint8 in 0..255 or float32 in [0, 1], on `device`."""
+        """Copy one raw image to RGB (3, H, W), uint8 in 0..255 or float32 in [0, 1], on `device`."""
         if device is None and isinstance(image, torch.Tensor):
             device = image.device
         return torch.from_numpy(super().process_image(image, **kwargs)).to(device)
 
 
 class UniTokImageProcessorPil(UniTokImageProcessorMixin, PilBackend):
-    """Pillow backend, on the CPU: the released model's preprocessing to the grey level.
+    """Image processor with the Pillow backend, on the CPU. It equals the released model's preprocessing exactly.
 
     Inputs, output and errors: `UniTokImageProcessorMixin`.
     """

@@ -4,14 +4,17 @@
     codes -> post_quant_proj -> semantic embeddings -> mean, norm, projection -> CLIP-style image embedding
                                                     -> decoder -> pixels
 
-`UniTokVisionModel` is everything up to the image embedding; `UniTokModel` adds the decoder and a CLIP text tower.
-The encoder is timm's ViTamin.
+`UniTokVisionModel` has everything up to the image embedding. `UniTokModel` adds the decoder and a CLIP text tower. The
+encoder is timm's ViTamin.
 
-Differences from the reference code: the K sub-codebooks are one (K, V, D) parameter; nearest 2x upsampling followed by
-a 3x3 convolution is computed as one transposed convolution of the small map, which is exact; the text tower is
-transformers' own CLIP text model.
+Differences from the reference code:
 
-timm is imported where a module of its is built: that takes seconds, which importing this package should not.
+- The K sub-codebooks are one (K, V, D) parameter.
+- Nearest 2x upsampling followed by a 3x3 convolution is computed as one transposed convolution of the small map, which is
+  exact.
+- The text tower is transformers' own CLIP text model.
+
+timm takes seconds to import, so it is imported where one of its modules is built.
 """
 
 import difflib
@@ -41,22 +44,25 @@ from .quantization_unitok import UniTokMultiCodebookQuantizer, scattered
 GEGLU_ACTIVATION = "gelu_tanh"
 MAX_PIXELS = 2**20  # of the images that are encoded or decoded at a time: 16 of 256 x 256
 LOGIT_SCALE_BOUNDS = (0.0, math.log(100))  # of the parameter, a logarithm
-# Arguments that the library's models hand to each of their parts.
+# Arguments that the library's models pass on to each of their parts.
 HANDED_DOWN = {*TransformersKwargs.__annotations__, "use_cache"}
 
 
 @dataclass
 class UniTokOutput(ModelOutput):
-    """What `UniTokModel.forward` returns: all that a training loss may need, each under its name.
+    """Output of `UniTokModel.forward`: the inputs of all training losses.
 
     Attributes:
-        reconstruction: (B, 3, H, W), not clamped.
+        reconstruction: (B, 3, H, W), not clamped to [-1, 1].
         codes: (B, K, L), int64.
-        vq_loss, entropy_loss: scalars, float32; `entropy_loss` only where it was asked for.
+        vq_loss: scalar, float32.
+        entropy_loss: scalar, float32; None without `with_entropy`.
         codebook_usage: scalar, percent: the quantizer's running average over training steps.
-        image_embeds, text_embeds: (B, projection_dim), of unit length; `text_embeds` only with `input_ids`.
-        logit_scale: scalar, what the cosine similarities are multiplied by; only with a text tower.
-        reconstruction_embeds: (B, projection_dim), the embedding of the reconstruction; only where it was asked for.
+        image_embeds: (B, projection_dim), of unit length.
+        text_embeds: (B, projection_dim), of unit length; None without `input_ids`.
+        logit_scale: scalar, the factor of the cosine similarities; None without a text tower.
+        reconstruction_embeds: (B, projection_dim), the embedding of the reconstruction; None without
+            `with_reconstruction_embeds`.
     """
 
     reconstruction: torch.Tensor | None = None
@@ -72,22 +78,28 @@ class UniTokOutput(ModelOutput):
 
 @dataclass
 class UniTokImageFeatures(BaseModelOutputWithPooling):
-    """What an MLLM's `get_image_features` returns.
+    """Output of an MLLM's `get_image_features`, for N images.
 
     Attributes:
         last_hidden_state: (N, L, quantizer_dim), the code vectors.
-        pooler_output: (N, L, D), their embeddings, which take the places of the images' placeholders.
-        hidden_states: of the vision tower, where asked for.
-        image_codes: (N, K, L), int64, the codes themselves.
+        pooler_output: (N, L, D), the embedder's output, which replaces the embeddings of the images' placeholders.
+        hidden_states: those of the vision tower, if asked for.
+        image_codes: (N, K, L), int64.
     """
 
     image_codes: torch.Tensor | None = None
 
 
 def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """
+    """Refuse keyword arguments that a function does not know.
+
+    Args:
+        where: the function's name, for the message.
+        given: the names given.
+        known: the names known.
+
     Raises:
-        TypeError: one of the names given is not known; it says which is meant, if one is near.
+        TypeError: a name is not known. The message gives the nearest one, if one is near.
     """
     for name in given:
         if name not in known:
@@ -97,7 +109,15 @@ def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> No
 
 
 def selected(hidden_states: tuple[torch.Tensor, ...] | None, wanted: bool | int | list[int] | None):
-    """Those of all hidden states that `output_hidden_states` asks for, None in the place of others; None for none."""
+    """Select the hidden states that `output_hidden_states` asks for.
+
+    Args:
+        hidden_states: all of them.
+        wanted: True for all, an index or a list of indices (negative ones count from the end), None or False for none.
+
+    Returns:
+        A tuple of the same length, None in the place of those not wanted; None for none.
+    """
     if hidden_states is None or wanted is None or wanted is False:
         return None
     if wanted is True:
@@ -110,11 +130,16 @@ def selected(hidden_states: tuple[torch.Tensor, ...] | None, wanted: bool | int 
 def in_chunks(
     function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, image_pixels: int, max_pixels: int
 ) -> torch.Tensor:
-    """`function` of a batch of images or their codes, taken in turn so that memory does not grow with the batch.
+    """Apply a function to a batch of images or codes in chunks, so that memory does not grow with the batch.
 
     Args:
+        function: (b, ...) -> (b, ...), for each row by itself.
         batch: (B, ...).
-        image_pixels, max_pixels: H * W of an image, and of all that are computed at a time (at least one image).
+        image_pixels: H * W of one image.
+        max_pixels: H * W of all images of a chunk; a chunk has at least one image.
+
+    Returns:
+        The results, concatenated: (B, ...).
     """
     if torch.compiler.is_compiling():  # a graph has the batch as a whole
         return function(batch)
@@ -123,10 +148,19 @@ def in_chunks(
 
 
 class UniTokProjectionAttention(nn.Module):
-    """The attention of an attention projection: works at the wider of its two widths.
+    """The attention of an attention projection. It computes at the wider of its two widths.
 
-    Widening concatenates the heads; narrowing averages them, and average-pools a head's dims to `out_dim` where these
-    differ.  Keys have no bias.
+    Widening concatenates the heads. Narrowing averages the heads, and average-pools a head's dims to `out_dim` if they
+    differ. Keys have no bias.
+
+    Args:
+        in_dim: width of its input.
+        out_dim: width of its output.
+        num_heads: heads.
+        causal: whether a token attends only to itself and those before it.
+
+    Raises:
+        ValueError: the wider width is not a multiple of `num_heads`.
     """
 
     def __init__(self, in_dim: int, out_dim: int, num_heads: int, causal: bool):
@@ -165,12 +199,15 @@ class UniTokProjectionAttention(nn.Module):
 
 
 class UniTokAttentionProjection(nn.Module):
-    """Changes the width of tokens with the help of their neighbours: a linear and an attention branch, then a GeGLU.
+    """Attention projection: changes the width of tokens by a linear and an attention branch, then a GeGLU.
+
+    It stands before and after the quantizer, and in the embedder of an MLLM.
 
     Args:
-        in_dim, out_dim: the two widths.
+        in_dim: width of its input.
+        out_dim: width of its output.
         num_heads: heads of the attention branch.
-        causal: whether a token sees only itself and those before it.
+        causal: whether a token attends only to itself and those before it.
     """
 
     def __init__(self, in_dim: int, out_dim: int, num_heads: int, causal: bool):
@@ -185,10 +222,15 @@ class UniTokAttentionProjection(nn.Module):
         self.mlp = GeGluMlp(out_dim, 2 * out_dim, act_layer=GEGLU_ACTIVATION)
 
     def forward(self, hidden_states: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """(B, L, in_dim) -> (B, L, out_dim).
+        """Project tokens.
 
-        With a `cache` (and a causal projection) the tokens follow those seen before: a whole prefix at first, then one
-        token at a time; a cache of fixed length takes one token at a time from the first.
+        Args:
+            hidden_states: (B, L, in_dim).
+            cache: for causal projections: keys and values of the tokens before these. The first call may have a whole
+                prefix, later calls have one token. With a cache of fixed length, all calls have one token.
+
+        Returns:
+            (B, L, out_dim).
         """
         attended = self.attn(self.norm1(hidden_states), cache)
         hidden_states = self.proj(self.norm3(hidden_states)) + attended
@@ -196,14 +238,18 @@ class UniTokAttentionProjection(nn.Module):
 
 
 def quantizer_projection(config: UniTokVisionConfig, in_dim: int, out_dim: int) -> nn.Module:
-    """The projection before or after the quantizer, of the kind that the config asks for."""
+    """Build the projection before or after the quantizer: linear, or by attention (`config.quant_proj`)."""
     if config.quant_proj == "linear":
         return nn.Linear(in_dim, out_dim)
     return UniTokAttentionProjection(in_dim, out_dim, config.num_attention_heads, config.causal_projection)
 
 
 def vitamin_encoder(config: UniTokVisionConfig) -> nn.Module:
-    """timm's ViTamin of any size, without class token, position embedding or head: pixels to (B, L, C)."""
+    """Build timm's ViTamin in any size, without class token, position embedding or head.
+
+    Returns:
+        A module (B, 3, H, W) -> (B, L, hidden_size).
+    """
     from timm.layers import HybridEmbed
     from timm.models.vision_transformer import VisionTransformer
     from timm.models.vitamin import GeGluMlp, MbConvStages, VitCfg
@@ -242,10 +288,10 @@ def vitamin_encoder(config: UniTokVisionConfig) -> nn.Module:
 
 
 class UniTokUpsampledConv2d(nn.Conv2d):
-    """A 3x3 convolution behind a nearest 2x upsampling, computed on the small map.
+    """A nearest 2x upsampling and a 3x3 convolution, computed as one transposed convolution of the small map.
 
-    Each output pixel sees only 2x2 input pixels, so one transposed convolution of stride 2, whose 4x4 kernel sums the
-    rows and columns of the 3x3 one, gives the same values with 4/9 of the arithmetic.
+    Each output pixel depends on only 2x2 input pixels. A transposed convolution of stride 2, whose 4x4 kernel sums the
+    rows and columns of the 3x3 kernel, therefore gives the same values with 4/9 of the arithmetic.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -270,7 +316,10 @@ class UniTokUpsampleConv(nn.Module):
 class UniTokMBConvBlock(nn.Module):
     """Inverted MBConv block of the decoder: 1x1 to 4x the output channels, depthwise 3x3, 1x1, around a shortcut.
 
-    With `upsample` the map doubles between the first two convolutions.
+    Args:
+        in_channels: channels of its input.
+        out_channels: channels of its output.
+        upsample: double the height and width, between the first two convolutions.
     """
 
     def __init__(self, in_channels: int, out_channels: int, upsample: bool = False):
@@ -312,7 +361,11 @@ class UniTokDecoderStem(nn.Module):
 
 
 class UniTokDecoder(nn.Module):
-    """The encoder's mirror image: transformer blocks on the tokens, then four 2x upsamplings to pixels."""
+    """The decoder, which mirrors the encoder: transformer blocks on the tokens, then four 2x upsamplings to pixels.
+
+    Args:
+        config: `decoder_layers` is the number of blocks; all widths are those of `vision_config`.
+    """
 
     def __init__(self, config: UniTokConfig):
         super().__init__()
@@ -347,7 +400,15 @@ class UniTokDecoder(nn.Module):
         self.up_conv4 = UniTokDecoderStem(narrow, vision.num_channels)
 
     def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        """(B, h * w, C) -> (B, 3, 16 h, 16 w)."""
+        """Decode semantic embeddings.
+
+        Args:
+            hidden_states: (B, h * w, hidden_size).
+            grid_size: (h, w).
+
+        Returns:
+            (B, 3, 16 h, 16 w), not clamped.
+        """
         if self.gradient_checkpointing and self.training:
             hidden_states = checkpoint_sequential(self.blocks, len(self.blocks), hidden_states, use_reentrant=False)
         else:
@@ -358,7 +419,15 @@ class UniTokDecoder(nn.Module):
 
 
 def part_prefix(names: Iterable[str], own_names: Iterable[str]) -> str:
-    """What the names of a checkpoint begin with where they are those of one part of its model; "" for the whole."""
+    """Return the prefix under which a checkpoint has the weights of this model, a part of its own.
+
+    Args:
+        names: the checkpoint's.
+        own_names: the model's.
+
+    Returns:
+        The prefix with its dot, such as "visual."; "" if the checkpoint is of this model itself.
+    """
     own_names, prefixes = set(own_names), Counter()
     for name in names:
         steps = name.split(".")
@@ -368,7 +437,7 @@ def part_prefix(names: Iterable[str], own_names: Iterable[str]) -> str:
 
 
 class UniTokPreTrainedModel(PreTrainedModel):
-    """Initialisation and loading shared by the tower and the whole tokenizer."""
+    """Initialisation and loading, shared by the tower, the tokenizer and the MLLM."""
 
     config: UniTokConfig
     base_model_prefix = "unitok"
@@ -398,20 +467,25 @@ class UniTokPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: all here is initialised through the library's functions, which leave loaded weights alone.
+        """Return False: all weights here are initialised by the library's functions, which do not touch loaded ones.
 
-        In custom code the library passes over modules whose own weights are loaded, and with them the buffers that they
-        fill in the modules below (an LLM's of the Falcon-H1 family).
+        For custom code, the library skips the initialisation of modules whose own weights are loaded. It would then skip
+        buffers that these modules fill in their children (in LLMs of the Falcon-H1 family).
         """
         return False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As the library's, from the folder of this model or of one that holds it as a part.
+        """Load the model, as the library does, from its own folder or from that of a model that contains it.
+
+        Args:
+            pretrained_model_name_or_path: folder, or name on the hub.
+            output_loading_info: also return the library's dict of missing and unexpected weights.
+            args: passed to the library's method.
+            kwargs: passed to the library's method.
 
         Raises:
-            ValueError: the folder lacks some of the weights, and the caller does not ask for `output_loading_info`,
-                which tells it.
+            ValueError: the folder lacks some of the weights, and `output_loading_info` is False.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if output_loading_info:
@@ -425,7 +499,7 @@ class UniTokPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """As the library's, but from the folder of a larger model it takes the part that this one is."""
+        """Do as the library does, but from the folder of a larger model load the part that this model is."""
         if checkpoint_files is None:
             return PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, *args, **kwargs
@@ -448,9 +522,16 @@ class UniTokPreTrainedModel(PreTrainedModel):
 class UniTokVisionModel(UniTokPreTrainedModel):
     """The vision tower: pixels to codes and semantic embeddings.
 
-    It serves wherever transformers takes a vision tower, LLaVA included (`vision_feature_layer=-1`,
-    `vision_feature_select_strategy="full"`), and loads from the folder of whatever holds one: a tokenizer, an MLLM, a
-    LLaVA.
+    It can be the vision tower of transformers' models, such as LLaVA (`vision_feature_layer=-1`,
+    `vision_feature_select_strategy="full"`). It loads from the folder of a tokenizer, an MLLM or a LLaVA.
+
+    Args:
+        config: sizes of the encoder and the quantizer.
+
+    Example:
+        >>> tower = UniTokVisionModel.from_pretrained(folder)
+        >>> tower.encode(torch.zeros(1, 3, 64, 64)).shape  # of the shipped model
+        torch.Size([1, 8, 16])
     """
 
     config: UniTokVisionConfig
@@ -478,7 +559,10 @@ class UniTokVisionModel(UniTokPreTrainedModel):
         return self.encoder.patch_embed
 
     def grid_size(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        """Rows and columns of tokens of these pixels.
+        """Return the rows and columns of positions of these pixels.
+
+        Args:
+            pixel_values: (B, 3, H, W).
 
         Raises:
             ValueError: not (B, 3, H, W), or a side that is not a multiple of 16.
@@ -492,17 +576,17 @@ class UniTokVisionModel(UniTokPreTrainedModel):
         return height // stride, width // stride
 
     def encode_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, L, quantizer_dim), the features before quantization."""
+        """Compute the features before quantization: (B, 3, H, W) in [-1, 1] -> (B, L, quantizer_dim)."""
         return self.quant_proj(self._encoder(pixel_values)(pixel_values.to(self.dtype)))
 
     def _encoder(self, pixel_values: torch.Tensor) -> nn.Module:
-        """The encoder, ready for these pixels."""
+        """Check the pixels' size and set the encoder's checkpointing."""
         self.grid_size(pixel_values)
         self.encoder.set_grad_checkpointing(self.gradient_checkpointing and self.training)
         return self.encoder
 
     def encode(self, pixel_values: torch.Tensor, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> codes (B, K, L), int64, L row-major; see `UniTokModel.encode`."""
+        """Encode pixels (B, 3, H, W) in [-1, 1] to codes (B, K, L), int64, L row-major; see `UniTokModel.encode`."""
         rows, columns = self.grid_size(pixel_values)
         image_pixels = rows * columns * self.config.patch_size**2
         return in_chunks(
@@ -510,11 +594,11 @@ class UniTokVisionModel(UniTokPreTrainedModel):
         )
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (B, K, L) -> semantic embeddings (B, L, C)."""
+        """Embed codes (B, K, L) as semantic embeddings (B, L, hidden_size)."""
         return self.post_quant_proj(self.quantizer.decode(codes))
 
     def pool(self, semantic_embeds: torch.Tensor) -> torch.Tensor:
-        """Semantic embeddings (B, L, C) -> image embedding (B, projection_dim), of unit length."""
+        """Pool semantic embeddings (B, L, hidden_size) to image embeddings (B, projection_dim) of unit length."""
         return F.normalize(self.projection(self.fc_norm(semantic_embeds.mean(dim=1))), dim=-1)
 
     @can_return_tuple
@@ -526,20 +610,20 @@ class UniTokVisionModel(UniTokPreTrainedModel):
         track_usage: bool = True,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """Embeds images through their codes, with a straight-through gradient.
+        """Embed images through their codes, with a straight-through gradient.
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1].
-            output_hidden_states: True for all, or the indices of those to return, the others being None; None for what
-                the config says.
-            output_attentions: refused: the encoder's attention keeps no weights.
+            output_hidden_states: True for all, or the indices of those to return, with None for the others; None for the
+                config's setting.
+            output_attentions: refused: the encoder's attention returns no weights.
             track_usage: in training, count their codes in the quantizer's usage.
-            kwargs: what the library hands to all parts of a model and this part has no use for.
+            kwargs: arguments that the library passes to all parts of a model; ignored here.
 
         Returns:
-            `last_hidden_state`: the semantic embeddings (B, L, C); `pooler_output`: the image embedding
-            (B, projection_dim) of unit length; `hidden_states`, where asked for: the tokens (B, L, C) behind each block
-            of the encoder, then `last_hidden_state`. (So -1 are the semantic embeddings, -2 the encoder's last tokens
+            `last_hidden_state`: the semantic embeddings (B, L, C), C = hidden_size. `pooler_output`: the image embedding
+            (B, projection_dim) of unit length. `hidden_states`, if asked for: the tokens (B, L, C) after each block of
+            the encoder, then `last_hidden_state`. (So -1 is the semantic embeddings, and -2 the encoder's last tokens
             before its final norm.)
 
         Raises:
@@ -569,7 +653,16 @@ class UniTokVisionModel(UniTokPreTrainedModel):
 class UniTokModel(UniTokPreTrainedModel):
     """The visual tokenizer: images to codes and back, and images and texts to one embedding space.
 
-    It loads from a folder of its own, or from that of an MLLM that holds it.
+    It loads from its own folder, or from that of an MLLM that contains it.
+
+    Args:
+        config: sizes; without a `text_config` it has no text tower.
+
+    Example:
+        >>> tokenizer = UniTokModel.from_pretrained(folder).eval()
+        >>> image_processor = AutoImageProcessor.from_pretrained(folder)
+        >>> codes = tokenizer.encode(image_processor(picture)["pixel_values"])  # (1, K, L)
+        >>> (reconstruction,) = image_processor.post_process(tokenizer.decode(codes))
     """
 
     config_class = UniTokConfig
@@ -589,12 +682,12 @@ class UniTokModel(UniTokPreTrainedModel):
         return self.vision_model.get_input_embeddings()
 
     def encode(self, pixel_values: torch.Tensor, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-        """Images to codes.
+        """Encode images to codes.
 
         Args:
-            pixel_values: (B, 3, H, W) in [-1, 1]; H and W any multiples of 16.
-            max_pixels: how many pixels (H * W of each image) to encode at a time, at least one image; this bounds the
-                memory, and does not change the codes.
+            pixel_values: (B, 3, H, W) in [-1, 1]; H and W are any multiples of 16.
+            max_pixels: pixels (H * W of each image) to encode at a time, at least one image. It limits the memory and
+                does not change the codes.
 
         Returns:
             (B, K, L), int64, L = H/16 * W/16, row-major.
@@ -607,19 +700,19 @@ class UniTokModel(UniTokPreTrainedModel):
     def decode(
         self, codes: torch.Tensor, image_size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
     ) -> torch.Tensor:
-        """Codes to images.
+        """Decode codes to images.
 
         Args:
             codes: (B, K, L), integers in [0, V).
             image_size: (H, W) in pixels; None for a square image.
-            max_pixels: how many pixels (H * W of each image) to decode at a time, at least one image; this bounds the
-                memory.
+            max_pixels: pixels (H * W of each image) to decode at a time, at least one image. It limits the memory.
 
         Returns:
             (B, 3, H, W), clamped to [-1, 1].
 
         Raises:
-            ValueError: L does not fit the image size, or is no square number and no size was given.
+            ValueError: L does not match `image_size`, or is not a square number and `image_size` is None.
+            IndexError: a code lies outside [0, V), on a CPU.
         """
         grid_size = self._grid_of_codes(codes, image_size)
         image_pixels = math.prod(grid_size) * self.config.vision_config.patch_size**2
@@ -644,13 +737,13 @@ class UniTokModel(UniTokPreTrainedModel):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Bring `logit_scale` back within its bounds; to be called after each optimizer step."""
+        """Clamp `logit_scale` to its bounds; to be called after each optimizer step."""
         if self.logit_scale is not None:
             self.logit_scale.clamp_(*LOGIT_SCALE_BOUNDS)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """The vision tower's output for (B, 3, H, W) in [-1, 1]: see `UniTokVisionModel.forward`.
+        """Return the vision tower's output for (B, 3, H, W) in [-1, 1]; see `UniTokVisionModel.forward`.
 
         `pooler_output` is the image embedding, (B, projection_dim), of unit length.
         """
@@ -660,13 +753,15 @@ class UniTokModel(UniTokPreTrainedModel):
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """The text tower's output for token ids (B, T), each row with an end-of-text token.
+        """Return the text tower's output.
 
         Args:
+            input_ids: (B, T), each row with an end-of-text token.
+            attention_mask: (B, T), 0 for padding.
             kwargs: `output_hidden_states`, `output_attentions`.
 
         Returns:
-            `last_hidden_state` (B, T, text width); `pooler_output`: the text embedding (B, projection_dim), of unit
+            `last_hidden_state`: (B, T, text width). `pooler_output`: the text embedding (B, projection_dim), of unit
             length, from the state at the first end-of-text token.
 
         Raises:
@@ -691,13 +786,22 @@ class UniTokModel(UniTokPreTrainedModel):
         with_reconstruction_embeds: bool = False,
         **kwargs,
     ) -> UniTokOutput:
-        """The training pass: reconstruction and embeddings, and every named input of a loss (see `UniTokOutput`).
+        """Run the training pass: reconstruct and embed images, and embed captions.
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1].
-            input_ids, attention_mask: (B, T), the captions; None for no text.
+            input_ids: (B, T), the captions; None for no text.
+            attention_mask: (B, T), 0 for padding.
             with_entropy: also compute the quantizer's entropy loss.
             with_reconstruction_embeds: also embed the reconstruction (for cross-task consistency).
+            kwargs: arguments that the library passes to all models; ignored here.
+
+        Returns:
+            The inputs of all losses, by name.
+
+        Raises:
+            ValueError: pixels of another shape, see `UniTokVisionModel.grid_size`; captions without a text tower.
+            TypeError: an argument that the library does not know.
         """
         refuse_unknown("UniTokModel.forward", kwargs, HANDED_DOWN)
         vision, logit_scale = self.vision_model, self.logit_scale
