@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from logging import FileHandler, getLogger
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +27,14 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 from typer.testing import CliRunner
 
+from training import OF_NO_USE
 from training.arguments import parse_yaml_and_command_line
 from training.data import IGNORE, MLLMCollator, MLLMDataset, SampleTexts, Source
+from training.errors import one_line_errors
 from training.files import whole_checkpoints
 from training.merge_lora import app as merge_lora_app
 from training.merge_lora import load_with_adapter
-from training.mllm_trainer import WHOLE, EvalShare, MLLMTrainer, is_under, set_visual_aside
+from training.mllm_trainer import WHOLE, EvalShare, ExpectedTimeCallback, MLLMTrainer, is_under, set_visual_aside
 from training.release import save_release
 from training.train_mllm import IMAGE_TOKENS, MLLMArguments, build_model, main
 from training.trainer_options import METRICS
@@ -97,13 +101,18 @@ def write_config(path: Path, start: Path, sources: list[dict], **options) -> Pat
     return path
 
 
-def launch(config: Path, processes: int = 1, *options: str) -> subprocess.Popen:
+def launch(config: Path, processes: int = 1, *options: str, start_new_session: bool = False) -> subprocess.Popen:
     command = [sys.executable, "-m", "training.train_mllm"]
     if processes > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         command = [*torchrun, "--master_port", str(20000 + os.getpid() % 20000), "-m", "training.train_mllm"]
     return subprocess.Popen(
-        [*command, str(config), *options], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, str(config), *options],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=start_new_session,
     )
 
 
@@ -155,6 +164,74 @@ def test_one_step_of_each_stage_changes_exactly_what_it_should(tmp_path, start, 
     expected = {name for name in weights if name.split(".")[0] in parts} - {"embedder.quantizer.codebooks"}
     expected.discard("embedder.quantizer.usage")
     assert changed(start, tmp_path / "run/release") == expected
+
+
+def test_a_run_says_what_it_trains_how_long_that_takes_and_what_to_try_then(tmp_path, start, data, caplog):
+    caplog.set_level("INFO")
+    main([str(write_config(tmp_path / "run.yaml", start, [data["text"]], trainable=["embedder"], num_samples=32))])
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("training.")]
+    release = tmp_path / "run/release"
+    embedder = load_file(start / "model.safetensors")
+    trained = sum(v.numel() for n, v in embedder.items() if n.startswith("embedder.") and ".quantizer." not in n)
+    assert f"training embedder: {trained / 1e6:.2f} M parameters at learning rate 0.001" in said
+    assert "32 samples, 4 of them a step: 8 steps; after a few of them: the time that they take" in said
+    assert [s for s in said if re.search(r"^[\d.]+ s a step: the other 2 take about 0:00:\d\d, evaluations aside$", s)]
+    assert said[-1] == f"the model is in {release}; try it: unitok-mllm ask IMAGE QUESTION --model {release}"
+
+
+def test_broken_samples_are_named_and_counted_over_all_workers(tmp_path, start, data, monkeypatch):
+    rows = [{"image": f"{i}.png", "caption": f"a red circle {i}"} for i in (0, 1, 77, 2, 3, 78, 4, 5)]
+    rows[0] = {"caption": "a caption without its image"}
+    table = Path(data["caption"]["path"])
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = {"dataloader_num_workers": 2, "per_device_train_batch_size": 1, "max_broken_share": 0.9}
+    log = FileHandler(tmp_path / "log", encoding="utf-8")  # the workers write to it too
+    monkeypatch.setattr(getLogger("training.files"), "handlers", [log])
+    main([str(write_config(tmp_path / "run.yaml", start, [data["caption"]], trainable=["embedder"], **options))])
+    *named, last = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
+    assert last == "broken samples that were skipped: 3; they are named above"
+    named = "\n".join(named)
+    assert f"skipping row 0 of {table}: a caption is of one image, but `image` is None" in named
+    for name in (77, 78):
+        assert f"cannot read image '{table.parent}/{name}.png'" in named
+
+
+class Interrupted(ExpectedTimeCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("save_steps", [2, 5])
+def test_ctrl_c_says_how_to_go_on(tmp_path, start, data, save_steps, monkeypatch, capsys):
+    monkeypatch.setattr("training.train_mllm.ExpectedTimeCallback", Interrupted)
+    options = {"save_strategy": "steps", "save_steps": save_steps, "max_steps": 8, "trainable": ["embedder"]}
+    config = write_config(tmp_path / "run.yaml", start, [data["text"]], **options)
+    with pytest.raises(SystemExit) as end:
+        one_line_errors()(main)([str(config)])
+    run = tmp_path / "run"
+    said = {
+        2: f"Interrupted. The same command goes on from {run}/checkpoint-2.",
+        5: f"Interrupted before the first checkpoint in {run}: the same command begins anew.",
+    }
+    assert end.value.code == 130 and capsys.readouterr().err.endswith(f"\n{said[save_steps]}\n")
+
+
+@pytest.mark.slow  # a process of its own: half a minute
+def test_a_real_ctrl_c_ends_in_one_line_and_libraries_say_nothing_of_no_use(tmp_path, start, data):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 100000, "dataloader_num_workers": 5}
+    options |= {"logging_steps": 1, **LORA}  # with LoRA come torchao and its warnings
+    process = launch(write_config(tmp_path / "run.yaml", start, [data["text"]], **options), start_new_session=True)
+    lines = []
+    for line in map(bytes.decode, process.stdout):
+        lines.append(line)
+        if "'loss'" in line and sum("'loss'" in line for line in lines) == 3:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    assert process.wait(timeout=100) == 130, "".join(lines)
+    said = re.fullmatch(r"Interrupted. The same command goes on from (.*).\n", lines[-1])
+    assert said and (Path(said[1]) / WHOLE).is_file()
+    text = "".join(lines)
+    assert "Traceback" not in text and not [no_use for no_use in OF_NO_USE if no_use in text]
 
 
 def test_codebooks_are_trained_where_asked_for(tmp_path, start, data):

@@ -30,10 +30,12 @@ from training import text_tokenizer
 from training.arguments import parse_yaml_and_command_line
 from training.codebooks import gather_chunks, start_from_data
 from training.discriminator import FeatureDiscriminator
+from training.errors import one_line_errors
 from training.files import whole_checkpoints
 from training.image_text_data import ImageTextStream, ImageTextTransform
 from training.losses import TERMS, LossArguments, psnr
 from training.perceptual import FrozenFeatures, perceptual_distance
+from training.progress import ExpectedTime
 from training.tokenizer_trainer import STATE, ResumableBatches, TokenizerTrainer, TokenizerTrainingArguments
 from training.train_tokenizer import (
     TokenizerArguments,
@@ -838,6 +840,52 @@ card: {{license: mit}}
         assert logged == [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)], name
     for name in ("l1", "gan", "eval_psnr"):
         assert f"| {name} | {events.Scalars(name)[-1].value:.4g} |" in card.text
+
+
+def test_ctrl_c_says_how_to_go_on_after_what_is_trained(
+    tmp_path, captioned_folder, text_tokenizer, caplog, capsys, monkeypatch
+):
+    text_tokenizer.save_pretrained(tmp_path / "text")
+    caplog.set_level("INFO")
+    broken = captioned_folder.parent / "0.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+
+    class Interrupted(ExpectedTime):
+        def __call__(self, step):
+            super().__call__(step)
+            if step == self.total_steps - 1 and self.total_steps > 8:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.tokenizer_trainer.ExpectedTime", Interrupted)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"""
+vision_overrides: {{image_size: 32, hidden_size: 32, num_attention_heads: 2, num_hidden_layers: 1}}
+text_tokenizer: {tmp_path / "text"}
+datasets: [{{kind: folder, path: {captioned_folder}}}]
+max_broken_share: 0.5
+perceptual_weight: 0
+gan_weight: 0
+output_dir: {tmp_path / "run"}
+per_device_train_batch_size: 4
+save_steps: 7
+bf16: false
+use_cpu: true
+""",
+        encoding="utf-8",
+    )
+    with pytest.raises(SystemExit) as end:
+        one_line_errors()(main)([str(config), "--max_steps", "9"])
+    said = f"Interrupted. The same command with --resume true goes on from {tmp_path}/run/checkpoint-7.\n"
+    assert end.value.code == 130 and capsys.readouterr().err.endswith(said)
+    assert re.search(r"training the tokenizer: [\d.]+ M parameters at learning rate 0.0005", caplog.text)
+    assert "9 steps of 4 images, 0 of them done; after a few more: the time that they take" in caplog.text
+    assert re.search(r"[\d.]+ s a step: the other 3 take about 0:00:\d\d, evaluations aside", caplog.text)
+    main([str(config), "--output_dir", str(tmp_path / "other"), "--max_steps", "2"])
+    release = tmp_path / "other/release"
+    assert re.search(r"broken samples that were skipped: \d; they are named above", caplog.text)
+    last = caplog.records[-1].getMessage()
+    assert last == f"the tokenizer is in {release}; try it: unitok-mllm reconstruct IMAGE --model {release}"
 
 
 @pytest.mark.parametrize("size", ["tiny", "base", "large"])

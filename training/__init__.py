@@ -1,9 +1,32 @@
 """Training of the visual tokenizer and of the unified MLLM, on the Hugging Face Trainer."""
 
 import logging
+import os
 import warnings
 
 
-# what libraries say at import or once for each worker, and no user can act on
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="This DataLoader will create")
+OF_NO_USE = (  # what libraries say at import or once for each worker, and no user can act on
+    "is an Enum subclass and is now natively supported",  # torch, of torchao's
+    "Setting accelerator to CPU. If you have GPU",  # DeepSpeed
+    "Detected no triton, on systems without Triton certain kernels will not work",  # torchao
+    "Skipping import of cpp extensions",  # torchao
+    "This DataLoader will create",
+    "`is_gradient_checkpointing` is deprecated",  # transformers, of peft's
+)
+
+
+def is_of_use(record: logging.LogRecord) -> bool:
+    """Whether a user can act on what a library logs."""
+    return not any(text in record.getMessage() for text in OF_NO_USE)
+
+
+def quiet_libraries() -> None:
+    """Leaves out of warnings and logs what is of no use; before the libraries are imported, in every process."""
+    for name in ("torch.utils._pytree", "DeepSpeed", "torchao", "torchao.kernel.intmm"):
+        logging.getLogger(name).addFilter(is_of_use)
+    for text in OF_NO_USE:
+        warnings.filterwarnings("ignore", message=text)
+    os.environ.setdefault("LOGURU_LEVEL", "INFO")  # lmms-eval's debug lines
+
+
+quiet_libraries()

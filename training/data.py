@@ -218,7 +218,8 @@ class Source:
         else:
             encoded = texts.reading(row["caption"])
         if len(encoded["image_targets"]) != len(names):
-            raise UnusableSample(f"{len(encoded['image_targets'])} images in the text, but files {names}")
+            places = len(encoded["image_targets"])
+            raise UnusableSample(f"its text has places for {places} images, its `image` names {names or 'none'}")
         mode = self._mode(draws_only) if names else ""
         return encoded | {"images": [self._image(name, mode, texts.processor, rng) for name in names]}
 

@@ -251,4 +251,4 @@ def log_broken(broken: BrokenSamples, accelerator: Accelerator) -> None:
     """Says after a training how many samples were left out; every process must call it."""
     total = accelerator.reduce(torch.tensor(broken.total, device=accelerator.device), "sum").item()
     if total and accelerator.is_main_process:
-        logger.warning("%d broken samples were skipped; they are named above", total)
+        logger.warning("broken samples that were skipped: %d; they are named above", total)

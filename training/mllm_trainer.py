@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from training.data import IGNORE
 from training.files import whole_checkpoints
+from training.progress import ExpectedTime
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.sheet import contact_sheet
 
@@ -290,6 +291,16 @@ def plain_name(name: str) -> str:
     for wrapper in ("module.", "base_model.model."):
         name = name.removeprefix(wrapper)
     return name.replace(".modules_to_save.default", "").replace(".base_layer", "")
+
+
+class ExpectedTimeCallback(TrainerCallback):
+    """See `ExpectedTime`."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.say = ExpectedTime(state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.say(state.global_step)
 
 
 class SamplesCallback(TrainerCallback):

@@ -47,6 +47,7 @@ from training.losses import (
     tokenizer_losses,
 )
 from training.model_card import TrainingRun, training_facts, write_release_card
+from training.progress import ExpectedTime
 from training.release import check_weight, write_folder
 from unitok_mllm import UniTokModel
 from unitok_mllm.configuration_unitok import ABOVE_ZERO, SHARE, WEIGHT
@@ -393,6 +394,7 @@ class TokenizerTrainer:
             self._start_codebooks_from_data()
         batches, logging_steps = self._batches(), arguments.logging_steps or -(-self.total_steps // 50)
         logged_at, logged_step = start, first_step = time.perf_counter(), self.step
+        expected_time = ExpectedTime(self.total_steps)
         while self.step < self.total_steps:
             weights = self.losses.weights(self.step / self.total_steps)
             for batch in islice(batches, arguments.gradient_accumulation_steps):
@@ -402,6 +404,7 @@ class TokenizerTrainer:
             self.ema.update(self.tokenizer.module)
             self.step += 1
             bar.update()
+            expected_time(self.step)
             if arguments.revive_dead_codes and self.step % arguments.revive_dead_codes == 0:
                 self._revive_dead_codes(batch["pixel_values"])
             last = self.step == self.total_steps
@@ -478,7 +481,7 @@ class TokenizerTrainer:
                 count = sum(p.numel() for p in network.module.parameters() if p.requires_grad)
                 logger.info("training the %s: %.2f M parameters at learning rate %g", name, count / 1e6, rate)
         logger.info(
-            "%d steps of %d images, %d of them done; losses are printed, and the bar shows the time left",
+            "%d steps of %d images, %d of them done; after a few more: the time that they take",
             self.total_steps,
             self.images_per_step,
             self.step,

@@ -46,6 +46,7 @@ from training.files import how_to_go_on, log_broken, whole_checkpoints
 from training.merge_lora import load_with_adapter
 from training.mllm_trainer import (
     WHOLE,
+    ExpectedTimeCallback,
     MLLMTrainer,
     SamplesCallback,
     is_under,
@@ -466,7 +467,7 @@ def log_trained_parts(trainer: MLLMTrainer) -> None:
     args, samples = trainer.args, len(trainer.train_dataset)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     logger.info(
-        "%d samples, %d of them a step: %d steps; losses are printed, and the bar shows the time left",
+        "%d samples, %d of them a step: %d steps; after a few of them: the time that they take",
         samples,
         batch,
         args.max_steps if args.max_steps > 0 else -(-samples // batch),
@@ -573,7 +574,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=dataset(arguments.eval_datasets, 0, 0.0) if arguments.eval_datasets else None,
         data_collator=collator,
         processing_class=processor,
-        callbacks=[samples] if arguments.sample_prompts or arguments.sample_questions else [],
+        callbacks=[ExpectedTimeCallback(), *[samples] * bool(arguments.sample_prompts or arguments.sample_questions)],
         learning_rates=arguments.learning_rates,
         text_loss_weight=arguments.text_loss_weight,
         image_loss_share=arguments.image_loss_share,
