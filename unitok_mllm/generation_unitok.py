@@ -167,6 +167,38 @@ class UniTokGenerationMixin(GenerationMixin):
         image_generation(config)
         self.generation_config = config
 
+    def drawing_inputs(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        unconditional_input_ids: torch.Tensor | None = None,
+        unconditional_attention_mask: torch.Tensor | None = None,
+        text_alone_input_ids: torch.Tensor | None = None,
+        text_alone_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **options,
+    ) -> tuple[UniTokDrawingOptions, UniTokGuidance, torch.Tensor]:
+        """What a drawing starts from: its options, its prompts as one batch, and the noise that chooses its codes,
+        (B * num_return_sequences, positions, K). Arguments and errors are those of `generate_image_codes`."""
+        if unconditional_input_ids is None and self.config.unconditional_prompt_ids is not None:
+            unconditional_input_ids = input_ids.new_tensor([self.config.unconditional_prompt_ids])
+        others = {
+            "guidance_scale": ("unconditional", unconditional_input_ids, unconditional_attention_mask),
+            "image_guidance_scale": ("text_alone", text_alone_input_ids, text_alone_attention_mask),
+        }
+        missing = [scale for scale, (_, ids, _) in others.items() if ids is None]
+        options = UniTokDrawingOptions.resolve(self.generation_config, generation_config, missing, **options)
+        num_positions = options.num_positions or self.config.num_image_positions
+        input_ids, attention_mask = self._image_prompt(input_ids, attention_mask, num_positions)
+        branches = {name: (getattr(options, scale), *prompt) for scale, (name, *prompt) in others.items()}
+        guidance = self._guidance(
+            *self.embed(input_ids, pixel_values, image_codes), attention_mask, branches, options.num_return_sequences
+        )
+        noise = self._noise(options, len(input_ids), num_positions).to(input_ids.device)
+        return options, guidance, noise
+
     @torch.no_grad()
     def generate_image_codes(
         self,
@@ -217,21 +249,19 @@ class UniTokGenerationMixin(GenerationMixin):
                 guidance without an unconditional prompt.
             TypeError: an option that drawing does not know.
         """
-        if unconditional_input_ids is None and self.config.unconditional_prompt_ids is not None:
-            unconditional_input_ids = input_ids.new_tensor([self.config.unconditional_prompt_ids])
-        others = {
-            "guidance_scale": ("unconditional", unconditional_input_ids, unconditional_attention_mask),
-            "image_guidance_scale": ("text_alone", text_alone_input_ids, text_alone_attention_mask),
-        }
-        missing = [scale for scale, (_, ids, _) in others.items() if ids is None]
-        options = UniTokDrawingOptions.resolve(self.generation_config, generation_config, missing, **options)
-        num_positions = options.num_positions or self.config.num_image_positions
-        input_ids, attention_mask = self._image_prompt(input_ids, attention_mask, num_positions)
-        branches = {name: (getattr(options, scale), *prompt) for scale, (name, *prompt) in others.items()}
-        guidance = self._guidance(
-            *self.embed(input_ids, pixel_values, image_codes), attention_mask, branches, options.num_return_sequences
+        options, guidance, noise = self.drawing_inputs(
+            input_ids,
+            attention_mask,
+            unconditional_input_ids,
+            unconditional_attention_mask,
+            text_alone_input_ids,
+            text_alone_attention_mask,
+            pixel_values,
+            image_codes,
+            generation_config,
+            **options,
         )
-        noise = self._noise(options, len(input_ids), num_positions).to(input_ids.device)
+        num_positions = noise.shape[1]
         processors = LogitsProcessorList(logits_processor or [])
         drawing = UniTokDrawing(
             prepare_drawing(self) if parts is None else parts,

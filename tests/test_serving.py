@@ -1,0 +1,233 @@
+"""The engine: each request gets what it gets alone, whatever runs beside it."""
+
+import random
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, MambaConfig
+
+from unitok_mllm import UniTokMLLMForConditionalGeneration
+from unitok_mllm.serving import QueueFull, UniTokEngine
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    return Image.new("RGB", (48, 48), "tomato")
+
+
+def run(engine: UniTokEngine, steps: int | None = None) -> None:
+    while engine.num_waiting or engine.num_running:
+        engine.step()
+        if steps is not None and (steps := steps - 1) == 0:
+            return
+
+
+WORDS = "a red circle and some blue what is this shape yes no".split()
+
+
+def drawing_of(seed: int, processor, picture) -> tuple[dict, dict]:
+    """Inputs and options of a drawing or an edit."""
+    choose = random.Random(seed)
+    text = " ".join(choose.choices(WORDS, k=choose.randint(1, 12)))
+    if choose.random() < 0.3:
+        inputs = processor(text=text, images=picture, generation_mode="edit")
+    else:
+        inputs = processor(text=text, generation_mode="image")
+    options = {
+        "guidance_scale": choose.choice([1.0, 2.0, 5.0]),
+        "temperature": choose.choice([0.7, 1.0]),
+        "top_k": choose.choice([0, 5]),
+        "top_p": choose.choice([1.0, 0.9]),
+        "do_sample": choose.random() < 0.8,
+        "num_positions": choose.randint(1, 9),
+        "seed": seed,
+    }
+    if "text_alone_input_ids" in inputs:
+        options["image_guidance_scale"] = choose.choice([1.0, 1.5])
+    return inputs, options
+
+
+def question_of(seed: int, processor, picture) -> tuple[dict, dict]:
+    choose = random.Random(seed)
+    text = " ".join(choose.choices(WORDS, k=choose.randint(1, 12)))
+    content = [{"type": "text", "text": text}]
+    if choose.random() < 0.7:
+        content.insert(0, {"type": "image", "image": picture})
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    options = {
+        "max_new_tokens": choose.randint(1, 12),
+        "do_sample": choose.random() < 0.5,
+        "temperature": choose.choice([0.7, 1.3]),
+        "repetition_penalty": choose.choice([1.0, 1.2]),
+    }
+    return inputs, options
+
+
+@pytest.mark.parametrize("max_rows", [3, 16])
+def test_each_request_gets_what_it_gets_alone(lively_mllm, processor, picture, max_rows):
+    """Requests of all kinds arrive at random moments; some are cancelled before or while they run."""
+    engine = UniTokEngine(lively_mllm, max_rows=max_rows, max_length=256, prefill_tokens=20)
+    choose, futures, told = random.Random(0), {}, {}
+    waiting = [("draw", seed) for seed in range(20)] + [("answer", seed) for seed in range(20)]
+    choose.shuffle(waiting)
+    while waiting or engine.num_waiting or engine.num_running:
+        for _ in range(choose.randint(0, 3)):
+            if waiting:
+                kind, seed = waiting.pop()
+                told[kind, seed] = []
+                of_kind = drawing_of if kind == "draw" else question_of
+                inputs, options = of_kind(seed, processor, picture)
+                call = engine.draw if kind == "draw" else engine.answer
+                options = options if kind == "draw" else options | {"seed": seed}
+                futures[kind, seed] = call(inputs, told[kind, seed].append, **options)
+        if choose.random() < 0.1:
+            choose.choice(list(futures.values())).cancel()
+        engine.step()
+    cancelled = {request for request, future in futures.items() if future.cancelled()}
+    assert 0 < len(cancelled) < 20 and len(engine._free) == max_rows
+    for kind, seed in futures.keys() - cancelled:
+        result = futures[kind, seed].result(0)
+        if kind == "draw":
+            inputs, options = drawing_of(seed, processor, picture)
+            (expected,) = lively_mllm.generate_image_codes(**inputs, **options)
+        else:
+            inputs, options = question_of(seed, processor, picture)
+            torch.manual_seed(seed)
+            expected = lively_mllm.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        assert torch.equal(result, expected), (kind, seed)
+        assert torch.equal(torch.stack(told[kind, seed], dim=-1), expected)
+
+
+def test_samples_of_one_seed_are_those_of_one_call(lively_mllm, processor):
+    engine = UniTokEngine(lively_mllm, max_rows=8, max_length=64)
+    inputs = processor(text="a red circle", generation_mode="image")
+    futures = [engine.draw(inputs, sample=j, seed=3, guidance_scale=2.0) for j in range(3)]
+    run(engine)
+    expected = lively_mllm.generate_image_codes(**inputs, seed=3, guidance_scale=2.0, num_return_sequences=3)
+    assert torch.equal(torch.stack([future.result() for future in futures]), expected)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_answers_with_images_are_those_of_generate(lively_mllm, processor, picture, do_sample):
+    """The opening of an image is made likely, so that there are some."""
+    options = {"max_new_tokens": 8, "do_sample": do_sample, "sequence_bias": [[[processor.boi_token_id], 6.0]]}
+    image_options = {"guidance_scale": 2.0, "temperature": 0.8}
+    engine = UniTokEngine(lively_mllm, max_rows=4, max_length=256)
+    requests, futures, told = [], [], []
+    for seed, text in enumerate(("draw red", "what is this blue", "yes")):
+        requests.append(processor(text=text, generation_mode="interleaved"))
+        told.append([])
+        futures.append(
+            engine.interleaved(
+                requests[-1], told[-1].append, seed=seed, max_images=2, image_options=image_options, **options
+            )
+        )
+    run(engine)
+    num_images = 0
+    for seed, (inputs, future) in enumerate(zip(requests, futures)):
+        torch.manual_seed(seed)
+        expected = lively_mllm.generate_interleaved(
+            **inputs, max_images=2, image_options=image_options | {"seed": seed}, **options
+        )
+        ids, codes = future.result(0)
+        assert torch.equal(ids, expected.sequences[0]) and torch.equal(codes, expected.image_codes[0])
+        groups = torch.stack([item for item in told[seed] if item.ndim == 1], dim=-1)
+        assert torch.equal(groups, torch.cat(list(codes), dim=-1))
+        num_images += len(codes)
+    assert num_images > 1
+
+
+def test_a_cancelled_answer_with_images_leaves(lively_mllm, processor):
+    engine = UniTokEngine(lively_mllm, max_rows=2, max_length=256)
+    inputs = processor(text="red", generation_mode="interleaved")
+    future = engine.interleaved(inputs, max_new_tokens=50, sequence_bias=[[[processor.boi_token_id], 60.0]])
+    for _ in range(6):
+        engine.step()
+    assert engine.num_running == 1 and future.cancel()
+    engine.step()
+    assert (engine.num_running, engine.num_waiting) == (0, 0)
+
+
+def test_a_question_about_the_same_picture_goes_on_from_the_keys_of_another(lively_mllm, processor, picture):
+    """Also while that other one is still running."""
+    engine = UniTokEngine(lively_mllm, max_rows=3, max_length=256)
+    futures, reused = [], []
+    for text in ("what is this", "a blue shape", "a blue shape"):
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        futures.append((inputs, engine.answer(inputs, max_new_tokens=5, do_sample=False)))
+        engine.step()
+        reused.append(engine.num_positions_reused)
+    run(engine)
+    first, second = (inputs["input_ids"][0] for inputs, _ in futures[:2])
+    length = min(len(first), len(second))
+    common = int((first[:length] == second[:length]).cumprod(0).sum())
+    assert common > 9
+    assert reused == [0, common, common + len(second) - 1]
+    for inputs, future in futures:
+        expected = lively_mllm.generate(**inputs, max_new_tokens=5, do_sample=False)
+        assert torch.equal(future.result(), expected[0, inputs["input_ids"].shape[1] :])
+
+
+def test_a_long_prompt_does_not_hold_up_a_drawing(lively_mllm, processor):
+    engine = UniTokEngine(lively_mllm, max_rows=4, max_length=256, prefill_tokens=16)
+    groups = []
+    engine.draw(processor(text="red", generation_mode="image"), groups.append, guidance_scale=1.0, seed=0)
+    while not groups:
+        engine.step()
+    engine.answer(processor(text=" ".join(WORDS)), max_new_tokens=1)
+    for _ in range(4):
+        before = len(groups)
+        engine.step()
+        assert len(groups) == before + 1  # its next position, in each step that the prompt takes
+
+
+def test_requests_are_admitted_in_order_and_a_cancelled_one_makes_room_at_once(lively_mllm, processor):
+    engine = UniTokEngine(lively_mllm, max_rows=2, max_length=64, max_queue=2)
+    inputs = processor(text="red", generation_mode="image")
+    first, second = (engine.draw(inputs, guidance_scale=g, seed=0) for g in (2.0, 2.0))  # two rows each
+    engine.step()
+    assert (engine.num_running, engine.num_waiting) == (1, 1)
+    third = engine.draw(inputs, guidance_scale=1.0, seed=0)  # would fit, but came later
+    with pytest.raises(QueueFull, match="2 requests are waiting"):
+        engine.draw(inputs, guidance_scale=1.0)
+    assert first.cancel()
+    engine.step()
+    assert (engine.num_running, engine.num_waiting) == (1, 1)
+    run(engine)
+    assert second.done() and third.done()
+    with pytest.raises(CancelledError):
+        first.result()
+
+
+def test_what_can_never_run_is_refused(lively_mllm, processor):
+    engine = UniTokEngine(lively_mllm, max_rows=1, max_length=60)
+    inputs = processor(text="red", generation_mode="image")
+    with pytest.raises(ValueError, match="needs 2 rows of the batch, which has 1"):
+        engine.draw(inputs, guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"needs \d+ positions; served are up to 60"):
+        engine.answer(processor(text="red"), max_new_tokens=100)
+    with pytest.raises(ValueError, match="no beams"):
+        engine.answer(processor(text="red"), num_beams=2, max_new_tokens=2)
+    with pytest.raises(ValueError, match="top_k must be at least 0"):
+        engine.draw(inputs, top_k=-1)
+    with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
+        UniTokEngine(lively_mllm, max_rows=0)
+    engine.stop()
+    with pytest.raises(QueueFull, match="stopping"):
+        engine.draw(inputs, guidance_scale=1.0)
+
+
+def test_an_llm_that_keeps_states_is_refused(mllm, visual_tokenizer, processor):
+    llm = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1))
+    model = UniTokMLLMForConditionalGeneration.from_parts(
+        llm, visual_tokenizer, embedder_dim=40, embedder_heads=2, **processor.config_token_ids()
+    )
+    with pytest.raises(ValueError, match="mamba keeps .* cannot be batched"):
+        UniTokEngine(model.eval())

@@ -1,0 +1,625 @@
+"""The engine: drawings, edits and answers of many callers in one running batch.
+
+    submit -> queue -> prompt, in chunks -> position after position, together with all others -> result
+
+A request takes a row of the batch for its prompt and one for each prompt that guidance leads away from. It joins at any
+moment and leaves when it is done or cancelled. A step of the engine is one pass of the LLM over all rows, so that its
+weights are read once for all of them; then drawings choose the K codes of their next position, answers their next token.
+
+Keys and values lie in slots of one length, one slot a row, whose memory is taken once: that is the budget by which requests
+are admitted, in the order in which they came. A slot keeps the keys of a prompt after its request has left, and a prompt
+that begins in the same way (another question about the same picture) goes on from a copy of them.
+
+Each request gets what it gets alone with its seed: it has random numbers of its own and its positions begin at 0; no
+other row takes part in its attention, and no processor of logits sees any other.
+"""
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
+
+from .drawing_unitok import UniTokCodeSampler, UniTokDrawingOptions
+from .fast_drawing_unitok import prepare_drawing
+from .growing_cache_unitok import UniTokGrowingLayer, growing_cache
+from .interleaved_unitok import UniTokAnswerEnd
+from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
+from .packing_unitok import copy_changed, pack_linears
+
+
+logger = logging.get_logger(__name__)
+
+
+class QueueFull(RuntimeError):
+    """More requests wait than the engine admits."""
+
+
+class UniTokSlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, in slots; a pass is about some of them, each with a length of its own.
+
+    Args:
+        num_slots, max_length: the memory, taken with the first pass.
+        dtype: that they are kept in; None for their own.
+    """
+
+    is_compileable = True  # its slots have a fixed length, not all of it in use
+
+    def __init__(self, num_slots: int, max_length: int, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.num_slots, self.max_length, self.dtype = num_slots, max_length, dtype
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = (  # zeros: what is masked must be finite
+            states.new_zeros((self.num_slots, states.shape[1], self.max_length, states.shape[3]), dtype=self.dtype)
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def place(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        """Says where the keys and values of the next pass belong: slots (N,), positions (N, T)."""
+        self.slots, self.positions = slots, positions
+        self.end = int(positions.max()) + 1
+        first, last = int(slots[0]), int(slots[-1])
+        is_range = last - first + 1 == len(slots) and bool((slots.diff() == 1).all())
+        self.rows = slice(first, last + 1) if is_range else slots  # a part of the memory, or a copy of some of it
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Adds those of a pass, (N, heads, T, dims); returns all of these slots up to the longest, (N, heads, end, dims)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        for memory, states in ((self.keys, key_states), (self.values, value_states)):
+            memory[self.slots[:, None], :, self.positions] = states.transpose(1, 2).to(memory.dtype)
+        return self.keys[self.rows, :, : self.end], self.values[self.rows, :, : self.end]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        for memory in (self.keys, self.values):
+            memory[target, :, :length] = memory[source, :, :length]
+
+    def get_seq_length(self) -> torch.Tensor:
+        """(N, 1, 1, 1), which compares with the positions of keys like a mask."""
+        return self.positions[:, -1, None, None, None] + 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.end, 0
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+
+class _Given(nn.Module):
+    """Stands in a causal LM where its decoder was, to compute the logits of states that the decoder has given before."""
+
+    def forward(self, *args, inputs_embeds: torch.Tensor, **kwargs) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+@dataclass(eq=False, repr=False)
+class _Row:
+    """A sequence in a slot.
+
+    Attributes:
+        prompt: its embeddings, (T, D).
+        slot: where its keys and values are.
+        length: how many positions of it have gone through the LLM.
+        state: the LLM's last, (D,), once nothing is pending.
+        pending: inputs that have still to go through it, (T', D).
+    """
+
+    prompt: torch.Tensor
+    slot: int = -1
+    length: int = 0
+    state: torch.Tensor | None = None
+    pending: torch.Tensor = None
+
+    def __post_init__(self):
+        self.pending = self.prompt
+
+    def push(self, embeds: torch.Tensor) -> None:
+        self.pending, self.state = embeds, None
+
+
+@dataclass(eq=False, repr=False)
+class _Request:
+    """What is common to drawings and answers.
+
+    Attributes:
+        rows: the prompt's first.
+        length: of the longest row, at its end.
+        tell: called with each new group of codes (K,) or token (), in the engine's thread.
+    """
+
+    rows: list[_Row]
+    length: int
+    tell: Callable[[torch.Tensor], None] | None
+    future: Future = field(default_factory=Future)
+
+    @property
+    def is_ready(self) -> bool:
+        return all(row.state is not None for row in self.rows)
+
+
+@dataclass(eq=False, repr=False)
+class _Drawing(_Request):
+    """
+    Attributes:
+        weights: how much further guidance goes, away from each row but the first: scale minus 1.
+        noise: (positions, K).
+    """
+
+    options: UniTokDrawingOptions = None
+    weights: list[float] = None
+    noise: torch.Tensor = None
+    groups: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(eq=False, repr=False)
+class _Answer(_Request):
+    ids: torch.Tensor = None  # (1, T), prompt and answer
+    prompt_length: int = 0
+    processors: LogitsProcessorList = None
+    criteria: StoppingCriteriaList = None
+    random: torch.Generator | None = None  # None for the likeliest token
+
+
+class UniTokEngine:
+    """Runs the requests for one model; its methods may be called from any thread.
+
+    Args:
+        model: in eval mode; its weights must not change while it is served.
+        max_rows: rows of the batch, which is to say slots.
+        max_length: positions of a slot, prompt and answer or image; None for as many as the LLM has, 2048 at most.
+        max_queue: requests that may wait for rows.
+        prefill_tokens: prompt positions in one step at most (but a position of each row), so that a long prompt does not
+            hold up those that are under way.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    def __init__(
+        self,
+        model: UniTokMLLMForConditionalGeneration,
+        max_rows: int = 32,
+        max_length: int | None = None,
+        max_queue: int = 256,
+        prefill_tokens: int = 512,
+    ):
+        for name, value in (("max_rows", max_rows), ("max_length", max_length), ("prefill_tokens", prefill_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        most = model.config.llm_sizes.max_positions or 2048
+        self.model, self.max_rows, self.max_queue, self.prefill_tokens = model, max_rows, max_queue, prefill_tokens
+        self.max_length = min(max_length or 2048, most)
+        self._parts = prepare_drawing(model)
+        self._llm, cache = growing_cache(self._parts.llm, self.max_length)
+        if foreign := {type(layer).__name__ for layer in cache.layers if type(layer) is not UniTokGrowingLayer}:
+            raise ValueError(
+                f"{model.config.text_config.model_type} keeps {', '.join(foreign)}: it cannot be batched."
+            )
+        self._cache = Cache(layers=[UniTokSlotLayer(max_rows, self.max_length, layer.dtype) for layer in cache.layers])
+        self._embedder_cache = Cache(layers=[UniTokSlotLayer(max_rows, model.config.num_image_positions)])
+        decoder = model.get_decoder()
+        self._output_layer = pack_linears(
+            copy_changed(model.language_model, lambda module: _Given() if module is decoder else module)
+        )
+        self._free = deque(range(max_rows))  # the one that has been free longest first
+        self._held = [model.get_input_embeddings().weight[:0].detach()] * max_rows  # the prompts in the slots, (T, D)
+        self._queue: deque[_Request] = deque()
+        self._running: list[_Request] = []
+        self._changed = threading.Condition()
+        self._is_stopping = False
+        self._seeds = itertools.count(torch.seed() % 2**31)
+        self.num_steps = self.num_rows_computed = self.num_positions_reused = 0
+        self._check_batching()
+
+    # --- what callers call ---
+
+    def draw(self, inputs: dict, tell: Callable | None = None, sample: int = 0, **options) -> Future:
+        """Draws one image: the future codes, (K, L).
+
+        Args:
+            inputs: of `processor(text=..., generation_mode="image" or "edit")`, one prompt.
+            tell: called in the engine's thread with the codes of each position, (K,).
+            sample: which of several of one seed: sample j is row j of `generate_image_codes(num_return_sequences=...)`.
+            options: of `generate_image_codes`.
+
+        Raises:
+            ValueError: see `generate_image_codes`; or the engine has not enough rows or positions, ever.
+            QueueFull: too many wait.
+        """
+        return self._submit(self._drawing(inputs, tell, sample, **options))
+
+    def answer(self, inputs: dict, tell: Callable | None = None, seed: int | None = None, **options) -> Future:
+        """Answers one prompt: the future ids of the answer, (T,), the token that ends it included.
+
+        Args:
+            inputs: of `processor(...)` or its chat template, one prompt.
+            tell: called in the engine's thread with each token, ().
+            seed: for `do_sample`: the answer is that of `generate` behind `torch.manual_seed(seed)`.
+            options: of transformers' `generate`, as far as they are about one sequence.
+
+        Raises:
+            ValueError: see `generate`; options that need several sequences; too many positions.
+            QueueFull: too many wait.
+        """
+        random = torch.Generator(self.model.device).manual_seed(next(self._seeds) if seed is None else seed)
+        return self._submit(self._answer(inputs, tell, random, **options))
+
+    def interleaved(
+        self,
+        inputs: dict,
+        tell: Callable | None = None,
+        seed: int | None = None,
+        max_images: int = 4,
+        image_options: dict | None = None,
+        **options,
+    ) -> Future:
+        """Answers one prompt with text and images: the future ids (T,) and codes (N, K, L), as of `generate_interleaved`.
+
+        Args:
+            inputs: of `processor(..., generation_mode="interleaved")`, one prompt.
+            tell: called in the engine's thread with each token, (), and the codes of each position, (K,).
+            seed: of the text, as in `answer`; and of the images, the n-th of which is drawn with it plus n.
+            max_images, image_options, options: of `generate_interleaved`.
+
+        Raises:
+            ValueError: see `generate_interleaved` and `answer`.
+            QueueFull: too many wait.
+        """
+        seed = next(self._seeds) if seed is None else seed
+        random = torch.Generator(self.model.device).manual_seed(seed)
+        pieces = self._pieces(dict(inputs), tell, random, seed, max_images, dict(image_options or {}), options)
+        whole, current = Future(), self._submit(next(pieces))
+
+        def go_on(done: Future) -> None:
+            """Submits the next piece as soon as one is done, before all that wait."""
+            nonlocal current
+            if done.cancelled() or whole.cancelled():
+                whole.cancel()
+                return
+            try:
+                request = pieces.send(done.result())
+            except StopIteration as stop:
+                if whole.set_running_or_notify_cancel():
+                    whole.set_result(stop.value)
+                return
+            except ValueError as error:
+                whole.set_exception(error)
+                return
+            current = request.future
+            current.add_done_callback(go_on)
+            with self._changed:
+                self._queue.appendleft(request)
+
+        current.add_done_callback(go_on)
+        whole.add_done_callback(lambda whole: whole.cancelled() and current.cancel())
+        return whole
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def run(self) -> None:
+        """Serves until `stop`, then finishes what is under way; for a thread of its own."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._running or self._is_stopping)
+                if self._is_stopping and not self._queue and not self._running:
+                    return
+            try:
+                self.step()
+            except Exception as error:  # whatever it is, it ends those that are under way, and not the engine
+                logger.exception("A step failed.")
+                for request in [*self._running]:
+                    self._leave(request)
+                    if request.future.set_running_or_notify_cancel():
+                        request.future.set_exception(error)
+
+    def stop(self) -> None:
+        """No request is taken from now on."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+
+    # --- a step ---
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Admits what there are rows for, then brings every request on by a chunk of its prompt or a position."""
+        self._drop_cancelled()
+        self._admit()
+        rows = [row for request in self._running for row in request.rows if row.state is None]
+        positions = [row for row in rows if len(row.pending) == 1]
+        prompts = [row for row in rows if len(row.pending) > 1]
+        for chunk in (positions, self._chunk(prompts)):
+            if chunk:
+                self._advance(chunk)
+        ready = [request for request in self._running if request.is_ready]
+        for kind, bring_on in ((_Drawing, self._bring_on_drawings), (_Answer, self._bring_on_answers)):
+            if requests := [request for request in ready if isinstance(request, kind)]:
+                bring_on(requests)
+        self.num_steps += 1
+
+    def _drawing(self, inputs: dict, tell: Callable | None, sample: int = 0, **options) -> _Drawing:
+        if options.get("seed") is None:
+            options["seed"] = next(self._seeds)
+        with torch.no_grad():
+            chosen, guidance, noise = self.model.drawing_inputs(
+                **inputs, **options | {"num_return_sequences": sample + 1}
+            )
+        masks = guidance.attention_mask[sample :: sample + 1].bool()
+        embeds = guidance.inputs_embeds[sample :: sample + 1]
+        rows = [_Row(embeds[mask]) for embeds, mask in zip(embeds, masks)]
+        length = max(len(row.prompt) for row in rows) + len(noise[sample])
+        weights = [scale - 1 for scale in guidance.scales]
+        return _Drawing(rows, length, tell, options=chosen, weights=weights, noise=noise[sample])
+
+    def _answer(self, inputs: dict, tell: Callable | None, random: torch.Generator, **options) -> _Answer:
+        prepared = {}
+
+        def keep(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+            prepared.update(kwargs, input_ids=input_ids, processors=logits_processor, criteria=stopping_criteria)
+            return generation_config
+
+        # the library prepares all that it prepares for its own loop, and hands it over
+        config: GenerationConfig = self.model.generate(**inputs, **options, custom_generate=keep)
+        if config.num_beams > 1 or config.num_return_sequences > 1 or len(prepared["input_ids"]) > 1:
+            raise ValueError("The engine answers one prompt with one sequence: no beams, no several answers.")
+        ids, images = prepared["input_ids"], (prepared.get("mm_encoder_outputs") or {}).get("image")
+        codes = None if images is None else images.image_codes
+        with torch.no_grad():
+            (embeds,), _ = self.model.embed(ids, image_codes=codes)
+        return _Answer(
+            [_Row(embeds)],
+            config.max_length,
+            tell,
+            ids=ids,
+            prompt_length=ids.shape[1],
+            processors=prepared["processors"],
+            criteria=prepared["criteria"],
+            random=random if config.do_sample else None,
+        )
+
+    def _pieces(self, inputs, tell, random, seed, max_images, image_options, options):
+        """Yields the parts of an interleaved answer, texts and images in turn; is sent the result of each."""
+        model = self.model
+        boi, eoi, placeholder = model.config.boi_token_id, model.config.eoi_token_id, model.config.image_token_id
+        unconditional = {name: inputs.pop(name) for name in [*inputs] if name.startswith("unconditional_")}
+        ids = prompt = inputs["input_ids"]
+        known = model.encode_images(inputs["pixel_values"]) if "pixel_values" in inputs else inputs.get("image_codes")
+        known = (
+            ids.new_zeros(0, model.depth_head.num_codebooks, model.config.num_image_positions)
+            if known is None
+            else known
+        )
+        drawn, room = known[:0], options.pop("max_new_tokens", None) or 256
+        suppressed = [*(model.generation_config.suppress_tokens or []), *(options.pop("suppress_tokens", None) or [])]
+        while room > 0:
+            codes = torch.cat([known, drawn])
+            images = {"image_codes": codes} if len(codes) else {}
+            text = yield self._answer(
+                {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images},
+                tell,
+                random,
+                max_new_tokens=room,
+                suppress_tokens=suppressed if len(drawn) < max_images else [*suppressed, boi],
+                stopping_criteria=StoppingCriteriaList([UniTokAnswerEnd(boi, None, None)]),
+                **options,
+            )
+            ids, room = torch.cat([ids, text[None]], dim=1), room - len(text)
+            if text[-1] != boi:
+                break
+            new = yield self._drawing(
+                {"input_ids": ids, **images, **unconditional}, tell, seed=seed + len(drawn), **image_options
+            )
+            drawn = torch.cat([drawn, new[None]])
+            ids = torch.cat([ids, ids.new_tensor([[*[placeholder] * new.shape[-1], eoi]])], dim=1)
+        return ids[0, prompt.shape[1] :], drawn
+
+    def _submit(self, request: _Request) -> Future:
+        if len(request.rows) > self.max_rows:
+            raise ValueError(f"This needs {len(request.rows)} rows of the batch, which has {self.max_rows}.")
+        if request.length > self.max_length:
+            raise ValueError(f"This needs {request.length} positions; served are up to {self.max_length}.")
+        with self._changed:
+            if self._is_stopping:
+                raise QueueFull("The server is stopping.")
+            if len(self._queue) >= self.max_queue:
+                raise QueueFull(f"{len(self._queue)} requests are waiting.")
+            self._queue.append(request)
+            self._changed.notify_all()
+        return request.future
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            self._queue = deque(request for request in self._queue if not request.future.cancelled())
+        for request in [request for request in self._running if request.future.cancelled()]:
+            self._leave(request)
+
+    def _admit(self) -> None:
+        while self._queue and len(self._queue[0].rows) <= len(self._free):
+            with self._changed:
+                request = self._queue.popleft()
+            for row in request.rows:
+                self._take_slot(row)
+            self._running.append(request)
+
+    def _take_slot(self, row: _Row) -> None:
+        """Finds the slot whose prompt begins most like the row's; the row goes on from there, in it or in a copy."""
+        shared = [_common_length(held, row.prompt) for held in self._held]
+        source = max(range(self.max_rows), key=lambda slot: (shared[slot], slot in self._free))
+        length = min(shared[source], len(row.prompt) - 1)  # the last position must be computed, for its state
+        row.slot = source if source in self._free and length else self._free[0]
+        self._free.remove(row.slot)
+        if length and row.slot != source:
+            for layer in self._cache.layers:
+                layer.copy(source, row.slot, length)
+        self.num_positions_reused += length
+        row.length, row.pending = length, row.prompt[length:]
+        self._held[row.slot] = row.prompt[:length]
+
+    def _leave(self, request: _Request) -> None:
+        self._running.remove(request)
+        self._free.extend(row.slot for row in request.rows)
+
+    def _chunk(self, prompts: list[_Row]) -> list[_Row]:
+        """As many of the rows, the first first, as `prefill_tokens` have room for."""
+        longest, count = 0, 0
+        for count, row in enumerate(prompts):
+            longest = max(longest, min(len(row.pending), self.prefill_tokens))
+            if count and longest * (count + 1) > self.prefill_tokens:
+                return prompts[:count]
+        return prompts
+
+    def _advance(self, rows: list[_Row]) -> None:
+        """One pass of the LLM: the next pending positions of each row, `prefill_tokens` at most."""
+        counts = [min(len(row.pending), self.prefill_tokens) for row in rows]
+        embeds = nn.utils.rnn.pad_sequence([r.pending[:n] for r, n in zip(rows, counts)], batch_first=True)
+        starts = [row.length for row in rows]
+        states = self._states(embeds, [row.slot for row in rows], starts, counts)
+        self.num_rows_computed += len(rows)
+        for row, count, state in zip(rows, counts, states):
+            row.length += count
+            self._held[row.slot] = row.prompt[: row.length]
+            row.pending = row.pending[count:]
+            row.state = None if len(row.pending) else state
+
+    def _states(self, embeds: torch.Tensor, slots: list[int], starts: list[int], counts: list[int]) -> torch.Tensor:
+        """The LLM's states (N, D) at the last of the next `counts` positions of each slot; embeddings (N, T, D)."""
+        device = embeds.device
+        starts, counts = torch.tensor(starts, device=device), torch.tensor(counts, device=device)
+        positions = starts[:, None] + torch.arange(embeds.shape[1], device=device)
+        positions = positions.clamp_max(
+            self.max_length - 1
+        )  # those of the padding, which the row's next ones take over
+        slots = torch.tensor(slots, device=device)
+        for layer in self._cache.layers:
+            layer.place(slots, positions)
+        keys = torch.arange(layer.end, device=device)
+        mask = keys[None, None, None] <= positions[:, None, :, None]  # (N, 1, T, end)
+        if self._llm.config._attn_implementation == "eager":
+            mask = torch.where(mask, 0.0, torch.finfo(embeds.dtype).min).to(embeds.dtype)
+        hidden_states = self._llm(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, cache=self._cache, use_cache=True
+        ).last_hidden_state
+        return hidden_states[torch.arange(len(counts), device=device), counts - 1]
+
+    def _bring_on_drawings(self, drawings: list[_Drawing]) -> None:
+        """The K codes of the next position of each."""
+        rows = [row for drawing in drawings for row in drawing.rows]
+        states = torch.stack([row.state for row in rows])
+        device = states.device
+        owners = torch.tensor([i for i, drawing in enumerate(drawings) for _ in drawing.rows], device=device)
+        firsts = torch.tensor([0, *itertools.accumulate(len(d.rows) for d in drawings)][:-1], device=device)
+        width = max(len(drawing.weights) for drawing in drawings)
+        weights = torch.tensor([d.weights + [0.0] * (width - len(d.weights)) for d in drawings], device=device)
+        others = [torch.where(weights[:, i] > 0, firsts + i + 1, firsts) for i in range(width)]
+        noise = torch.stack([d.noise[len(d.groups)] for d in drawings]).to(device)
+        samplers: dict[tuple, tuple[UniTokCodeSampler, list[int]]] = {}
+        for i, drawing in enumerate(drawings):
+            o = drawing.options
+            key = (o.do_sample, float(o.temperature), o.top_k, float(o.top_p))
+            samplers.setdefault(key, (UniTokCodeSampler(o.warpers()), []))[1].append(i)
+
+        def choose(logits: torch.Tensor, k: int) -> torch.Tensor:
+            logits = logits.float()
+            guided = logits[firsts]
+            guided = guided + sum(weights[:, i, None] * (guided - logits[other]) for i, other in enumerate(others))
+            codes = torch.empty(len(drawings), dtype=torch.long, device=device)
+            for sampler, places in samplers.values():
+                codes[places] = sampler(guided[places], noise[places, k])
+            return codes[owners]
+
+        codes = self._parts.depth_head.generate(states, choose)[firsts]
+        finished = []
+        for drawing, group in zip(drawings, codes):
+            drawing.groups.append(group)
+            if drawing.tell is not None:
+                drawing.tell(group)
+            if len(drawing.groups) == len(drawing.noise):
+                finished.append(drawing)
+        for drawing in finished:
+            self._finish(drawing, torch.stack(drawing.groups, dim=1))
+        if going_on := [drawing for drawing in drawings if drawing not in finished]:
+            slots = torch.tensor([drawing.rows[0].slot for drawing in going_on], device=device)
+            (layer,) = self._embedder_cache.layers
+            order = slots.argsort()
+            layer.place(slots[order], torch.tensor([len(d.groups) - 1 for d in going_on], device=device)[order, None])
+            groups = torch.stack([drawing.groups[-1] for drawing in going_on])
+            embeds = self._parts.embedder(groups[order, :, None], self._embedder_cache)[order.argsort()]
+            for drawing, embed in zip(going_on, embeds):
+                for row in drawing.rows:
+                    row.push(embed)
+
+    def _bring_on_answers(self, answers: list[_Answer]) -> None:
+        """The next token of each."""
+        states = torch.stack([answer.rows[0].state for answer in answers])
+        logits = self._output_layer(inputs_embeds=states[:, None]).logits[:, -1].float()
+        for answer, scores in zip(answers, logits):
+            scores = answer.processors(answer.ids, scores[None])
+            if answer.random is None:
+                token = scores.argmax(dim=-1)
+            else:
+                token = torch.multinomial(scores.softmax(dim=-1), 1, generator=answer.random)[0]
+            answer.ids = torch.cat([answer.ids, token[None]], dim=1)
+            if answer.tell is not None:
+                answer.tell(token[0])
+            if answer.criteria(answer.ids, None).all():
+                self._finish(answer, answer.ids[0, answer.prompt_length :])
+            else:
+                answer.rows[0].push(self.model.get_input_embeddings()(token))
+
+    def _finish(self, request: _Request, result: torch.Tensor) -> None:
+        self._leave(request)
+        if request.future.set_running_or_notify_cancel():
+            request.future.set_result(result.clone())
+
+    # --- whether it can ---
+
+    @torch.inference_mode()
+    def _check_batching(self) -> None:
+        """Compares a pass over rows of unequal lengths with the model's own passes.
+
+        Raises:
+            ValueError: they differ: this LLM does more than its arguments say (linear biases of attention, states).
+        """
+        model = self.model
+        ids = torch.arange(8, device=model.device) % model.get_input_embeddings().num_embeddings
+        embeds = model.get_input_embeddings()(ids)
+        rows = [_Row(embeds[:3]), _Row(embeds)]
+        del rows[self.max_rows :]
+        for row in rows:
+            row.slot = self._free.popleft()
+        self._advance(rows)
+        rows[0].push(embeds[3:4])
+        self._advance(rows[:1])
+        for row in rows:
+            expected = model.language_model(inputs_embeds=embeds[None, : row.length], use_cache=False).logits[0, -1]
+            logits = self._output_layer(inputs_embeds=row.state[None, None]).logits[0, -1]
+            far = (logits.float() - expected.float()).abs().max()
+            if not far <= (1e-3 if expected.dtype == torch.float32 else 5e-2) * expected.float().abs().max():
+                raise ValueError(f"{model.config.text_config.model_type} gives other logits in a running batch.")
+            self._free.append(row.slot)
+            self._held[row.slot] = embeds[:0]
+
+
+def _common_length(one: torch.Tensor, other: torch.Tensor) -> int:
+    """How many embeddings two prompts, (T, D) and (T', D), begin with alike."""
+    length = min(len(one), len(other))
+    return int((one[:length] == other[:length]).all(dim=1).cumprod(dim=0).sum())
+
+
+__all__ = ["QueueFull", "UniTokEngine"]
