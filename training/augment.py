@@ -1,6 +1,6 @@
-"""Differentiable augmentation of what the discriminator sees (DiffAugment, https://arxiv.org/abs/2006.10738).
+"""Differentiable augmentation of the discriminator's images (DiffAugment, https://arxiv.org/abs/2006.10738).
 
-The draws are an argument, so that real and generated images of a step can be changed in exactly the same way.
+The random numbers are an argument, so that the real and generated images of a step get the same augmentation.
 """
 
 import math
@@ -16,19 +16,19 @@ CUTOUT = 0.2  # side of the square that is blanked, as a share of the image's
 
 
 def draw_augmentation(batch_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """(batch_size, 7), uniform in [0, 1): what `diff_augment` does to each image."""
+    """Draw the random numbers of `diff_augment`: (batch_size, 7), uniform in [0, 1)."""
     return torch.rand(batch_size, NUM_DRAWS, device=device)
 
 
 def diff_augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Shifts each image, changes its colours, and blanks a square of it, in this order; gradients pass through.
+    """Shift each image, change its colours, and blank a square of it, in this order; differentiable.
 
     Args:
         images: (B, 3, H, W) in [-1, 1].
         draws: (B, 7) in [0, 1), from `draw_augmentation`.
 
     Returns:
-        (B, 3, H, W), not clamped; what is shifted in is 0 before the colours change, what is blanked after it.
+        (B, 3, H, W), not clamped. Shifted-in pixels are 0 before the colours change, blanked ones after it.
     """
     return _cutout(_change_colors(_translate(images, draws[:, 3:5]), draws[:, :3]), draws[:, 5:])
 
@@ -64,7 +64,12 @@ def _cutout(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian blur, differentiable; (B, 3, H, W), `sigma` in pixels, and 0 leaves the images as they are."""
+    """Blur images by a Gaussian; differentiable.
+
+    Args:
+        images: (B, 3, H, W).
+        sigma: in pixels; 0 for no blur.
+    """
     if sigma <= 0:
         return images
     size = 2 * math.ceil(4 * sigma) + 1  # 3 sigmas to either side would leave a hundredth of the spread out

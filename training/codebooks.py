@@ -1,10 +1,10 @@
-"""Keeping codes in use while a tokenizer is trained from scratch: a start from data, and new places for dead codes.
+"""Keep codes in use while a tokenizer is trained from scratch: initialise them from data, and revive dead ones.
 
-A code learns only when it is chosen. Codes that no feature comes near stay where they began, and a training may end with
-a handful in use. Both remedies move codes to where the features are: `start_from_data` all of them before the first step
-(k-means, as in SoundStream, https://arxiv.org/abs/2107.03312, section III-C), `DeadCodes` those that were not chosen for
-a while (random restarts, as in Jukebox, https://arxiv.org/abs/2005.00341, section 3). Every process moves the same codes
-to the same places, which the features of all processes decide.
+A code learns only when it is chosen. A code that no feature comes near never changes, and a training may end with a handful
+of codes in use. Both remedies move codes to the features. `start_from_data` moves all of them before the first step
+(k-means, as in SoundStream, https://arxiv.org/abs/2107.03312, section III-C). `DeadCodes` moves those that were not chosen
+for a while (random restarts, as in Jukebox, https://arxiv.org/abs/2005.00341, section 3). Both use the features of all
+processes, and every process moves the same codes to the same places.
 """
 
 import torch
@@ -22,11 +22,12 @@ def _is_distributed() -> bool:
 
 
 def gather_chunks(quantizer: UniTokMultiCodebookQuantizer, features: torch.Tensor) -> torch.Tensor:
-    """The unit chunks of the features of all processes, as the search for the nearest codes sees them.
+    """Gather the unit chunks of the features of all processes, as in the nearest-code search.
 
-    Of very many tokens only every n-th is taken, so that there are still FEATURES_PER_CODE for each code.
+    Of very many tokens only every n-th is used, which still leaves `FEATURES_PER_CODE` for each code.
 
     Args:
+        quantizer: gives K and V.
         features: (..., dim), the same shape on every process.
 
     Returns:
@@ -49,13 +50,15 @@ def start_from_data(
     generator: torch.Generator,
     iterations: int = 10,
 ) -> None:
-    """Sets each sub-codebook to the centres of a k-means, by cosine similarity, that starts from random chunks.
+    """Set each sub-codebook to the centres of a k-means by cosine similarity, which starts from random chunks.
 
-    A centre that no chunk is nearest to stays where it is.
+    A centre without any chunk keeps its place.
 
     Args:
+        quantizer: gets the centres as its codebooks.
         chunks: (K, N, dim / K), of unit length, see `gather_chunks`.
-        generator: on the CPU; the first process's decides.
+        generator: on the CPU; the first process's result is used on all.
+        iterations: of the k-means.
 
     Raises:
         ValueError: there are fewer chunks than codes.
@@ -76,10 +79,13 @@ def start_from_data(
 
 
 class DeadCodes:
-    """Counts the codes that are chosen, and moves those that were not to features of the current batch.
+    """Record which codes are chosen, and move the others to features of the current batch.
+
+    Args:
+        quantizer: its codebooks must be trainable.
 
     Attributes:
-        chosen: (K, V), bool: this process chose the code since the last call of `revive`.
+        chosen: (K, V), bool: whether this process chose the code since the last call of `revive`.
     """
 
     def __init__(self, quantizer: UniTokMultiCodebookQuantizer):
@@ -87,11 +93,11 @@ class DeadCodes:
         self.chosen = torch.zeros(quantizer.usage.shape, dtype=torch.bool, device=quantizer.codebooks.device)
 
     def count(self, codes: torch.Tensor) -> None:
-        """Args: codes (B, K, L), int64."""
+        """Record the codes (B, K, L), int64, of a training step."""
         self.chosen.scatter_(1, codes.transpose(0, 1).flatten(1), True)
 
     def chosen_by_any(self) -> torch.Tensor:
-        """(K, V), bool: any process chose the code; every process must call it."""
+        """Return which codes any process chose, (K, V), bool; every process must call it."""
         chosen = self.chosen.int()
         if _is_distributed():
             dist.all_reduce(chosen)
@@ -105,18 +111,18 @@ class DeadCodes:
         optimizer: torch.optim.Optimizer,
         average: UniTokMultiCodebookQuantizer,
     ) -> int:
-        """Moves dead codes, each to a chunk of its own, and starts the next count; every process must call it.
+        """Move dead codes, each to its own chunk, and start the next record; every process must call it.
 
-        Where more codes are dead than there are chunks, a random part of them is moved.
+        If more codes are dead than there are chunks, a random selection of them is moved.
 
         Args:
             chunks: (K, N, dim / K), of unit length, see `gather_chunks`.
             generator: on the CPU, in the same state on every process.
-            optimizer: forgets what it knows of the moved codes.
-            average: the running average of the quantizer, whose codes are moved too.
+            optimizer: its moments of the moved codes become 0.
+            average: the quantizer's running average, whose codes are moved too.
 
         Returns:
-            How many codes were moved.
+            The number of moved codes, over all codebooks.
         """
         dead, moved = ~self.chosen_by_any(), 0
         codebooks = self.quantizer.codebooks

@@ -17,8 +17,8 @@ A source is one entry of a config's `datasets`:
     type: text                     # {"text"}
     path: data/text.jsonl
 
-Without `mode`, a sample that draws pictures and is shown none draws them from crops (`reconstruct`); all others see whole
-pictures (`understand`), an edit its result too.
+Without `mode`, samples that draw pictures and read none use crops (`reconstruct`). All others use whole pictures
+(`understand`), also for the result of an edit.
 """
 
 from dataclasses import dataclass
@@ -50,13 +50,16 @@ UNUSED_OPTIONS = {  # of a source, by its type
 
 
 class SampleTexts:
-    """Token ids and targets of the three kinds of samples, just as the processor writes them for inference.
+    """Make token ids and targets of samples, exactly as the processor makes its inputs for inference.
 
     Control tokens that a text spells ("</s>", "<image>", ...) are plain text.
 
     Args:
         processor: its chat template must mark the assistant's words with `{% generation %}`.
-        max_length: tokens of the longest sample; longer ones are cut, but never through an image.
+        max_length: tokens of the longest sample. Longer ones are cut, but never through an image.
+
+    Raises:
+        ValueError: the chat template does not mark the assistant's words.
     """
 
     def __init__(self, processor: UniTokMLLMProcessor, max_length: int):
@@ -69,10 +72,10 @@ class SampleTexts:
             raise ValueError("The chat template does not mark what the assistant says with {% generation %}.")
 
     def conversation(self, messages: list[dict]) -> dict[str, torch.Tensor]:
-        """Turns in the library's format; the assistant's are learned, pictures in them included.
+        """Encode turns in the library's format. The assistant's turns are targets, including their pictures.
 
         Raises:
-            UnusableSample: the chat template has no place for something in them, or see `_encode`.
+            UnusableSample: the chat template cannot express the turns, or see `_encode`.
         """
         special_tokens = self.processor.tokenizer.special_tokens_map
         messages = self.processor.mark_conversation(messages)
@@ -85,26 +88,33 @@ class SampleTexts:
         return self._encode(text, spans)
 
     def drawing(self, caption: str | None) -> dict[str, torch.Tensor]:
-        """An image from its caption, or from guidance's null prompt where that is None."""
+        """Encode an image to draw from its caption, or from guidance's null prompt if that is None."""
         caption = None if caption is None else self.processor.mark_plain(caption)
         prompt, end = self.processor.image_sample(caption).rsplit(self.processor.image_token, 1)
         return self._encode(prompt + self.image + end, [(len(prompt), len(prompt + self.image + end))])
 
     def reading(self, caption: str) -> dict[str, torch.Tensor]:
-        """A caption after its image, without a word between."""
+        """Encode an image followed directly by its caption, which is the target."""
         text = self.image + self.processor.mark_plain(caption) + self.processor.tokenizer.eos_token
         return self._encode(text, [(len(self.image), len(text))])
 
     def plain(self, text: str) -> dict[str, torch.Tensor]:
-        """Text alone, all of it learned."""
+        """Encode a text, all of which is a target."""
         text = self.processor.mark_plain(text) + self.processor.tokenizer.eos_token
         return self._encode(text, [(0, len(text))])
 
     def _encode(self, text: str, target_spans: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        """Ids, labels, and for each image whether it lies in a target span.
+        """Encode a text with image tokens.
+
+        Args:
+            text: with all special tokens.
+            target_spans: character ranges of the targets.
+
+        Returns:
+            `input_ids` and `labels` (T,), int64; `image_targets` (N,), bool: whether an image lies in a target span.
 
         Raises:
-            UnusableSample: the cut to `max_length` goes through an image, or nothing is left to learn.
+            UnusableSample: the cut to `max_length` goes through an image, or no target is left.
         """
         ids, offsets = self.processor.encode_text(text)
         starts, ends = np.array(offsets).T
@@ -132,7 +142,11 @@ COLUMNS = {"conversations": "conversations", "captions": "caption", "text": "tex
 
 @dataclass
 class Source:
-    """One entry of `datasets`, see the module's text."""
+    """One entry of `datasets`, see the module's docstring.
+
+    Raises:
+        ValueError: a value outside its range, an option that this type does not use, or a file without rows.
+    """
 
     path: str
     type: str = "conversations"
@@ -169,7 +183,7 @@ class Source:
             self.store = ImageStore(self.images or str(Path(self.path).parent))
 
     def _mode(self, draws_only: bool) -> str:
-        """The image processor's mode for the pictures of a sample.
+        """Return the image processor's mode for the pictures of a sample.
 
         Raises:
             ValueError: the codes were extracted in another one.
@@ -183,9 +197,17 @@ class Source:
         return mode
 
     def sample(self, index: int, texts: SampleTexts, caption_dropout: float, rng: np.random.Generator) -> dict:
-        """Row `index` as a sample: `input_ids`, `labels` (T,), `image_targets` (N,) and a list of N `images`.
+        """Make a sample of a row.
 
-        An image is codes (K, L), one of its extracted variants, or pixels (3, H, W).
+        Args:
+            index: of the row.
+            texts: encodes the texts.
+            caption_dropout: see `MLLMDataset`.
+            rng: decides on dropout and on variants of codes.
+
+        Returns:
+            `input_ids` and `labels` (T,), `image_targets` (N,) and a list of N `images`. An image is codes (K, L), one
+            of its extracted variants, or pixels (3, H, W).
 
         Raises:
             UnusableSample: a picture is broken, or see `SampleTexts`.
@@ -238,9 +260,10 @@ class Source:
 
 
 def check_row(row: dict, column: str) -> None:
-    """
+    """Check that a row's column has a text, or turns of texts for conversations.
+
     Raises:
-        UnusableSample: it lacks the column, or has something else there than a text, or turns of texts.
+        UnusableSample: the column is missing or has another type.
     """
     value = row.get(column)
     turns = value if column == "conversations" else [{"from": "", "value": value}]
@@ -252,10 +275,15 @@ def check_row(row: dict, column: str) -> None:
 
 
 def to_messages(turns: list[dict], image_token: str, num_images: int) -> list[dict]:
-    """LLaVA's turns in the library's format; `image_token` in a turn's text becomes an image.
+    """Convert LLaVA's turns to the library's format. Each `image_token` in a turn's text becomes an image.
+
+    Args:
+        turns: dicts of `from` and `value`.
+        image_token: the mark of an image.
+        num_images: number of image files of the sample.
 
     Raises:
-        UnusableSample: a turn is from no one known, or the images are not `num_images`.
+        UnusableSample: a turn has an unknown `from`, or the number of images differs from `num_images`.
     """
     messages = []
     for turn in turns:
@@ -276,9 +304,17 @@ def to_messages(turns: list[dict], image_token: str, num_images: int) -> list[di
 def drop_conditions(
     messages: list[dict], names: list[str], share: float, rng: np.random.Generator
 ) -> tuple[list[dict], list[str]]:
-    """What guidance leads away from, for conversations answered by pictures alone (others stay as they are).
+    """Classifier-free-guidance dropout for conversations answered only by images. Others are not changed.
 
-    In `share` of them the user's words give way to the null prompt, in `share` the user's pictures are left out.
+    Args:
+        messages: turns in the library's format.
+        names: of their images, in order.
+        share: in this share of the conversations the null prompt replaces the user's words, and in as many others the
+            user's pictures are left out.
+        rng: decides.
+
+    Returns:
+        The turns and the names of the images left in them.
     """
     answers = [part["type"] for message in messages if message["role"] == "assistant" for part in message["content"]]
     chance = rng.random() if set(answers) == {"image"} else 1.0
@@ -300,17 +336,22 @@ def drop_conditions(
 
 
 class MLLMDataset(Dataset):
-    """Several sources mixed by weight. Sample `i` depends on the seed and on `i` alone, so that neither a resumed run
-    nor the number of processes or workers changes what is learned from.
+    """Several sources, mixed by weight.
 
-    Each source is gone through in a shuffled order, and in another one when it begins again.
+    Sample `i` depends only on the seed and on `i`: neither resuming nor the number of processes or workers changes the
+    samples. Each pass over a source has its own shuffled order.
 
     Args:
         sources: at least one.
-        num_samples: how many; None for as many as all sources have rows.
-        caption_dropout: share of the captions replaced by the null prompt, where images are drawn; of conversations
-            see `drop_conditions`.
+        texts: encodes the texts.
+        num_samples: number of samples; None for the number of rows of all sources.
+        seed: of the mixture, the orders and the dropout.
+        caption_dropout: share of the captions of images to draw that the null prompt replaces. For conversations see
+            `drop_conditions`.
         max_broken_share: see `BrokenSamples`.
+
+    Raises:
+        ValueError: no sources, or only some of them have a weight.
     """
 
     def __init__(
@@ -333,7 +374,7 @@ class MLLMDataset(Dataset):
         bounds = np.round(num_samples * np.cumsum(weights) / weights.sum()).astype(int)
         counts = np.diff(bounds, prepend=0)
         self.choices = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sources)), counts))
-        self.ranks = np.empty(num_samples, dtype=int)  # the how-manieth sample of its source
+        self.ranks = np.empty(num_samples, dtype=int)  # index of the sample within its source
         for number, count in enumerate(counts):
             self.ranks[self.choices == number] = np.arange(count)
         self.orders: dict[int, tuple[int, np.ndarray]] = {}
@@ -342,7 +383,7 @@ class MLLMDataset(Dataset):
         return len(self.choices)
 
     def _row(self, number: int, rank: int) -> int:
-        """The row that is `rank`-th in the shuffled passes over a source."""
+        """Return the row at index `rank` of the shuffled passes over source `number`."""
         passes, place = divmod(rank, len(self.sources[number].rows))
         known, order = self.orders.get(number, (None, None))
         if known != passes:
@@ -352,7 +393,7 @@ class MLLMDataset(Dataset):
         return int(order[place])
 
     def __getitem__(self, index: int) -> dict:
-        """See `Source.sample`; an unusable row is named in the log and the row after it taken.
+        """Return a sample, see `Source.sample`. An unusable row is named in the log, and the next row is used.
 
         Raises:
             ValueError: too many rows are unusable, see `BrokenSamples`.
@@ -373,16 +414,16 @@ class MLLMDataset(Dataset):
 
 @dataclass
 class MLLMCollator:
-    """Joins samples into a batch, padded on the right, or packed: several samples in a row.
+    """Collate samples into a batch, padded on the right, or packed: several samples in a row.
 
-    A packed batch has `position_ids` that begin again with each sample and no `attention_mask`; transformers keeps
-    attention within each sample then.
+    A packed batch has `position_ids` that restart with each sample, and no `attention_mask`. transformers then keeps
+    attention within each sample.
 
     Args:
-        pad_token_id: fills rows up.
+        pad_token_id: fills the rows.
         code_shape: (K, L).
         pack_to: tokens of a packed row; 0 for one row for each sample.
-        one_row: pack everything into one row without padding, as flash attention wants it.
+        one_row: pack everything into one row without padding, as flash attention needs it.
     """
 
     pad_token_id: int
@@ -391,9 +432,13 @@ class MLLMCollator:
     one_row: bool = False
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        """Returns a batch of `input_ids`, `labels` (B, T), with `attention_mask` or `position_ids`;
-        `image_codes` (N, K, L) and `image_targets` (N,) where there are images; those of them that came as pixels in
-        `pixel_values` (M, 3, H, W), their places in `pixel_places` (M,); and `num_tokens` without padding."""
+        """Collate samples of `Source.sample`.
+
+        Returns:
+            `input_ids` and `labels` (B, T), `attention_mask` or `position_ids` (B, T), and `num_tokens`, a scalar
+            without padding. With images also `image_codes` (N, K, L) and `image_targets` (N,). The M images that came as
+            pixels are in `pixel_values` (M, 3, H, W), their indices among the N in `pixel_places` (M,).
+        """
         rows = self._rows(samples)
         samples = [sample for row in rows for sample in row]
         batch = {

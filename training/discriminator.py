@@ -1,4 +1,4 @@
-"""The discriminator of the tokenizer's training: small heads on the frozen features of DINOv2, one at each depth.
+"""The discriminator of the tokenizer's training: small heads on the frozen features of DINOv2, one for each depth.
 
 After StyleGAN-T (https://arxiv.org/abs/2301.09515, section 3.2), with GroupNorm for its batch statistics.
 """
@@ -23,14 +23,14 @@ class ConvBlock(nn.Sequential):
 
 
 class ResidualBlock(ConvBlock):
-    """The block and its input, added so that the variance stays."""
+    """The sum of the block and its input, scaled to keep the variance."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return (hidden_states + super().forward(hidden_states)) / math.sqrt(2)
 
 
 class FeatureDiscriminator(nn.Module):
-    """Tells real images from reconstructions, position by position, at each depth of a frozen backbone.
+    """Classifies real images and reconstructions, position by position, at each depth of a frozen backbone.
 
     Args:
         features: the backbone; only the heads are trained.
@@ -45,6 +45,13 @@ class FeatureDiscriminator(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> logits (B, N), N the positions of all depths; above 0 for real."""
+        """Compute logits, above 0 for real.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            (B, N), N the positions of all depths together.
+        """
         features = self.features(images)
         return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=2).flatten(1)

@@ -1,8 +1,8 @@
 """The losses of the tokenizer's training (UniTok, https://arxiv.org/abs/2502.20321, section 3.1).
 
-Each function returns a scalar, or `(total, {name: value})` with unweighted values under the names they are logged by.
-All are computed in float32, and as means over a process's images, so that the average over processes of a loss (and of
-its gradients, which is what DistributedDataParallel takes) is the loss of the whole batch.
+Each function returns a scalar, or `(total, {name: value})` with the unweighted terms under their names in the logs. All are
+computed in float32, as means over a process's images. The average over processes of a loss, and of its gradients as
+DistributedDataParallel takes it, is therefore the loss of the whole batch.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +26,13 @@ MOST_PSNR = 100.0  # dB, of an exact reconstruction; one grey level in one place
 
 @dataclass
 class LossArguments:
-    """The weight of each term, when it starts (as a share of the training), and the networks that some need."""
+    """The weight and start of each term, and the networks that some terms need.
+
+    Starts and warm-ups are shares of the training's steps. The fields' help texts explain them.
+
+    Raises:
+        ValueError: a value outside its range, terms that cannot work together, or a network that no term needs.
+    """
 
     l1_weight: float = field(default=0.2, metadata={"help": "mean |reconstruction - image|"})
     l1_start: float = field(default=0.0, metadata={"help": "share of the training before the term l1 counts"})
@@ -97,29 +103,38 @@ class LossArguments:
                 raise ValueError(f"{network}_checkpoint is {checkpoint}, but {name}_weight is 0.")
 
     def gan_progress(self, progress: float) -> float:
-        """How far the GAN's warm-up has come at a share of the training: 0 at its start, 1 from its end on."""
+        """Return the progress of the GAN's warm-up at a share of the training: 0 until its start, 1 from its end on."""
         if not self.gan_warmup:
             return float(progress >= self.gan_start)
         return min(1.0, max(0.0, (progress - self.gan_start) / self.gan_warmup))
 
     def blur_sigma(self, progress: float, image_size: int) -> float:
-        """Of what the discriminator sees at a share of the training, in pixels of images with that side."""
+        """Return the sigma of the blur before the discriminator, in pixels.
+
+        Args:
+            progress: share of the training, in [0, 1].
+            image_size: side of the images, in pixels.
+        """
         if not self.gan_warmup:
             return 0.0
         faded = max(0.0, progress - self.gan_start) / (2 * self.gan_warmup)
         return self.gan_blur * image_size / 256 * max(0.0, 1 - faded)
 
     def weights(self, progress: float) -> dict[str, float]:
-        """The weight of each term at a share of the training; 0 before its start."""
+        """Return the weight of each term at a share of the training; 0 before its start."""
         weights = {name: vars(self)[f"{name}_weight"] * (progress >= vars(self)[f"{name}_start"]) for name in TERMS}
         return weights | {"gan": weights["gan"] * self.gan_progress(progress)}
 
 
 def psnr(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each image in dB, at most MOST_PSNR; both (B, 3, H, W) in [-1, 1].
+    """Compute the peak signal-to-noise ratio of each image, in dB, at most `MOST_PSNR`.
+
+    Args:
+        reconstruction: (B, 3, H, W), clamped to [-1, 1] here.
+        pixels: (B, 3, H, W) in [-1, 1].
 
     Returns:
-        (B,), float32, or float64 where the images are.
+        (B,), float32, or float64 for images in float64.
     """
     dtype = torch.promote_types(reconstruction.dtype, torch.float32)
     error = (reconstruction.to(dtype).clamp(-1, 1) - pixels.to(dtype)).square().flatten(1).mean(dim=1)
@@ -131,9 +146,9 @@ def _num_processes() -> int:
 
 
 class GatherRows(torch.autograd.Function):
-    """The rows of all processes, in order; (N, D) -> (processes * N, D).
+    """Gather the rows of all processes, in order: (N, D) -> (processes * N, D).
 
-    What every process has to say about a row, summed, is the gradient of its owner.
+    The gradient of a row is the sum of its gradients on all processes.
     """
 
     @staticmethod
@@ -150,14 +165,17 @@ class GatherRows(torch.autograd.Function):
 
 
 def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
-    """CLIP's symmetric InfoNCE (https://arxiv.org/abs/2103.00020) over the batches of all processes.
+    """Compute CLIP's symmetric InfoNCE (https://arxiv.org/abs/2103.00020) over the batches of all processes.
 
-    Each process compares its own rows with everybody's; gradients flow back to where the rows came from.
+    Each process compares its own rows with those of all processes. Gradients flow back to the process of each row.
 
     Args:
-        image_embeds, text_embeds: (B, D), of unit length, row i of one belonging to row i of the other; the same B on
-            every process.
-        logit_scale: scalar, what the similarities are multiplied by.
+        image_embeds: (B, D), of unit length; the same B on every process.
+        text_embeds: (B, D), of unit length; row i belongs to row i of `image_embeds`.
+        logit_scale: scalar, the factor of the similarities.
+
+    Returns:
+        A scalar, float32: the mean over this process's rows.
     """
     images, texts = image_embeds.float(), text_embeds.float()
     all_images, all_texts, first = images, texts, 0
@@ -171,7 +189,12 @@ def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logi
 
 
 def consistency_loss(reconstruction_embeds: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
-    """1 - cosine between the embeddings of reconstructions and (as fixed targets) of originals; (B, D), unit length."""
+    """Compute the mean of 1 - cosine between embeddings of reconstructions and of originals.
+
+    Args:
+        reconstruction_embeds: (B, D), of unit length.
+        image_embeds: (B, D), of unit length; targets without gradient.
+    """
     return 1 - (reconstruction_embeds.float() * image_embeds.detach().float()).sum(dim=-1).mean()
 
 
@@ -181,15 +204,19 @@ def tokenizer_losses(
     weights: dict[str, float],
     perceptual: nn.Module | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Every term but the GAN's.
+    """Compute every term but the GAN's.
 
-    A term whose parts are in the output is computed whatever its weight, so that each parameter takes part in every
-    step; the perceptual one, which has none, only from its start on.
+    A term whose inputs are in the output is computed for any weight, so that each parameter takes part in every step.
+    The perceptual term has no trained parameters and is computed only from its start on.
 
     Args:
+        output: of the tokenizer.
         pixel_values: (B, 3, H, W) in [-1, 1].
         weights: of each term, see `LossArguments.weights`.
         perceptual: distance of (reconstruction, pixels), see `perceptual_distance`.
+
+    Returns:
+        The weighted sum, and the unweighted terms by name.
     """
     reconstruction, pixels = output.reconstruction.float(), pixel_values.float()
     losses = {
@@ -212,9 +239,14 @@ def tokenizer_losses(
 def adaptive_gan_weight(
     reconstruction_loss: torch.Tensor, gan_loss: torch.Tensor, last_layer: torch.Tensor
 ) -> torch.Tensor:
-    """How many times larger the reconstruction's gradient at the decoder's last layer is than the GAN's.
+    """Compute the ratio of two gradients' norms at the decoder's last layer: the reconstruction's over the GAN's.
 
     After VQGAN (https://arxiv.org/abs/2012.09841, section 3.1), over the batches of all processes.
+
+    Args:
+        reconstruction_loss: scalar.
+        gan_loss: scalar.
+        last_layer: the layer's weight.
 
     Returns:
         A scalar without gradient, in [0.015, 1e4].
@@ -239,13 +271,19 @@ def discriminator_losses(
     draws: torch.Tensor,
     consistency_weight: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Hinge loss on augmented images, and balanced consistency regularisation (https://arxiv.org/abs/2002.04724).
+    """Compute the hinge loss on augmented images, and balanced consistency regularisation.
+
+    See https://arxiv.org/abs/2002.04724 for the latter.
 
     Args:
         discriminator: images -> logits (B, N).
-        real, fake: (B, 3, H, W) in [-1, 1], without gradient.
+        real: (B, 3, H, W) in [-1, 1], without gradient.
+        fake: (B, 3, H, W) in [-1, 1], without gradient.
         draws: (B, 7), the augmentation, the same for real and fake.
-        consistency_weight: of the mean squared difference that the augmentation makes to the logits.
+        consistency_weight: weight of the mean squared change of the logits by the augmentation.
+
+    Returns:
+        The weighted sum, and the unweighted terms by name.
     """
     augmented = [diff_augment(images, draws) for images in (real, fake)]
     real_plain, fake_plain, real_logits, fake_logits = (

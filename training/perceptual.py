@@ -54,11 +54,18 @@ class FrozenFeatures(nn.Module):
         self.channels = [feature.shape[1] for feature in features]
 
     def train(self, mode: bool = True) -> "FrozenFeatures":
-        """Stays in eval mode: it is frozen."""
+        """Stay in eval mode, since the backbone is frozen."""
         return super().train(False)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, L) for each depth; a class token is added to each patch token."""
+        """Compute the features of images at each depth. A class token is added to each patch token.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            (B, C, L) for each depth.
+        """
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
         images = ((images + 1) / 2 - self.mean) / self.std
@@ -72,15 +79,18 @@ class FrozenFeatures(nn.Module):
 
 
 class FeatureDistance(nn.Module):
-    """LPIPS's distance without its learned weights: of the features at each depth, brought to unit length over the
-    channels, the squared difference is summed over channels, averaged over positions, and summed over depths."""
+    """LPIPS's distance without its learned weights, on the features of any backbone.
+
+    The features at each depth are normalised to unit length over the channels. Their squared difference is summed over
+    channels, averaged over images and positions, and summed over depths.
+    """
 
     def __init__(self, features: FrozenFeatures):
         super().__init__()
         self.features = features
 
     def forward(self, reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """Both (B, 3, H, W) in [-1, 1] -> scalar."""
+        """Compute the mean distance, a scalar, of two batches (B, 3, H, W) in [-1, 1]."""
         with torch.no_grad():
             targets = self.features(pixels)
         pairs = zip(self.features(reconstruction), targets, strict=True)
@@ -118,12 +128,19 @@ class VGGDistance(nn.Module):
         self.lpips.net.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
 
     def forward(self, reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """Both (B, 3, H, W) in [-1, 1] -> scalar."""
+        """Compute the mean distance, a scalar, of two batches (B, 3, H, W) in [-1, 1]."""
         return self.lpips(reconstruction, pixels).mean()
 
 
 def perceptual_distance(backbone: str, image_size: int, pretrained: bool = True, checkpoint: str = "") -> nn.Module:
-    """The module for a backbone's name: "lpips", or a timm model whose every depth is compared."""
+    """Build a perceptual distance of (reconstruction, pixels).
+
+    Args:
+        backbone: "lpips", or a timm model, which is compared at every depth.
+        image_size: side of the images, in pixels.
+        pretrained: load the backbone's weights.
+        checkpoint: a file to load them from instead of the hub.
+    """
     if backbone == "lpips":
         return VGGDistance(pretrained, checkpoint)
     return FeatureDistance(FrozenFeatures(backbone, image_size, pretrained=pretrained, checkpoint=checkpoint))
