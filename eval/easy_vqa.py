@@ -50,8 +50,9 @@ from training.arguments import check_device
 from training.easy_vqa import COLORS, KINDS, SHAPES, load, question_kind
 from training.errors import one_line_errors
 from training.losses import psnr
-from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
+from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor, inference
 from unitok_mllm.image_processing_unitok import MODES
+from unitok_mllm.inference import draw_codes, edit_codes, generate_answers
 
 
 MAX_ANSWER_TOKENS = 16
@@ -118,8 +119,7 @@ def batches(rows: list[int], size: int, title: str) -> Iterator[list[int]]:
 
 def conversation(question: str) -> list[dict]:
     """One user turn for the processor's chat template: an image (any: all take as many positions) and a question."""
-    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
-    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+    return inference.conversation(question, Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE)))
 
 
 @torch.no_grad()
@@ -148,16 +148,13 @@ def answer_questions(
         ids = [prompts[questions[i]] for i in rows]
         pad = {"batch_first": True, "padding_side": "left"}
         input_ids = pad_sequence(ids, padding_value=processor.tokenizer.pad_token_id, **pad)
-        generated = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=pad_sequence([torch.ones_like(row) for row in ids], **pad).to(model.device),
-            image_codes=image_codes[rows].to(model.device),
-            do_sample=False,
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            pad_token_id=processor.tokenizer.pad_token_id,
-        )
-        texts = processor.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
-        for i, text in zip(rows, texts):
+        inputs = {
+            "input_ids": input_ids.to(model.device),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], **pad).to(model.device),
+            "image_codes": image_codes[rows].to(model.device),
+            "pad_token_id": processor.tokenizer.pad_token_id,
+        }
+        for i, text in zip(rows, generate_answers(model, processor, inputs, MAX_ANSWER_TOKENS)):
             answers[i] = text
     return answers
 
@@ -191,8 +188,8 @@ def draw(
     """
     codes = []
     for rows in batches(list(range(len(captions))), batch_size, "drawing"):
-        inputs = processor(text=[captions[i] for i in rows], generation_mode="image").to(model.device)
-        codes.append(model.generate(**inputs, generation_mode="image", seed=[seeds[i] for i in rows], **options).cpu())
+        texts, own_seeds = [captions[i] for i in rows], [seeds[i] for i in rows]
+        codes.append(draw_codes(model, processor, texts, seed=own_seeds, **options).cpu())
     return torch.cat(codes)
 
 
@@ -348,13 +345,9 @@ class Evaluation:
             row[0] = random.Random(place).choice([c for c in range(len(COLORS)) if c != own])
         codes = []
         for numbers in batches(list(range(len(rows))), settings.batch_size, "editing"):
-            inputs = self.processor(
-                images=[str(self.samples[rows[n]].image) for n in numbers],
-                text=[EDIT.format(color=COLORS[wanted[n, 0]]) for n in numbers],
-                generation_mode="edit",
-            ).to(self.model.device)
+            requests = [(self.samples[rows[n]].image, EDIT.format(color=COLORS[wanted[n, 0]])) for n in numbers]
             scales = {"guidance_scale": settings.edit_guidance, "image_guidance_scale": settings.edit_image_guidance}
-            codes.append(self.model.generate(**inputs, **scales, generation_mode="image", do_sample=False).cpu())
+            codes.append(edit_codes(self.model, self.processor, requests, **scales, do_sample=False).cpu())
         pixels = self.decode(torch.cat(codes))
         return {
             "prompt": self.processor.edit_prompt(EDIT, 1),

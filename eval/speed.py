@@ -79,7 +79,7 @@ from unitok_mllm import (
     UniTokMLLMForConditionalGeneration,
     UniTokModel,
 )
-from unitok_mllm.cli import SHIPPED_MODEL, answer_questions
+from unitok_mllm.inference import SHIPPED_MODEL, answer_questions
 from unitok_mllm.packing_unitok import pack_linears
 
 

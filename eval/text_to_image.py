@@ -33,7 +33,6 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
@@ -58,6 +57,7 @@ from training.arguments import check_device
 from training.errors import one_line_errors
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, load_image
+from unitok_mllm.inference import draw_codes, pictures_of
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -199,10 +199,8 @@ def draw(
     Args:
         options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `top_p`.
     """
-    inputs = processor(text=[p.text for p in pictures], generation_mode="image").to(model.device)
-    codes = model.generate(**inputs, generation_mode="image", seed=[p.seed for p in pictures], **options)
-    pixels = torch.cat([model.decode_images(row) for row in codes.split(1)])
-    return processor.post_process_multimodal_output(pixels, generation_mode="image")
+    codes = draw_codes(model, processor, [p.text for p in pictures], seed=[p.seed for p in pictures], **options)
+    return [picture for row in codes.split(1) for picture in pictures_of(model, processor, row)]
 
 
 def vqa_scores(

@@ -11,18 +11,11 @@ import easy_vqa
 import numpy as np
 from PIL import Image
 
+from unitok_mllm.sheet import RGB as BY_NAME
+from unitok_mllm.sheet import SHAPES, question_kind  # noqa: F401
 
-SHAPES = ("circle", "rectangle", "triangle")
-RGB = {  # the benchmark's eight colours, flat
-    "black": (0, 0, 0),
-    "blue": (0, 0, 255),
-    "brown": (165, 42, 42),
-    "gray": (128, 128, 128),
-    "green": (0, 255, 0),
-    "red": (255, 0, 0),
-    "teal": (0, 128, 128),
-    "yellow": (255, 255, 0),
-}
+
+RGB = dict(sorted(BY_NAME.items()))
 COLORS = tuple(RGB)
 KINDS = ("yes/no", "color", "shape")
 
@@ -37,11 +30,6 @@ class Sample:
     image: Path
     caption: str
     questions: list[tuple[str, str]]
-
-
-def question_kind(answer: str) -> str:
-    """The kind of a question by its answer: "yes/no", "color" or "shape"."""
-    return "color" if answer in COLORS else "shape" if answer in SHAPES else "yes/no"
 
 
 def _value(words: tuple[str, ...], questions: list[tuple[str, str]]) -> str | None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from training.arguments import BELOW_ONE, check_arguments
 from training.augment import diff_augment
 from unitok_mllm.configuration_unitok import SHARE, WEIGHT
+from unitok_mllm.inference import image_psnr
 from unitok_mllm.modeling_unitok import UniTokOutput
 
 
@@ -136,9 +137,7 @@ def psnr(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     Returns:
         (B,), float32, or float64 for images in float64.
     """
-    dtype = torch.promote_types(reconstruction.dtype, torch.float32)
-    error = (reconstruction.to(dtype).clamp(-1, 1) - pixels.to(dtype)).square().flatten(1).mean(dim=1)
-    return (10 * torch.log10(4 / error)).clamp_max(MOST_PSNR)
+    return image_psnr(reconstruction, pixels).clamp_max(MOST_PSNR)
 
 
 def _num_processes() -> int:

@@ -27,6 +27,7 @@ from training.data import IGNORE
 from training.files import whole_checkpoints
 from training.progress import ExpectedTime
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
+from unitok_mllm.inference import answer_questions, draw_images
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -342,7 +343,7 @@ class SamplesCallback(TrainerCallback):
         was_training = model.training
         model.eval()
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-            pictures = [self._draw(model, prompt) for prompt in self.prompts]
+            pictures = [self._draw(model, prompt) for prompt in self.prompts]  # one by one, as they would be alone
             answers = [self._answer(model, **question) for question in self.questions]
         model.train(was_training)
         if not trainer.is_world_process_zero():
@@ -370,15 +371,8 @@ class SamplesCallback(TrainerCallback):
         )
 
     def _draw(self, model, prompt: str):
-        inputs = self.processor(text=prompt, generation_mode="image").to(model.device)
-        codes = model.generate(**inputs, generation_mode="image", **self.image_options)
-        return self.processor.image_processor.post_process(model.decode_images(codes).float())[0]
+        return draw_images(model, self.processor, [prompt], 1, progress=False, **self.image_options)[0]
 
     def _answer(self, model, image: str, question: str) -> dict:
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        inputs = self.processor.apply_chat_template(
-            [turn], tokenize=True, return_dict=True, add_generation_prompt=True, processor_kwargs={"images": [image]}
-        ).to(model.device)
-        ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        answer = self.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+        (answer,) = answer_questions(model, self.processor, [(image, question)], max_new_tokens=32)
         return {"image": image, "question": question, "answer": answer}

@@ -53,8 +53,9 @@ from training.errors import one_line_errors, script_app
 from training.losses import LossArguments
 from training.perceptual import FrozenFeatures, perceptual_distance
 from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokMLLMForConditionalGeneration, UniTokModel
-from unitok_mllm.cli import SHIPPED_MODEL, OneLineErrors
+from unitok_mllm.cli import OneLineErrors
 from unitok_mllm.configuration_unitok import UniTokVisionConfig
+from unitok_mllm.inference import SHIPPED_MODEL
 
 
 GIB = 2**30

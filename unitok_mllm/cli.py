@@ -7,10 +7,8 @@ errors and missing files need neither torch nor transformers, and tests hold the
 
 import codecs
 import importlib.util
-import json
 import math
 import os
-import pickle
 import random
 import re
 import sys
@@ -22,15 +20,22 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
+from .inference import (
+    SHIPPED_MODEL,
+    answer_questions,
+    check_model,
+    draw_images,
+    edit_images,
+    load,
+    picture_area,
+    psnr,
+    reconstruct_images,
+    sampling_options,
+)
+
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from .modeling_unitok import UniTokModel
-
-MAX_SEQUENCES = 100  # that a folder's generation config may ask for at once
-TEMPLATE_SECONDS = 10
-SHIPPED_MODEL = Path(__file__).parent / "checkpoints" / "tiny"
 
 
 def show_error(message: object) -> None:
@@ -91,218 +96,28 @@ ModelFolder = Annotated[
 Guidance = Annotated[
     float, typer.Option(min=1, help="Classifier-free guidance scale: how closely to follow the prompt; 1 is none.")
 ]
+OwnGuidance = Annotated[
+    float | None,
+    typer.Option(
+        min=1,
+        help="Classifier-free guidance scale: how closely to follow the prompt; 1 is none.",
+        show_default="the model's own",
+    ),
+]
 
 
-def check_model(folder: Path) -> None:
-    """Finds out before any work whether there is a model in the folder."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"no model in {folder}: it has no config.json")
-
-
-def load(folder: str | os.PathLike, *, tokenizer_only: bool = False) -> tuple[Any, Any]:
-    """The model of a folder (float32 on a CPU, bfloat16 on a GPU) and its processor.
-
-    Args:
-        folder: an MLLM's.
-        tokenizer_only: load the visual tokenizer and its image processor alone, from its own or an MLLM's folder.
-
-    Raises:
-        ValueError, OSError: no such model, or one that does not load whole.
-    """
-    folder = Path(folder)
-    check_model(folder)
-    import torch
-    from jinja2 import TemplateError
-    from safetensors import SafetensorError
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
-
-    from .convert_unitok import CONFIG_ERRORS
-    from .modeling_unitok import UniTokModel
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    known = ("unitok", "unitok_mllm") if tokenizer_only else ("unitok_mllm",)
-    model_class = UniTokModel if tokenizer_only else AutoModelForImageTextToText
-    processor_class = AutoImageProcessor if tokenizer_only else AutoProcessor
-    bad_folder = (*CONFIG_ERRORS, OSError, ImportError, AssertionError, MemoryError)
-    bad_folder += (SafetensorError, pickle.UnpicklingError, TemplateError)
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-        if model_type not in known:
-            raise ValueError(f"its model type is {model_type!r}, this command needs {' or '.join(known)}")
-        check_size(folder)
-        model, info = model_class.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        if bad := {key: sorted(names) for key, names in info.items() if names}:
-            raise ValueError(f"its weights do not fit its config: {str(bad)[:300]}")
-        check_values(model)
-        processor = processor_class.from_pretrained(folder)
-        if not tokenizer_only:
-            check_template(processor)
-    except bad_folder as error:
-        raise ValueError(f"cannot load the model in {folder}: {error}") from error
-    return model.to(device).eval(), processor
-
-
-def check_size(folder: Path) -> None:
-    """Finds out before any memory is taken whether a folder's weights could be all of the model that its config asks
-    for: what is missing or of another shape would be made anew first, and only then reported.
-
-    Raises:
-        ValueError: the model has many more parameters than the .safetensors files (or numbers than the .bin files have
-            bytes), an unknown quantization, or tables that are computed from the config beyond what any model needs.
-    """
-    import torch
-    from safetensors import SafetensorError, safe_open
-    from transformers import AutoConfig
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
-    from .convert_unitok import MAX_COMPUTED, check_archive
-    from .modeling_unitok import UniTokModel
-    from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
-
-    stored, files = 0, sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    for path in files:
-        if path.suffix == ".bin":
-            check_archive(path)
-            stored += path.stat().st_size
-            continue
-        try:
-            with safe_open(path, "pt") as file:
-                stored += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path.name}: {error}") from error
-    config = AutoConfig.from_pretrained(folder)
-    quantization = vars(config).get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if quantization is not None and str(method) not in {*AUTO_QUANTIZER_MAPPING, "bitsandbytes"}:
-        raise ValueError(f"its quantization {quantization!r:.100} is not known")
-    model_class = UniTokModel if config.model_type == "unitok" else UniTokMLLMForConditionalGeneration
-    with torch.device("meta"):
-        model = model_class._from_config(config)
-    needed, computed = model.num_parameters(), sum(map(torch.numel, model.buffers()))
-    if files and needed > 4 * stored:  # tied weights are stored once, quantized ones packed
-        raise ValueError(f"its config asks for {needed} parameters, its weights hold {stored}")
-    if computed > 4 * stored + MAX_COMPUTED:
-        raise ValueError(f"its config asks for tables of {computed} numbers beside {needed} parameters")
-
-
-def check_values(model: Any) -> None:
-    """
-    Raises:
-        ValueError: a weight is NaN or infinite, or the generation config asks for what no memory holds.
-    """
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not weight.isfinite().all():
-            raise ValueError(f"its weight {name} is not finite")
-    for name in ("num_beams", "num_beam_groups", "num_return_sequences"):
-        value = getattr(model.generation_config, name, None) if model.can_generate() else None
-        if value is not None and not 1 <= value <= MAX_SEQUENCES:
-            raise ValueError(f"its generation config has {name} {value}, expected 1 to {MAX_SEQUENCES}")
-
-
-def check_template(processor: Any) -> None:
-    """Finds out whether the chat template works for a question about a picture; it is a program of the folder's own.
-
-    Raises:
-        ValueError, TemplateError: it takes too long, or asks for what it may not see.
-    """
-    from .time_limit import time_limit
-
-    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
-    with time_limit(TEMPLATE_SECONDS, f"its chat template takes more than {TEMPLATE_SECONDS} seconds"):
-        processor.apply_chat_template(question, add_generation_prompt=True)
-
-
-def reconstruct_images(
-    model: "UniTokModel", processor: Any, images: list["Image.Image"]
-) -> tuple[list["Image.Image"], list["Image.Image"], int]:
-    """Images to codes and back: what the model saw, what came back (both of its own size), and codes per image."""
-    import torch
-
-    pixel_values = processor(images=images, mode="understand")["pixel_values"].to(model.device)
-    with torch.inference_mode():
-        codes = model.encode(pixel_values)
-        pixels = model.decode(codes, tuple(pixel_values.shape[-2:]))
-    return processor.post_process(pixel_values), processor.post_process(pixels), codes[0].numel()
-
-
-def answer_questions(
-    model: Any, processor: Any, questions: list[tuple["Image.Image", str]], max_new_tokens: int
-) -> list[str]:
-    """The model's greedy answers to (image, question) pairs, in one batch."""
-    import torch
-
-    chats = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
-        for image, question in questions
-    ]
-    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True).to(
-        model.device
-    )
-    with torch.inference_mode():
-        outputs = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    answers = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
-
-
-def draw_images(model: Any, processor: Any, prompts: list[str], count: int, **options: Any) -> list["Image.Image"]:
-    """`count` images for each prompt, side by side, in one batch; `options` are those of `generate_image_codes`."""
-    import torch
-
-    inputs = processor(text=prompts, generation_mode="image").to(model.device)
-    with torch.inference_mode():
-        codes = model.generate(**inputs, generation_mode="image", num_return_sequences=count, progress=True, **options)
-        pixels = model.decode_images(codes)
-    return processor.post_process_multimodal_output(pixels, generation_mode="image")
-
-
-def edit_images(
-    model: Any, processor: Any, requests: list[tuple["Image.Image", str]], **options: Any
-) -> list["Image.Image"]:
-    """An image for each (image, instruction), in one batch; `options` are those of `generate_image_codes`."""
-    import torch
-
-    images, instructions = zip(*requests)
-    inputs = processor(images=list(images), text=list(instructions), generation_mode="edit").to(model.device)
-    with torch.inference_mode():
-        codes = model.generate(**inputs, generation_mode="image", progress=True, **options)
-        pixels = model.decode_images(codes)
-    return processor.post_process_multimodal_output(pixels, generation_mode="image")
-
-
-def psnr(original: "Image.Image", reconstruction: "Image.Image") -> float:
-    """Peak signal-to-noise ratio of two RGB pictures of one size, in dB."""
-    import numpy as np
-
-    difference = np.asarray(original, dtype=np.float64) - np.asarray(reconstruction, dtype=np.float64)
-    error = np.square(difference).mean()
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
-
-
-def picture_area(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Where on the model's canvas a picture of `size` (width, height) lies between its padding: a crop box."""
-    scale = min(canvas[0] / size[0], canvas[1] / size[1])
-    width, height = (max(1, round(side * scale)) for side in size)
-    left, top = (canvas[0] - width) // 2, (canvas[1] - height) // 2
-    return left, top, left + width, top + height
-
-
-def check_finite(**options: float) -> None:
-    """Finds out before any work whether the options are numbers that something can be computed with."""
+def check_finite(**options: float | None) -> None:
+    """Finds out before any work whether the options given are numbers that something can be computed with."""
     for name, value in options.items():
-        if not math.isfinite(value):
+        if value is not None and not math.isfinite(value):
             raise ValueError(f"{name.replace('_', '-')} must be a finite number, got {value}")
 
 
-def check_sampling(temperature: float, top_p: float) -> None:
-    """Finds out before any work whether codes can be drawn with these options."""
-    if temperature <= 0:
+def check_sampling(temperature: float | None, top_p: float | None) -> None:
+    """Finds out before any work whether codes can be drawn with these options, where they are given."""
+    if temperature is not None and temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}.")
-    if not 0 < top_p <= 1:
+    if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}.")
 
 
@@ -363,7 +178,7 @@ def demo(
         "unitok-demo.png"
     ),
     images: Annotated[int, typer.Option(min=1, max=100, help="How many test images to read.")] = 6,
-    guidance: Guidance = 3.0,
+    guidance: OwnGuidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the test images and the samples drawn.")] = 0,
 ) -> None:
     """Read test images of easy-VQA, answer questions, draw from prompts, recolor: all in one picture."""
@@ -373,60 +188,14 @@ def demo(
         import easy_vqa
     except ModuleNotFoundError as error:
         raise ValueError("the demo needs easy-vqa: pip install 'unitok_mllm[demo]'") from error
-    from .image_processing_unitok import load_image
-    from .sheet import (
-        COLORS,
-        EMOJI,
-        EMOJI_STYLES,
-        SHAPES,
-        Answer,
-        Reading,
-        Section,
-        choose_questions,
-        make_sheet,
-        summary,
-    )
+    from .demo import make_demo
 
     mllm, processor = load(model)
-    chosen = choose_questions(easy_vqa, images, seed)
-    pictures = [load_image(path) for path in chosen]
-    typer.echo(f"reading {images} images", err=True)
-    originals, reconstructions, num_codes = reconstruct_images(mllm.visual, processor.image_processor, pictures)
-    asked = [(picture, question) for picture, rows in zip(pictures, chosen.values()) for question, _ in rows]
-    typer.echo(f"answering {len(asked)} questions", err=True)
-    answers = iter(answer_questions(mllm, processor, asked, max_new_tokens=8))
-    readings = [
-        Reading(*pair, psnr(*pair), [Answer(question, next(answers), truth) for question, truth in rows])
-        for *pair, rows in zip(originals, reconstructions, chosen.values())
-    ]
-
-    def draw(prompts: list[str], count: int, **options: Any) -> list[tuple["Image.Image", ...]]:
-        typer.echo(f"drawing {len(prompts) * count} pictures", err=True)
-        drawn = draw_images(mllm, processor, prompts, count, **options)
-        return list(zip(drawn[::2], drawn[1::2]))
-
-    shapes = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
-    shape_pairs = draw(shapes, 2, guidance_scale=guidance, temperature=0.7, top_k=20, seed=seed)
-    named = [f"{name} emoji, {style} style" for name in EMOJI for style in EMOJI_STYLES]
-    emoji_pairs = draw(named, 1, do_sample=False)
-    requests = [(pictures[i % len(pictures)], f"make it {color}") for i, color in enumerate(COLORS)]
-    edits = zip(requests, edit_images(mllm, processor, requests, do_sample=False))
-    sections = [
-        Section(
-            "It draws", "the first two samples of each prompt, none picked by hand", list(zip(shapes, shape_pairs))
-        ),
-        Section(
-            "It draws emoji",
-            f"each name in two styles, {' and '.join(EMOJI_STYLES)}; it was never shown the second apple",
-            list(zip(EMOJI, emoji_pairs)),
-        ),
-        Section("It recolors", "a test image, and what it became", [(text, (old, new)) for (old, text), new in edits]),
-    ]
-
-    size = f"{mllm.num_parameters() / 1e6:.0f} M parameters"
-    subtitle = f"{model.resolve().name}, {size}.  Images and questions: easy-VQA's test split, picked by seed {seed}."
-    path = save_new(make_sheet("UniTok: one model reads images and draws them", subtitle, readings, sections), output)
-    typer.echo(f"{summary(readings, sections, num_codes)}\npicture: {path}")
+    name = f"{model.resolve().name}, {mllm.num_parameters() / 1e6:.0f} M parameters"
+    sheet, summary = make_demo(
+        mllm, processor, name, easy_vqa, images, guidance, seed, tell=lambda line: typer.echo(line, err=True)
+    )
+    typer.echo(f"{summary}\npicture: {save_new(sheet, output)}")
 
 
 @app.command()
@@ -494,10 +263,20 @@ def generate(
         "unitok-drawing.png"
     ),
     count: Annotated[int, typer.Option(min=1, help="How many samples to draw.")] = 1,
-    guidance: Guidance = 3.0,
-    temperature: Annotated[float, typer.Option(help="Above 0; less is more predictable.")] = 0.7,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest codes; 0 for all.")] = 20,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest codes of this total probability.")] = 1.0,
+    guidance: OwnGuidance = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Above 0; less is more predictable.", show_default="the model's own")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=0, help="Sample from the k likeliest codes; 0 for all.", show_default="the model's own"),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample from the likeliest codes of this total probability.", show_default="the model's own"
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="For the same picture again.", show_default="a new one each time")
     ] = None,
@@ -513,7 +292,8 @@ def generate(
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
     typer.echo(f"seed {seed}", err=True)
-    options = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    given = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options = sampling_options(mllm, **given)
     for number, picture in enumerate(draw_images(mllm, processor, [prompt], count, **options), start=1):
         typer.echo(save_new(picture, output, prompt=prompt, sample=f"{number} of {count}", **options))
 

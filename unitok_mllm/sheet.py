@@ -8,7 +8,17 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 
-COLORS = ("red", "blue", "green", "yellow", "teal", "brown", "gray", "black")
+RGB = {  # easy-VQA's eight colours, flat
+    "red": (255, 0, 0),
+    "blue": (0, 0, 255),
+    "green": (0, 255, 0),
+    "yellow": (255, 255, 0),
+    "teal": (0, 128, 128),
+    "brown": (165, 42, 42),
+    "gray": (128, 128, 128),
+    "black": (0, 0, 0),
+}
+COLORS = tuple(RGB)
 SHAPES = ("circle", "rectangle", "triangle")
 EMOJI = (
     *("rose", "sunflower", "red apple", "strawberry", "slice of pizza", "hamburger", "dog face", "cat face"),
@@ -67,6 +77,11 @@ class Section:
     drawings: list[Drawing]
 
 
+def question_kind(answer: str) -> str:
+    """The kind of an easy-VQA question by its answer: "yes/no", "color" or "shape"."""
+    return "color" if answer in COLORS else "shape" if answer in SHAPES else "yes/no"
+
+
 def choose_questions(easy_vqa: Any, num_images: int, seed: int) -> dict[str, list[tuple[str, str]]]:
     """Random test images of the easy-VQA package, each with a few of its (question, answer) pairs.
 
@@ -82,7 +97,7 @@ def choose_questions(easy_vqa: Any, num_images: int, seed: int) -> dict[str, lis
         rng.shuffle(rows)
         seen, ranked = Counter(), []
         for row in rows:
-            kind = "color" if row[1] in COLORS else "shape" if row[1] in SHAPES else "yes/no"
+            kind = question_kind(row[1])
             ranked.append((seen[kind], row))
             seen[kind] += 1
         ranked.sort(key=lambda pair: pair[0])

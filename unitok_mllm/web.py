@@ -33,9 +33,9 @@ from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
 from transformers import BatchFeature, TextStreamer
 
-from .cli import psnr
 from .guard import Guard, Refused, own_hosts, visitor_of
 from .image_processing_unitok import load_image, picture_size
+from .inference import psnr, sampling_options
 from .kept_files import KeptFiles
 from .sheet import COLORS, SHAPES
 from .streaming_unitok import UniTokImageStreamer
@@ -446,14 +446,15 @@ def build_page(shared: SharedModel, title: str) -> gr.Blocks:
     return page
 
 
-def _drawing_fields(guidance: float, temperature: float) -> list[gr.components.Component]:
-    """The fields that `drawing_options` takes, in its order."""
+def _drawing_fields(shared: SharedModel, **given: float) -> list[gr.components.Component]:
+    """The fields that `drawing_options` takes, in its order; where nothing is given, with the model's own values."""
+    values = sampling_options(shared.model, **given)
     with gr.Row():
         return [
-            gr.Slider(1, 20, guidance, step=0.1, label="Guidance", info="1: none"),
-            gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0: likeliest"),
-            gr.Number(20, precision=0, minimum=0, label="Top-k", info="0: all codes"),
-            gr.Slider(0.01, 1, 1, step=0.01, label="Top-p", info="1: all codes"),
+            gr.Slider(1, 20, values["guidance_scale"], step=0.1, label="Guidance", info="1: none"),
+            gr.Slider(0, 2, values["temperature"], step=0.05, label="Temperature", info="0: likeliest"),
+            gr.Number(values["top_k"], precision=0, minimum=0, label="Top-k", info="0: all codes"),
+            gr.Slider(0.01, 1, values["top_p"], step=0.01, label="Top-p", info="1: all codes"),
             gr.Number(-1, precision=0, minimum=-1, maximum=2**31 - 1, label="Seed", info="-1: a new one"),
         ]
 
@@ -482,7 +483,7 @@ def _chat_tab(shared: SharedModel, event_options: dict) -> None:
         longest = gr.Slider(
             1, 2048, 256, step=1, precision=0, label="Longest answer", info="In tokens; drawings do not count"
         )
-        fields = _drawing_fields(guidance=1.0, temperature=0.7)
+        fields = _drawing_fields(shared, guidance_scale=1.0)
 
     def kept(part: dict) -> dict:
         """A picture as a file, so that it can be shown, and read again in later turns."""
@@ -562,7 +563,7 @@ def _draw_tab(shared: SharedModel, event_options: dict) -> None:
     )
     used = gr.Markdown()
     with gr.Accordion("Sampling", open=True):
-        fields = _drawing_fields(guidance=3.0, temperature=0.7)
+        fields = _drawing_fields(shared)
 
     def draw(prompt, count, *sampling):
         with shown_errors():

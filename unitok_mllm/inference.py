@@ -1,0 +1,265 @@
+"""What the command line, the web page, the evaluations and the samples of a training do with a model: load it, and with
+it answer, draw, edit, reconstruct.
+
+Heavy modules are imported where they are needed, since the command line imports this one.
+"""
+
+import json
+import math
+import os
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from .modeling_unitok import UniTokModel
+
+MAX_SEQUENCES = 100  # that a folder's generation config may ask for at once
+TEMPLATE_SECONDS = 10
+SHIPPED_MODEL = Path(__file__).parent / "checkpoints" / "tiny"
+
+
+def check_model(folder: Path) -> None:
+    """Finds out before any work whether there is a model in the folder."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no model in {folder}: it has no config.json")
+
+
+def load(folder: str | os.PathLike, *, tokenizer_only: bool = False) -> tuple[Any, Any]:
+    """The model of a folder (float32 on a CPU, bfloat16 on a GPU) and its processor.
+
+    Args:
+        folder: an MLLM's.
+        tokenizer_only: load the visual tokenizer and its image processor alone, from its own or an MLLM's folder.
+
+    Raises:
+        ValueError, OSError: no such model, or one that does not load whole.
+    """
+    folder = Path(folder)
+    check_model(folder)
+    import torch
+    from jinja2 import TemplateError
+    from safetensors import SafetensorError
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    from .convert_unitok import CONFIG_ERRORS
+    from .modeling_unitok import UniTokModel
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    known = ("unitok", "unitok_mllm") if tokenizer_only else ("unitok_mllm",)
+    model_class = UniTokModel if tokenizer_only else AutoModelForImageTextToText
+    processor_class = AutoImageProcessor if tokenizer_only else AutoProcessor
+    bad_folder = (*CONFIG_ERRORS, OSError, ImportError, AssertionError, MemoryError)
+    bad_folder += (SafetensorError, pickle.UnpicklingError, TemplateError)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        if model_type not in known:
+            raise ValueError(f"its model type is {model_type!r}, this command needs {' or '.join(known)}")
+        check_size(folder)
+        model, info = model_class.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        if bad := {key: sorted(names) for key, names in info.items() if names}:
+            raise ValueError(f"its weights do not fit its config: {str(bad)[:300]}")
+        check_values(model)
+        processor = processor_class.from_pretrained(folder)
+        if not tokenizer_only:
+            check_template(processor)
+    except bad_folder as error:
+        raise ValueError(f"cannot load the model in {folder}: {error}") from error
+    return model.to(device).eval(), processor
+
+
+def check_size(folder: Path) -> None:
+    """Finds out before any memory is taken whether a folder's weights could be all of the model that its config asks
+    for: what is missing or of another shape would be made anew first, and only then reported.
+
+    Raises:
+        ValueError: the model has many more parameters than the .safetensors files (or numbers than the .bin files have
+            bytes), an unknown quantization, or tables that are computed from the config beyond what any model needs.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    from .convert_unitok import MAX_COMPUTED, check_archive
+    from .modeling_unitok import UniTokModel
+    from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
+
+    stored, files = 0, sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    for path in files:
+        if path.suffix == ".bin":
+            check_archive(path)
+            stored += path.stat().st_size
+            continue
+        try:
+            with safe_open(path, "pt") as file:
+                stored += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path.name}: {error}") from error
+    config = AutoConfig.from_pretrained(folder)
+    quantization = vars(config).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if quantization is not None and str(method) not in {*AUTO_QUANTIZER_MAPPING, "bitsandbytes"}:
+        raise ValueError(f"its quantization {quantization!r:.100} is not known")
+    model_class = UniTokModel if config.model_type == "unitok" else UniTokMLLMForConditionalGeneration
+    with torch.device("meta"):
+        model = model_class._from_config(config)
+    needed, computed = model.num_parameters(), sum(map(torch.numel, model.buffers()))
+    if files and needed > 4 * stored:  # tied weights are stored once, quantized ones packed
+        raise ValueError(f"its config asks for {needed} parameters, its weights hold {stored}")
+    if computed > 4 * stored + MAX_COMPUTED:
+        raise ValueError(f"its config asks for tables of {computed} numbers beside {needed} parameters")
+
+
+def check_values(model: Any) -> None:
+    """
+    Raises:
+        ValueError: a weight is NaN or infinite, or the generation config asks for what no memory holds or no drawing has.
+    """
+    from .drawing_unitok import image_generation
+
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(f"its weight {name} is not finite")
+    if not model.can_generate():
+        return
+    image_generation(model.generation_config)
+    for name in ("num_beams", "num_beam_groups", "num_return_sequences"):
+        value = getattr(model.generation_config, name, None)
+        if value is not None and not 1 <= value <= MAX_SEQUENCES:
+            raise ValueError(f"its generation config has {name} {value}, expected 1 to {MAX_SEQUENCES}")
+
+
+def check_template(processor: Any) -> None:
+    """Finds out whether the chat template works for a question about a picture; it is a program of the folder's own.
+
+    Raises:
+        ValueError, TemplateError: it takes too long, or asks for what it may not see.
+    """
+    from .time_limit import time_limit
+
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    with time_limit(TEMPLATE_SECONDS, f"its chat template takes more than {TEMPLATE_SECONDS} seconds"):
+        processor.apply_chat_template(question, add_generation_prompt=True)
+
+
+def reconstruct_images(
+    model: "UniTokModel", processor: Any, images: list["Image.Image"]
+) -> tuple[list["Image.Image"], list["Image.Image"], int]:
+    """Images to codes and back: what the model saw, what came back (both of its own size), and codes per image."""
+    import torch
+
+    pixel_values = processor(images=images, mode="understand")["pixel_values"].to(model.device)
+    with torch.no_grad():
+        codes = model.encode(pixel_values)
+        pixels = model.decode(codes, tuple(pixel_values.shape[-2:]))
+    return processor.post_process(pixel_values), processor.post_process(pixels), codes[0].numel()
+
+
+def conversation(question: str, image: "Image.Image") -> list[dict]:
+    """One user turn for a chat template: an image and a question about it."""
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+
+
+def generate_answers(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
+    """The model's greedy answers to prompts, special tokens left out."""
+    outputs = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def answer_questions(
+    model: Any, processor: Any, questions: list[tuple["Image.Image", str]], max_new_tokens: int
+) -> list[str]:
+    """The model's greedy answers to (image, question) pairs, in one batch."""
+    chats = [conversation(question, image) for image, question in questions]
+    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
+    answers = generate_answers(model, processor, inputs.to(model.device), max_new_tokens)
+    return [answer.strip() for answer in answers]
+
+
+def sampling_options(model: Any, **given: Any) -> dict[str, Any]:
+    """Options of a drawing, sampling whole: those given, then the model's own, then `IMAGE_GENERATION` where it has none."""
+    from .drawing_unitok import IMAGE_GENERATION, UniTokDrawingOptions, image_generation
+
+    standard = {n: getattr(UniTokDrawingOptions, n) for n in ("guidance_scale", "temperature", "top_k", "top_p")}
+    own = image_generation(model.generation_config) or IMAGE_GENERATION
+    return standard | own | {name: value for name, value in given.items() if value is not None}
+
+
+def draw_codes(model: Any, processor: Any, prompts: list[str], **options: Any) -> "torch.Tensor":
+    """The codes of an image (or several) for each prompt, in one batch; `options` are those of `generate_image_codes`."""
+    inputs = processor(text=prompts, generation_mode="image").to(model.device)
+    return model.generate(**inputs, generation_mode="image", **options)
+
+
+def edit_codes(
+    model: Any, processor: Any, requests: list[tuple["Image.Image | Path", str]], **options: Any
+) -> "torch.Tensor":
+    """The codes of an image for each (image or its file, instruction), in one batch; `options` as of `draw_codes`."""
+    images, instructions = zip(*requests)
+    images = [str(image) if isinstance(image, Path) else image for image in images]
+    inputs = processor(images=list(images), text=list(instructions), generation_mode="edit").to(model.device)
+    return model.generate(**inputs, generation_mode="image", **options)
+
+
+def pictures_of(model: Any, processor: Any, codes: "torch.Tensor") -> list["Image.Image"]:
+    """Codes (N, K, L) as pictures."""
+    import torch
+
+    with torch.no_grad():
+        pixels = model.decode_images(codes)
+    return processor.post_process_multimodal_output(pixels, generation_mode="image")
+
+
+def draw_images(
+    model: Any, processor: Any, prompts: list[str], count: int, progress: bool = True, **options: Any
+) -> list["Image.Image"]:
+    """`count` images for each prompt, side by side, in one batch; `options` as of `draw_codes`."""
+    codes = draw_codes(model, processor, prompts, num_return_sequences=count, progress=progress, **options)
+    return pictures_of(model, processor, codes)
+
+
+def edit_images(
+    model: Any, processor: Any, requests: list[tuple["Image.Image", str]], **options: Any
+) -> list["Image.Image"]:
+    """An image for each (image, instruction), in one batch; `options` as of `draw_codes`."""
+    return pictures_of(model, processor, edit_codes(model, processor, requests, progress=True, **options))
+
+
+def image_psnr(reconstruction: "torch.Tensor", pixels: "torch.Tensor") -> "torch.Tensor":
+    """Peak signal-to-noise ratio of each image in dB, infinite where they are equal; both (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        (B,), float32, or float64 where the images are.
+    """
+    import torch
+
+    dtype = torch.promote_types(reconstruction.dtype, torch.float32)
+    error = (reconstruction.to(dtype).clamp(-1, 1) - pixels.to(dtype)).square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(4 / error)
+
+
+def psnr(original: "Image.Image", reconstruction: "Image.Image") -> float:
+    """Peak signal-to-noise ratio of two RGB pictures of one size, in dB."""
+    import numpy as np
+    import torch
+
+    pixels = [torch.from_numpy(np.asarray(one, np.float64) / 127.5 - 1)[None] for one in (reconstruction, original)]
+    return image_psnr(*pixels).item()
+
+
+def picture_area(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Where on the model's canvas a picture of `size` (width, height) lies between its padding: a crop box."""
+    scale = min(canvas[0] / size[0], canvas[1] / size[1])
+    width, height = (max(1, round(side * scale)) for side in size)
+    left, top = (canvas[0] - width) // 2, (canvas[1] - height) // 2
+    return left, top, left + width, top + height
