@@ -374,7 +374,7 @@ def test_options_of_drawing_are_saved_with_the_model_and_leave_text_as_it_is(liv
     lively_mllm.set_image_generation(**OWN)
     assert ask() == answers[0]
     lively_mllm.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "generation_config.json").read_text())["image_generation"] == OWN
+    assert json.loads((tmp_path / "generation_config.json").read_text(encoding="utf-8"))["image_generation"] == OWN
     again = UniTokMLLMForConditionalGeneration.from_pretrained(tmp_path)
     assert again.generation_config.image_generation == OWN
     again.save_pretrained(tmp_path / "again")
