@@ -9,7 +9,7 @@ Presets: `tiny` is the shipped model; `smollm2` an LLM of SmolLM2-135M's size wi
 `large` the large tokenizer; `7b` an LLM of Llama-2-7B's size with the large tokenizer, for a GPU. All but the first have
 random weights. Jobs:
 
-    encode, decode      images to codes, codes to images (photographs that scikit-image and scikit-learn ship); packed:
+    encode, decode      images to codes, codes to images (photographs that scikit-image and scikit-learn ship); oneDNN:
                         by `pack_linears(tokenizer)`, on a CPU
     draw                text to image codes, guidance 5, greedily; draw_sampled: from the 20 likeliest codes
     answer              time to the first token of an answer about a picture, and the tokens that follow
@@ -372,18 +372,18 @@ def coding_jobs(
     quality: dict[str, float],
     settings: Settings,
 ) -> Iterator[Job]:
-    """The tokenizer's "encode" or "decode", by itself and, where layers can be packed, by packed ones."""
-    models = dict.fromkeys((tokenizer, pack_linears(tokenizer)))  # one, where there is nothing to pack
+    """The tokenizer's "encode" or "decode", by itself and, where its layers can have it, in oneDNN's blocked layout."""
+    models = dict.fromkeys((tokenizer, pack_linears(tokenizer)))  # one, where nothing can have it
     for batch in settings.batches:
         rows = repeat_to(inputs, batch)
         least = bytes_of(tokenizer, rows, getattr(tokenizer, name)(rows))
         options = {"batch": batch, "amount": batch, "unit": "images/s", "least_bytes": least, "quality": quality}
         for model in models:
-            is_packed = model is not tokenizer
+            is_blocked = model is not tokenizer
             yield Job(
                 Way(partial(getattr(model, name), rows)),
-                detail="packed" * is_packed,
-                naive=None if is_packed else Way(partial(getattr(naive, name), tokenizer, rows)),
+                detail="oneDNN" * is_blocked,
+                naive=None if is_blocked else Way(partial(getattr(naive, name), tokenizer, rows)),
                 **options,
             )
 

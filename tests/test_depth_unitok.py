@@ -1,8 +1,10 @@
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaModel
 
 from unitok_mllm import UniTokMLLMConfig
+from unitok_mllm.configuration_unitok import UniTokDepthConfig
 from unitok_mllm.depth_unitok import UniTokDepthTransformer
 
 
@@ -92,6 +94,35 @@ def test_each_code_is_embedded_by_a_table_of_its_own(depth, states, k):
     before = depth(states, same)
     depth.embeddings.weight[k * V + 7] += 1
     assert changed(before, depth(states, same)) == list(range(k + 1, K))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("attention_dropout", 0.1),
+        ("head_dim", 24),
+        ("rope_parameters", {"rope_type": "linear", "factor": 2.0}),
+    ],
+)
+def test_layers_of_another_kind_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"The depth transformer does not take {name} "):
+        UniTokDepthConfig(**{name: value})
+    kept = UniTokDepthConfig(attention_bias=False, hidden_size=32)
+    assert UniTokDepthConfig(**kept.to_dict()).to_dict() == kept.to_dict()
+
+
+def test_heads_of_odd_width_are_refused():
+    with pytest.raises(StrictDataclassError, match=r"hidden_size \(30\) over num_attention_heads \(2\) is odd"):
+        UniTokDepthConfig(hidden_size=30, num_attention_heads=2)
+
+
+def test_attention_that_drawing_steps_would_not_compute_is_refused(depth):
+    with pytest.raises(ValueError, match="takes eager, sdpa, .* or a hub kernel, got 'sliding'. For the LLM alone"):
+        depth.set_attn_implementation("sliding")
+    depth.set_attn_implementation("paged|eager")
+    assert depth.llama_config._attn_implementation == "eager"
 
 
 @torch.no_grad()

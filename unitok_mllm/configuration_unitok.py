@@ -313,6 +313,15 @@ class UniTokDepthConfig(UniTokPreTrainedConfig):
     hidden_act: str = "silu"
     initializer_range: float = 0.02
 
+    def __post_init__(self, **kwargs):
+        llama = {field.name: field.default for field in fields(LlamaConfig)}
+        for name in kwargs.keys() & llama.keys() - LIBRARY_FIELDS - PreTrainedConfig.__annotations__.keys():
+            if kwargs[name] is not None and kwargs[name] != llama[name]:
+                raise ValueError(
+                    f"The depth transformer does not take {name} ({kwargs[name]!r}): its layers are plain Llama's."
+                )
+        super().__post_init__(**kwargs)
+
     def validate_architecture(self):
         widths = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
         check_ranges(
@@ -330,6 +339,12 @@ class UniTokDepthConfig(UniTokPreTrainedConfig):
             size, count = getattr(self, whole), getattr(self, part)
             if size is not None and count is not None and size % count:
                 raise ValueError(f"{whole} ({size}) is not a multiple of {part} ({count}).")
+        if self.hidden_size is not None and self.num_attention_heads is not None:
+            if self.hidden_size // self.num_attention_heads % 2:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) over num_attention_heads ({self.num_attention_heads}) is odd; "
+                    "RoPE turns pairs of dims."
+                )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act ({self.hidden_act!r}) is no activation of transformers.")
 

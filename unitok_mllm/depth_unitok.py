@@ -15,6 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from .configuration_unitok import UniTokMLLMConfig
 
 
+# Implementations of the plain causal attention that drawing steps compute with torch's own; hub kernels ("owner/name") too.
+SAME_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+
+
 class UniTokDepthTransformer(nn.Module):
     """A few causal Llama layers over the K codes of a position, with one output layer shared by all codes.
 
@@ -46,9 +50,19 @@ class UniTokDepthTransformer(nn.Module):
         """Set the library's attention function for teacher-forced passes. Drawing steps always call torch's own.
 
         Args:
-            attn_implementation: a name that the library knows, such as "sdpa" or "eager".
+            attn_implementation: a name that the library knows, such as "sdpa" or "eager". "paged|" in front is left out:
+                paged caches serve texts, which never come here.
+
+        Raises:
+            ValueError: another kind of attention, which drawing steps would not compute.
         """
-        self.llama_config._attn_implementation = attn_implementation
+        name = attn_implementation.removeprefix("paged|")
+        if name not in SAME_ATTENTION and "/" not in name:
+            raise ValueError(
+                f"The depth transformer takes {', '.join(SAME_ATTENTION)} or a hub kernel, got {attn_implementation!r}. "
+                "For the LLM alone: model.language_model.set_attn_implementation(...)."
+            )
+        self.llama_config._attn_implementation = name
 
     def _positions(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The rotary cosines and sines of inputs 1..K."""
@@ -124,8 +138,9 @@ class UniTokDepthTransformer(nn.Module):
     ) -> torch.Tensor:
         """One cached decoding step of a layer for input k, (N, D) -> (N, D).
 
-        Replaces `LlamaDecoderLayer.forward`, whose masks, caches and rotary tables cost more small operations than the
-        layer itself computes: a drawing calls it K times for each position.
+        Replaces `LlamaDecoderLayer.forward`, because its masks, caches and rotary tables cost more small operations than
+        the layer itself computes: a drawing calls it K times for each position. It knows the layers that
+        `UniTokDepthConfig` can describe: no biases, no attention dropout, RoPE of the default type over whole heads.
 
         Args:
             rotation: rotary cosines, and sines of which the first half is negative, (K, head_dim) each.
