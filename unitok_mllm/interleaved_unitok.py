@@ -1,4 +1,4 @@
-"""What an answer that is text with images in it takes beside transformers' own `generate`: options, stream, end."""
+"""Answers of text and images: the options of `generate` that they take, their streamer and their stopping criterion."""
 
 import time
 
@@ -6,8 +6,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 
-# Options of transformers' `generate` that mean the same for such an answer. All others are refused: they count positions
-# (images are some), need all prompts at once, or would begin anew behind each image.
+# Options of transformers' `generate` that apply to such an answer unchanged. All others are refused: they count positions
+# (which images have too), need all prompts at once, or would restart after each image.
 TEXT_OPTIONS = frozenset(
     (
         *("max_new_tokens", "min_new_tokens", "max_time", "stop_strings", "tokenizer", "eos_token_id"),
@@ -35,14 +35,16 @@ INSTEAD = {
 
 
 def check_options(options: dict, config: GenerationConfig | None, own: GenerationConfig, image_options: dict) -> None:
-    """
+    """Refuse options that an answer with images cannot honour.
+
     Args:
-        options: arguments of `generate`, beside the prompts.
-        config: its `generation_config`.
-        own: the model's; its `max_length` and `min_length` are passed over.
+        options: arguments of `generate` other than the prompts.
+        config: the `generation_config` of the call.
+        own: the model's; its `max_length` and `min_length` are ignored.
+        image_options: options of the drawings.
 
     Raises:
-        ValueError: an option that an answer with images in it cannot honour, other than by its default; names it.
+        ValueError: an option that this mode does not take, with another value than its default. The message names it.
     """
     defaults = GenerationConfig._get_default_generation_params()
     given = {name: value for name, value in vars(own).items() if name not in ("max_length", "min_length")}
@@ -61,11 +63,11 @@ def check_options(options: dict, config: GenerationConfig | None, own: Generatio
 
 
 class UniTokAnswerEnd(StoppingCriteria):
-    """Ends a piece of text where an image is opened, and the answer where `criteria` or the time do.
+    """Stopping criterion: ends a piece of text where an image opens, and the answer by `criteria` or the time limit.
 
     Args:
         boi_token_id: the token that opens an image.
-        criteria: the caller's.
+        criteria: the caller's stopping criteria.
         max_time: seconds from now; None for no limit.
     """
 
@@ -75,20 +77,20 @@ class UniTokAnswerEnd(StoppingCriteria):
         self.is_over = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        """For sequences (1, T), whether to stop, (1,)."""
+        """Return whether to stop, (1,), for sequences (1, T)."""
         is_over = self.criteria(input_ids, scores, **kwargs) if self.criteria else input_ids.new_zeros(1).bool()
         self.is_over = bool(is_over.any()) or time.monotonic() >= self.deadline
         return (input_ids[:, -1] == self.boi_token_id) | self.is_over
 
 
 class UniTokAnswerStream:
-    """Hands a streamer the pieces of an answer as if it came whole: one prompt, one end (which is not this one's to tell)."""
+    """Pass the pieces of an answer to a streamer as one answer: with one prompt, and without the ends of the pieces."""
 
     def __init__(self, streamer):
         self.streamer, self.has_begun = streamer, False
 
     def put(self, value: torch.Tensor) -> bool | None:
-        """Takes a prompt (1, T), the first time it comes, a token (1,), or codes (1, K, l)."""
+        """Pass on a token (1,), codes (1, K, l), or the first prompt (1, T)."""
         if value.ndim == 2:
             if self.has_begun:
                 return None

@@ -1,14 +1,18 @@
-"""The unified multimodal LLM of UniTok (https://arxiv.org/abs/2502.20321, section 3.3): one causal LM that reads images
-and draws them.
+"""UniTok's unified multimodal LLM: one causal LM that reads images and draws them.
+
+See https://arxiv.org/abs/2502.20321, section 3.3. Two kinds of sequences:
 
     reading   bos ... boi IMG*L eoi ... question ... answer eos
     drawing   bos caption boi IMG*L eoi eos
 
-An image, read or drawn, enters the LLM as the embeddings of its codes.  The state before each IMG position of a drawn
-image predicts that position's K codes through the depth transformer; every other target is plain text.
+An image, read or drawn, enters the LLM as the embeddings of its codes. The state before each IMG position of a drawn image
+predicts that position's K codes through the depth transformer. All other targets are text.
 
-Differences from the reference code: the LLM is any causal LM of transformers, held whole; the embedder's causal
-attention keeps a key/value cache while drawing, so that a drawn code group sees the groups before it, as in training.
+Differences from the reference code:
+
+- The LLM is any causal LM of transformers, as a whole.
+- The embedder's causal attention has a key/value cache while drawing. Each drawn position therefore attends to those before
+  it, as in training.
 """
 
 import copy
@@ -40,20 +44,20 @@ from .quantization_unitok import UniTokMultiCodebookQuantizer
 
 @dataclass
 class UniTokMLLMOutput(ModelOutput):
-    """What `UniTokMLLMForConditionalGeneration.forward` returns.
+    """Output of `UniTokMLLMForConditionalGeneration.forward`.
 
     Attributes:
-        loss: scalar, the mean over all targets, text tokens and codes; only with `labels` or `image_targets`.
-        logits: (B, T, vocabulary), the LLM's, or fewer positions: see `logits_to_keep` and `logits_at_targets`.
+        loss: scalar, the mean over all targets, text tokens and codes; None without labels and `image_targets`.
+        logits: (B, T, vocabulary), the LLM's; fewer with `logits_to_keep` or `logits_at_targets`.
         cache: the LLM's key/value cache.
-        hidden_states: the LLM's, where asked for.
-        attentions: the LLM's attention weights, where asked for and where its attention implementation gives them.
-        text_loss: scalar, mean cross-entropy of the text targets; 0 where there are none.
-        image_loss: scalar, mean cross-entropy of all codes of the target images, plus the z-loss; 0 where there are
-            none.
-        num_text_targets, num_image_targets: scalars, int64: tokens and codes that the two means are over. (An
-            `image_loss_share` below 1 changes neither: the mean of a share stands for that of the whole.)
-        image_logits: (N, L, K, V), of the N target images; only with `image_targets`.
+        hidden_states: the LLM's, if asked for.
+        attentions: the LLM's attention weights, if asked for and if its attention implementation returns them.
+        text_loss: scalar, mean cross-entropy of the text targets; 0 without any.
+        image_loss: scalar, mean cross-entropy of all codes of the target images, plus the z-loss; 0 without any.
+        num_text_targets: scalar, int64: number of tokens in `text_loss`.
+        num_image_targets: scalar, int64: number of codes in `image_loss`, for any `image_loss_share`: the mean of a share
+            is an estimate of that of the whole.
+        image_logits: (N, L, K, V), of the N target images; None without `image_targets`.
     """
 
     loss: torch.Tensor | None = None
@@ -69,10 +73,13 @@ class UniTokMLLMOutput(ModelOutput):
 
 
 class UniTokEmbedder(nn.Module):
-    """Codes to LLM inputs, for reading and for drawing alike.
+    """The embedder: codes to LLM inputs, both for reading and for drawing.
 
-    Frozen code vectors (a buffer: whatever trains the whole module leaves them alone), a causal attention projection,
-    then a LayerNorm and two linear layers around a GELU.
+    It looks up frozen code vectors, then applies a causal attention projection, a LayerNorm and two linear layers around
+    a GELU. The code vectors are a buffer, so that training the whole module does not change them.
+
+    Args:
+        config: sizes of the tokenizer, the embedder and the LLM.
     """
 
     def __init__(self, config: UniTokMLLMConfig):
@@ -89,21 +96,35 @@ class UniTokEmbedder(nn.Module):
         self.fc2 = nn.Linear(llm_width, llm_width)
 
     def unfreeze_codebooks(self) -> None:
-        """Makes the code vectors a parameter, for a training to come; a saved folder loads frozen again."""
+        """Make the code vectors a parameter, to train them. A saved folder loads them frozen again."""
         codebooks = self.quantizer.codebooks
         del self.quantizer.codebooks
         self.quantizer.codebooks = nn.Parameter(codebooks)
 
     def forward(self, codes: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """Codes (N, K, L) -> (N, L, D). With a `cache`, the codes go on from those already seen, one at a time."""
+        """Embed codes.
+
+        Args:
+            codes: (N, K, L), integers in [0, V).
+            cache: keys and values of the positions before these. The first call may have a whole prefix, later calls
+                have one position.
+
+        Returns:
+            (N, L, D).
+        """
         features = self.quantizer.decode(codes).to(self.fc1.weight.dtype)
         return self.fc2(F.gelu(self.fc1(self.norm(self.projection(features, cache)))))
 
 
 class UniTokMLLMModel(UniTokPreTrainedModel):
-    """The backbone: a causal LM, the visual tokenizer and the embedder. Text and images in, the LLM's states out.
+    """The backbone: a causal LM, the visual tokenizer and the embedder. It maps text and images to the LLM's states.
 
-    The visual tokenizer is frozen: it takes no gradient and stays in eval mode.
+    The visual tokenizer is frozen: it has no gradient and stays in eval mode.
+
+    Args:
+        config: of all parts.
+        language_model: a causal LM to use; None to build one from the config.
+        visual: a visual tokenizer to use; None to build one from the config.
     """
 
     config: UniTokMLLMConfig
@@ -122,7 +143,6 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
         language_model: PreTrainedModel | None = None,
         visual: UniTokModel | None = None,
     ):
-        """Builds every part but the two that may be given."""
         super().__init__(config)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
@@ -150,7 +170,7 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
         return decoder
 
     def _positions(self, position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None):
-        """The positions given; or, for an LLM that would count padding too, those that the mask (B, T) leaves."""
+        """Return the positions given. For an LLM that would count padding, derive them from the mask (B, T)."""
         if position_ids is not None or attention_mask is None or attention_mask.dim() != 2:
             return position_ids
         if self.config.text_config.model_type not in LEARNED_POSITIONS:
@@ -159,12 +179,12 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) in [-1, 1] -> codes (N, K, L), a bounded number at a time; see `UniTokModel.encode`."""
+        """Encode images (N, 3, H, W) in [-1, 1] to codes (N, K, L), in chunks; see `UniTokModel.encode`."""
         return self.visual.encode(pixel_values)
 
     @torch.no_grad()
     def decode_images(self, codes: torch.Tensor, image_size: tuple[int, int] | None = None) -> torch.Tensor:
-        """Codes (N, K, L) -> (N, 3, H, W) in [-1, 1], also for no images; see `UniTokModel.decode`."""
+        """Decode codes (N, K, L) to images (N, 3, H, W) in [-1, 1]; N may be 0. See `UniTokModel.decode`."""
         if len(codes) == 0:
             size = self.config.visual_config.vision_config.image_size
             return torch.zeros(0, 3, *(image_size or (size, size)), dtype=self.dtype, device=codes.device)
@@ -177,15 +197,15 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
         image_codes: torch.Tensor | None = None,
         **kwargs,
     ) -> UniTokImageFeatures | tuple[torch.Tensor, ...]:
-        """The embeddings of images as the LLM takes them.
+        """Compute the embeddings of images for the LLM, from pixels or codes.
 
         Args:
-            pixel_values: (N, 3, H, W) in [-1, 1]; or
-            image_codes: (N, K, L), their codes.
+            pixel_values: (N, 3, H, W) in [-1, 1].
+            image_codes: (N, K, L), instead of pixels.
             kwargs: with pixels, `output_hidden_states` of the vision tower; `return_dict=False` for a tuple.
 
         Raises:
-            ValueError: both kinds of images were given, or neither; or outputs of the tower for codes.
+            ValueError: both pixels and codes were given, or neither, or outputs of the tower are asked for with codes.
         """
         if (pixel_values is None) == (image_codes is None):
             given = "not both" if image_codes is not None else "got neither"
@@ -213,22 +233,24 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
         is_prompt: bool = True,
         image_features: BaseModelOutputWithPooling | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The LLM's inputs: token embeddings, and at the image placeholders those of the images' codes.
+        """Compute the LLM's inputs: token embeddings, with the images' embeddings at the placeholders.
+
+        The images come as pixels, codes or features.
 
         Args:
             input_ids: (B, T).
-            pixel_values: (N, 3, H, W), all the batch's images in the order of their placeholders; or
-            image_codes: (N, K, L), their codes; or
-            image_features: what `get_image_features` returned, or just the rows of these placeholders (a part of a
-                prompt holds a part of an image).
+            pixel_values: (N, 3, H, W) in [-1, 1], all images of the batch in the order of their placeholders.
+            image_codes: (N, K, L), instead of pixels.
             is_prompt: False to skip the check that a batch without images has no placeholders.
+            image_features: the output of `get_image_features`, instead of pixels; or only the rows of these
+                placeholders, for a part of a prompt with a part of an image.
 
         Returns:
             Embeddings (B, T, D), and the codes (N, K, L) or None.
 
         Raises:
-            ValueError: several kinds of images were given, or the placeholders of each row are not L for each of its
-                images.
+            ValueError: more than one of pixels, codes and features was given, or a row does not have L placeholders for
+                each of its images.
         """
         is_image = input_ids == self.config.image_token_id
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
@@ -255,10 +277,15 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
         return inputs_embeds, image_codes
 
     def images_per_sample(self, input_ids: torch.Tensor, num_images: int, num_positions: int) -> list[int]:
-        """How many of the images belong to each row of `input_ids` (B, T).
+        """Count the images of each row, by its placeholders.
+
+        Args:
+            input_ids: (B, T).
+            num_images: N, of all rows.
+            num_positions: L.
 
         Raises:
-            ValueError: the rows' placeholders are not `num_positions` for each of `num_images` images.
+            ValueError: the rows do not have `num_positions` placeholders for each of `num_images` images.
         """
         placeholders = (input_ids == self.config.image_token_id).sum(dim=1)
         if (placeholders % num_positions).any() or placeholders.sum() != num_images * num_positions:
@@ -283,16 +310,23 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> ModelOutput:
-        """One pass of the LLM without its output layer.
+        """Run the LLM without its output layer.
 
         Args:
-            input_ids, attention_mask, cache, inputs_embeds, pixel_values, image_codes, mm_encoder_outputs: see
-                `UniTokMLLMForConditionalGeneration.forward`.
+            input_ids: (B, T), `image_token_id` at image positions.
+            attention_mask: (B, T), 0 for padding.
+            position_ids: (B, T).
+            cache: keys and values of the tokens before these.
+            inputs_embeds: (B, T, D), instead of `input_ids`, without images.
+            pixel_values: (N, 3, H, W) in [-1, 1], all images of the batch; see `embed`.
+            image_codes: (N, K, L), instead of pixels.
+            mm_encoder_outputs: `{"image": output of get_image_features}`, instead of pixels.
+            use_cache: return a cache.
             kwargs: other arguments of the LLM.
 
         Returns:
-            What the LLM's decoder returns: `last_hidden_state` (B, T, D), `cache`, and `hidden_states` and
-            `attentions` where asked for.
+            The output of the LLM's decoder: `last_hidden_state` (B, T, D), `cache`, and, if asked for, `hidden_states`
+            and `attentions`.
 
         Raises:
             ValueError: see `embed`.
@@ -312,7 +346,7 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
         )
 
     def _inputs_embeds(self, input_ids, inputs_embeds, cache, pixel_values, image_codes, mm_encoder_outputs):
-        """See `embed`, for what `forward` is given."""
+        """Embed the inputs of `forward`, see `embed`."""
         image_features = (mm_encoder_outputs or {}).get("image")
         if inputs_embeds is None:
             is_prompt = not torch.compiler.is_compiling() and not is_used(cache)
@@ -322,10 +356,12 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
         return inputs_embeds, None
 
     def _check_kwargs(self, kwargs: dict, cache: Cache | None) -> None:
-        """
+        """Refuse keyword arguments that neither the LLM nor the library knows.
+
+        With the library's paged caches come more arguments, for its attention; these are not checked.
+
         Raises:
-            TypeError: an argument is neither the LLM's nor one of those that the library hands down. (With its paged
-                caches come more, which are theirs and its attention's.)
+            TypeError: an argument is not known.
         """
         if not kwargs or torch.compiler.is_compiling() or not (cache is None or isinstance(cache, Cache)):
             return
@@ -336,14 +372,29 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
         refuse_unknown(f"{type(self).__name__}.forward", kwargs, known)
 
     def _output_options(self, kwargs: dict) -> dict:
-        """The LLM's keyword arguments, with the outputs that this model's config asks for."""
+        """Add the outputs that the config asks for to the LLM's keyword arguments."""
         names = ("output_attentions", "output_hidden_states")
         wanted = {name: True for name in names if kwargs.get(name) is None and getattr(self.config, name)}
         return {**kwargs, **wanted, "return_dict": True}
 
 
 class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin):
-    """The backbone with the LLM's output layer and the depth transformer: one folder answers and draws."""
+    """The unified MLLM: the backbone with the LLM's output layer and the depth transformer. It answers and draws.
+
+    `generate` takes `generation_mode`: "image" draws, "interleaved" answers with text and images; without it, text.
+
+    Args:
+        config: of all parts.
+        language_model: a causal LM to use; None to build one from the config. See `from_parts`.
+        visual: a visual tokenizer to use; None to build one from the config.
+
+    Example:
+        >>> model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        >>> processor = AutoProcessor.from_pretrained(folder)
+        >>> inputs = processor(text="a red circle", generation_mode="image")
+        >>> codes = model.generate(**inputs, generation_mode="image", seed=0)  # (1, K, L)
+        >>> pixels = model.decode_images(codes)  # (1, 3, H, W)
+    """
 
     output_modalities = ("image", "text")
     accepts_loss_kwargs = True
@@ -356,14 +407,13 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         language_model: PreTrainedModel | None = None,
         visual: UniTokModel | None = None,
     ):
-        """Builds every part but the two that may be given, see `from_parts`."""
         super().__init__(config, language_model, visual)
         self.depth_head = UniTokDepthTransformer(config)
         self.post_init()
 
     @property
     def base_model(self) -> UniTokMLLMModel:
-        """The backbone alone, on the same parts, for trainers that apply the LLM's output layer themselves."""
+        """The backbone with the same parts, for trainers that apply the LLM's output layer themselves."""
         backbone = UniTokMLLMModel.__new__(UniTokMLLMModel)
         parts = {name: part for name, part in self._modules.items() if name != "depth_head"}
         own = {name: value for name, value in vars(self).items() if name != "forward"}  # trl replaces the head's
@@ -379,15 +429,25 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         image_generation: dict | None = None,
         **config_kwargs,
     ) -> "UniTokMLLMForConditionalGeneration":
-        """Joins a causal LM and a visual tokenizer, whose modules it takes over, with a fresh embedder and depth head.
+        """Join a causal LM and a visual tokenizer with a new embedder and depth transformer.
+
+        The model uses the modules themselves, not copies.
 
         Args:
-            language_model: any causal LM of transformers, weights and generation config included.
+            language_model: any causal LM of transformers, with its weights and generation config.
             visual: a trained tokenizer; its codebooks become the embedder's.
             depth_config: sizes of the depth transformer.
-            image_generation: how it draws where a call leaves that open, see `UniTokDrawingOptions`; a good start is
-                `drawing_unitok.IMAGE_GENERATION`. None: without guidance, from all codes.
+            image_generation: default options of drawing, see `UniTokDrawingOptions`; a good start is
+                `drawing_unitok.IMAGE_GENERATION`. None for no guidance, and sampling from all codes.
             config_kwargs: other arguments of `UniTokMLLMConfig`.
+
+        Raises:
+            ValueError: the LLM is of a family that cannot be the LLM (`docs/llm_families.md`), or sizes do not fit.
+
+        Example:
+            >>> llm = AutoModelForCausalLM.from_pretrained("llm")
+            >>> tokenizer = UniTokModel.from_pretrained("tokenizer")
+            >>> model = UniTokMLLMForConditionalGeneration.from_parts(llm, tokenizer, **processor.config_token_ids())
         """
         attention = {part: part.config._attn_implementation for part in (language_model, visual)}
         config = UniTokMLLMConfig(
@@ -409,12 +469,18 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         return model
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
-        """As the library's, for the depth transformer too, whose layers have a config of their own."""
+        """Set the attention implementation, also of the depth transformer, whose layers have their own config."""
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
         self.depth_head.set_attn_implementation(self.config.depth_config._attn_implementation)
 
     def decode_image_tokens(self, codes: torch.Tensor) -> torch.Tensor:
-        """What the library's any-to-any pipeline calls: (K, L), the codes of one image, -> (1, 3, H, W) in [-1, 1].
+        """Decode the codes of one image, for the library's any-to-any pipeline.
+
+        Args:
+            codes: (K, L).
+
+        Returns:
+            (1, 3, H, W) in [-1, 1].
 
         Raises:
             ValueError: more than one image: the pipeline would label all with the first prompt.
@@ -455,33 +521,36 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> UniTokMLLMOutput:
-        """One pass over text and images.
+        """Run the model on text and images, and compute losses if there are targets.
 
         Args:
-            input_ids: (B, T), `image_token_id` at image positions; or `inputs_embeds`, (B, T, D), without images.
-            attention_mask: (B, T), 0 at padding.
+            input_ids: (B, T), `image_token_id` at image positions.
+            attention_mask: (B, T), 0 for padding.
+            position_ids: (B, T).
             cache: keys and values of the tokens before these.
-            pixel_values or image_codes: all the batch's images, see `embed`.
-            mm_encoder_outputs: {"image": what `get_image_features` returned}, in their place.
-            image_targets: (N,), bool: which of the images are to be drawn; None for none of them.
-            labels: (B, T), the ids at text targets, -100 elsewhere; image positions are never text targets.
-            shift_labels: (B, T), in the place of `labels`: at each position the id that follows it.
-            logits_to_keep: how many of the last positions' logits to return (0: all), or which: indices (M,) or (B, M),
-                or a mask (B, T), bool, for `logits` of (M, vocabulary). Without labels only.
-            image_loss_share: the share of the target images' positions, drawn anew each time, that the depth
-                transformer is run on: its mean over them is an unbiased estimate of the whole image loss, for that
-                share of its time and memory. Below 1 there are no `image_logits`.
+            inputs_embeds: (B, T, D), instead of `input_ids`, without images.
+            pixel_values: (N, 3, H, W) in [-1, 1], all images of the batch; see `embed`.
+            image_codes: (N, K, L), instead of pixels.
+            mm_encoder_outputs: `{"image": output of get_image_features}`, instead of pixels.
+            image_targets: (N,), bool: the images to draw; None for none.
+            labels: (B, T), the ids at text targets, -100 elsewhere. Image positions are never text targets.
+            shift_labels: (B, T), instead of `labels`: at each position the id that follows it.
+            use_cache: return a cache; ignored with targets.
+            logits_to_keep: without targets, the positions of the returned logits: the number of last ones (0 for all),
+                indices (M,) or (B, M), or a mask (B, T), bool, for `logits` of (M, vocabulary).
+            image_loss_share: share of the target images' positions, sampled anew each time, that the depth transformer
+                runs on. Their mean is an unbiased estimate of the whole image loss, for that share of its time and
+                memory. Below 1 there are no `image_logits`.
             logits_at_targets: with labels, compute the LLM's logits only where a text target is predicted: the same
                 loss, without the time and memory of all others. `logits` is then (M, vocabulary), for M targets.
-            num_items_in_batch: by how much to divide, for batches that are parts of a larger one: the number of
-                labels other than -100 in the whole, as the library's Trainer counts them. With target images their
-                positions need labels too (any id, their placeholder's, say): a position counts once, with the mean
-                over its K codes.
-            kwargs: other arguments of the LLM, `output_attentions` and `output_hidden_states` among them.
+            num_items_in_batch: divisor of the loss, for batches that are parts of a larger one: the number of labels
+                other than -100 in the whole, as the library's Trainer counts them. The positions of target images then
+                need labels too (any id, such as their placeholder's). Each counts once, with the mean over its K codes.
+            kwargs: other arguments of the LLM, such as `output_attentions` and `output_hidden_states`.
 
         Raises:
-            ValueError: see `embed`; or `image_targets` that are not N, or begin a sequence; or a share outside (0, 1];
-                or `num_items_in_batch` that does not count the target images.
+            ValueError: see `embed`; `image_targets` of another number than N; a target image that begins a sequence; a
+                share outside (0, 1]; `num_items_in_batch` that does not count the target images.
             TypeError: an argument that the LLM does not know.
         """
         if not 0 < image_loss_share <= 1:
@@ -548,9 +617,10 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
 
     @staticmethod
     def _check_count(shift_labels: torch.Tensor | None, num_targets: torch.Tensor) -> None:
-        """
+        """Check that `num_items_in_batch`, a count of labels, counts every target.
+
         Raises:
-            ValueError: the labels are fewer than the targets, so that a count of labels is not one of targets.
+            ValueError: there are fewer labels than targets.
         """
         if torch.compiler.is_compiling():
             return
@@ -565,7 +635,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
 
     @staticmethod
     def _text_loss(logits, shift_labels, is_target) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the cross-entropies of the text targets, and their number."""
+        """Sum the cross-entropies of the text targets, and count them."""
         if shift_labels is None:
             return 0.0 * logits.float().sum(), logits.new_zeros((), dtype=torch.long)
         if is_target is not None:
@@ -576,9 +646,11 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         return text_sum, (targets != -100).sum()
 
     def _image_logits(self, hidden_states, input_ids, attention_mask, image_codes, image_targets, share):
-        """Depth logits (N * L, K, V) of the N target images and their codes (N * L, K), or of a share of the N * L.
+        """Compute the depth transformer's logits for the target images.
 
-        Without target images, the logits of a stand-in and None, so that every parameter is used all the same.
+        Returns:
+            Logits (P, K, V) and codes (P, K) of the P positions of all target images, or of a share of them. Without
+            target images, the logits of a stand-in and None, so that every parameter is used in any case.
         """
         num_images = 0 if image_codes is None else len(image_codes)
         if image_targets is not None and image_targets.shape != (num_images,):
@@ -605,7 +677,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
         return self.depth_head(states, targets), targets
 
     def _image_loss(self, image_logits, targets) -> torch.Tensor:
-        """Mean cross-entropy over all codes plus the z-loss."""
+        """Compute the mean cross-entropy over all codes, plus the z-loss."""
         logits = image_logits.float()
         if targets is None:
             return 0.0 * logits.sum()

@@ -1,4 +1,4 @@
-"""Registers the package's classes with transformers' Auto classes. The package imports this module, see there."""
+"""Register the package's classes with transformers' Auto classes. The package imports this module when it is needed."""
 
 from transformers import (
     AutoConfig,
