@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 
+# torch's own, and private: without one of them weights stay as they are
+ONEDNN_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
 MIN_WEIGHTS = 2**16  # reading fewer takes less time than calling anything
 
 
@@ -65,6 +67,8 @@ def pack_linears(module: nn.Module, min_weights: int = MIN_WEIGHTS) -> nn.Module
         >>> codes = tokenizer.encode(pixel_values)
     """
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+        return module
+    if not all(hasattr(torch.ops.mkldnn, name) for name in ONEDNN_OPERATORS):
         return module
     return copy_changed(
         module,

@@ -1,0 +1,153 @@
+"""What is used of other libraries although they call it private: an upgrade may remove any of it. This names what it was."""
+
+import argparse
+import ast
+import importlib
+import inspect
+import os
+from collections import namedtuple
+from pathlib import Path
+
+import accelerate.hooks
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedModel,
+    core_model_loading,
+)
+from transformers.integrations import WandbCallback
+from transformers.utils import chat_template_utils
+
+from training.mllm_trainer import MLLMTrainer
+from unitok_mllm import (
+    UniTokImageProcessor,
+    UniTokImageProcessorPil,
+    UniTokMLLMForConditionalGeneration,
+    UniTokMLLMProcessor,
+)
+from unitok_mllm.modeling_unitok import UniTokPreTrainedModel
+
+
+ROOT = Path(__file__).parents[1]
+ATEN, ONEDNN = torch.ops.aten, torch.ops.mkldnn
+# The name, and something of the library's that has it.
+ATTRIBUTES = {
+    "_CONTROL_TOKEN_END": lambda: chat_template_utils,
+    "_CONTROL_TOKEN_START": lambda: chat_template_utils,
+    "_actions": argparse.ArgumentParser,
+    "_attn_implementation": LlamaConfig,
+    "_can_compile_fullgraph": lambda: LlamaModel,
+    "_compiled_call_impl": lambda: torch.nn.Module,
+    "_exit": lambda: os,
+    "_fingerprint": lambda: Dataset.from_dict({"a": [1]}),
+    "_forward_hooks": torch.nn.Module,
+    "_forward_pre_hooks": torch.nn.Module,
+    "_from_config": lambda: PreTrainedModel,
+    "_from_model_config": GenerationConfig,
+    "_get_default_generation_params": lambda: GenerationConfig,
+    "_is_mkldnn_bf16_supported": lambda: ONEDNN,
+    "_linear_pointwise": lambda: ONEDNN,
+    "_modules": torch.nn.Module,
+    "_name_or_path": LlamaConfig,
+    "_prepare_generation_config": lambda: GenerationMixin,
+    "_prepare_inputs": lambda: MLLMTrainer.__base__,
+    "_reorder_linear_weight": lambda: ONEDNN,
+    "_replace": lambda: namedtuple("Row", "a"),
+    "_scaled_dot_product_flash_attention_for_cpu": lambda: ATEN,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": lambda: ATEN,
+}
+# Asked for by name, or set by the library itself: its source has them.
+IN_SOURCE = {
+    "_hf_hook": accelerate.hooks.add_hook_to_module,
+    "_wandb": WandbCallback,
+    "_weight_conversions": core_model_loading,
+}
+# Private methods that a class here overrides; one that its base lost would never be called.
+OVERRIDDEN = {
+    UniTokMLLMForConditionalGeneration: {
+        "_expand_inputs_for_generation",
+        "_get_logits_processor",
+        "_prepare_multimodal_encoder_kwargs_for_generation",
+    },
+    UniTokPreTrainedModel: {"_init_weights", "_load_pretrained_model"},
+    UniTokMLLMProcessor: {"_check_special_mm_tokens", "_normalize_conversations"},
+    UniTokImageProcessor: {"_preprocess", "_standardize_kwargs", "_validate_preprocess_kwargs"},
+    UniTokImageProcessorPil: {"_prepare_image_like_inputs"},
+    MLLMTrainer: {
+        "_get_num_items_in_batch",
+        "_get_train_sampler",
+        "_issue_warnings_after_load",
+        "_load_from_checkpoint",
+        "_save_checkpoint",
+    },
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_a_private_name_is_still_there(name):
+    assert hasattr(ATTRIBUTES[name](), name), f"{name} is gone: {users(name)}"
+
+
+@pytest.mark.parametrize("name", IN_SOURCE)
+def test_a_private_name_is_still_in_the_source(name):
+    assert name in inspect.getsource(IN_SOURCE[name]), f"{name} is gone: {users(name)}"
+
+
+def users(name: str) -> str:
+    files = [path for folder in ("unitok_mllm", "training", "eval") for path in (ROOT / folder).rglob("*.py")]
+    return ", ".join(str(path.relative_to(ROOT)) for path in files if name in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("own", OVERRIDDEN, ids=lambda own: own.__name__)
+def test_a_private_method_that_is_overridden_is_still_the_librarys(own):
+    for name in OVERRIDDEN[own]:
+        classes = [one for one in own.__mro__ if name in vars(one)]
+        ours = [one for one in classes if one.__module__.startswith(("unitok_mllm", "training"))]
+        assert ours and len(classes) > len(ours), f"{own.__name__}.{name} overrides nothing any more"
+
+
+def test_every_private_name_of_a_library_is_listed():
+    used, defined = set(), set()
+    for path in (path for folder in ("unitok_mllm", "training", "eval") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Attribute(attr=name, ctx=ast.Store()):
+                    defined.add(name)
+                case ast.Attribute(attr=name):
+                    used.add(name)
+                case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                    defined.add(name)
+                case ast.ClassDef(name=name):
+                    defined.add(name)
+                case ast.ImportFrom():
+                    used.update(alias.name for alias in node.names)
+    private = {name for name in used - defined if name.startswith("_") and not name.startswith("__")}
+    assert private - {"_common"} <= ATTRIBUTES.keys() | IN_SOURCE.keys()
+
+
+def test_every_private_method_that_is_overridden_is_listed():
+    listed = set().union(*OVERRIDDEN.values())
+    for module in ("generation_unitok", "modeling_unitok", "modeling_unitok_mllm", "processing_unitok"):
+        classes = inspect.getmembers(importlib.import_module(f"unitok_mllm.{module}"), inspect.isclass)
+        for _, own in classes:
+            if own.__module__ != f"unitok_mllm.{module}":
+                continue
+            for name, value in vars(own).items():
+                is_method = inspect.isfunction(value) or isinstance(value, (staticmethod, classmethod))
+                inherited = any(name in vars(base) for base in own.__mro__[1:] if "unitok" not in base.__module__)
+                if is_method and inherited and name.startswith("_") and not name.startswith("__"):
+                    assert name in listed, f"{own.__name__}.{name}"
+
+
+def test_weights_stay_as_they_are_where_torch_lost_the_operators_of_onednn(monkeypatch):
+    from unitok_mllm import packing_unitok
+
+    linear = torch.nn.Sequential(torch.nn.Linear(300, 300))
+    assert packing_unitok.pack_linears(linear) is not linear
+    monkeypatch.setattr(packing_unitok, "ONEDNN_OPERATORS", (*packing_unitok.ONEDNN_OPERATORS, "_gone"))
+    assert packing_unitok.pack_linears(linear) is linear
