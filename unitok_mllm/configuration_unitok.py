@@ -1,7 +1,7 @@
-"""Configurations of the UniTok visual tokenizer and of the unified multimodal LLM built on it.
+"""Configurations of the UniTok visual tokenizer and of the unified multimodal LLM.
 
-Paper: UniTok, https://arxiv.org/abs/2502.20321.  Letters used throughout the package: B batch, K sub-codebooks,
-V codes in each sub-codebook, L image positions (height/16 * width/16, row-major), C hidden size of the tower.
+Paper: UniTok, https://arxiv.org/abs/2502.20321. Letters used throughout the package: B batch, K sub-codebooks, V codes in
+each sub-codebook, L image positions (height/16 * width/16, row-major), C hidden size of the tower, D hidden size of the LLM.
 """
 
 from collections.abc import Iterator
@@ -19,20 +19,21 @@ from transformers.models.auto.modeling_auto import (
 )
 
 
-# Far beyond what has been trained, and far below what fills a memory: (least, most), both included.
+# Inclusive limits, far above any trained model and far below what fills the memory.
 WIDTH, DEPTH, VOCABULARY = (1, 2**16), (0, 1000), (1, 2**22)
 SHARE, WEIGHT, ABOVE_ZERO = (0.0, 1.0), (0.0, 1e6), (1e-12, 1e12)
 
 
 def check_ranges(config: object, prefix: str = "", **ranges: tuple[float, float]) -> None:
-    """Each number named, or each of a list of numbers, lies within its range; None does too.
+    """Check that each field (or list item) lies in its inclusive range; None passes.
 
     Args:
-        prefix: said before the name.
-        ranges: least and most, by name.
+        config: the object with the fields.
+        prefix: text before the field's name in the message.
+        ranges: least and greatest value, by field.
 
     Raises:
-        ValueError: one does not (NaN never does).
+        ValueError: a value lies outside its range, or is NaN.
     """
     for name, (least, most) in ranges.items():
         value = getattr(config, name)
@@ -41,7 +42,7 @@ def check_ranges(config: object, prefix: str = "", **ranges: tuple[float, float]
             raise ValueError(f"{prefix}{name} ({value}) is not between {least} and {most}.")
 
 
-# What the library, its trainers and its quantizers put into any config, beside the fields of `PreTrainedConfig`.
+# Fields that the library, its trainers and its quantizers add to any config, besides those of `PreTrainedConfig`.
 LIBRARY_FIELDS = frozenset(GenerationConfig()._get_default_generation_params()) | {
     *("_attn_implementation", "_attn_implementation_internal", "_experts_implementation_internal", "_name_or_path"),
     *("attn_implementation", "auto_map", "bos_token_id", "custom_pipelines", "decoder_start_token_id"),
@@ -52,10 +53,10 @@ LIBRARY_FIELDS = frozenset(GenerationConfig()._get_default_generation_params()) 
 
 
 class UniTokPreTrainedConfig(PreTrainedConfig):
-    """What all configs here share: they refuse misspelt fields, and find themselves in a larger model's folder."""
+    """Base class of the configs. They refuse misspelt fields, and load from the folder of a larger model that has them."""
 
     def __post_init__(self, **kwargs):
-        # The library keeps what it does not know, and other versions of it write more; what is nearly a field is a mistake.
+        # The library keeps unknown fields, and its other versions write more. A name close to a field is a mistake.
         unknown = [
             name for name in kwargs.keys() - LIBRARY_FIELDS if get_close_matches(name, self.own_fields(), 1, 0.8)
         ]
@@ -68,15 +69,15 @@ class UniTokPreTrainedConfig(PreTrainedConfig):
 
     @classmethod
     def own_fields(cls) -> list[str]:
-        """The names of those that the library's configs do not have."""
+        """List the fields that the library's configs do not have."""
         return [field.name for field in fields(cls) if field.name not in PreTrainedConfig.__annotations__]
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As the library's; of a folder whose model holds this one as a part (at any depth), the part's.
+        """Read a folder's config, as the library does; if this config is a part of it, at any depth, return the part.
 
         Raises:
-            ValueError: the folder's model is another and holds none of this type.
+            ValueError: the folder has a model of another type, without a part of this type.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if cls.model_type:
@@ -91,7 +92,7 @@ class UniTokPreTrainedConfig(PreTrainedConfig):
 
 
 def _parts(config_dict: dict) -> Iterator[dict]:
-    """A config's dict and those in it, the outer ones first."""
+    """Iterate over a config's dict and the dicts in it, outer ones first."""
     level = [config_dict]
     while level:
         yield from level
@@ -105,11 +106,17 @@ class UniTokVisionConfig(UniTokPreTrainedConfig):
     The defaults are the released `large` model; `UniTokConfig.preset` names the others.
 
     Args:
-        image_size: height and width in pixels of the images it is made for; a multiple of 16.
-        stem_width, stage_dims, stage_depths: channels of the stem, and channels and blocks of the two MBConv stages.
-        hidden_size, num_hidden_layers, num_attention_heads: C, transformer blocks and heads after the stages.
+        image_size: height and width of the images, in pixels; a multiple of 16.
+        num_channels: colours of a pixel.
+        stem_width: channels of the stem.
+        stage_dims: channels of the two MBConv stages.
+        stage_depths: blocks of the two MBConv stages.
+        hidden_size: C, width of the transformer after the stages.
+        num_hidden_layers: its blocks.
+        num_attention_heads: its heads.
         mlp_ratio: GeGLU width over `hidden_size`.
-        num_codebooks, codebook_size: K and V.
+        num_codebooks: K.
+        codebook_size: V, at most 65536.
         quantizer_dim: dims of a token before quantization, split evenly over the K sub-codebooks.
         quant_proj: "attention" (the paper's attention projection) or "linear".
         causal_projection: whether the attention projections are causal (the first release, February 2025) or full
@@ -117,7 +124,11 @@ class UniTokVisionConfig(UniTokPreTrainedConfig):
         projection_dim: dims of the CLIP-style image embedding.
         vq_beta: weight of the commitment term of the VQ loss.
         entropy_temperature: softmax temperature of the entropy loss.
-        drop_path_rate: stochastic depth in the transformer blocks, while training.
+        drop_path_rate: stochastic depth in the transformer blocks, in training.
+        initializer_range: standard deviation of initial weights.
+
+    Raises:
+        ValueError: an impossible geometry, or a value outside its range; the message names both numbers.
     """
 
     model_type = "unitok_vision_model"
@@ -181,18 +192,26 @@ class UniTokVisionConfig(UniTokPreTrainedConfig):
 
     @property
     def num_positions(self) -> int:
-        """L: the tokens of one image of `image_size`."""
+        """L, the positions of one image of `image_size`."""
         return (self.image_size // self.patch_size) ** 2
 
 
 @strict
 class UniTokConfig(UniTokPreTrainedConfig):
-    """The whole tokenizer: vision tower, decoder (the tower's mirror image), and an optional CLIP text tower.
+    """The whole tokenizer: vision tower, decoder (which mirrors the tower), and an optional CLIP text tower.
 
     Args:
-        vision_config: a `UniTokVisionConfig` (or its dict).
-        text_config: a `CLIPTextConfig` (or its dict), or None for a tokenizer without a text tower.
-        decoder_layers: transformer blocks of the decoder; None for as many as the encoder has.
+        vision_config: a `UniTokVisionConfig`, or its dict.
+        text_config: a `CLIPTextConfig`, or its dict; None for a tokenizer without a text tower.
+        decoder_layers: transformer blocks of the decoder; None for the number of the encoder's.
+        initializer_range: standard deviation of initial weights.
+
+    Raises:
+        ValueError: a value outside its range, or towers of different `projection_dim`.
+
+    Example:
+        >>> UniTokConfig.preset("tiny", image_size=128).vision_config.num_positions
+        64
     """
 
     model_type = "unitok"
@@ -226,10 +245,12 @@ class UniTokConfig(UniTokPreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, text_overrides: dict | None = None, **vision_overrides) -> "UniTokConfig":
-        """One of the known sizes: `large` and `base` (the paper's), `tiny` (64 px, trains on a laptop).
+        """Make the config of a known size: `large` and `base` (the paper's), `tiny` (64 px, trains on a laptop).
 
         Args:
-            text_overrides, vision_overrides: fields of the text and of the vision config that differ.
+            name: of the size.
+            text_overrides: fields of the text config that differ.
+            vision_overrides: fields of the vision config that differ.
 
         Raises:
             ValueError: an unknown name.
@@ -295,9 +316,19 @@ class UniTokDepthConfig(UniTokPreTrainedConfig):
     Its layers are Llama's, with RoPE positions 0..K-1.
 
     Args:
-        hidden_size: None for the LLM's own; a linear layer bridges the two where they differ.
-        intermediate_size: None for the LLM's own where the hidden sizes agree, else 4 times `hidden_size`.
-        num_attention_heads, num_key_value_heads: None for heads of 64 dims (one head below 64), all with own keys.
+        hidden_size: None for the LLM's. If they differ, a linear layer maps the LLM's states.
+        intermediate_size: None for the LLM's if the hidden sizes agree, else for 4 times `hidden_size`.
+        num_hidden_layers: layers; 0 predicts each code from its input alone.
+        num_attention_heads: None for heads of 64 dims (one head below 64).
+        num_key_value_heads: None for one for each head.
+        rms_norm_eps: of the RMSNorms.
+        rope_theta: base of the rotary frequencies.
+        hidden_act: activation of the feed-forward layers.
+        initializer_range: standard deviation of initial weights.
+
+    Raises:
+        ValueError: an impossible geometry, a value outside its range, or an option of Llama that these layers do not
+            have.
     """
 
     model_type = "unitok_depth"
@@ -368,13 +399,13 @@ class UniTokDepthConfig(UniTokPreTrainedConfig):
 
 @dataclass(frozen=True)
 class LLMSizes:
-    """The sizes of an LLM that the rest is built on, whatever its config calls them.
+    """Sizes of an LLM, under the same names for all families.
 
     Attributes:
-        hidden_size: width of its input embeddings and of the states it gives out.
-        intermediate_size: width of its feed-forward layers; 4 times `hidden_size` where its config names none.
-        vocab_size: tokens it knows.
-        max_positions: the longest sequence it takes; None for no limit.
+        hidden_size: width of its input embeddings and of its output states.
+        intermediate_size: width of its feed-forward layers; 4 times `hidden_size` if its config names none.
+        vocab_size: number of tokens.
+        max_positions: length of the longest sequence; None for no limit.
     """
 
     hidden_size: int
@@ -383,7 +414,7 @@ class LLMSizes:
     max_positions: int | None
 
 
-# What the families of transformers call it; the first that a config has as a number counts.
+# The names of a size in the families of transformers; the first that a config has as a number is used.
 _SIZE_NAMES = {
     "hidden_size": ("word_embed_proj_dim", "hidden_size"),
     "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "dff"),
@@ -400,7 +431,7 @@ LEARNED_POSITIONS = {
 _OFFSET = "its positions start behind the padding token's"
 _NO_CACHE = "it has no key/value cache of the library's kind"
 _NO_POSITIONS = "it takes no positions, and counts padding"
-# What the others lack: see `docs/llm_families.md`.
+# Families that cannot be the LLM, with the reason; see `docs/llm_families.md`.
 UNSUITABLE_LLMS = {
     **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"), _OFFSET),
     **dict.fromkeys(("xlm-roberta-xl", "xmod"), _OFFSET),
@@ -422,9 +453,10 @@ UNSUITABLE_LLMS = {
 
 
 def check_llm(config: PreTrainedConfig) -> None:
-    """
+    """Refuse LLMs that cannot be the LLM of a UniTok MLLM.
+
     Raises:
-        ValueError: an LLM of this kind cannot be the part of a whole that reads and draws.
+        ValueError: it is of such a family; the message has the reason.
     """
     reason = UNSUITABLE_LLMS.get(config.model_type)
     if config.is_encoder_decoder or config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
@@ -436,10 +468,10 @@ def check_llm(config: PreTrainedConfig) -> None:
 
 
 def llm_sizes(config: PreTrainedConfig) -> LLMSizes:
-    """The sizes of the LLM that this config describes.
+    """Read the sizes of an LLM from its config.
 
     Raises:
-        ValueError: it names no hidden size or no vocabulary size.
+        ValueError: the config has no hidden size or no vocabulary size.
     """
     sizes = {
         size: next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
@@ -456,18 +488,25 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
     """The unified multimodal LLM: any causal LM, the visual tokenizer, the embedder and the depth transformer.
 
     Args:
-        text_config: the LLM's own config (or its dict, with `model_type`); any causal LM of transformers.
-        visual_config: a `UniTokConfig` (or its dict).
-        depth_config: a `UniTokDepthConfig` (or its dict); sizes left out follow the LLM.
-        embedder_dim, embedder_heads: width and heads of the embedder's causal attention projection.
-        boi_token_id, eoi_token_id: the tokens that open and close an image.
-        image_token_id: the placeholder at image positions; never looked up, so it may lie beyond the LLM's vocabulary.
+        text_config: the LLM's own config, or its dict with `model_type`; any causal LM of transformers.
+        visual_config: a `UniTokConfig`, or its dict.
+        depth_config: a `UniTokDepthConfig`, or its dict. Sizes left out follow the LLM.
+        embedder_dim: width of the embedder's causal attention projection.
+        embedder_heads: its heads.
+        boi_token_id: the token that opens an image.
+        eoi_token_id: the token that closes an image.
+        image_token_id: the placeholder at image positions. It is never looked up, so it may lie beyond the LLM's
+            vocabulary.
         image_loss_z_weight: weight of the mean squared maximal logit in the image loss.
-        image_prompt_ids: the tokens that make a prompt for an image of a description, the opening token last: drawing
-            adds them to prompts that open no image themselves (those of the library's pipelines). None: such a prompt
+        image_prompt_ids: the tokens that turn a description into a prompt for an image, the opening token last. Drawing
+            adds them to prompts that do not open an image (those of the library's pipelines). With None, such a prompt
             is an error.
-        unconditional_prompt_ids: the prompt that guidance leads away from where it is given none. None: that is an
-            error.
+        unconditional_prompt_ids: the null prompt of guidance, for calls without one. With None, such a call is an error.
+        initializer_range: standard deviation of initial weights.
+        tie_word_embeddings: whether the LLM's input and output embeddings are one weight.
+
+    Raises:
+        ValueError: an LLM that cannot be the LLM, token ids that coincide, or a value outside its range.
     """
 
     model_type = "unitok_mllm"
@@ -544,7 +583,7 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
         self.depth_config.validate_architecture()  # its sizes are known by now
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As the library's; a model's `auto_map` has all Auto classes that give it, so that servers find it."""
+        """Save the config, as the library does; its `auto_map` gets all Auto classes of the model, for servers."""
         auto_map = vars(self).get("auto_map") or {}
         if "AutoModelForImageTextToText" in auto_map:
             auto_map["AutoModelForMultimodalLM"] = auto_map["AutoModelForImageTextToText"]
@@ -557,7 +596,7 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
 
     @property
     def num_image_positions(self) -> int:
-        """L: the positions that one image takes in the sequence."""
+        """L, the positions of one image in the sequence."""
         return self.visual_config.vision_config.num_positions
 
 

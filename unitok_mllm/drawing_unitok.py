@@ -1,10 +1,10 @@
-"""How one image is drawn: for each of its L positions a step of the LLM, then K of the depth transformer.
+"""Draw an image: for each of its L positions one step of the LLM, then K steps of the depth transformer.
 
     prompts -> LLM -> state -> depth transformer -> K codes -> embedder -> LLM -> state -> ...
 
-`UniTokDrawingOptions` says how codes are chosen, `UniTokGuidance` lays the prompts that guidance compares into one batch
-and combines their logits, `UniTokCodeSampler` chooses codes, and `UniTokDrawing` runs the model: `prefill` goes through
-the prompts, `step` from one position to the next.
+`UniTokDrawingOptions` has the options. `UniTokGuidance` puts the prompt and the null prompts of guidance into one batch, and
+combines their logits. `UniTokCodeSampler` chooses codes. `UniTokDrawing` runs the model: `prefill` on the prompts, then
+`step` from one position to the next.
 """
 
 from collections.abc import Iterable
@@ -30,39 +30,41 @@ from .fast_drawing_unitok import UniTokDrawingParts
 
 logger = logging.get_logger(__name__)
 
-# The `image_generation` that new models get in their generation config (chosen with the shipped model).
+# The `image_generation` in the generation config of new models (chosen with the shipped model).
 IMAGE_GENERATION = {"guidance_scale": 3.0, "temperature": 0.7, "top_k": 20}
-# What `image_generation` may hold.
+# The options that `image_generation` may have.
 SAMPLING = ("guidance_scale", "image_guidance_scale", "do_sample", "temperature", "top_k", "top_p")
-# About text alone, yet passed for drawings too by the library's pipelines (or written into every config).
+# Options of text that the library's pipelines pass for drawings too, or that it writes into every config.
 TEXT_OPTIONS = {"max_new_tokens", "max_length", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"}
-MAX_GUIDANCE = 1e6  # logits times it stay finite in float32
+MAX_GUIDANCE = 1e6  # keeps guided logits finite in float32
 MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class UniTokDrawingOptions:
-    """How an image is drawn.
+    """Options of a drawing.
 
-    Each is an argument of `generate_image_codes`. A model's own defaults of the first six stand in its generation config,
-    as a dict `image_generation`, apart from those of text.
+    All are arguments of `generate_image_codes`. A model's defaults of the first six are in its generation config, in the
+    dict `image_generation`, separate from the options of text.
 
     Attributes:
-        guidance_scale: how closely to follow the words. 1: no guidance, one branch. Above 1:
-            `uncond + scale * (cond - uncond)`, another branch.
-        image_guidance_scale: how closely to follow the images of the prompts, in the same way, with a branch of its own.
-        do_sample: False for the likeliest code each time.
-        temperature, top_k, top_p: as in transformers; `top_k` 0 keeps all codes.
+        guidance_scale: strength of the words. 1 means no guidance and one branch. Above 1, a second branch gives the
+            logits `uncond + scale * (cond - uncond)`.
+        image_guidance_scale: strength of the images of the prompts, by the same formula with its own branch.
+        do_sample: False to take the most likely code each time.
+        temperature: as in transformers; above 0.
+        top_k: as in transformers; 0 keeps all codes.
+        top_p: as in transformers; above 0 and at most 1.
         num_return_sequences: samples for each prompt.
-        num_positions: code groups to draw; None for a whole image (L).
-        seed: one for all prompts or one for each; None to take it from torch's generator. Sample j of a prompt depends on
-            its seed and on j alone, not on its neighbours in the batch.
-        use_cache: False to compute everything anew at each step (slow; gives the same codes).
-        cuda_graph: False to launch all kernels of each step from Python (slow; gives the same codes), as is done where no
-            graph is possible: see `cuda_graph_unitok`.
+        num_positions: positions to draw; None for a whole image (L).
+        seed: one for all prompts or one for each; None to take it from torch's generator. Sample j of a prompt depends
+            only on its seed and on j, not on other rows of the batch.
+        use_cache: False to compute the whole sequence again at each step (slow; gives the same codes).
+        cuda_graph: False to launch all kernels of each step from Python (slow; gives the same codes). This also happens
+            if no graph is possible: see `cuda_graph_unitok`.
 
     Raises:
-        ValueError: one is out of its range.
+        ValueError: an option outside its range.
     """
 
     guidance_scale: float = 1.0
@@ -101,20 +103,20 @@ class UniTokDrawingOptions:
         without: Iterable[str] = (),
         **options,
     ) -> "UniTokDrawingOptions":
-        """Those of a call: its arguments, then its `generation_config`, then the model's, then the defaults above.
+        """Collect the options of a call. The first source that has an option decides: arguments, configs, defaults.
 
-        Of a `generation_config`, `image_generation` counts before the options beside it, which are meant for text too.
-        Those of them that the model's own has too (a pipeline passes them all) are looked at only where the model has no
-        `image_generation`.
+        The order is: the call's arguments, its `generation_config`, the model's generation config, the defaults above. In
+        a `generation_config`, `image_generation` precedes the options beside it, which are for text too. If such an option
+        equals the model's (a pipeline passes all of them), it is used only if the model has no `image_generation`.
 
         Args:
-            model_config: the model's.
-            config: the call's.
-            without: scales of guidance that there is no prompt for: the model's own is left out, with a warning.
-            options: the call's arguments; None counts as not given.
+            model_config: the model's generation config.
+            config: the call's `generation_config`.
+            without: guidance scales for which there is no null prompt: the model's own value is ignored, with a warning.
+            options: the call's arguments; None means not given.
 
         Raises:
-            ValueError: a config has an option that drawing does not know, or one is out of its range.
+            ValueError: a config has an option that drawing does not know, or an option is outside its range.
             TypeError: an argument that drawing does not know.
         """
         own, given, of_text = image_generation(model_config), {}, {}
@@ -137,7 +139,7 @@ class UniTokDrawingOptions:
         return cls(**of_text | own | given)
 
     def warpers(self) -> LogitsProcessorList | None:
-        """Temperature, top-k and top-p as the library computes them; None for the likeliest code."""
+        """Return temperature, top-k and top-p as the library's processors; None for the most likely code."""
         if not self.do_sample:
             return None
         warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
@@ -149,10 +151,13 @@ class UniTokDrawingOptions:
 
 
 def image_generation(config: GenerationConfig) -> dict:
-    """The `image_generation` of a generation config, without what is None; empty where it has none.
+    """Read and check the `image_generation` of a generation config.
+
+    Returns:
+        Its options other than None; an empty dict if there are none.
 
     Raises:
-        ValueError: it is no dict of options that it may hold, or one is out of its range.
+        ValueError: it is not a dict, has an unknown option, or one outside its range.
     """
     options = vars(config).get("image_generation") or {}
     if not isinstance(options, dict):
@@ -167,9 +172,15 @@ def image_generation(config: GenerationConfig) -> dict:
 
 
 def uniform_noise(seeds: list[int], num_return_sequences: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The random numbers that samples are drawn with: (prompts * num_return_sequences, *shape), in [0, 1).
+    """Draw the random numbers of all samples. Those of sample j of a prompt depend only on its seed and on j.
 
-    Those of sample j of a prompt depend on that prompt's seed and on j alone, not on its neighbours in the batch.
+    Args:
+        seeds: one for each prompt.
+        num_return_sequences: samples for each prompt.
+        shape: of one sample's numbers.
+
+    Returns:
+        (prompts * num_return_sequences, *shape), float32 in [0, 1).
     """
     draws = [
         np.random.default_rng((seed, j)).random(shape, dtype=np.float32)
@@ -180,25 +191,33 @@ def uniform_noise(seeds: list[int], num_return_sequences: int, shape: tuple[int,
 
 
 def sample_codes(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Draws from softmax(logits) by inverting its cumulative sum: logits (B, V), noise (B,) in [0, 1) -> (B,).
+    """Sample from softmax(logits) by inverting its cumulative distribution.
 
-    `torch.multinomial` takes its numbers from one generator for the whole batch, so that a sample would depend on the
-    rows beside it. Here each row brings its own.
+    `torch.multinomial` takes its random numbers from one generator for the whole batch, so that a sample would depend on
+    the other rows. Here each row has its own number.
+
+    Args:
+        logits: (B, V).
+        noise: (B,), uniform in [0, 1).
+
+    Returns:
+        (B,), int64.
     """
     cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
     return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True).squeeze(1)
 
 
 class UniTokGuidance:
-    """Prompts in R branches of one batch: the condition, then those that guidance leads away from.
+    """Classifier-free guidance: the prompts and their null prompts, as R branches of one batch.
 
     Args:
-        branches: embeddings (B, T, D) and mask (B, T) of each; T may differ.
-        scales: guidance scales, of each branch but the first.
-        num_return_sequences: how often each row is repeated.
+        branches: embeddings (B, T, D) and mask (B, T) of each branch, the prompts' first; T may differ.
+        scales: guidance scale of each branch but the first.
+        num_return_sequences: samples for each prompt.
 
     Attributes:
-        inputs_embeds, attention_mask: (R * B * num_return_sequences, T, D) and (..., T), padded on the left.
+        inputs_embeds: (R * B * num_return_sequences, T, D), padded on the left.
+        attention_mask: (R * B * num_return_sequences, T).
     """
 
     def __init__(
@@ -213,32 +232,38 @@ class UniTokGuidance:
         )
 
     def combine(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of all branches (R * B, V) -> guided ones (B, V), float32."""
+        """Combine the logits of all branches (R * B, V) to guided ones (B, V), float32."""
         logits, *others = logits.float().chunk(self.num_branches)
         return logits + sum((scale - 1) * (logits - other) for scale, other in zip(self.scales, others))
 
     def repeat(self, embeds: torch.Tensor) -> torch.Tensor:
-        """What all branches go on with: (B, T, D) -> (R * B, T, D)."""
+        """Repeat embeddings for all branches: (B, T, D) -> (R * B, T, D)."""
         return embeds.repeat(self.num_branches, 1, 1)
 
 
 class UniTokCodeSampler:
-    """Chooses the codes of one drawing from logits (B, V), one after the other.
-
-    Each is the likeliest, or by noise (B,) in [0, 1) one of those that the warpers leave.
+    """Choose the codes of one drawing, one after the other.
 
     Args:
-        warpers: temperature, top-k and top-p; None for the likeliest code.
-        processors: the caller's, applied before the warpers. They get the codes drawn so far, (B, n), position after
-            position with the K codes of each in their order (so that code n is of sub-codebook n % K, whose codes share
-            their numbers with the others'), and the logits (B, V) after guidance, float32.
+        warpers: temperature, top-k and top-p; None to take the most likely code.
+        processors: the caller's, applied before the warpers. They get the codes so far, (B, n), and the guided logits
+            (B, V), float32. The codes are in the order of positions, K for each: code n is of sub-codebook n % K, and all
+            sub-codebooks use the same numbers.
     """
 
     def __init__(self, warpers: LogitsProcessorList | None, processors: LogitsProcessorList | None = None):
         self.warpers, self.processors, self.drawn = warpers, processors, None
 
     def __call__(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """
+        """Choose one code for each row.
+
+        Args:
+            logits: (B, V).
+            noise: (B,), uniform in [0, 1).
+
+        Returns:
+            (B,), int64.
+
         Raises:
             ValueError: the processors leave no code.
         """
@@ -256,22 +281,25 @@ class UniTokCodeSampler:
     def _choose(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         if self.warpers is None:
             return logits.argmax(dim=-1)
-        logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no temperature makes infinity of them
+        logits = logits - logits.amax(dim=-1, keepdim=True)  # avoids infinities at low temperatures
         return sample_codes(self.warpers(None, logits), noise)
 
 
 def has_keys(cache: Cache) -> bool:
-    """Whether any of its layers keeps keys and values (a dynamic one without layers will); a Mamba's keep a state."""
+    """Whether any layer of a cache has keys and values (a dynamic cache without layers will); Mamba layers have a state."""
     return not cache.layers or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
 
 class UniTokDrawing:
-    """A drawing under way.
+    """One drawing of a batch: its caches and its steps.
 
     Args:
         parts: the model's modules, of `prepare_drawing`.
-        num_positions: how many will be drawn.
-        use_cache, cuda_graph: as of `UniTokDrawingOptions`.
+        guidance: the prompts.
+        sampler: chooses codes.
+        num_positions: positions to draw.
+        use_cache: see `UniTokDrawingOptions`.
+        cuda_graph: see `UniTokDrawingOptions`.
     """
 
     def __init__(
@@ -291,11 +319,11 @@ class UniTokDrawing:
         self._advance = self.caches.recorded(self._next_group)
 
     def prefill(self, noise: torch.Tensor) -> torch.Tensor:
-        """The codes (B, K) of the first position; noise (B, K) as of `UniTokCodeSampler`."""
+        """Draw the codes (B, K) of the first position, with noise (B, K), uniform in [0, 1)."""
         return self._after(self.guidance.inputs_embeds, noise)
 
     def step(self, groups: list[torch.Tensor], noise: torch.Tensor) -> torch.Tensor:
-        """The codes (B, K) of the position after those drawn so far, (B, K) each."""
+        """Draw the codes (B, K) of the position after the `groups` so far, (B, K) each."""
         if self.caches.llm_cache is None:
             drawn = self._embed(torch.stack(groups, dim=2))
             return self._after(torch.cat([self.guidance.inputs_embeds, drawn], dim=1), noise)
@@ -306,7 +334,7 @@ class UniTokDrawing:
         return self._advance(groups[-1], mask, self.position_ids[:, end - 1 : end], noise)
 
     def _after(self, inputs_embeds: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The codes (B, K) of the position after these inputs from the first on, (R * B, T, D)."""
+        """Draw the codes (B, K) of the position after the whole sequence of inputs, (R * B, T, D)."""
         end = inputs_embeds.shape[1]
         mask = self.attention_mask if self.caches.is_fixed else self.attention_mask[:, :end]
         return self._choose(inputs_embeds, mask, self.position_ids[:, :end], noise)
@@ -315,7 +343,7 @@ class UniTokDrawing:
         return self._choose(self._embed(group[:, :, None]), attention_mask, position_ids, noise)
 
     def _embed(self, codes: torch.Tensor) -> torch.Tensor:
-        """(B, K, l) -> (R * B, l, D)."""
+        """Embed codes for all branches: (B, K, l) -> (R * B, l, D)."""
         return self.guidance.repeat(self.embedder(codes, self.caches.embedder_cache))
 
     def _choose(self, inputs_embeds, attention_mask, position_ids, noise) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""The one entry to what makes drawing fast: oneDNN's blocked layout, the growing cache, the CUDA graph.
+"""Fast drawing: the one entry to oneDNN's blocked layout, the preallocated cache and the CUDA graph.
 
-`prepare_drawing` puts a model's modules into the form that is fastest on its device, once for several drawings;
-`UniTokDrawingParts.begin` gives each drawing its caches. Whatever is chosen, the codes are the same.
+`prepare_drawing` converts a model's modules to the fastest form on its device, once for several drawings.
+`UniTokDrawingParts.begin` makes the caches of each drawing. The codes are the same in every form.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,12 @@ from .packing_unitok import pack_linears
 
 @dataclass
 class UniTokDrawingCaches:
-    """Where one drawing keeps keys and values.
+    """The key/value caches of one drawing.
 
     Attributes:
-        llm: the LLM's decoder in the form that goes with its cache.
-        llm_cache, embedder_cache: None where each step goes through everything again.
+        llm: the LLM's decoder in the form for its cache.
+        llm_cache: None to compute the whole sequence at each step.
+        embedder_cache: None in the same case.
         is_fixed: whether both have their full length from the start, so that a step can be recorded as a CUDA graph.
     """
 
@@ -33,14 +34,17 @@ class UniTokDrawingCaches:
     is_fixed: bool = False
 
     def recorded(self, step: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """The function of a step, replayed as a CUDA graph where that is possible."""
+        """Return a function of a step, replayed as a CUDA graph if that is possible."""
         return UniTokCudaGraph(step) if self.is_fixed else step
 
 
 class UniTokDrawingParts:
     """The LLM's decoder, the embedder and the depth transformer; on a CPU with weights in oneDNN's blocked layout.
 
-    The layout is a copy of the weights: make this anew when they change.
+    The weights in that layout are copies. Make new parts when the weights change.
+
+    Args:
+        model: an MLLM.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -49,13 +53,13 @@ class UniTokDrawingParts:
         self.llm, self.embedder, self.depth_head = (pack_linears(module) for module in modules)
 
     def begin(self, max_length: int, num_positions: int, use_cache: bool, cuda_graph: bool) -> UniTokDrawingCaches:
-        """Empty caches for one drawing.
+        """Make empty caches for one drawing.
 
         Args:
-            max_length: of the sequence, prompt and image together.
-            num_positions: of the image.
-            use_cache: False for none.
-            cuda_graph: False for growing caches even where caches of fixed length are possible.
+            max_length: tokens of the sequence, prompt and image together.
+            num_positions: positions of the image.
+            use_cache: False for no caches.
+            cuda_graph: False for growing caches even if caches of fixed length are possible.
         """
         if not use_cache:
             return UniTokDrawingCaches(self.llm, None, None)
@@ -67,7 +71,7 @@ class UniTokDrawingParts:
 
 
 def prepare_drawing(model: PreTrainedModel) -> UniTokDrawingParts:
-    """The modules of an MLLM in the form that draws fastest on its device."""
+    """Convert the modules of an MLLM to the form that draws fastest on its device."""
     return UniTokDrawingParts(model)
 
 
