@@ -1,10 +1,11 @@
 """Generation: text by the library's own loop, images by L steps of the LLM with K depth steps each.
 
-Guidance (classifier-free, https://arxiv.org/abs/2207.12598): `logits = uncond + scale * (cond - uncond)` for a scale
-above 1; both branches go through the model in one batch and go on with the same codes. Edits may be led away from two
-prompts, the picture alone and the instruction alone, each with a scale of its own, which adds
-`(scale - 1) * (cond - other)` (the two scales are those of InstructPix2Pix, https://arxiv.org/abs/2211.09800; its formula
-is another: it compares the picture alone with neither).
+Classifier-free guidance (https://arxiv.org/abs/2207.12598) uses `logits = uncond + scale * (cond - uncond)` for a scale above
+1. Both branches run in one batch and continue with the same codes.
+
+Edits have two null prompts, the picture alone and the instruction alone. Each has its own scale and adds
+`(scale - 1) * (cond - other)`. The two scales are those of InstructPix2Pix (https://arxiv.org/abs/2211.09800), whose formula
+differs: it compares the picture alone with a prompt without either.
 """
 
 import copy
@@ -38,7 +39,7 @@ IMAGE_INPUTS = ("pixel_values", "image_codes")
 
 
 def is_used(cache: Cache | None) -> bool:
-    """Whether a cache holds earlier tokens; one of the library's paged ones, which serve texts alone, may."""
+    """Whether a cache has earlier tokens. The library's paged caches, which serve only texts, count as used."""
     if cache is None or not isinstance(cache, Cache):
         return cache is not None
     return cache.get_seq_length() > 0 if has_keys(cache) else cache.has_previous_state()
@@ -46,11 +47,11 @@ def is_used(cache: Cache | None) -> bool:
 
 @dataclass
 class UniTokInterleavedOutput:
-    """What `generate_interleaved` returns, an entry for each prompt.
+    """Output of `generate_interleaved`, with an entry for each prompt.
 
     Attributes:
-        sequences: the new ids, (T,): text, and for each image the opening token, L placeholders, the closing token.
-        image_codes: the images drawn, in order, (N, K, L).
+        sequences: the new ids, (T,) each: text, and for each image the opening token, L placeholders, the closing token.
+        image_codes: the codes of the drawn images, in order, (N, K, L) each.
     """
 
     sequences: list[torch.Tensor]
@@ -58,8 +59,11 @@ class UniTokInterleavedOutput:
 
 
 class UniTokLogitsProcessorList(LogitsProcessorList):
-    """Logits processors of which the library's own see the token that opens an image in the place of its placeholders,
-    whose id may lie beyond the vocabulary. (That token stands in the prompt anyway, before each image.)"""
+    """Logits processors, of which the library's own get prompts without placeholders.
+
+    A placeholder's id may lie beyond the vocabulary. The library's processors see the token that opens an image in its
+    place, which is in the prompt in any case, before each image.
+    """
 
     placeholder: int
     boi_token_id: int
@@ -76,16 +80,21 @@ class UniTokGenerationMixin(GenerationMixin):
     """`generate` in three modes: "text" (the default), "image" and "interleaved"."""
 
     def generate(self, inputs: torch.Tensor | None = None, *args, generation_mode: str = "text", **kwargs):
-        """Generates text, or the codes of one image for each prompt, or text with images in it.
+        """Generate text, the codes of one image for each prompt, or text with images.
 
         Args:
             inputs: prompt ids (B, T), also as `input_ids=`.
-            generation_mode: "text": transformers' own `generate`, with all its options.
-                "image": `generate_image_codes`, with the options named there.
-                "interleaved": `generate_interleaved`, with the options named there.
+            args: of the mode's method.
+            generation_mode: "text" for transformers' own `generate`, "image" for `generate_image_codes`, "interleaved"
+                for `generate_interleaved`.
+            kwargs: of the mode's method.
+
+        Returns:
+            "text": as transformers. "image": codes (B * num_return_sequences, K, L), int64. "interleaved": a
+            `UniTokInterleavedOutput`.
 
         Raises:
-            ValueError: another mode.
+            ValueError: another mode; see the mode's method.
         """
         if generation_mode == "image":
             with streamers_told(kwargs.get("streamer")):
@@ -104,8 +113,11 @@ class UniTokGenerationMixin(GenerationMixin):
             return super().generate(inputs, *args, **kwargs)
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
-        """Embeds the images once, before the prompt is gone through: pixels, codes, or those of a model that this one
-        drafts for, whose embeddings are its own."""
+        """Embed the images once, before the prompt's first pass.
+
+        The images come as pixels, as codes, or as features of the model that this one drafts for. The codes of the latter
+        are embedded again, by this model.
+        """
         images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
         given = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
         if images and given is not None:
@@ -117,8 +129,11 @@ class UniTokGenerationMixin(GenerationMixin):
         return model_kwargs
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, cache=None, **kwargs):
-        """As the library's, which never takes a draft model's pass over the prompt for its first, and drops the images;
-        and without the tokenizers for `stop_strings` and for drafts, which it would hand to the model."""
+        """Prepare the inputs of a step, as the library does, with two corrections.
+
+        The library does not recognise a draft model's first pass over the prompt, and drops its images. It also passes the
+        tokenizers for `stop_strings` and for drafts to the model.
+        """
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
         if kwargs.get("mm_encoder_outputs") and cache is not None and not is_used(cache):
@@ -131,7 +146,7 @@ class UniTokGenerationMixin(GenerationMixin):
         return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """As the library's, which would drop images that no row has room for."""
+        """Expand the inputs, as the library does. It would drop images without placeholders; they are an error here."""
         images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
         if images is not None:
             self.images_per_sample(input_ids, *images.pooler_output.shape[:2])
@@ -140,7 +155,7 @@ class UniTokGenerationMixin(GenerationMixin):
     def _get_logits_processor(
         self, generation_config, *args, encoder_input_ids=None, **kwargs
     ) -> UniTokLogitsProcessorList:
-        """The library's, none of which meets a placeholder; and none of them chooses one, whatever the config says."""
+        """Return the library's processors. They see no placeholder and never choose one."""
         placeholder, boi = self.config.image_token_id, self.config.boi_token_id
         if encoder_input_ids is not None:
             encoder_input_ids = encoder_input_ids.masked_fill(encoder_input_ids == placeholder, boi)
@@ -153,13 +168,16 @@ class UniTokGenerationMixin(GenerationMixin):
         return processors
 
     def set_image_generation(self, **options) -> None:
-        """Makes these the drawing's own defaults, in the generation config that the model is saved with.
+        """Set the model's defaults of drawing, in the generation config that is saved with it.
 
         Args:
-            options: the first six of `UniTokDrawingOptions`.
+            options: any of the first six of `UniTokDrawingOptions`.
 
         Raises:
-            ValueError: another option, or one out of its range.
+            ValueError: another option, or one outside its range.
+
+        Example:
+            >>> model.set_image_generation(guidance_scale=2.0, top_k=50)
         """
         config = copy.deepcopy(self.generation_config)
         config.image_generation = options
@@ -180,8 +198,12 @@ class UniTokGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         **options,
     ) -> tuple[UniTokDrawingOptions, UniTokGuidance, torch.Tensor]:
-        """What a drawing starts from: its options, its prompts as one batch, and the noise that chooses its codes,
-        (B * num_return_sequences, positions, K). Arguments and errors are those of `generate_image_codes`."""
+        """Prepare a drawing. Arguments and errors are those of `generate_image_codes`.
+
+        Returns:
+            Its options, its prompts as one batch, and the noise that chooses its codes,
+            (B * num_return_sequences, positions, K).
+        """
         if unconditional_input_ids is None and self.config.unconditional_prompt_ids is not None:
             unconditional_input_ids = input_ids.new_tensor([self.config.unconditional_prompt_ids])
         others = {
@@ -218,35 +240,39 @@ class UniTokGenerationMixin(GenerationMixin):
         parts: UniTokDrawingParts | None = None,
         **options,
     ) -> torch.Tensor:
-        """Draws one image for each prompt, or `num_return_sequences` of them.
+        """Draw one image, or `num_return_sequences` images, for each prompt.
 
         Args:
-            input_ids, attention_mask: (B, T), prompts that end with the token that opens an image, padded on the left.
-            unconditional_input_ids, unconditional_attention_mask: (1 or B, T'), the prompts that guidance leads away
-                from, without images or with those of `input_ids`; the processor makes them. Looked at only with a
-                `guidance_scale` above 1. Without them (and without the config's `unconditional_prompt_ids`), the
-                model's own `guidance_scale` is left out, and one that the call asks for is an error.
-            text_alone_input_ids, text_alone_attention_mask: (1 or B, T''), the same for `image_guidance_scale`: the
-                prompts without their images.
-            pixel_values, image_codes: images that the prompts hold, see `UniTokMLLMForConditionalGeneration.embed`.
+            input_ids: (B, T), prompts that end with the token that opens an image, padded on the left.
+            attention_mask: (B, T), 0 for padding.
+            unconditional_input_ids: (1 or B, T'), the null prompts of guidance, without images or with those of
+                `input_ids`; the processor makes them. Used only with a `guidance_scale` above 1. Without them (and
+                without the config's `unconditional_prompt_ids`), the model's own `guidance_scale` is ignored, and one
+                that the call asks for is an error.
+            unconditional_attention_mask: (1 or B, T').
+            text_alone_input_ids: (1 or B, T''), the null prompts of `image_guidance_scale`: the prompts without their
+                images.
+            text_alone_attention_mask: (1 or B, T'').
+            pixel_values: (N, 3, H, W), images in the prompts, see `UniTokMLLMForConditionalGeneration.embed`.
+            image_codes: (N, K, L), instead of pixels.
             generation_config: options of the drawing, see `UniTokDrawingOptions.resolve`.
-            logits_processor: change the logits before each code is chosen, see `UniTokCodeSampler`. With any, no step is
+            logits_processor: processors of the logits of each code, see `UniTokCodeSampler`. With any, no step is
                 recorded as a CUDA graph.
-            stopping_criteria: asked after each position with the codes so far, (B * num_return_sequences, l * K), and
-                None for scores; the drawing ends early where all its rows have been stopped.
-            streamer: shown the codes so far after each position; it may stop the drawing.
+            stopping_criteria: called after each position with the codes so far, (B * num_return_sequences, l * K), and
+                None for scores. The drawing ends early when all its rows have been stopped.
+            streamer: gets the codes so far after each position, and may stop the drawing.
             progress: show a progress bar.
             parts: `prepare_drawing(model)`, made once for several drawings; None to make them for this one.
-            options: those of `UniTokDrawingOptions`: `guidance_scale`, `temperature`, `seed` ... What is left out (or None)
-                is taken from `generation_config`, then from `image_generation` in the model's own generation config.
+            options: those of `UniTokDrawingOptions`: `guidance_scale`, `temperature`, `seed` ... Options left out (or None)
+                come from `generation_config`, then from `image_generation` in the model's own generation config.
 
         Returns:
-            (B * num_return_sequences, K, L), int64, the samples of a prompt side by side; fewer than L positions where
-            the streamer or the criteria stopped it (which `decode_images` refuses).
+            (B * num_return_sequences, K, L), int64, the samples of a prompt next to each other. A drawing that the
+            streamer or the criteria stopped has fewer than L positions; `decode_images` refuses it.
 
         Raises:
-            ValueError: an option out of its range, a prompt that does not end with the token that opens an image, or
-                guidance without an unconditional prompt.
+            ValueError: an option outside its range, a prompt that does not end with the token that opens an image, or
+                guidance without a null prompt.
             TypeError: an option that drawing does not know.
         """
         options, guidance, noise = self.drawing_inputs(
@@ -276,7 +302,7 @@ class UniTokGenerationMixin(GenerationMixin):
         with tqdm(total=num_positions, desc="drawing", disable=not progress, leave=False) as bar:
             while True:
                 if progress and input_ids.device.type == "cuda":
-                    torch.cuda.synchronize(input_ids.device)  # or the bar would run ahead
+                    torch.cuda.synchronize(input_ids.device)  # otherwise the bar would run ahead
                 bar.update()
                 is_stopped = streamer is not None and streamer.put(torch.stack(groups, dim=2))
                 if criteria:
@@ -301,27 +327,34 @@ class UniTokGenerationMixin(GenerationMixin):
         streamer=None,
         **text_options,
     ) -> UniTokInterleavedOutput:
-        """Text by the library's own loop; where the model opens an image, it draws one and goes on behind it.
+        """Generate text by the library's own loop, and draw an image wherever the model opens one.
 
-        The prompts are gone through one after another: what follows each of them differs in length.
+        The prompts are processed one after another, since their answers differ in length.
 
         Args:
-            input_ids, attention_mask, pixel_values, image_codes: prompts (B, T), padded on the left, and their images.
-            unconditional_input_ids, unconditional_attention_mask: (1 or B, T'), see `generate_image_codes`.
-            max_new_tokens: text tokens at most for each prompt; images do not count. None for 256.
-            max_images: images at most for each prompt; then no other can be opened.
-            image_options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `seed` ... The n-th image
-                of a prompt is drawn with the seed plus n. What is left out is as in `generate_image_codes`; a call's
-                `generation_config` may have it as `image_generation`. Its `streamer` is shown all the images; one that stops a
-                drawing ends the answer before that image.
-            generation_config, text_options: of transformers' `generate`, as far as they are in
-                `interleaved_unitok.TEXT_OPTIONS`. They mean the whole answer: `min_new_tokens` counts all its text,
-                `max_time` passes while images are drawn (but one that is begun is finished).
-            streamer: shown the text of the answer to a single prompt, up to each image and on behind it.
+            input_ids: (B, T), prompts, padded on the left.
+            attention_mask: (B, T), 0 for padding.
+            unconditional_input_ids: (1 or B, T'), see `generate_image_codes`.
+            unconditional_attention_mask: (1 or B, T').
+            pixel_values: (N, 3, H, W), images in the prompts.
+            image_codes: (N, K, L), instead of pixels.
+            max_new_tokens: text tokens for each prompt, at most; images do not count. None for 256.
+            max_images: images for each prompt, at most. After that the model cannot open another one.
+            image_options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `seed` ... Image n of a
+                prompt (from 0) is drawn with the seed plus n. Options left out are as in `generate_image_codes`; a
+                call's `generation_config` may have them as `image_generation`. Their `streamer` gets all images. If it
+                stops a drawing, the answer ends before that image.
+            generation_config: options of transformers' `generate` that are in `interleaved_unitok.TEXT_OPTIONS`.
+            streamer: gets the text of the answer to a single prompt, before and after each image.
+            text_options: the same options as arguments. They apply to the whole answer: `min_new_tokens` counts all its
+                text. `max_time` includes the drawings, of which a started one is finished.
+
+        Returns:
+            The new ids and the codes of the drawn images, for each prompt.
 
         Raises:
-            ValueError: see `generate_image_codes`; `max_new_tokens` or `max_images` out of its range; an option that is
-                not taken, which is named; a `streamer` for several prompts.
+            ValueError: see `generate_image_codes`; `max_new_tokens` or `max_images` outside its range; an option that
+                this mode does not take, which is named; a `streamer` for several prompts.
         """
         image_options = dict(image_options or {})
         with streamers_told(streamer, image_options.get("streamer")):
@@ -382,7 +415,7 @@ class UniTokGenerationMixin(GenerationMixin):
             return output
 
     def _interleave_one(self, sequence, known_codes, max_images, config, end, options, image_options, parts):
-        """One prompt (1, T) and its images -> prompt and answer (1, T'), and the codes drawn (N, K, L)."""
+        """Answer one prompt (1, T) with its images. Returns prompt and answer (1, T'), and the drawn codes (N, K, L)."""
         boi, eoi, placeholder = self.config.boi_token_id, self.config.eoi_token_id, self.config.image_token_id
         suppressed = [*(self.generation_config.suppress_tokens or []), *(config.suppress_tokens or [])]
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -423,7 +456,7 @@ class UniTokGenerationMixin(GenerationMixin):
                     **image_options,
                 )
             if new is None or new.shape[-1] < self.config.num_image_positions:
-                sequence = sequence[:, :-1]  # an image that is not there is not opened either
+                sequence = sequence[:, :-1]  # without its image, the opening token goes too
                 break
             drawn = torch.cat([drawn, new])
             image = sequence.new_tensor([*[placeholder] * new.shape[-1], eoi])
@@ -431,7 +464,7 @@ class UniTokGenerationMixin(GenerationMixin):
         return sequence, drawn
 
     def _noise(self, options: UniTokDrawingOptions, num_prompts: int, num_positions: int) -> torch.Tensor:
-        """What the codes are chosen by, (prompts * num_return_sequences, positions, K): zeros where they are greedy."""
+        """Draw the noise of the codes, (prompts * num_return_sequences, positions, K); zeros for greedy drawings."""
         shape = (num_positions, self.depth_head.num_codebooks)
         if not options.do_sample:
             return torch.zeros(num_prompts * options.num_return_sequences, *shape)
@@ -449,11 +482,12 @@ class UniTokGenerationMixin(GenerationMixin):
         return seeds
 
     def _image_prompt(self, input_ids, attention_mask, num_positions):
-        """Prompts (B, T) that all open an image, and their mask; where none does, with the config's `image_prompt_ids`
-        behind them.
+        """Return prompts (B, T) that all open an image, and their mask.
+
+        If none of the prompts does, the config's `image_prompt_ids` are appended.
 
         Raises:
-            ValueError: some do not, or there is no room for an image.
+            ValueError: only some prompts open an image, or there is no room for an image.
         """
         boi, ids = self.config.boi_token_id, self.config.image_prompt_ids
         if ids is not None and not (input_ids[:, -1] == boi).any():
@@ -470,9 +504,10 @@ class UniTokGenerationMixin(GenerationMixin):
         return input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask
 
     def _check_room(self, input_ids: torch.Tensor, num_positions: int) -> None:
-        """
+        """Check that prompts (B, T) and `num_positions` more fit into the LLM's positions.
+
         Raises:
-            ValueError: the prompts (B, T) and what shall follow do not fit into the LLM.
+            ValueError: they do not fit.
         """
         most = self.config.llm_sizes.max_positions
         if most is not None and input_ids.shape[1] + num_positions > most:
@@ -482,7 +517,7 @@ class UniTokGenerationMixin(GenerationMixin):
             )
 
     def _guidance(self, inputs_embeds, image_codes, attention_mask, others, num_return_sequences) -> UniTokGuidance:
-        """The prompts beside those that guidance leads away from, by name: scale (1 for none), ids and mask."""
+        """Build the batch of prompts and null prompts. `others` has scale (1 for none), ids and mask by name."""
         branches, scales = [(inputs_embeds, attention_mask)], []
         for name, (scale, ids, mask) in others.items():
             if scale > 1:
@@ -491,7 +526,7 @@ class UniTokGenerationMixin(GenerationMixin):
         return UniTokGuidance(branches, scales, num_return_sequences)
 
     def _other_branch(self, name, input_ids, attention_mask, image_codes, batch):
-        """Embeddings and mask, a row for each prompt, of the prompts that a guidance leads away from."""
+        """Embed the null prompts of one guidance. Returns embeddings and mask, a row for each prompt."""
         if input_ids is None:
             scale_name = "guidance_scale" if name == "unconditional" else "image_guidance_scale"
             raise ValueError(

@@ -1,7 +1,7 @@
-"""Text and images to model inputs, and model outputs to text and pictures.
+"""The processor: text and images to model inputs, and model outputs to text and pictures.
 
-Each "<image>" in a text becomes what the model sees: the opening token, one placeholder for each image position, the
-closing token.  A chat template puts conversations into that form.
+Each "<image>" in a text becomes the opening token, one placeholder for each image position, and the closing token. A chat
+template converts conversations to such texts.
 """
 
 import re
@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_
 GENERATION_SUFFIX = " Generate an image based on this description."
 UNCONDITIONAL_PROMPT = "<unconditional>"
 
-# vicuna_v1 of the released model: turns end with " " and "</s>", the answers (marked as such) are what is learned.
+# vicuna_v1 of the released model: turns end with " " and "</s>". The answers are marked, since they are the targets.
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
@@ -88,15 +88,15 @@ _CHAT_TEMPLATE = """\
 
 
 def vicuna_chat_template(system: str = VICUNA_SYSTEM, image_token: str = "<image>") -> str:
-    """The vicuna_v1 chat template.
+    """Make the vicuna_v1 chat template.
 
     It knows the roles system and its newer name developer (before all other turns), user and assistant (in any order),
     and the types of parts in `PART_TYPES`. Anything else in a conversation raises jinja's `TemplateError`, which names
     it.
 
     Args:
-        system: the line before a conversation that has no system turn; it ends with its separator.
-        image_token: stands where an image goes.
+        system: text before a conversation without a system turn, with its separator at the end.
+        image_token: marks the place of an image.
     """
     settings = {
         "text_types": [name for name, kind in PART_TYPES.items() if kind == "text"],
@@ -108,17 +108,24 @@ def vicuna_chat_template(system: str = VICUNA_SYSTEM, image_token: str = "<image
 
 
 class UniTokMLLMProcessor(ProcessorMixin):
-    """An image processor and a text tokenizer for `UniTokMLLMForConditionalGeneration`.
+    """The processor of `UniTokMLLMForConditionalGeneration`: an image processor and a text tokenizer.
 
     Args:
-        image_processor: a `UniTokImageProcessor`; its size fixes how many positions an image has.
-        tokenizer: the LLM's tokenizer. An image token it lacks is added (the LLM needs no row for it).
+        image_processor: a `UniTokImageProcessor`. Its size determines L, the positions of an image.
+        tokenizer: the LLM's tokenizer. A missing image token is added; the LLM needs no row for it.
         chat_template: a Jinja template; None for vicuna_v1.
-        boi_token, eoi_token: the tokens that open and close an image; they must be in the vocabulary.
+        boi_token: the token that opens an image; it must be in the vocabulary.
+        eoi_token: the token that closes an image; it must be in the vocabulary.
         image_token: the placeholder, in texts and at image positions.
+        kwargs: not used; saved processors may have more settings.
 
     Raises:
         ValueError: `boi_token` or `eoi_token` is not in the vocabulary.
+
+    Example:
+        >>> processor = AutoProcessor.from_pretrained(folder)
+        >>> inputs = processor(text="<image> what color is the shape?", images=picture)
+        >>> inputs = processor(text=["a red circle", "a blue triangle"], generation_mode="image")
     """
 
     text_kwargs = {"padding": True, "return_tensors": "pt"}
@@ -152,7 +159,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
         )
 
     def config_token_ids(self) -> dict[str, int | list[int]]:
-        """The token ids that a `UniTokMLLMConfig` of this processor's model needs, `config_prompt_ids` included."""
+        """Return the token ids for the `UniTokMLLMConfig` of this processor's model, with `config_prompt_ids`."""
         return {
             "boi_token_id": self.boi_token_id,
             "eoi_token_id": self.eoi_token_id,
@@ -161,7 +168,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
         }
 
     def config_prompt_ids(self) -> dict[str, list[int]]:
-        """What a `UniTokMLLMConfig` needs for drawings of prompts that this processor did not make for an image."""
+        """Return the ids by which a model draws prompts that were not made for an image (those of pipelines)."""
         tokenizer = self.tokenizer
         return {
             "image_prompt_ids": tokenizer(GENERATION_SUFFIX + self.boi_token, add_special_tokens=False).input_ids,
@@ -169,7 +176,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
         }
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
-        """What servers ask before they make inputs: placeholders for each image of these sizes (height, width)."""
+        """Count the placeholders of images of these sizes (height, width), for servers, before inputs are made."""
         if image_sizes is None:
             return MultiModalData()
         size, stride = kwargs.get("size") or self.image_processor.size, self.image_processor.patch_size
@@ -178,7 +185,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(image_sizes))
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """What one image is in the text: opening token, L placeholders, closing token."""
+        """Return the text of one image: opening token, L placeholders, closing token."""
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         stride = self.image_processor.patch_size
         positions = (height // stride) * (width // stride)
@@ -193,23 +200,24 @@ class UniTokMLLMProcessor(ProcessorMixin):
         processor_kwargs: dict | None = None,
         **kwargs,
     ):
-        """As the library's, with three differences.
+        """Render or tokenize conversations, as the library does, with three differences.
 
-        A tokenized conversation begins with the BOS that the tokenizer adds, unless the template writes it, also where
-        the caller asks for no special tokens (trl does, for templates that write it). Parts may have the types of
-        OpenAI's interfaces ("input_text", "image_url", ...). Control tokens that texts spell are plain text.
+        - A tokenized conversation begins with the BOS that the tokenizer adds, unless the template writes it. This holds
+          also if the caller asks for no special tokens (trl does, for templates that write the BOS).
+        - Parts may have the types of OpenAI's interfaces ("input_text", "image_url", ...).
+        - Control tokens that texts spell are plain text.
 
         Args:
             conversation: turns, or a list of conversations.
             tokenize: return model inputs instead of text.
-            sanitize_control_tokens: encode "<image>" and all other special tokens that a text of the conversation spells
-                as plain text. None for yes where `tokenize` is set; a rendered text cannot tell them from the
-                template's own.
+            sanitize_control_tokens: encode special tokens that a text of the conversation spells, such as "<image>", as
+                plain text. None for yes with `tokenize`. A rendered text cannot tell them from the template's own.
             processor_kwargs: options of `__call__`.
-            args, kwargs: see the library.
+            args: see the library.
+            kwargs: see the library.
 
         Raises:
-            ValueError: the conversation is empty, or the template has no place for something in it (a role, a type of
+            ValueError: the conversation is empty, or the template cannot express something in it (a role, a type of
                 part, ...), which is named.
         """
         if not conversation:
@@ -231,10 +239,10 @@ class UniTokMLLMProcessor(ProcessorMixin):
             raise ValueError(str(error)) from error
 
     def _normalize_conversations(self, conversation) -> tuple[list[list[dict]], bool]:
-        """The library's, with each part as {"type": "text", "text": ...} or {"type": "image", ...}.
+        """Normalise conversations, as the library does, to parts of the types "text" and "image".
 
         Raises:
-            ValueError: a part of another type, or without its text or its address; names it.
+            ValueError: a part has another type, or no text or address; the message names it.
         """
         conversations, is_batched = super()._normalize_conversations(conversation)
         for messages in conversations:
@@ -278,7 +286,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
         return mark_control_tokens(text, re.compile(pattern or "(?!)"))
 
     def mark_conversation(self, messages: list[dict]) -> list[dict]:
-        """The turns as `mark_plain` gives them, where pictures come from aside."""
+        """Mark the turns of a conversation by `mark_plain`, except the sources of pictures."""
 
         def marked(value):
             if not isinstance(value, list):
@@ -291,11 +299,14 @@ class UniTokMLLMProcessor(ProcessorMixin):
         ]
 
     def encode_text(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
-        """The token ids of a text, and the characters (start, end) that each stands for.
+        """Encode a text. What `mark_plain` marked in it is encoded as plain text, without the marks.
 
         Args:
-            text: what `mark_plain` marked in it is encoded as plain text, without the marks.
-            add_special_tokens: begin with the BOS that the tokenizer adds, unless the text does.
+            text: with special tokens.
+            add_special_tokens: begin with the BOS that the tokenizer adds, unless the text begins with it.
+
+        Returns:
+            The token ids, and the range of characters (start, end) of each.
         """
         bos = self.tokenizer.bos_token
         if bos and text.startswith(bos) and self._adds_bos():
@@ -313,7 +324,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
         return ids, offsets
 
     def _encode_piece(self, text: str, is_plain: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """As `encode_text`, within a text: behind a line break, since SentencePiece begins each text with a space."""
+        """Encode a piece of a text. A line break goes before it, since SentencePiece begins each text with a space."""
         options = {"add_special_tokens": False, "split_special_tokens": is_plain, "return_offsets_mapping": True}
         line_break = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
         encoding = self.tokenizer("\n" + text, **options)
@@ -334,7 +345,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
             raise ValueError("text is an empty list.")
         options = {**kwargs, **kwargs.get("text_kwargs", {})}
         if text and options.get("add_special_tokens", True) and self._adds_bos():
-            written = re.compile(f"^(?:{re.escape(self.tokenizer.bos_token)})+")  # by a chat template, say
+            written = re.compile(f"^(?:{re.escape(self.tokenizer.bos_token)})+")  # for example by a chat template
             text = [written.sub("", sample) for sample in text]
         return images, text, *others
 
@@ -364,28 +375,30 @@ class UniTokMLLMProcessor(ProcessorMixin):
         generation_mode: str | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """Makes model inputs.
+        """Make model inputs.
 
         Args:
-            images: all images of the texts in order, flat or one list for each text; whatever the image processor
+            images: all images of the texts in order, flat or one list for each text, in any form that the image processor
                 takes.
-            text: one text or several, with "<image>" where an image goes. In image mode, a description each.
-            generation_mode: "text", or None: `input_ids`, `attention_mask` and `pixel_values` for an answer.
-                "image": prompts that end where the image begins, and `unconditional_input_ids` and
-                `unconditional_attention_mask` for guidance.
-                "interleaved": as "text", with `unconditional_...` too, for the images of the answer.
-                "edit": the same as "image" from images and an instruction for each text: a turn of the chat template that an
-                image answers. For guidance, `unconditional_...` hold the images with the null prompt, and
-                `text_alone_...` the instructions without images.
-            sanitize_control_tokens: encode all special tokens that a description or an instruction spells as plain
-                text. None for yes, but in image mode "<image>" is a place for an image where there are images. The
-                other two modes take prompts, whose tokens are tokens: there it means that `apply_chat_template` has
-                marked what is plain text.
+            text: one text or several, with "<image>" at the place of an image. In image mode, each is a description; in
+                edit mode, an instruction.
+            generation_mode: "text" or None for an answer, "image" for a drawing, "interleaved" for an answer with images,
+                "edit" for a changed image.
+            sanitize_control_tokens: encode special tokens that a description or an instruction spells as plain text. None
+                for yes; but in image mode with images, "<image>" is the place of an image. The other two modes take
+                prompts, whose special tokens are tokens. There it means that `apply_chat_template` has marked the plain
+                text.
             kwargs: options of the tokenizer and the image processor.
 
+        Returns:
+            `input_ids` and `attention_mask` (B, T), and with images `pixel_values` (N, 3, H, W). In image and edit mode
+            the prompts end where the image begins. All modes but "text" add `unconditional_input_ids` and
+            `unconditional_attention_mask`, the null prompts of guidance; in edit mode these have the images. Edit mode
+            also adds `text_alone_input_ids` and `text_alone_attention_mask`, the instructions without images.
+
         Raises:
-            ValueError: another mode, no text (in image mode) or an empty list of texts, images and placeholders that do not pair up, or a
-                `max_length` that would cut through an image.
+            ValueError: another mode, no text (in image mode), an empty list of texts, images and placeholders that do not
+                match, or a `max_length` that would cut through an image.
         """
         sanitize_control_tokens = kwargs.pop("sanitize_control_tokens", None)
         if generation_mode in (None, "text"):
@@ -410,7 +423,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
         )
 
     def _encode(self, images, text, is_marked: bool | None = False, **kwargs) -> BatchFeature:
-        """The library's call, but with offsets, truncation and the BOS also where texts have plain tokens (marked)."""
+        """Encode as the library does; offsets, truncation and the BOS also work for texts with marked plain tokens."""
         texts = [text] if isinstance(text, str) else text
         if not is_marked or not texts or not any(MARKED.search(one) for one in texts):
             return super().__call__(images=images, text=text, **kwargs)
@@ -464,17 +477,17 @@ class UniTokMLLMProcessor(ProcessorMixin):
         return BatchFeature(dict(inputs))
 
     def edit_prompt(self, instruction: str, num_images: int) -> str:
-        """The user's turn, images first, up to where the image that answers it begins."""
+        """Return the prompt of an edit: the user's turn, images first, up to the beginning of the answering image."""
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": instruction}]
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "image"}]}]
         return self.apply_chat_template(turns).rsplit(self.image_token, 1)[0] + self.boi_token
 
     def image_prompt(self, description: str) -> str:
-        """The prompt whose continuation is an image of what `description` says."""
+        """Return the prompt of a drawing, up to the beginning of the image."""
         return description + GENERATION_SUFFIX + self.boi_token
 
     def image_sample(self, description: str | None) -> str:
-        """A training text: an image drawn from its description, or from the null prompt where that is None."""
+        """Return the training text of an image after its description, or after the null prompt if that is None."""
         prompt = UNCONDITIONAL_PROMPT if description is None else description + GENERATION_SUFFIX
         return prompt + self.image_token + self.tokenizer.eos_token
 
@@ -485,16 +498,18 @@ class UniTokMLLMProcessor(ProcessorMixin):
         generation_mode: str | None = None,
         **kwargs,
     ) -> list[str] | list[Image.Image]:
-        """Token ids (B, T) to texts, or decoded pixels to pictures, or both to the parts of answers.
+        """Convert token ids to texts, decoded pixels to pictures, or both to the parts of answers.
 
         Args:
-            generated_outputs: token ids; with `generation_mode="image"` pixels (B, 3, H, W); with "interleaved" what
-                `generate` returned.
-            pixel_values: with "interleaved", the decoded images of each answer, (N, 3, H, W) each.
+            generated_outputs: token ids (B, T); with `generation_mode="image"` pixels (B, 3, H, W) in [-1, 1]; with
+                "interleaved" the output of `generate`.
+            skip_special_tokens: leave special tokens out of texts.
+            generation_mode: None or "text", "image" or "interleaved".
+            kwargs: with "interleaved" `pixel_values`, the decoded images of each answer, (N, 3, H, W) each.
 
         Returns:
-            Texts; or pictures; or for each answer what a conversation's `content` holds: {"type": "text", "text": ...}
-            and {"type": "image", "image": ...} in order.
+            Texts, or pictures. With "interleaved", for each answer the `content` of a conversation's turn:
+            `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`, in order.
         """
         if generation_mode == "image":
             return self.image_processor.post_process(generated_outputs)
@@ -505,7 +520,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
         )
 
     def _parts(self, sequence: torch.Tensor, pixel_values: torch.Tensor) -> list[dict]:
-        """An answer's ids (T,) and its images (N, 3, H, W) -> its texts and pictures in order."""
+        """Convert an answer's ids (T,) and its images (N, 3, H, W) to its texts and pictures, in order."""
         pictures = iter(self.image_processor.post_process(pixel_values)) if len(pixel_values) else iter(())
         parts, words = [], []
         for token in [*sequence.tolist(), self.boi_token_id]:
