@@ -55,6 +55,7 @@ from unitok_mllm import (
     UniTokVisionConfig,
     cli,
     image_processing_unitok,
+    inference,
 )
 from unitok_mllm.image_processing_unitok import load_image
 
@@ -378,7 +379,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder):
     ],
 )
 def test_a_hostile_chat_template_ends_in_one_line(folder, monkeypatch, template, message):
-    monkeypatch.setattr(cli, "TEMPLATE_SECONDS", 1)
+    monkeypatch.setattr(inference, "TEMPLATE_SECONDS", 1)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     assert message in failure("generate", "red", "--model", folder)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from unitok_mllm import drawing_unitok
+from unitok_mllm import fast_drawing_unitok
 from unitok_mllm.packing_unitok import UniTokPackedLinear, pack_linears
 
 
@@ -108,7 +108,7 @@ def test_a_model_with_an_adapter_draws_the_codes_of_its_plain_layers(lively_mllm
         return packed[-1]
 
     def draw(pack):
-        monkeypatch.setattr(drawing_unitok, "pack_linears", pack)
+        monkeypatch.setattr(fast_drawing_unitok, "pack_linears", pack)
         return model.generate(**inputs, generation_mode="image", do_sample=False)
 
     assert torch.equal(draw(pack), draw(lambda module: module))
