@@ -56,7 +56,7 @@ def main(
     share: Annotated[float, typer.Option(help="Only this share, in this process; 0: all of them.")] = 0.0,
     runs: Annotated[int, typer.Option(help="Steps to take the median of.")] = 3,
 ) -> None:
-    """Prints one JSON line for each share."""
+    """Print one JSON line for each share."""
     if share:
         print(json.dumps(measure(share, runs)), flush=True)
         return

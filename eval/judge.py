@@ -95,7 +95,7 @@ def train_judge(
     learning_rate: float = 4e-3,
     seed: int = 0,
 ) -> Judge:
-    """Trains a judge from scratch on a CPU; the same seed gives the same judge.
+    """Train a judge from scratch on a CPU; the same seed gives the same judge.
 
     Args:
         pixels: (N, 3, 64, 64) in [-1, 1].
@@ -122,7 +122,7 @@ def train_judge(
 
 
 def save_judge(model: Judge, path: str | Path) -> None:
-    """Writes the weights as safetensors."""
+    """Write the weights as safetensors."""
     write_atomically(path, save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
 
 
@@ -157,7 +157,7 @@ def judge_accuracy(model: Judge, pixels: torch.Tensor, labels: torch.Tensor) -> 
 
 
 def make_judge(path: str | Path, epochs: int = EPOCHS, seed: int = 0) -> Judge:
-    """Trains a judge on the train split, prints its accuracy on the test split, and saves it."""
+    """Train a judge on the train split, print its accuracy on the test split, and save it."""
     train, test = load("train"), load("test")
     model = train_judge(load_pixels(train), load_labels(train), epochs=epochs, seed=seed)
     accuracy = judge_accuracy(model, load_pixels(test), load_labels(test))

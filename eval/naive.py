@@ -117,7 +117,7 @@ def draw(
     guidance_scale: float,
     num_positions: int,
 ) -> torch.Tensor:
-    """Draws greedily with guidance, everything anew at each position.
+    """Draw greedily with guidance, and compute everything again at each position.
 
     Args:
         depth: see `depth_llama`.

@@ -418,7 +418,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Its heading.")] = "Measured and published",
 ) -> None:
-    """Writes one HTML page of results, beside what was published."""
+    """Write one HTML page of results, beside what was published."""
     page = make_report(results, title)
     write_atomically(output, page.encode())
     print(f"{len(results)} results are in {output}")

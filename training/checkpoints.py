@@ -1,4 +1,4 @@
-"""Checkpoints of a run: those written to the end, and the newest whose files are whole."""
+"""Checkpoints of a run: find the newest whose files are whole."""
 
 import json
 import logging
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_files(folder: str | os.PathLike) -> None:
-    """Finds out whether the files of a checkpoint are as long as they say themselves; nothing of them is loaded.
+    """Check that the files of a checkpoint have the lengths that their headers state, without loading them.
 
     Raises:
-        ValueError: one is not; it is named.
+        ValueError: a file is truncated or unreadable; the message names it.
     """
     for path in sorted(Path(folder).rglob("*")):
         try:
@@ -34,10 +34,17 @@ def check_files(folder: str | os.PathLike) -> None:
 
 
 def newest_checkpoint(output_dir: str | Path, last_file: str) -> Path | None:
-    """The newest of `whole_checkpoints` whose files are whole as well; those that are not are named in the log.
+    """Find the newest of `whole_checkpoints` whose files are whole. Broken ones are named in the log.
+
+    Args:
+        output_dir: of the run.
+        last_file: the file that is written last, see `whole_checkpoints`.
+
+    Returns:
+        Its folder; None without any checkpoint.
 
     Raises:
-        ValueError: there are some, and all are broken; the newest is named.
+        ValueError: all checkpoints are broken; the message names the newest.
     """
     checkpoints = [*whole_checkpoints(output_dir, last_file).values()]
     newest_error = None

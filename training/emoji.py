@@ -104,7 +104,7 @@ def read_table(folder: str | os.PathLike) -> list[Emoji]:
 
 
 def write_images(emoji: list[Emoji], packages: str | os.PathLike, folder: str | os.PathLike) -> None:
-    """Writes every emoji as PNG on white, to `folder / emoji.image`."""
+    """Write every emoji as PNG on white, to `folder / emoji.image`."""
     packages, folder = Path(packages), Path(folder)
     for style in STYLES:
         wanted = {f"package/img/{style}/64/{e.file}": folder / e.image for e in emoji if e.style == style}

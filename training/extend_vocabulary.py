@@ -1,10 +1,10 @@
-"""Gives a model with a byte-level BPE more tokens, for the words of new texts; all it has learned stays.
+"""Give a model with a byte-level BPE more tokens, for the words of new texts, without changing what it has learned.
 
     python -m training.extend_vocabulary unitok_mllm/checkpoints/tiny runs/tiny-extended \
         --captions runs/data/emoji/train_captions.jsonl --vocab-size 2048
 
-The merges go on where those of the tokenizer ended, so that old tokens keep their numbers. A new token's embedding, in
-the LLM and in the visual tokenizer's text tower, starts as the mean of those of the old tokens that spell it.
+New merges follow those of the tokenizer, so that old tokens keep their ids. A new token's embedding, in the LLM and in the
+visual tokenizer's text tower, starts as the mean of the embeddings of the old tokens that spell it.
 """
 
 import json
@@ -24,7 +24,7 @@ from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
 
 def merge(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    """The pieces of a word with every occurrence of a pair, from the left, joined into one."""
+    """Join every occurrence of a pair in the pieces of a word, from the left."""
     merged, i = [], 0
     while i < len(pieces):
         joins = pieces[i : i + 2] == pair
@@ -34,10 +34,15 @@ def merge(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with further merges of the most frequent pairs of tokens in the texts (ties: in alphabetical order).
+    """Extend a BPE by merges of the most frequent pairs of tokens in texts (ties in alphabetical order).
+
+    Args:
+        tokenizer: a byte-level BPE.
+        texts: the texts to count in.
+        vocab_size: tokens afterwards, at most.
 
     Returns:
-        One with `vocab_size` tokens, or fewer where every word of the texts has become one token.
+        A tokenizer with `vocab_size` tokens, or fewer if every word of the texts has become one token.
 
     Raises:
         ValueError: it is not a BPE, or has as many tokens already.
@@ -67,7 +72,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str], vocab
 
 
 def extend_embeddings(model: PreTrainedModel, spellings: dict[int, list[int]]) -> None:
-    """Sets the embedding of each new token to the mean of those of the tokens that spell it."""
+    """Set the embedding of each new token to the mean of those of the tokens that spell it."""
     if max(spellings) >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(max(spellings) + 1, mean_resizing=False)
     for embeddings in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
@@ -86,7 +91,7 @@ def main(
     captions: Annotated[list[Path], typer.Option(help="JSONL files with a caption a line; may be given again")],
     vocab_size: Annotated[int, typer.Option(help="tokens afterwards, at most")] = 2048,
 ) -> None:
-    """Writes MODEL, an MLLM's folder, to FOLDER, with tokens for the words of the captions."""
+    """Write MODEL, an MLLM's folder, to FOLDER, with tokens for the words of the captions."""
     check_source("MODEL", model)
     mllm = UniTokMLLMForConditionalGeneration.from_pretrained(model)
     processor = UniTokMLLMProcessor.from_pretrained(model)

@@ -1,4 +1,4 @@
-"""Adds a trained LoRA adapter, and the parts trained along with it, into the weights of its base model.
+"""Merge a trained LoRA adapter, and the parts trained with it, into the weights of its base model.
 
 python -m training.merge_lora runs/vqa/adapter runs/vqa/merged
 """
@@ -21,7 +21,7 @@ app = script_app(help=__doc__)
 
 
 def load_with_adapter(adapter: str | os.PathLike, base: str = "") -> PeftModel:
-    """The base model under its adapter, in float32; `base` as the adapter names it, unless given."""
+    """Load the base model with its adapter, in float32. `base` overrides the base model that the adapter names."""
     adapter = Path(adapter)
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     return PeftModel.from_pretrained(UniTokMLLMForConditionalGeneration.from_pretrained(base), adapter).eval()
@@ -34,7 +34,7 @@ def merge_lora(
     base: str = typer.Option("", help="folder of the base model, instead of the one that the adapter names"),
     dtype: str = typer.Option("float16", help="that the weights are stored in"),
 ) -> None:
-    """Writes base + ADAPTER to FOLDER, for AutoModelForImageTextToText and AutoProcessor, without peft."""
+    """Write base + ADAPTER to FOLDER, for AutoModelForImageTextToText and AutoProcessor, without peft."""
     if not (adapter / "adapter_config.json").is_file():
         raise typer.BadParameter(f"{adapter} holds no adapter (adapter_config.json)")
     if dtype not in FLOAT_TYPES:

@@ -288,7 +288,7 @@ def read_card(folder: str | os.PathLike) -> ModelCard | None:
 
 
 def write_release_card(folder: str | os.PathLike, place: str | os.PathLike, run: TrainingRun | None = None) -> None:
-    """Writes the card of a folder that will be put in the place of another, whose hand-written card goes along."""
+    """Write the card of a folder that will be put in the place of another, whose hand-written card goes along."""
     folder, place = Path(folder), Path(place)
     try:
         read_card(place)
@@ -441,7 +441,7 @@ def evaluation_section(measured: dict[str, tuple[list[EvalResult], str]]) -> str
 def update_card(
     folder: str | os.PathLike, results: Iterable[str | os.PathLike], metadata: dict[str, Any] | None = None
 ) -> None:
-    """Writes results into a folder's card, in place of those it had; without results, only the metadata.
+    """Write results into a folder's card, in place of those it had; without results, only the metadata.
 
     A result that cannot be used is named in the log and left out.
 
@@ -473,7 +473,7 @@ def update_card(
 
 
 def push_release(folder: str | os.PathLike, name: str, private: bool | None = None, token: str | None = None) -> str:
-    """Uploads a folder, card and all, in one commit; returns its address.
+    """Upload a folder, card and all, in one commit; returns its address.
 
     Raises:
         ValueError: it has no card.

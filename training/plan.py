@@ -1,12 +1,12 @@
-"""Plans a training before any GPU is booked: parameters, FLOPs, memory under each ZeRO stage, days.
+"""Plan a training before any GPU is booked: parameters, FLOPs, memory under each ZeRO stage, days.
 
     python -m training.plan tokenizer --preset large --samples 1.28e9 --gpus 256
     python -m training.plan mllm --llm llama-2-7b --visual large --samples 60e6 --gpus 64 --text-length 128
     python -m training.plan check
 
-Models are built without memory, and one training step runs on tensors that have shapes and no values; a counter sums up
-the FLOPs of its matrix products and convolutions, forward and backward (attention without a mask's savings, as MFU is
-usually defined). `check` compares such predictions with steps that really run.
+Models are built without memory, and one training step runs on tensors with shapes but without values. A counter adds up the
+FLOPs of its matrix products and convolutions, forward and backward. Attention counts without a mask's savings, as MFU is
+usually defined. `check` compares such predictions with real steps.
 
 Memory per GPU = model states + activations:
 
@@ -93,18 +93,19 @@ MLLM_PARTS = {
 
 @dataclass
 class Run:
-    """How much is trained, and on what.
+    """The amount of training, and its hardware.
 
     Args:
         samples: of the whole training.
-        gpus, gpus_per_node: all GPUs, and those of one machine.
+        gpus: all GPUs.
         gpu_memory: GiB of one GPU.
         gpu_flops: FLOP/s of one GPU, by its data sheet (989e12: bf16 of an H100 SXM without sparsity).
-        mfu: share of `gpu_flops` that training achieves, with what gradient checkpointing computes again counted as work.
+        mfu: share of `gpu_flops` that the training achieves. The recomputation of gradient checkpointing counts as work.
         batch_per_gpu: samples in one step of one GPU.
+        gpus_per_node: GPUs of one machine.
 
     Raises:
-        ValueError: a value that is no finite number above 0, an MFU above 1, or machines that are not full.
+        ValueError: a value that is not a finite number above 0, an MFU above 1, or machines that are not full.
     """
 
     samples: float
@@ -126,16 +127,17 @@ class Run:
             raise ValueError(f"gpus ({self.gpus}) is not a multiple of gpus_per_node ({self.gpus_per_node}).")
 
     def days(self, flops_per_sample: float) -> float:
-        """Days until all samples are through, at so many FLOPs each."""
+        """Compute the days of the whole training, at `flops_per_sample`."""
         return self.samples * flops_per_sample / (self.gpus * self.gpu_flops * self.mfu) / 86400
 
 
 @dataclass
 class Cost:
-    """What one sample costs.
+    """The cost of one sample.
 
     Attributes:
-        forward, backward: FLOPs; `backward` holds what gradient checkpointing computes again.
+        forward: FLOPs of the forward pass.
+        backward: FLOPs of the backward pass, with the recomputation of gradient checkpointing.
         activations: bytes kept for the backward pass.
         modules: forward FLOPs by the module's name.
     """
@@ -148,7 +150,7 @@ class Cost:
 
 @dataclass
 class Part:
-    """A row of the plan: parameters, and FLOPs of one sample; `step` where it is known for the part alone."""
+    """A row of the plan: parameters, and FLOPs of one sample; `step` only if it is known for the part alone."""
 
     name: str
     parameters: int
@@ -172,7 +174,7 @@ class StageMemory:
 
 @dataclass
 class Plan:
-    """All that is known of a training; FLOPs are of one sample."""
+    """The plan of a training; FLOPs are those of one sample."""
 
     title: str
     run: Run
@@ -186,7 +188,7 @@ class Plan:
 
 
 def without_values(build: Callable[[], nn.Module]) -> nn.Module:
-    """The module that `build` makes, whose tensors have a shape and a dtype, but no values."""
+    """Build a module whose tensors have a shape and a dtype, but no values."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights that are loaded and have nowhere to go
         module = build()
@@ -204,9 +206,9 @@ def without_values(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def convolution_backward_flops(grad_shape, x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
-    """Each gradient of a convolution takes as many multiplications as the convolution.
+    """Count a convolution's backward pass: each gradient takes as many multiplications as the convolution.
 
-    torch's own formula forgets the groups, and counts a depthwise convolution many times over.
+    torch's own formula ignores the groups, and counts a depthwise convolution many times.
     """
     transposed, output_mask = args[4], args[7]
     return sum(output_mask[:2]) * conv_flop_count(x_shape, w_shape, grad_shape, transposed)
@@ -219,11 +221,12 @@ def flop_counter() -> FlopCounterMode:
 
 
 def measure(step: Callable[[], torch.Tensor], module: nn.Module, batch: int) -> Cost:
-    """Counts a training step, on real tensors or on such without values.
+    """Count the FLOPs and activations of a training step, on real tensors or on tensors without values.
 
     Args:
         step: computes the loss of `batch` samples.
-        module: whose parameters are no activations.
+        module: its parameters are not counted as activations.
+        batch: samples.
     """
     # Every attention written out: fused kernels differ from device to device, and torch does not count the CPU's.
     with sdpa_kernel(SDPBackend.MATH):
@@ -252,13 +255,13 @@ def measure(step: Callable[[], torch.Tensor], module: nn.Module, batch: int) -> 
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """All parameters, and the trainable ones; shared ones once."""
+    """Count all parameters and the trainable ones; shared ones count once."""
     parameters = list(module.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def list_parts(model: nn.Module, names: dict[str, list[str]], cost: Cost) -> list[Part]:
-    """Parameters and forward FLOPs of the parts of a model, each part the submodules under its name."""
+    """List parameters and forward FLOPs of the parts of a model. `names` has the submodules of each part."""
     parts = []
     for name, paths in names.items():
         modules = [model.get_submodule(path) for path in paths]
@@ -275,11 +278,12 @@ def list_parts(model: nn.Module, names: dict[str, list[str]], cost: Cost) -> lis
 def state_bytes(
     stage: str, trainable: int, frozen: int, largest_layer: int, gpus: int, gpus_per_node: int
 ) -> tuple[int, int]:
-    """Bytes of the model states on one GPU, and in the memory of one machine's CPU; see the module's docstring.
+    """Compute the bytes of the model states on one GPU, and in the CPU memory of one machine; see the module's docstring.
 
     Args:
         stage: one of `STAGES`.
-        trainable, frozen: numbers of parameters.
+        trainable: number of trainable parameters.
+        frozen: number of the other parameters.
         largest_layer: parameters of the largest single module, which stage 3 gathers.
     """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
@@ -302,11 +306,11 @@ def state_bytes(
 
 
 def plan_memory(model: nn.Module, run: Run, activations: float, other: float = 0.0) -> list[StageMemory]:
-    """Memory under every stage.
+    """Compute the memory of every stage.
 
     Args:
         activations: bytes of one sample.
-        other: bytes on every GPU that ZeRO does not divide.
+        other: further bytes on every GPU, which ZeRO does not shard.
     """
     total, trainable = count_parameters(model)
     largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
@@ -338,10 +342,10 @@ def make_plan(
 
 
 def visual_config(name: str, **vision_overrides) -> UniTokConfig:
-    """A visual tokenizer's config, from a preset's name (with other sizes where given) or a folder.
+    """Load a visual tokenizer's config from a preset's name (with changed sizes) or from a folder.
 
     Raises:
-        ValueError: neither of both, or other sizes for a folder.
+        ValueError: it is neither, or changed sizes are given for a folder.
     """
     if not Path(name, "config.json").is_file():
         return UniTokConfig.preset(name, **vision_overrides)
@@ -351,7 +355,7 @@ def visual_config(name: str, **vision_overrides) -> UniTokConfig:
 
 
 def mllm_config(llm: str, visual: str) -> UniTokMLLMConfig:
-    """An MLLM's config, from presets or folders; an MLLM's folder as `llm` gives embedder and depth head too.
+    """Load an MLLM's config from presets or folders. An MLLM's folder as `llm` also gives embedder and depth transformer.
 
     Raises:
         ValueError: an unknown name.
@@ -368,7 +372,7 @@ def mllm_config(llm: str, visual: str) -> UniTokMLLMConfig:
 
 
 def tokenizer_batch(config: UniTokConfig, batch: int) -> dict[str, torch.Tensor]:
-    """Images and captions without content, for `UniTokModel.forward`."""
+    """Make images and captions without content, for `UniTokModel.forward`."""
     size, length = config.vision_config.image_size, config.text_config.max_position_embeddings
     return {
         "pixel_values": torch.zeros(batch, config.vision_config.num_channels, size, size),
@@ -377,14 +381,14 @@ def tokenizer_batch(config: UniTokConfig, batch: int) -> dict[str, torch.Tensor]
 
 
 def tokenizer_loss(model: UniTokModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A loss of one process's reconstructions, codes and embeddings; what it is does not matter to the FLOPs."""
+    """Compute a loss of reconstructions, codes and embeddings. Its value does not matter for the FLOPs."""
     output = model(**inputs)
     similarity = output.image_embeds @ output.text_embeds.T
     return output.reconstruction.float().square().mean() + output.vq_loss + similarity.float().mean()
 
 
 def mllm_batch(config: UniTokMLLMConfig, batch: int, text_length: int, images: int, drawn: int) -> dict:
-    """Texts without content, each with `images` images at its end, of which `drawn` are targets; for the forward."""
+    """Make texts without content, each with `images` images at its end, of which `drawn` are targets."""
     vision, positions = config.visual_config.vision_config, config.num_image_positions
     image = [config.boi_token_id, *[config.image_token_id] * positions, config.eoi_token_id]
     input_ids = torch.tensor([[0] * text_length + images * image] * batch)
@@ -396,7 +400,7 @@ def mllm_batch(config: UniTokMLLMConfig, batch: int, text_length: int, images: i
 
 
 def mllm_loss(model: UniTokMLLMForConditionalGeneration, inputs: dict) -> torch.Tensor:
-    """The parts of the MLLM's forward one after the other, for tensors without values, which cannot be picked by mask."""
+    """Run the parts of the MLLM's forward on tensors without values, which cannot be selected by a mask."""
     codes = inputs.get("image_codes")
     embeds, _ = model.embed(inputs["input_ids"], image_codes=codes)
     output = model.language_model(inputs_embeds=embeds, output_hidden_states=True, use_cache=False)
@@ -420,20 +424,20 @@ def plan_tokenizer(
     gradient_checkpointing: bool = False,
     **vision_overrides,
 ) -> Plan:
-    """Plans the training of a visual tokenizer (UniTok, section 3.1).
+    """Plan the training of a visual tokenizer (UniTok, section 3.1).
 
     Args:
         preset: of `UniTokConfig`, or a folder.
-        perceptual: with LPIPS on VGG-16: two forward passes a sample, and one backward pass to the reconstruction.
-        gan: with the discriminator on DINOv2 ViT-S/14: one forward pass and two backward passes to the reconstruction
-            (one for the adaptive weight, for which LPIPS goes backward once more), and a training step of the heads on
+        perceptual: count LPIPS on VGG-16: two forward passes a sample, and one backward pass to the reconstruction.
+        gan: count the discriminator on DINOv2 ViT-S/14: one forward pass and two backward passes to the reconstruction
+            (one for the adaptive weight, for which LPIPS has another backward pass), and a training step of the heads on
             four images: real and reconstructed, plain and augmented.
-        gan_start: share of the training that is over when the GAN starts.
-        ema: keeps an average of the weights, in fp32 on every GPU.
+        gan_start: share of the training before the GAN starts.
+        ema: count an average of the weights, in fp32 on every GPU.
         vision_overrides: fields of the preset's vision config that differ.
 
     Raises:
-        ValueError: an unknown preset, or one without a text tower; or a `gan_start` outside [0, 1].
+        ValueError: an unknown preset, one without a text tower, or a `gan_start` outside [0, 1].
     """
     config = visual_config(preset, **vision_overrides)
     if config.text_config is None:
@@ -501,18 +505,20 @@ def plan_mllm(
     online_codes: bool = False,
     gradient_checkpointing: bool = False,
 ) -> Plan:
-    """Plans a training of the unified MLLM (UniTok, section 3.4).
+    """Plan a training of the unified MLLM (UniTok, section 3.4).
 
     Args:
-        llm, visual: a preset or a folder each, see `mllm_config`.
-        text_length: text tokens of a sample; every image adds its positions and the two tokens around it.
-        images, drawn: images in a sample, and how many of them are targets (None: all).
-        trainable: the parts that are trained, of `embedder`, `depth_head` and `language_model`.
-        lora_rank: above 0: adapters of that rank on the LLM's linear layers are trained instead of the LLM.
-        online_codes: images are encoded while training; else their codes lie ready.
+        llm: a preset or a folder, see `mllm_config`.
+        visual: a preset or a folder, see `mllm_config`.
+        text_length: text tokens of a sample. Every image adds its positions and the two tokens around it.
+        images: images in a sample.
+        drawn: number of them that are targets; None for all.
+        trainable: the trained parts, of `embedder`, `depth_head` and `language_model`.
+        lora_rank: above 0, adapters of this rank on the LLM's linear layers are trained instead of the LLM.
+        online_codes: encode images in the training; otherwise their codes are extracted beforehand.
 
     Raises:
-        ValueError: an unknown preset or part, or numbers that make no sample.
+        ValueError: an unknown preset or part, or an impossible sample.
     """
     drawn = images if drawn is None else drawn
     if text_length < 1 or not 0 <= drawn <= images:
@@ -562,7 +568,7 @@ def markdown_table(*columns: str) -> Table:
 
 
 def show(plan: Plan, output: Path | None) -> None:
-    """Prints the plan's tables, and writes all of it as JSON."""
+    """Print the plan's tables, and write the plan as JSON."""
     console, run = Console(width=119, highlight=False), plan.run
     parts = markdown_table("part", "parameters, M", "trained, M", "forward, GFLOPs", "training step, GFLOPs")
     for part in plan.parts:
@@ -593,7 +599,7 @@ def show(plan: Plan, output: Path | None) -> None:
 
 
 def gemm_flops(size: int = 1536, runs: int = 10) -> float:
-    """FLOP/s of this machine's fp32 matrix product, the best of some runs."""
+    """Measure the FLOP/s of this machine's fp32 matrix product, the best of some runs."""
     matrix, times = torch.rand(size, size), []
     for _ in range(runs):
         start = time.perf_counter()
@@ -604,13 +610,16 @@ def gemm_flops(size: int = 1536, runs: int = 10) -> float:
 
 @dataclass
 class Check:
-    """A few real training steps (fp32, AdamW) beside what was predicted for them.
+    """A few real training steps (fp32, AdamW), compared with their prediction.
 
     Attributes:
-        predicted_flops, counted_flops: of one step, on tensors without values and in the real one.
+        predicted_flops: of one step, counted on tensors without values.
+        counted_flops: of one real step.
         seconds: median of a step, forward to optimizer.
-        achieved_flops, mfu: FLOP/s, and as a share of this machine's matrix product.
-        predicted_states, measured_growth: MiB of weights, gradients and moments; growth of the process's memory.
+        achieved_flops: FLOP/s.
+        mfu: the same as a share of this machine's matrix product.
+        predicted_states: MiB of weights, gradients and moments.
+        measured_growth: MiB by which the process's memory grew.
     """
 
     model: str
@@ -633,7 +642,7 @@ def check_training(
     batch: int,
     steps: int,
 ) -> Check:
-    """Predicts a model's training step, runs it, and compares.
+    """Predict a model's training step, run it, and compare.
 
     Args:
         abstract_loss, real_loss: losses of a batch, for a model without values and for a real one.
@@ -674,7 +683,7 @@ def check_training(
 
 
 def run_check(name: str, batch: int, steps: int) -> Check:
-    """Checks the tiny "tokenizer", or the "mllm" of the shipped model's sizes, both with fresh weights."""
+    """Check the prediction for the tiny "tokenizer", or for an "mllm" of the shipped model's sizes, with new weights."""
     if name == "tokenizer":
         config = UniTokConfig.preset("tiny")
         return check_training(
@@ -746,7 +755,7 @@ def tokenizer_command(
     ] = "{}",
     json_file: JSONFile = None,
 ) -> None:
-    """Plans the visual tokenizer's training."""
+    """Plan the visual tokenizer's training."""
     run = Run(samples, gpus, gpu_memory, gpu_flops, mfu, batch_per_gpu, gpus_per_node)
     show(
         plan_tokenizer(preset, run, perceptual, gan, gan_start, ema, gradient_checkpointing, **vision_overrides),
@@ -776,7 +785,7 @@ def mllm_command(
     gradient_checkpointing: Checkpointing = False,
     json_file: JSONFile = None,
 ) -> None:
-    """Plans a training of the unified MLLM."""
+    """Plan a training of the unified MLLM."""
     run = Run(samples, gpus, gpu_memory, gpu_flops, mfu, batch_per_gpu, gpus_per_node)
     plan = plan_mllm(
         llm,
@@ -799,7 +808,7 @@ def check_command(
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 3,
     json_file: JSONFile = None,
 ) -> None:
-    """Compares predictions with a few real training steps of the tiny models, on this machine's CPU."""
+    """Compare predictions with a few real training steps of the tiny models, on this machine's CPU."""
     # a process for each, whose memory grows by that model alone
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         checks = list(pool.map(run_check, ("tokenizer", "mllm"), (batch, batch), (steps, steps)))

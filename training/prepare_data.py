@@ -1,4 +1,4 @@
-"""Writes easy-VQA or the emoji as the plain files that the trainings read: pictures, captions, conversations.
+"""Write easy-VQA or the emoji as the plain files that the trainings read: pictures, captions, conversations.
 
     python -m training.prepare_data easy-vqa runs/data/easy-vqa
     python -m training.prepare_data emoji runs/data/emoji --category "Food & Drink" --category Activities
@@ -32,7 +32,7 @@ IMAGE = "<image>"
 
 
 def conversation(images: list[str], *turns: str) -> dict:
-    """Turns in LLaVA's format, a person's first; `IMAGE` in them stands for the images in order."""
+    """Make turns in LLaVA's format, the human's first. `IMAGE` in a text marks the place of the next image."""
     speakers = ("human", "gpt") * (len(turns) // 2)
     return {"image": images, "conversations": [{"from": s, "value": turn} for s, turn in zip(speakers, turns)]}
 
@@ -108,7 +108,7 @@ def main(
     packages: Annotated[Path, typer.Option(help="where the emoji's npm archives are kept")] = Path("runs/npm"),
     category: Annotated[list[str] | None, typer.Option(help="of the emoji, may be given again; default: all")] = None,
 ) -> None:
-    """Writes DATASET ("easy-vqa" or "emoji") to FOLDER."""
+    """Write DATASET ("easy-vqa" or "emoji") to FOLDER."""
     folder.mkdir(parents=True, exist_ok=True)
     if dataset == "easy-vqa":
         prepare_easy_vqa(folder)

@@ -16,10 +16,14 @@ FLOAT_TYPES = ("float32", "float16", "bfloat16")  # that weights are loaded and 
 
 
 def write_folder(folder: str | os.PathLike, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a folder beside `folder`, and puts it in `folder`'s place once it is done.
+    """Write a folder whole or not at all: `write` fills a new folder beside it, which then replaces it.
 
-    Whatever ends it before leaves `folder` as it was, and an error takes back what was written. (A kill between the two
-    renames leaves it as `.<name>.old`, which the next call puts back.)
+    If `write` is interrupted, `folder` stays unchanged; after an error, the new folder is removed. (A kill between the two
+    renames leaves the old folder as `.<name>.old`, which the next call restores.)
+
+    Args:
+        folder: the folder to write or replace.
+        write: a function of the new folder.
     """
     folder = Path(folder)
     unfinished, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "old"))
@@ -42,9 +46,12 @@ def write_folder(folder: str | os.PathLike, write: Callable[[Path], None]) -> No
 
 
 def check_weight(name: str, value: torch.Tensor, exact: torch.Tensor | None = None) -> None:
-    """
+    """Check that a weight can be released.
+
     Args:
-        exact: what the value was before it was cast.
+        name: of the weight.
+        value: the weight, in the dtype that is stored.
+        exact: the value before the cast, if there was one.
 
     Raises:
         ValueError: the weight is empty or not finite, or the cast made it so; the message names it.
@@ -69,11 +76,14 @@ def save_release(
     state_dict: dict[str, torch.Tensor] | None = None,
     run: TrainingRun | None = None,
 ) -> None:
-    """Saves the MLLM with everything that loading needs, and its card; the weights load in float32 unless told otherwise.
+    """Save the MLLM with its processor and its card. The weights load in float32 by default.
 
     Args:
-        dtype: that the weights are stored in.
-        state_dict: the weights, where the model itself does not hold them whole (ZeRO-3).
+        model: the MLLM.
+        processor: its processor.
+        folder: the folder to write or replace.
+        dtype: of the stored weights.
+        state_dict: the weights, if the model itself does not have them whole (ZeRO-3).
         run: the training, for the card.
 
     Raises:

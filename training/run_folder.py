@@ -1,4 +1,4 @@
-"""The output folder of a run: it can be written to, and one run has it at a time."""
+"""The output folder of a run: check that it is writable, and lock it for one run at a time."""
 
 import os
 import sys
@@ -10,14 +10,15 @@ _held: dict[Path, int] = {}  # by this process, until it ends
 
 
 def claim_folder(folder: str | os.PathLike, is_main: bool = True) -> None:
-    """Makes a run's output folder and holds it until this process ends, however it ends; nothing is left to clean up.
+    """Make a run's output folder and lock it until this process ends, in whatever way. No lock file remains.
 
     Args:
-        is_main: whether this is the process that holds it for all of the run; the others do nothing.
+        folder: the output folder.
+        is_main: whether this process holds the lock for the run; the others do nothing.
 
     Raises:
-        ValueError: it is a file, cannot be written to, or is held by another run; it says by which, where the system
-            does.
+        ValueError: it is a file, cannot be written to, or is locked by another run, which the message names if the
+            system does.
     """
     folder = Path(folder).absolute()
     if not is_main or folder in _held:
@@ -43,7 +44,7 @@ def claim_folder(folder: str | os.PathLike, is_main: bool = True) -> None:
 
 
 def _holder(inode: int) -> str:
-    """Who holds a lock on a file of this inode."""
+    """Name the holder of a lock on the file of this inode."""
     lines = LOCKS.read_text(encoding="utf-8").splitlines() if LOCKS.exists() else []
     for _, kind, _, _, pid, place, *_ in (line.split() for line in lines if "->" not in line):
         if kind == "FLOCK" and place.endswith(f":{inode}"):

@@ -1,4 +1,4 @@
-"""Makes a small byte-level BPE tokenizer for texts, from captions of one's own or (the shipped model's) of easy-VQA.
+"""Make a small byte-level BPE tokenizer for texts, from your own captions or from easy-VQA's (the shipped model's).
 
 python -m training.text_tokenizer runs/tiny-text-tokenizer
 python -m training.text_tokenizer runs/my-text-tokenizer --captions data/captions.jsonl --vocab-size 4096

@@ -1,4 +1,4 @@
-"""Work in a child process, so that a folder can be removed when, and not before, whatever works in it has ended."""
+"""Work in a child process with a temporary folder, which is removed after everything that works in it has ended."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ PATIENCE = 10  # seconds, for the child to end by itself when it is told to
 
 
 def run_in_folder(work: Callable[[str], None], prefix: str) -> int:
-    """Runs `work` with a temporary folder of its own, and removes that, however the work ends.
+    """Run `work` with its own temporary folder, and remove the folder however the work ends.
 
     The work is a fork of this process, to be made before there are threads.  SIGTERM, SIGINT or SIGHUP end it, at any
     moment; this process then waits for it, removes the folder, and returns.  Where this process is killed, the child

@@ -24,7 +24,7 @@ class KeptFiles:
         self._lock = Lock()
 
     def tidy(self, room: int = 0) -> int:
-        """Removes what is too old, and then the oldest until `room` more bytes fit; gives the bytes that stay."""
+        """Remove files that are too old, then the oldest until `room` more bytes fit. Returns the remaining bytes."""
         with self._lock:
             files = sorted(self._files())
             total = sum(size for _, size, _ in files)

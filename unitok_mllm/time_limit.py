@@ -12,7 +12,7 @@ class _TimeIsUp(BaseException):
 
 @contextmanager
 def time_limit(seconds: float, message: str) -> Iterator[None]:
-    """Ends the code within it, in any thread, at its next step in Python after `seconds`.
+    """End the code in the block, in any thread, at its next step in Python after `seconds`.
 
     A call into compiled code is not interrupted, only what comes after it.
 
