@@ -24,7 +24,7 @@ KINDS = ("yes/no", "color", "shape")
 class Sample:
     """One image with its (question, answer) pairs.
 
-    `caption` says what follows from them: "a red circle", or where they leave it open "a circle", "a red shape".
+    `caption` has what follows from them: "a red circle"; if they leave colour or shape open, "a circle" or "a red shape".
     """
 
     image: Path
@@ -33,7 +33,7 @@ class Sample:
 
 
 def _value(words: tuple[str, ...], questions: list[tuple[str, str]]) -> str | None:
-    """The one shape or colour that the questions and answers about an image leave possible; None if several."""
+    """Return the one shape or colour that fits an image's questions and answers; None if several do."""
     possible = set(words)
     for question, answer in questions:
         mentioned = possible.intersection(question.rstrip("?").split())
@@ -53,7 +53,7 @@ def _caption(questions: list[tuple[str, str]]) -> str:
 
 
 def recolor(image: Image.Image, colors: list[str]) -> list[Image.Image]:
-    """The same picture with its shape in each of these `COLORS`, exact to rounding, along the smoothed edges too.
+    """Recolour the shape of a picture in each of these `COLORS`, exact to rounding, also along the smoothed edges.
 
     Raises:
         ValueError: it is not a shape in one of `COLORS` on a background.
@@ -71,7 +71,7 @@ def recolor(image: Image.Image, colors: list[str]) -> list[Image.Image]:
 
 
 def load(split: str) -> list[Sample]:
-    """The "train" or "test" split, in the order of the image numbers.
+    """Load the "train" or "test" split, in the order of the image numbers.
 
     Raises:
         ValueError: another split.

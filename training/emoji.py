@@ -1,7 +1,7 @@
 """Two styles of the Unicode emoji, from the npm packages `emoji-datasource-google` and `emoji-datasource-twitter`.
 
 1911 base emoji each, 64x64 pixels: Noto (Apache 2.0) and Twemoji (graphics CC-BY 4.0). A tenth of the names is held
-out in the `twitter` style: those pictures are never trained on, though the same names are, in the other style.
+out in the `twitter` style: these pictures are never trained on. The same names in the other style are.
 
 https://github.com/iamcal/emoji-data
 """
@@ -49,12 +49,12 @@ class Emoji:
 
     @property
     def image(self) -> str:
-        """Its path in the folder that `write_images` makes."""
+        """The picture's path in the folder that `write_images` makes."""
         return f"images/{self.style}/{self.file}"
 
 
 def package(style: str, folder: str | os.PathLike) -> Path:
-    """The package's archive in the folder, fetched there with `npm pack` where it is missing.
+    """Return the path of a style's package in the folder, fetched with `npm pack` if it is missing.
 
     Raises:
         FileNotFoundError: it is missing and there is no npm.
@@ -72,7 +72,7 @@ def package(style: str, folder: str | os.PathLike) -> Path:
 
 
 def load(packages: str | os.PathLike, categories: list[str] | None = None) -> list[Emoji]:
-    """Every base emoji with a name of its own, style by style, in the order of the package's table.
+    """Load every base emoji with its own name, style by style, in the order of the package's table.
 
     Args:
         categories: only those of these categories; which are held out depends on them.
@@ -98,7 +98,7 @@ def load(packages: str | os.PathLike, categories: list[str] | None = None) -> li
 
 
 def read_table(folder: str | os.PathLike) -> list[Emoji]:
-    """The emoji that `training.prepare_data` has put into a folder."""
+    """Read the emoji that `training.prepare_data` has written to a folder."""
     folder = Path(folder)
     return [Emoji(**row) for row in json.loads((folder / TABLE).read_text(encoding="utf-8"))]
 

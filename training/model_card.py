@@ -3,10 +3,10 @@
     python -m training.model_card runs/mllm-tiny/release --results runs/easy_vqa.json runs/emoji.json --license mit
     python -m training.model_card runs/mllm-tiny/release --push_to_hub OWNER/NAME
 
-The trainings write a card with each release. This command puts into it what evaluations have found, in place of what it
-had under "Evaluation"; a folder without a card gets one. Results of easy_vqa, emoji, reconstruction, zero_shot and
-text_to_image are known, and only those of the very weights in the folder are taken. The rest of the card, and words added
-there, stay. A card without the first line of a generated one is hand-written, and is never overwritten.
+The trainings write a card with each release. This command replaces its section "Evaluation" by the given results; a folder
+without a card gets one. It reads results of easy_vqa, emoji, reconstruction, zero_shot and text_to_image, and only those of
+the same weights as in the folder. The rest of the card does not change, with any words added there. A card without the first
+line of a generated one is hand-written, and is never overwritten.
 """
 
 import argparse
@@ -80,18 +80,18 @@ image_processor.post_process(model.decode(codes))[0].save("reconstruction.png")"
 
 
 class HandWrittenCard(ValueError):
-    """A card that lacks the marker of the generated ones."""
+    """A card without the marker of generated ones."""
 
 
 @dataclass
 class TrainingRun:
-    """What a training tells of itself.
+    """The facts of a training for its card.
 
     Attributes:
-        started_from: folders or hub names of the weights that it began with.
-        datasets: its sources, as its config has them.
-        metadata: of the card's front matter, see `check_metadata`.
-        facts: what the card says of the run, see `training_facts`.
+        started_from: folders or hub names of the initial weights.
+        datasets: its sources, as in its config.
+        metadata: fields of the card's front matter, see `check_metadata`.
+        facts: rows of the card's table, see `training_facts`.
         losses: the last ones, by name.
     """
 
@@ -112,10 +112,10 @@ def training_facts(
     processes: int,
     precision: str,
 ) -> dict[str, str]:
-    """The rows of the card's table of a run.
+    """Make the rows of the card's table of a run.
 
     Args:
-        first_step: where it was resumed, or 0; `seconds` are those since then.
+        first_step: the step at which it was resumed, or 0. `seconds` counts from there.
     """
     resumed = f" (for the last {steps - first_step} steps: the run was resumed)" if first_step else ""
     return {
@@ -129,7 +129,7 @@ def training_facts(
 
 
 def hardware(device: torch.device, processes: int) -> str:
-    """The processor that a process computes on, in words, and how many processes there are."""
+    """Describe a process's processor, and the number of processes."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif device.type == "cpu":
@@ -145,15 +145,16 @@ def _read(path: str) -> str:
 
 
 def check_metadata(metadata: dict) -> None:
-    """
+    """Check the fields of a card's front matter that a config may set.
+
     Raises:
-        ValueError: a field that the front matter does not take from outside.
+        ValueError: another field.
     """
     check_keys("card", metadata, METADATA)
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this can only be a name on the hub: it looks like one, and nothing of that name is on the disk."""
+    """Whether this can only be a name on the hub: it has the form of one, and is not a path on the disk."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -162,15 +163,16 @@ def is_hub_name(name: str) -> bool:
 
 
 def table(rows: list[tuple], header: tuple = ("", "")) -> str:
-    """A Markdown table."""
+    """Make a Markdown table."""
     cells = [header, ("---",) * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 
 def load_config(folder: str | os.PathLike) -> PreTrainedConfig:
-    """
+    """Load the config of a folder that can have a card.
+
     Raises:
-        ValueError: the folder is no model, or one of another kind.
+        ValueError: the folder is not a model, or one of another kind.
     """
     folder = Path(folder)
     check_model_folder(str(folder))
@@ -181,7 +183,7 @@ def load_config(folder: str | os.PathLike) -> PreTrainedConfig:
 
 
 def sizes(folder: str | os.PathLike, config: PreTrainedConfig) -> str:
-    """The table of what the model is made of; parameters are counted in its files (buffers and tied weights once)."""
+    """Make the table of the model's sizes. Parameters are counted in its files (with buffers; tied weights once)."""
     folder = Path(folder)
     tokenizer = config if config.model_type == "unitok" else config.visual_config
     vision, text = tokenizer.vision_config, tokenizer.text_config
@@ -215,7 +217,7 @@ def sizes(folder: str | os.PathLike, config: PreTrainedConfig) -> str:
 
 
 def training_section(run: TrainingRun) -> str:
-    """What is known of a run, in Markdown."""
+    """Describe a run, in Markdown."""
     lines = ["\n## Training\n"]
     if run.started_from:
         lines.append(f"Started from {', '.join(f'`{name}`' for name in run.started_from)}.\n")
@@ -235,14 +237,14 @@ def training_section(run: TrainingRun) -> str:
 
 
 def model_name(folder: str | os.PathLike) -> str:
-    """What a folder's model goes by: a run's name, for its `release`."""
+    """Return the name of a folder's model: the folder's, or the run's for its `release`."""
     folder = Path(folder)
     folder = folder.absolute()
     return folder.parent.name if folder.name == "release" else folder.name
 
 
 def make_card(folder: str | os.PathLike, name: str, run: TrainingRun | None = None) -> ModelCard:
-    """The card of a folder that nothing has been measured of.
+    """Make the card of a folder, without results of evaluations.
 
     Raises:
         ValueError: see `load_config` and `check_metadata`.
@@ -273,10 +275,10 @@ def make_card(folder: str | os.PathLike, name: str, run: TrainingRun | None = No
 
 
 def read_card(folder: str | os.PathLike) -> ModelCard | None:
-    """The generated card of a folder, if there is one.
+    """Load the generated card of a folder, if there is one.
 
     Raises:
-        HandWrittenCard: it is not generated.
+        HandWrittenCard: the card is not a generated one.
     """
     folder = Path(folder)
     path = folder / REPOCARD_NAME
@@ -288,7 +290,7 @@ def read_card(folder: str | os.PathLike) -> ModelCard | None:
 
 
 def write_release_card(folder: str | os.PathLike, place: str | os.PathLike, run: TrainingRun | None = None) -> None:
-    """Write the card of a folder that will be put in the place of another, whose hand-written card goes along."""
+    """Write the card of a folder that will replace `place`. A hand-written card there is kept."""
     folder, place = Path(folder), Path(place)
     try:
         read_card(place)
@@ -300,7 +302,7 @@ def write_release_card(folder: str | os.PathLike, place: str | os.PathLike, run:
 
 
 def find_digests(result: Any) -> Iterator[str | None]:
-    """Every `model_sha256` in a result: the weights that its parts were measured of."""
+    """Iterate over every `model_sha256` in a result, the digests of the measured weights."""
     if isinstance(result, dict):
         if "model_sha256" in result:
             yield result["model_sha256"]
@@ -388,7 +390,7 @@ READERS = {  # by the beginning of `benchmark`; that of text_to_image is its pro
 
 
 def read_results(path: str | os.PathLike, digest: str) -> tuple[list[EvalResult], str]:
-    """What a result file says of a model, and the versions of the libraries that said it.
+    """Read the numbers of a result file for a model, and the versions of the libraries.
 
     Args:
         digest: the model's `folder_digest`.

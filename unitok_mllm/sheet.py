@@ -1,4 +1,4 @@
-"""What `unitok-mllm demo` asks, and the picture it writes, laid out with Pillow alone."""
+"""The questions of `unitok-mllm demo`, and its picture, laid out with Pillow."""
 
 import random
 from collections import Counter
@@ -44,7 +44,7 @@ CARD_HEIGHT = QUESTIONS_PER_IMAGE * LINE_HEIGHT + 2 * PADDING
 
 @dataclass
 class Answer:
-    """A question, what the model answered, and the benchmark's own answer."""
+    """A question, the model's answer, and the benchmark's answer."""
 
     question: str
     answer: str
@@ -57,7 +57,7 @@ class Answer:
 
 @dataclass
 class Reading:
-    """An image as the model sees it, as it comes back from its codes (PSNR in dB), and the answers about it."""
+    """An image as the model sees it, its reconstruction (PSNR in dB), and the answers about it."""
 
     original: Image.Image
     reconstruction: Image.Image
@@ -70,7 +70,7 @@ Drawing = tuple[str, tuple[Image.Image, Image.Image]]  # a caption and two pictu
 
 @dataclass
 class Section:
-    """Drawings under a heading, with a note beside it."""
+    """Drawings under a heading with a note."""
 
     heading: str
     note: str
@@ -78,14 +78,14 @@ class Section:
 
 
 def question_kind(answer: str) -> str:
-    """The kind of an easy-VQA question by its answer: "yes/no", "color" or "shape"."""
+    """Return the kind of an easy-VQA question by its answer: "yes/no", "color" or "shape"."""
     return "color" if answer in COLORS else "shape" if answer in SHAPES else "yes/no"
 
 
 def choose_questions(easy_vqa: Any, num_images: int, seed: int) -> dict[str, list[tuple[str, str]]]:
-    """Random test images of the easy-VQA package, each with a few of its (question, answer) pairs.
+    """Choose random test images of the easy-VQA package, each with a few of its (question, answer) pairs.
 
-    The questions are random too, but of different kinds (answered by a colour, a shape, yes or no) where there are.
+    The questions are random too, of different kinds (answered by a colour, a shape, yes or no) if possible.
     """
     paths, rng = easy_vqa.get_test_image_paths(), random.Random(seed)
     chosen = {number: [] for number in rng.sample(sorted(paths), num_images)}
@@ -106,13 +106,13 @@ def choose_questions(easy_vqa: Any, num_images: int, seed: int) -> dict[str, lis
 
 
 def count_right(readings: list[Reading]) -> str:
-    """ "17 of 18"."""
+    """Count right answers, as text: "17 of 18"."""
     answers = [answer for reading in readings for answer in reading.answers]
     return f"{sum(answer.is_right for answer in answers)} of {len(answers)}"
 
 
 def summary(readings: list[Reading], sections: list[Section], num_codes: int) -> str:
-    """The demo's outcome in words, a line for each answer; `num_codes` are those of one image."""
+    """Describe the demo's outcome, with a line for each answer; `num_codes` is the number of codes of an image."""
     lines = [f"answers: {count_right(readings)} right"]
     for answer in (answer for reading in readings for answer in reading.answers):
         correction = "" if answer.is_right else f" [{answer.truth}]"
@@ -124,12 +124,13 @@ def summary(readings: list[Reading], sections: list[Section], num_codes: int) ->
 
 
 def make_sheet(title: str, subtitle: str, readings: list[Reading], sections: list[Section]) -> Image.Image:
-    """One picture of all that the model did.
+    """Make one picture of the whole demo.
 
     Args:
-        title, subtitle: its two first lines.
+        title: its first line.
+        subtitle: its second line.
         readings: the images read, two cards a row.
-        sections: what was drawn.
+        sections: the drawings.
     """
     cards_top = MARGIN + 190
     top, tops = cards_top + -(-len(readings) // 2) * (CARD_HEIGHT + GAP) + 32, []
@@ -156,7 +157,7 @@ def make_sheet(title: str, subtitle: str, readings: list[Reading], sections: lis
 
 
 def contact_sheet(pictures: list[Image.Image], captions: list[str], columns: int = 8) -> Image.Image:
-    """Pictures in rows, each over its caption."""
+    """Lay out pictures in rows, each above its caption."""
     columns, cell = min(columns, len(pictures)), PICTURE + 2 * GAP
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (GAP + columns * cell, GAP + rows * CELL_HEIGHT), BACKGROUND)
@@ -213,7 +214,7 @@ def _text(
     anchor: str = "la",
     room: float = WIDTH,
 ) -> float:
-    """One line of text, cut to `room` pixels; returns where it ends if it began at `position`."""
+    """Draw one line of text, cut to `room` pixels. Returns its right end for a left-aligned text."""
     font, text = _font(size), " ".join(text.split())
     if font.getlength(text) > room:
         while text and font.getlength(text + "...") > room:
@@ -224,7 +225,7 @@ def _text(
 
 
 def _mark(sheet: Image.Image, left: int, top: int, is_right: bool, size: int = 24) -> None:
-    """A tick on green or a cross on red, drawn large and shrunk for smooth edges."""
+    """Draw a tick on green or a cross on red, large and then shrunk for smooth edges."""
     mark = Image.new("RGBA", (96, 96))
     draw = ImageDraw.Draw(mark)
     draw.ellipse((1, 1, 94, 94), fill=GREEN if is_right else RED)
