@@ -1,4 +1,4 @@
-"""Files that both trainings read: tables, pictures by name, and what is done about those that are broken."""
+"""Files that both trainings read: tables, pictures by name, and the policy for broken samples."""
 
 import glob
 import json
@@ -28,10 +28,11 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def whole_checkpoints(output_dir: str | Path, last_file: str) -> dict[int, Path]:
-    """The `checkpoint-STEP` folders of a run that were written to the end, by step, oldest first.
+    """List the completely written `checkpoint-STEP` folders of a run, by step, oldest first.
 
     Args:
-        last_file: what is written into one last; without it, it was broken off.
+        output_dir: of the run.
+        last_file: the file that is written last. A folder without it is incomplete.
     """
     folders = (path.parent for path in Path(output_dir).glob(f"checkpoint-*/{last_file}"))
     steps = ((folder.name.removeprefix("checkpoint-"), folder) for folder in folders)
@@ -39,11 +40,12 @@ def whole_checkpoints(output_dir: str | Path, last_file: str) -> dict[int, Path]
 
 
 def how_to_go_on(output_dir: str | os.PathLike, last_file: str, command: str) -> str:
-    """What an interrupted training says.
+    """Return the message of an interrupted training.
 
     Args:
+        output_dir: of the run.
         last_file: see `whole_checkpoints`.
-        command: that goes on from the newest checkpoint.
+        command: describes the command that resumes it.
     """
     checkpoints = whole_checkpoints(output_dir, last_file)
     if not checkpoints:
@@ -52,11 +54,11 @@ def how_to_go_on(output_dir: str | os.PathLike, last_file: str, command: str) ->
 
 
 class UnusableSample(ValueError):
-    """A sample that cannot be trained on; another one takes its place."""
+    """A sample that cannot be used; another one replaces it."""
 
 
 def read_rows(path: str | os.PathLike) -> list[dict] | datasets.Dataset:
-    """The rows of a .json list, or of a .jsonl or .parquet file (memory-mapped).
+    """Read the rows of a .json list, or of a .jsonl or .parquet file (memory-mapped).
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, it has another ending, or it is broken; it is named.
@@ -81,10 +83,10 @@ def read_rows(path: str | os.PathLike) -> list[dict] | datasets.Dataset:
 
 
 def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
-    """Where each file of a tar file lies: offset and size, in bytes, by name.
+    """Read the offset and size, in bytes, of each file in a tar file, by name.
 
     Raises:
-        ValueError: it is broken, or has two files of one name; it is named.
+        ValueError: the tar file is broken, or has two files of one name; the message names it.
     """
     members: dict[str, tuple[int, int]] = {}
     try:
@@ -102,10 +104,10 @@ def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
 
 
 class ImageStore:
-    """Pictures by name, from a folder or from tar files (whose tables of contents are read once).
+    """Pictures by name, from a folder or from tar files, whose tables of contents are read once.
 
-    In tar files the name is the file's own where no other shard has it, and `SHARD.tar/NAME` where several do; a shard's
-    own name is its path from the folder that all shards lie in.
+    The name of a picture in a tar file is the file's own name; if several shards have it, it is `SHARD.tar/NAME`, with the
+    shard's path relative to the common folder of all shards.
 
     Args:
         location: a folder, or a pattern of tar files with `*` or `{00..15}`.
@@ -142,9 +144,10 @@ class ImageStore:
         return list(self.places)
 
     def check_names(self, names: Iterable[str]) -> None:
-        """
+        """Check that names are unambiguous.
+
         Raises:
-            ValueError: one of the names is that of files in several shards.
+            ValueError: several shards have a file of one of these names.
         """
         if self.in_tar and (shared := self.shared_names.intersection(names)):
             name = min(shared)
@@ -152,7 +155,7 @@ class ImageStore:
             raise ValueError(f"{name} is in {len(full)} shards of {self.location}: name it {' or '.join(full[:2])}.")
 
     def __getitem__(self, name: str) -> Image.Image:
-        """The picture, upright and in RGB, see `load_image`.
+        """Load a picture, upright and in RGB, see `load_image`.
 
         Raises:
             UnusableSample: it is missing or broken.
@@ -170,7 +173,7 @@ class ImageStore:
 
 
 def load_sample_image(path: str | os.PathLike) -> Image.Image:
-    """`load_image`, but what is broken or missing is an `UnusableSample`."""
+    """Load an image, see `load_image`; a broken or missing one raises `UnusableSample`."""
     path = Path(path)
     try:
         return load_image(path)
@@ -179,7 +182,7 @@ def load_sample_image(path: str | os.PathLike) -> Image.Image:
 
 
 def decode_image(data: bytes, name: str = "image") -> Image.Image:
-    """An image file's bytes as an upright RGB picture.
+    """Decode an image file's bytes to an upright RGB picture.
 
     Raises:
         UnusableSample: it is not an image, or broken.
@@ -192,18 +195,19 @@ def decode_image(data: bytes, name: str = "image") -> Image.Image:
 
 @dataclass
 class BrokenSamples:
-    """Counts what cannot be read, and stops a run that skips too much.
+    """Count broken samples, and stop a run that skips too many.
 
-    A DataLoader's workers and the processes of a run each have their own counts: each judges the share of what it has
-    seen itself.
+    Each process and each worker of a DataLoader has its own counts, and judges only those.
 
     Args:
-        max_share: broken samples of those seen that are put up with.
+        max_share: tolerated share of broken samples among those seen.
         minimum: samples to see before judging.
 
     Attributes:
-        seen, broken, last: this worker's counts and its last broken samples; of_workers: broken samples of each worker,
-            in memory that all share.
+        seen: samples of this worker.
+        broken: broken ones of them.
+        last: names of the last broken ones.
+        of_workers: broken samples of each worker, in shared memory.
     """
 
     max_share: float
@@ -217,17 +221,17 @@ class BrokenSamples:
 
     @property
     def total(self) -> int:
-        """Broken samples of this process and all of its DataLoader's workers."""
+        """Number of broken samples of this process and all of its DataLoader's workers."""
         return int(self.of_workers.sum())
 
     def count(self) -> None:
-        """Counts a sample; raises ValueError, as `judge` does, once enough have been seen."""
+        """Count a sample, and judge once enough have been seen."""
         self.seen += 1
         if self.seen >= self.minimum:
             self.judge()
 
     def count_broken(self, name: str, error: Exception | str) -> None:
-        """Names the sample in the log; raises what `count` raises."""
+        """Count a broken sample and name it in the log; raises as `count` does."""
         self.broken += 1
         worker = get_worker_info()
         self.of_workers[0 if worker is None else 1 + worker.id] += 1
@@ -236,9 +240,10 @@ class BrokenSamples:
         self.count()
 
     def judge(self) -> None:
-        """
+        """Stop the run if too many samples are broken.
+
         Raises:
-            ValueError: too many are broken; it gives the counts, and the last ones with what is wrong.
+            ValueError: too many are; the message has the counts, and the last ones with their faults.
         """
         if self.broken > self.max_share * self.seen:
             raise ValueError(
@@ -248,7 +253,7 @@ class BrokenSamples:
 
 
 def log_broken(broken: BrokenSamples, accelerator: Accelerator) -> None:
-    """Says after a training how many samples were left out; every process must call it."""
+    """Log, after a training, the number of skipped samples; every process must call it."""
     total = accelerator.reduce(torch.tensor(broken.total, device=accelerator.device), "sum").item()
     if total and accelerator.is_main_process:
         logger.warning("broken samples that were skipped: %d; they are named above", total)

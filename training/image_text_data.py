@@ -69,24 +69,28 @@ OPTIONS = {  # of each kind; True: required
 
 
 def sample_seed(*parts: int | str) -> int:
-    """One seed for several numbers or names, such as (seed, epoch, index)."""
+    """Derive one seed from several numbers or names, such as (seed, epoch, index)."""
     return random.Random(repr(parts)).getrandbits(63)
 
 
 @contextmanager
 def random_numbers(seed: int) -> Iterator[None]:
-    """Within it, torch's random numbers on the CPU are those of `seed`; after it, they go on as if nothing had been."""
+    """Seed torch's random numbers on the CPU in the block, and restore their state after it."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def augmentation(image_processor: UniTokImageProcessor, horizontal_flip: bool, max_shift: int) -> nn.Module:
-    """Random changes of processed pixels (3, H, W).
+    """Build the random changes of processed pixels (3, H, W).
 
     Args:
-        horizontal_flip: mirror half of the time.
-        max_shift: pixels to either side, independently down and right; the border is repeated.
+        image_processor: gives H and W.
+        horizontal_flip: mirror half of the images.
+        max_shift: largest shift in pixels to either side, independently down and right; the border is repeated.
+
+    Raises:
+        ValueError: `max_shift` is negative.
     """
     if max_shift < 0:
         raise ValueError(f"max_shift must be at least 0 pixels, got {max_shift}.")
@@ -99,13 +103,16 @@ def augmentation(image_processor: UniTokImageProcessor, horizontal_flip: bool, m
 
 @dataclass
 class ImageTextTransform:
-    """A picture and its caption -> what the tokenizer trains on.
+    """Convert a picture and its caption to a training sample.
 
     Args:
+        image_processor: the tokenizer's.
+        text_tokenizer: of the text tower.
         max_text_length: T, the text tower's; longer captions are cut before their end token.
-        random_crop: for photographs: a part of the picture, of 90 to 100 % of its area and an aspect ratio within 3:4
-            and 4:3, in place of the processor's own fit.
-        horizontal_flip, max_shift: see `augmentation`.
+        random_crop: for photographs: take a random part of the picture, of 90 to 100 % of its area and an aspect ratio
+            between 3:4 and 4:3, instead of the processor's own fit.
+        horizontal_flip: see `augmentation`.
+        max_shift: see `augmentation`.
 
     Raises:
         ValueError: the text tokenizer has no end or no padding token, or `max_shift` is negative.
@@ -126,8 +133,11 @@ class ImageTextTransform:
         self.augment = augmentation(self.image_processor, self.horizontal_flip, self.max_shift)
 
     def __call__(self, image: Image.Image, caption: str | None, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """
+        """Make a sample.
+
         Args:
+            image: any that `load_image` takes.
+            caption: its text.
             generator: one number is drawn from it.
 
         Returns:
@@ -139,7 +149,7 @@ class ImageTextTransform:
         return self.change(self.prepare(image, caption), generator)
 
     def prepare(self, image: Image.Image, caption: str | None) -> dict[str, torch.Tensor | Image.Image]:
-        """The part that does not depend on chance: as `__call__`, but with a picture in place of pixels to be cropped."""
+        """Do the deterministic part of `__call__`; with `random_crop`, `pixel_values` is still a picture."""
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"no caption, but {caption!r}")
         image = load_image(image)
@@ -147,7 +157,7 @@ class ImageTextTransform:
         return {"pixel_values": pixels, "input_ids": self.encode(caption)}
 
     def change(self, sample: dict, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """The random part, on what `prepare` returned."""
+        """Do the random part of `__call__`, on the result of `prepare`."""
         pixels = sample["pixel_values"]
         with random_numbers(int(torch.randint(2**63 - 1, (), generator=generator))):
             if self.random_crop:
@@ -156,7 +166,7 @@ class ImageTextTransform:
         return sample | {"pixel_values": pixels}
 
     def encode(self, caption: str) -> torch.Tensor:
-        """(T,): the tokenizer's ids with its end token last, padded. Special tokens that the caption spells are text."""
+        """Encode a caption to ids (T,), with the end token last, then padding. Special tokens that it spells are text."""
         end, length = self.text_tokenizer.eos_token_id, self.max_text_length
         options = {"truncation": True, "max_length": length, "split_special_tokens": True}
         ids = self.text_tokenizer(caption, **options)["input_ids"]
@@ -192,7 +202,7 @@ class ImageFiles:
         return f"{self.rows[index].get('image')} in row {index} of {self.path}"
 
     def load(self, index: int) -> tuple[Image.Image, str | None]:
-        """Raises ValueError where the image is broken or missing."""
+        """Load an image and its caption; raises ValueError if the image is broken or missing."""
         if self.images is not None:
             text = self.images[index].with_suffix(".txt")
             return load_image(self.images[index]), text.read_text("utf-8") if text.is_file() else None
@@ -236,7 +246,7 @@ class DatasetImages:
         return f"row {index} of {self.path}"
 
     def load(self, index: int) -> tuple[Image.Image, str | None]:
-        """Raises ValueError where the image is broken or missing."""
+        """Load an image and its caption; raises ValueError if the image is broken or missing."""
         image, caption = map(self.rows[index].get, self.columns)
         if image is None:
             raise ValueError("no image")
@@ -244,9 +254,9 @@ class DatasetImages:
 
 
 class PreparedImages:
-    """What `transform.prepare` makes of a folder's samples, each kept in memory once it was read.
+    """Samples of a folder after `transform.prepare`, each kept in memory once it was read.
 
-    They are kept as long as the process lives: another training in it, on the same folder, finds them there.
+    They stay for the lifetime of the process, also for another training in it on the same folder.
     """
 
     kept: ClassVar[dict[tuple, dict[int, dict]]] = {}
@@ -264,14 +274,14 @@ class PreparedImages:
         return self.source.name(index)
 
     def load(self, index: int) -> tuple[dict]:
-        """The argument of `transform.change`; raises ValueError where the image is broken or missing."""
+        """Return the argument of `transform.change`; raises ValueError if the image is broken or missing."""
         if index not in self.samples:
             self.samples[index] = self.transform.prepare(*self.source.load(index))
         return (self.samples[index],)
 
 
 class EpochDataset(Dataset):
-    """Knows the epoch; a DataLoader's workers, persistent ones too, learn of a new one when they begin it."""
+    """A data set that knows its epoch. It is in shared memory, so that persistent workers of a DataLoader see a new one."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -282,16 +292,16 @@ class EpochDataset(Dataset):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """To be called before each epoch: it decides, with the seed, on all that is random."""
+        """Set the epoch, before it begins. With the seed, it determines everything random."""
         self._epoch.fill_(epoch)
 
 
 class ImageTextDataset(EpochDataset):
     """The samples of `folder` and `hf` sources, one source after the other.
 
-    A sample depends on (seed, epoch, index) alone, so that neither workers nor processes nor a resumed run change it.
-    It is looked up by its index, in the epoch that was set; or by (epoch, index), by samplers that go through several
-    epochs.  In a broken sample's place comes the next one that can be read.
+    A sample depends only on (seed, epoch, index): workers, processes and resuming do not change it. It is accessed by its
+    index, in the epoch that was set, or by (epoch, index), by samplers over several epochs. The next readable sample
+    replaces a broken one.
 
     Args:
         parts: sources with the transform of each, which gets what the source loads and a generator; those that are
@@ -339,7 +349,8 @@ class ImageTextDataset(EpochDataset):
 
 
 def check_shards(shards: list[str]) -> None:
-    """
+    """Refuse shards that are the output of commands, unless the config is trusted.
+
     Raises:
         ValueError: one is no file or web address, but has a command run ("pipe:...", "gs:..."), and the config is not
             trusted (`--trust_config`).
@@ -353,23 +364,25 @@ def check_shards(shards: list[str]) -> None:
 
 
 class ImageTextStream(EpochDataset, IterableDataset):
-    """The samples of a `webdataset` source, in an order drawn from the seed.
+    """The samples of a `webdataset` source, in an order that the seed determines.
 
-    Each process and worker (torch's, or RANK and WORLD_SIZE in the environment) reads a lane of its own. With
-    `resampled`, it draws shard after shard, reads each to its end, and never ends itself. Otherwise the shards are dealt
-    out anew in each epoch, which has, over all lanes, every sample exactly once (processes then end at slightly different
-    times). A lane is shuffled block by block.
+    Each process and worker (torch's, or RANK and WORLD_SIZE in the environment) reads its own lane. With `resampled`, a
+    lane draws shard after shard, reads each to its end, and never ends. Otherwise the shards are distributed over the
+    lanes anew in each epoch, which has every sample exactly once; processes then end at slightly different times. A lane
+    is shuffled block by block.
 
-    A consumer that passes the `stream_position` of the newest sample that it used to `record`, can go on exactly behind
-    it: in the next iteration, or in another process with `state_dict` and `load_state_dict`. The shard that is then open,
-    and one block, are read again. The number of workers has to stay.
+    To resume exactly, a consumer passes the `stream_position` of the last sample that it used to `record`. The next
+    iteration continues after it, also in another process by `state_dict` and `load_state_dict`. The open shard and one
+    block are then read again. The number of workers has to stay the same.
 
     Args:
         shards: paths or URLs, with `{00..99}` for many, or a list of them.
-        transform: see there; a sample's random numbers depend on the seed and its position alone.
-        samples_per_epoch: over all processes; the stream itself pays no attention to it.
+        transform: of each sample, whose random numbers depend only on the seed and the sample's position.
+        seed: of all orders and random numbers.
+        samples_per_epoch: over all processes; the stream itself does not use it.
+        resampled: draw shards with replacement, without end.
         shuffle: samples of a block, held undecoded; 0 for the order of the shard.
-        max_broken_share: see `BrokenSamples`; a shard that breaks off counts as a sample or two.
+        max_broken_share: see `BrokenSamples`; a truncated shard counts as a sample or two.
 
     Raises:
         ValueError: there are no shards, `samples_per_epoch` is below 1, or `shuffle` is negative.
@@ -402,12 +415,12 @@ class ImageTextStream(EpochDataset, IterableDataset):
         self.next_lane = 0
 
     def record(self, position: torch.Tensor) -> None:
-        """Notes the `stream_position` (5,) of a sample that was used: its lane goes on behind it, the next lane first."""
+        """Record the `stream_position` (5,) of a used sample. The stream continues after it, with the next lane."""
         lane, *self.positions[lane] = position.tolist()
         self.next_lane = lane + 1
 
     def state_dict(self) -> dict:
-        """Where this process's lanes are."""
+        """Return the positions of this process's lanes."""
         return {"epoch": self.epoch, "positions": dict(self.positions), "next_lane": self.next_lane}
 
     def load_state_dict(self, state: dict) -> None:
@@ -415,9 +428,10 @@ class ImageTextStream(EpochDataset, IterableDataset):
         self.positions, self.next_lane = dict(state["positions"]), state["next_lane"]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """
+        """Iterate over the samples of one lane.
+
         Returns:
-            See `ImageTextTransform`; and `stream_position` (5,), int64, for `record`.
+            Samples of `ImageTextTransform`, with `stream_position` (5,), int64, for `record`.
 
         Raises:
             ValueError: too many samples are broken, or there are fewer shards than processes.
@@ -441,7 +455,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
         return self._transformed(self._shuffled(samples, used, (rank, lane, epoch)))
 
     def _read(self, shards: Iterator[tuple[int, str]], first: int) -> Iterator[tuple[int, int, dict]]:
-        """The raw samples of numbered shards, each with its place (shard, index), from the `first` of the first one on."""
+        """Iterate over raw samples with their place (shard, index), from the `first` of the first shard on."""
         for shard, url in shards:
             samples = wds.tarfile_to_samples(handler=self._skip_shard)([{"url": url}])
             for index, sample in islice(enumerate(samples), first, None):
@@ -451,13 +465,15 @@ class ImageTextStream(EpochDataset, IterableDataset):
     def _shuffled(
         self, samples: Iterator[tuple[int, int, dict]], used: int, stream: tuple[int, int, int]
     ) -> Iterator[tuple[dict, torch.Tensor, torch.Generator]]:
-        """Samples in a random order within each block, without the first ones `used` of the first block.
+        """Shuffle the samples within each block, and skip the first `used` ones of the first block.
 
         Args:
+            samples: raw ones with their place.
+            used: samples of the first block that were used before.
             stream: (process, lane, epoch).
 
         Returns:
-            Each with the position behind it, and its random numbers.
+            Each sample with the position after it and its random numbers.
         """
         while block := list(islice(samples, max(1, self.shuffle))):
             place = block[0][:2]
@@ -496,12 +512,13 @@ class ImageTextStream(EpochDataset, IterableDataset):
 def build_image_text_dataset(
     source: dict | list[dict], transform: ImageTextTransform, seed: int, max_broken_share: float = 0.01
 ) -> ImageTextDataset | ImageTextStream:
-    """The samples of one or more sources, see the module's text.
+    """Build the data set of one or more sources, see the module's docstring.
 
     Args:
-        source: several are joined one after the other; a webdataset one stands alone.
-        transform: a source's own options replace its.
-        max_broken_share: of the samples seen; more of them stop the run.
+        source: one, or several, which are concatenated; a webdataset source has to be the only one.
+        transform: of all samples; a source's own options override it.
+        seed: of orders and random changes.
+        max_broken_share: share of broken samples above which the run stops.
 
     Raises:
         ValueError: no source, an unknown kind or option, a missing option, or a webdataset source beside others.

@@ -1,7 +1,7 @@
-"""What the command line, the web page, the evaluations and the samples of a training do with a model: load it, and with
-it answer, draw, edit, reconstruct.
+"""Inference: load a model, answer, draw, edit, reconstruct.
 
-Heavy modules are imported where they are needed, since the command line imports this one.
+The command line, the web page, the evaluations and the samples of a training use these functions. Heavy modules are imported
+where they are needed, since the command line imports this one.
 """
 
 import json
@@ -18,26 +18,42 @@ if TYPE_CHECKING:
 
     from .modeling_unitok import UniTokModel
 
-MAX_SEQUENCES = 100  # that a folder's generation config may ask for at once
+MAX_SEQUENCES = 100  # beams or answers that a folder's generation config may ask for
 TEMPLATE_SECONDS = 10
 SHIPPED_MODEL = Path(__file__).parent / "checkpoints" / "tiny"
 
 
 def check_model(folder: Path) -> None:
-    """Finds out before any work whether there is a model in the folder."""
+    """Check that there is a model in the folder.
+
+    Raises:
+        ValueError: there is none.
+    """
     if not (folder / "config.json").is_file():
         raise ValueError(f"no model in {folder}: it has no config.json")
 
 
 def load(folder: str | os.PathLike, *, tokenizer_only: bool = False) -> tuple[Any, Any]:
-    """The model of a folder (float32 on a CPU, bfloat16 on a GPU) and its processor.
+    """Load a model and its processor.
+
+    The folder may be hostile: its size is checked before memory is allocated, its weights for finite values, its chat
+    template with a time limit.
 
     Args:
         folder: an MLLM's.
-        tokenizer_only: load the visual tokenizer and its image processor alone, from its own or an MLLM's folder.
+        tokenizer_only: load only the visual tokenizer and its image processor, from its own or an MLLM's folder.
+
+    Returns:
+        The model in eval mode (float32 on a CPU, bfloat16 on a GPU), and its processor.
 
     Raises:
-        ValueError, OSError: no such model, or one that does not load whole.
+        ValueError: there is no such model, or it does not load whole.
+
+    Example:
+        >>> model, processor = load(SHIPPED_MODEL)
+        >>> (picture,) = draw_images(model, processor, ["a red circle"], count=1, seed=0)
+        >>> answer_questions(model, processor, [(picture, "what color is the shape?")], max_new_tokens=8)
+        ['red']
     """
     folder = Path(folder)
     check_model(folder)
@@ -78,12 +94,13 @@ def load(folder: str | os.PathLike, *, tokenizer_only: bool = False) -> tuple[An
 
 
 def check_size(folder: Path) -> None:
-    """Finds out before any memory is taken whether a folder's weights could be all of the model that its config asks
-    for: what is missing or of another shape would be made anew first, and only then reported.
+    """Check, before memory is allocated, that a folder has about as many weights as its config asks for.
+
+    The library would first allocate missing or misshapen weights, and only then report them.
 
     Raises:
         ValueError: the model has many more parameters than the .safetensors files (or numbers than the .bin files have
-            bytes), an unknown quantization, or tables that are computed from the config beyond what any model needs.
+            bytes), an unknown quantization, or computed tables larger than any model needs.
     """
     import torch
     from safetensors import SafetensorError, safe_open
@@ -121,9 +138,11 @@ def check_size(folder: Path) -> None:
 
 
 def check_values(model: Any) -> None:
-    """
+    """Check a loaded model's weights and generation config.
+
     Raises:
-        ValueError: a weight is NaN or infinite, or the generation config asks for what no memory holds or no drawing has.
+        ValueError: a weight is NaN or infinite, or the generation config asks for too many sequences, or for options that
+            drawing does not have.
     """
     from .drawing_unitok import image_generation
 
@@ -140,10 +159,11 @@ def check_values(model: Any) -> None:
 
 
 def check_template(processor: Any) -> None:
-    """Finds out whether the chat template works for a question about a picture; it is a program of the folder's own.
+    """Check that a folder's chat template, which is a program, works for a question about a picture.
 
     Raises:
-        ValueError, TemplateError: it takes too long, or asks for what it may not see.
+        ValueError: it takes too long.
+        TemplateError: it fails, or accesses what it may not.
     """
     from .time_limit import time_limit
 
@@ -155,7 +175,11 @@ def check_template(processor: Any) -> None:
 def reconstruct_images(
     model: "UniTokModel", processor: Any, images: list["Image.Image"]
 ) -> tuple[list["Image.Image"], list["Image.Image"], int]:
-    """Images to codes and back: what the model saw, what came back (both of its own size), and codes per image."""
+    """Encode images and decode their codes.
+
+    Returns:
+        The images as the model sees them, their reconstructions (both in the model's size), and the codes of one image.
+    """
     import torch
 
     pixel_values = processor(images=images, mode="understand")["pixel_values"].to(model.device)
@@ -166,12 +190,12 @@ def reconstruct_images(
 
 
 def conversation(question: str, image: "Image.Image") -> list[dict]:
-    """One user turn for a chat template: an image and a question about it."""
+    """Make a conversation of one turn: an image and a question about it."""
     return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
 
 
 def generate_answers(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
-    """The model's greedy answers to prompts, special tokens left out."""
+    """Answer prompts greedily; `inputs` are the processor's. Returns texts without special tokens."""
     outputs = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -179,7 +203,7 @@ def generate_answers(model: Any, processor: Any, inputs: Any, max_new_tokens: in
 def answer_questions(
     model: Any, processor: Any, questions: list[tuple["Image.Image", str]], max_new_tokens: int
 ) -> list[str]:
-    """The model's greedy answers to (image, question) pairs, in one batch."""
+    """Answer (image, question) pairs greedily, in one batch."""
     chats = [conversation(question, image) for image, question in questions]
     inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
     answers = generate_answers(model, processor, inputs.to(model.device), max_new_tokens)
@@ -187,7 +211,12 @@ def answer_questions(
 
 
 def sampling_options(model: Any, **given: Any) -> dict[str, Any]:
-    """Options of a drawing, sampling whole: those given, then the model's own, then `IMAGE_GENERATION` where it has none."""
+    """Return all sampling options of a drawing.
+
+    Args:
+        model: its own options come after those given, or `IMAGE_GENERATION` if it has none.
+        given: options that come first; None means not given.
+    """
     from .drawing_unitok import IMAGE_GENERATION, UniTokDrawingOptions, image_generation
 
     standard = {n: getattr(UniTokDrawingOptions, n) for n in ("guidance_scale", "temperature", "top_k", "top_p")}
@@ -196,7 +225,17 @@ def sampling_options(model: Any, **given: Any) -> dict[str, Any]:
 
 
 def draw_codes(model: Any, processor: Any, prompts: list[str], **options: Any) -> "torch.Tensor":
-    """The codes of an image (or several) for each prompt, in one batch; `options` are those of `generate_image_codes`."""
+    """Draw the codes of one image or several for each prompt, in one batch.
+
+    Args:
+        model: an MLLM.
+        processor: its processor.
+        prompts: descriptions.
+        options: those of `UniTokGenerationMixin.generate_image_codes`.
+
+    Returns:
+        (prompts * num_return_sequences, K, L), int64.
+    """
     inputs = processor(text=prompts, generation_mode="image").to(model.device)
     return model.generate(**inputs, generation_mode="image", **options)
 
@@ -204,7 +243,7 @@ def draw_codes(model: Any, processor: Any, prompts: list[str], **options: Any) -
 def edit_codes(
     model: Any, processor: Any, requests: list[tuple["Image.Image | Path", str]], **options: Any
 ) -> "torch.Tensor":
-    """The codes of an image for each (image or its file, instruction), in one batch; `options` as of `draw_codes`."""
+    """Draw the codes of an edited image for each (image or its file, instruction); otherwise as `draw_codes`."""
     images, instructions = zip(*requests)
     images = [str(image) if isinstance(image, Path) else image for image in images]
     inputs = processor(images=list(images), text=list(instructions), generation_mode="edit").to(model.device)
@@ -212,7 +251,7 @@ def edit_codes(
 
 
 def pictures_of(model: Any, processor: Any, codes: "torch.Tensor") -> list["Image.Image"]:
-    """Codes (N, K, L) as pictures."""
+    """Decode codes (N, K, L) to N pictures."""
     import torch
 
     with torch.no_grad():
@@ -223,7 +262,7 @@ def pictures_of(model: Any, processor: Any, codes: "torch.Tensor") -> list["Imag
 def draw_images(
     model: Any, processor: Any, prompts: list[str], count: int, progress: bool = True, **options: Any
 ) -> list["Image.Image"]:
-    """`count` images for each prompt, side by side, in one batch; `options` as of `draw_codes`."""
+    """Draw `count` pictures for each prompt, next to each other, in one batch; options as in `draw_codes`."""
     codes = draw_codes(model, processor, prompts, num_return_sequences=count, progress=progress, **options)
     return pictures_of(model, processor, codes)
 
@@ -231,15 +270,19 @@ def draw_images(
 def edit_images(
     model: Any, processor: Any, requests: list[tuple["Image.Image", str]], **options: Any
 ) -> list["Image.Image"]:
-    """An image for each (image, instruction), in one batch; `options` as of `draw_codes`."""
+    """Draw an edited picture for each (image, instruction), in one batch; options as in `draw_codes`."""
     return pictures_of(model, processor, edit_codes(model, processor, requests, progress=True, **options))
 
 
 def image_psnr(reconstruction: "torch.Tensor", pixels: "torch.Tensor") -> "torch.Tensor":
-    """Peak signal-to-noise ratio of each image in dB, infinite where they are equal; both (B, 3, H, W) in [-1, 1].
+    """Compute the peak signal-to-noise ratio of each image, in dB; infinite for equal images.
+
+    Args:
+        reconstruction: (B, 3, H, W), clamped to [-1, 1] here.
+        pixels: (B, 3, H, W) in [-1, 1].
 
     Returns:
-        (B,), float32, or float64 where the images are.
+        (B,), float32, or float64 for images in float64.
     """
     import torch
 
@@ -249,7 +292,7 @@ def image_psnr(reconstruction: "torch.Tensor", pixels: "torch.Tensor") -> "torch
 
 
 def psnr(original: "Image.Image", reconstruction: "Image.Image") -> float:
-    """Peak signal-to-noise ratio of two RGB pictures of one size, in dB."""
+    """Compute the peak signal-to-noise ratio of two RGB pictures of the same size, in dB."""
     import numpy as np
     import torch
 
@@ -258,7 +301,7 @@ def psnr(original: "Image.Image", reconstruction: "Image.Image") -> float:
 
 
 def picture_area(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Where on the model's canvas a picture of `size` (width, height) lies between its padding: a crop box."""
+    """Return the crop box of a picture of `size` (width, height) on the model's padded canvas."""
     scale = min(canvas[0] / size[0], canvas[1] / size[1])
     width, height = (max(1, round(side * scale)) for side in size)
     left, top = (canvas[0] - width) // 2, (canvas[1] - height) // 2
