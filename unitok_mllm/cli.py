@@ -424,6 +424,57 @@ def serve(
 
 
 @app.command()
+def api(
+    model: ModelFolder = SHIPPED_MODEL,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name for clients.", show_default="the folder's")
+    ] = None,
+    max_rows: Annotated[
+        int, typer.Option(min=1, help="Rows of the running batch: one for an answer, two for a guided drawing.")
+    ] = 32,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Positions of a row, prompt and answer or image.", show_default="the LLM's, at most 2048"
+        ),
+    ] = None,
+    queue_size: Annotated[int, typer.Option(min=1, help="How many requests may wait; then clients get a 429.")] = 256,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Largest request to take, in MiB.")] = 32,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="A file with the key that clients must send.", show_default="$UNITOK_API_KEY, or no key"),
+    ] = None,
+    allow_host: Annotated[
+        list[str], typer.Option(help="A further name by which clients reach the server; may be given again.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Serve OpenAI's API: chat about pictures, images, edits, many at once. Ctrl-C ends it when all are answered.
+
+    Nothing of a request is kept or logged but counts and times (GET /metrics).
+    """
+    check_model(model)
+    for package in ("fastapi", "uvicorn", "multipart"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"api needs {package}: pip install 'unitok_mllm[serve]'")
+    key = (
+        os.environ.get("UNITOK_API_KEY") if api_key_file is None else api_key_file.read_text(encoding="utf-8").strip()
+    )
+    if key == "":
+        raise ValueError(f"{api_key_file or 'UNITOK_API_KEY'} holds no key.")
+    from . import api as server
+    from .serving import UniTokEngine
+
+    mllm, processor = load(model)
+    engine = UniTokEngine(mllm, max_rows=max_rows, max_length=max_length, max_queue=queue_size)
+    limits = {"max_body": max_body_mb * 2**20, "timeout": timeout, "further_hosts": set(allow_host)}
+    typer.echo(f"http://{host}:{port}/v1", err=True)
+    server.serve(engine, processor, name or model.resolve().name, host, port, api_key=key, **limits)
+
+
+@app.command()
 def env() -> None:
     """Print what a bug report needs: versions and the machine."""
     import platform

@@ -76,7 +76,9 @@ class Guard:
         max_upload: bytes of a multipart request; any other has `MAX_BODY`.
         make_room: called with the size of an upload before it is read, in a thread.
         admit: called with the visitor, the path and the whole body of every other POST, one at a time until `app` has
-            answered it; raises `Refused`.
+            answered it; raises `Refused`. None where `app` limits its visitors itself: then `max_upload` is the limit of
+            every body, and POSTs are not counted.
+        refusal: makes the content type and the body of a refusal.
     """
 
     def __init__(
@@ -86,14 +88,15 @@ class Guard:
         further_hosts: set[str],
         routes: tuple[str, ...],
         max_upload: int,
-        make_room: Callable[[int], None],
-        admit: Callable[[str, str, bytes], None],
+        make_room: Callable[[int], None] | None,
+        admit: Callable[[str, str, bytes], None] | None,
+        refusal: Callable[[Refused], tuple[str, str]] = lambda refused: ("text/plain; charset=utf-8", str(refused)),
     ):
         self.app = app
         self.further_hosts = {host.lower() for host in further_hosts}
         self.hosts = hosts | self.further_hosts
         self.routes = re.compile("|".join(f"(?:{route})" for route in routes))
-        self.max_upload, self.make_room, self.admit = max_upload, make_room, admit
+        self.max_upload, self.make_room, self.admit, self.refusal = max_upload, make_room, admit, refusal
         self._open: Counter[str] = Counter()
         self._posts: OrderedDict[str, tuple[float, float]] = OrderedDict()  # visitor -> what is left, and when
         self._admission = asyncio.Lock()
@@ -117,7 +120,7 @@ class Guard:
         except Refused as refused:
             if refused.status == 413:
                 await body.drain(self.max_upload)
-            await _respond(answer, refused)
+            await _respond(answer, refused, *self.refusal(refused))
         finally:
             self._open[visitor] -= 1
             if not self._open[visitor]:
@@ -136,7 +139,7 @@ class Guard:
             raise Refused(404, "not found")
         if self._open[visitor] > MAX_OPEN:
             raise Refused(429, f"{MAX_OPEN} requests at once are the most for one visitor")
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" and self.admit is not None:
             self._count_post(visitor)
 
     @staticmethod
@@ -176,6 +179,8 @@ class Guard:
     async def _pass(self, scope: dict, body: "_Body", send: Callable, visitor: str) -> None:
         if scope["method"] != "POST":
             await self.app(scope, body.receive, send)
+        elif self.admit is None:
+            await self.app(scope, body.again(await body.whole(self.max_upload)), send)
         elif "".join(_header(scope, b"content-type")).startswith("multipart/"):
             if body.length is None:
                 raise Refused(411, "an upload says how long it is")
@@ -255,9 +260,9 @@ def _header(scope: dict, name: bytes) -> list[str]:
     return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
-async def _respond(send: Callable, refused: Refused) -> None:
-    text = str(refused).encode()
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(text)).encode())]
+async def _respond(send: Callable, refused: Refused, content_type: str, body: str) -> None:
+    text = body.encode()
+    headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(text)).encode())]
     headers.append((b"connection", b"close"))
     if refused.status == 429:
         headers.append((b"retry-after", b"60"))

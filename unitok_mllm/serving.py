@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
@@ -370,11 +370,15 @@ class UniTokEngine:
     def _answer(self, inputs: dict, tell: Callable | None, random: torch.Generator, **options) -> _Answer:
         prepared = {}
 
-        def keep(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        def keep(model, input_ids, logits_processor, stopping_criteria, generation_config, tokenizer=None, **kwargs):
             prepared.update(kwargs, input_ids=input_ids, processors=logits_processor, criteria=stopping_criteria)
             return generation_config
 
-        # the library prepares all that it prepares for its own loop, and hands it over
+        # the library prepares all that it prepares for its own loop, and hands it over (but loses the tokenizer)
+        stops, tokenizer = options.pop("stop_strings", None), options.pop("tokenizer", None)
+        if stops:
+            criteria = [*(options.pop("stopping_criteria", None) or []), StopStringCriteria(tokenizer, stops)]
+            options["stopping_criteria"] = StoppingCriteriaList(criteria)
         config: GenerationConfig = self.model.generate(**inputs, **options, custom_generate=keep)
         if config.num_beams > 1 or config.num_return_sequences > 1 or len(prepared["input_ids"]) > 1:
             raise ValueError("The engine answers one prompt with one sequence: no beams, no several answers.")

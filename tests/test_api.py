@@ -1,0 +1,300 @@
+"""The server with the API's own client, over the loopback interface."""
+
+import asyncio
+import base64
+import io
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from PIL import Image
+from test_serving import run
+
+from unitok_mllm.api import create_app
+from unitok_mllm.guard import own_hosts
+from unitok_mllm.serving import UniTokEngine
+
+
+pytestmark = pytest.mark.full
+KEY = "a secret"
+
+
+@contextmanager
+def served(model, processor, **options):
+    """A server on a free port, in a thread; its address and its engine."""
+    sizes = {name: options.pop(name) for name in ("max_rows", "max_queue") if name in options}
+    engine = UniTokEngine(model, max_length=256, **sizes)
+    app = create_app(engine, processor, "tiny", hosts=own_hosts("127.0.0.1"), **options)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", engine
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def server(lively_mllm, processor):
+    with served(lively_mllm, processor, api_key=KEY) as (address, engine):
+        yield address, engine
+
+
+@pytest.fixture
+def client(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key=KEY, max_retries=0)
+
+
+def data_url(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def opened(b64: str) -> bytes:
+    return Image.open(io.BytesIO(base64.b64decode(b64))).tobytes()
+
+
+PICTURE = Image.new("RGB", (60, 40), "tomato")
+TURN = {
+    "role": "user",
+    "content": [
+        {"type": "image_url", "image_url": {"url": data_url(PICTURE)}},
+        {"type": "text", "text": "what is this"},
+    ],
+}
+
+
+def expected_answer(model, processor, **options) -> str:
+    content = [{"type": "image", "image": PICTURE}, {"type": "text", "text": "what is this"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    ids = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_chats_whole_and_streamed_are_those_of_generate(client, lively_mllm, processor):
+    options = {"model": "tiny", "messages": [TURN], "max_tokens": 12}
+    expected = expected_answer(lively_mllm, processor, max_new_tokens=12, do_sample=False)
+    whole = client.chat.completions.create(**options)
+    assert whole.choices[0].message.content == expected
+    assert whole.usage.completion_tokens <= 12 and whole.choices[0].finish_reason in ("stop", "length")
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
+    assert chunks[-1].usage == whole.usage
+    sampled = client.chat.completions.create(**options, temperature=0.8, top_p=0.9, seed=3, n=2)
+    for index, choice in enumerate(sampled.choices):
+        torch.manual_seed(3 + index)
+        text = expected_answer(lively_mllm, processor, max_new_tokens=12, do_sample=True, temperature=0.8, top_p=0.9)
+        assert choice.message.content == text
+
+
+def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(client, lively_mllm, processor):
+    whole = expected_answer(lively_mllm, processor, max_new_tokens=12, do_sample=False)
+    stop = whole[3:5]
+    options = {"model": "tiny", "messages": [TURN], "max_tokens": 12, "stop": [stop]}
+    answer = client.chat.completions.create(**options).choices[0]
+    assert answer.message.content == whole[: whole.index(stop)] and answer.finish_reason == "stop"
+    chunks = client.chat.completions.create(**options, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == answer.message.content
+
+
+def test_an_answer_may_hold_images(lively_mllm, processor):
+    with torch.no_grad():  # the model opens an image at once
+        lively_mllm.get_output_embeddings().weight[processor.boi_token_id] *= 0
+    lively_mllm.generation_config.sequence_bias = [[[processor.boi_token_id], 60.0]]
+    with served(lively_mllm, processor) as (address, _):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+        options = {"model": "tiny", "messages": [{"role": "user", "content": "draw"}], "max_tokens": 6, "seed": 1}
+        options["extra_body"] = {"modalities": ["text", "image"], "guidance": 2.0}
+        message = client.chat.completions.create(**options).choices[0].message
+        images = [image["image_url"]["url"] for image in message.images]
+        assert len(images) == 4 and all(url.startswith("data:image/png;base64,") for url in images)
+        streamed = [
+            image["image_url"]["url"]
+            for chunk in client.chat.completions.create(**options, stream=True)
+            for image in getattr(chunk.choices[0].delta, "images", None) or []
+        ]
+        assert streamed == images
+        again = {"role": "assistant", "content": message.content, "images": message.images}
+        more = {**options, "messages": [*options["messages"], again, {"role": "user", "content": "yes"}]}
+        del more["extra_body"]
+        assert client.chat.completions.create(**more).choices[0].message.content is not None
+
+
+def test_drawings_whole_and_streamed_are_those_of_generate(client, lively_mllm, processor):
+    extra = {"guidance": 2.0, "temperature": 0.8, "top_k": 10, "seed": 5}
+    drawn = client.images.generate(prompt="a red circle", n=2, extra_body=extra)
+    inputs = processor(text=["a red circle"], generation_mode="image")
+    codes = lively_mllm.generate_image_codes(
+        **inputs, guidance_scale=2.0, temperature=0.8, top_k=10, seed=5, num_return_sequences=2
+    )
+    pixels = lively_mllm.decode_images(codes)
+    expected = processor.post_process_multimodal_output(pixels, generation_mode="image")
+    assert [opened(one.b64_json) for one in drawn.data] == [image.tobytes() for image in expected]
+    events = list(client.images.generate(prompt="a red circle", stream=True, partial_images=2, extra_body=extra))
+    assert [event.type.rpartition(".")[2] for event in events] == ["partial_image", "partial_image", "completed"]
+    assert opened(events[-1].b64_json) == expected[0].tobytes()
+    assert opened(events[0].b64_json) != opened(events[1].b64_json)
+
+
+def test_edits_are_those_of_generate(client, lively_mllm, processor):
+    file = io.BytesIO(base64.b64decode(data_url(PICTURE).partition(",")[2]))
+    file.name = "picture.png"
+    extra = {"seed": "4", "guidance": "2", "image_guidance": "1.5"}
+    edited = client.images.edit(image=file, prompt="make it blue", extra_body=extra)
+    inputs = processor(text=["make it blue"], images=[[PICTURE]], generation_mode="edit")
+    codes = lively_mllm.generate_image_codes(**inputs, seed=4, guidance_scale=2.0, image_guidance_scale=1.5)
+    (expected,) = processor.post_process_multimodal_output(lively_mllm.decode_images(codes), generation_mode="image")
+    assert opened(edited.data[0].b64_json) == expected.tobytes()
+
+
+def test_completions_embeddings_and_models(client, server, lively_mllm, processor):
+    completed = client.completions.create(model="tiny", prompt=["a red", "blue"], max_tokens=5)
+    for text, choice in zip(("a red", "blue"), completed.choices):
+        inputs = processor(text=text)
+        ids = lively_mllm.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert choice.text == processor.tokenizer.decode(ids, skip_special_tokens=True)
+    rows = client.embeddings.create(model="tiny", input=[data_url(PICTURE)]).data
+    pixels = processor.image_processor([PICTURE], return_tensors="pt")["pixel_values"]
+    expected = lively_mllm.visual.get_image_features(pixels).pooler_output[0]
+    torch.testing.assert_close(torch.tensor(rows[0].embedding), expected)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    assert httpx.get(f"{server[0]}/health").json()["status"] == "ok"
+    metrics = httpx.get(f"{server[0]}/metrics").text
+    assert 'unitok_responses_total{path="completions",status="200"} 1' in metrics
+    assert "unitok_response_seconds_count 4" in metrics
+
+
+def test_many_clients_at_once_get_what_each_gets_alone(lively_mllm, processor):
+    with served(lively_mllm, processor, max_rows=8) as (address, engine):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=300)
+
+        def ask(seed: int) -> bytes:
+            extra = {"seed": seed, "guidance": 2.0}
+            return opened(client.images.generate(prompt=f"a red circle {seed}", extra_body=extra).data[0].b64_json)
+
+        with ThreadPoolExecutor(64) as pool:
+            drawn = list(pool.map(ask, range(64)))
+        assert engine.num_rows_computed / engine.num_steps > 4
+    for seed in (0, 31, 63):
+        inputs = processor(text=[f"a red circle {seed}"], generation_mode="image")
+        codes = lively_mllm.generate_image_codes(**inputs, seed=seed, guidance_scale=2.0)
+        pixels = lively_mllm.decode_images(codes)
+        (expected,) = processor.post_process_multimodal_output(pixels, generation_mode="image")
+        difference = torch.frombuffer(bytearray(drawn[seed]), dtype=torch.uint8).int()
+        difference -= torch.frombuffer(bytearray(expected.tobytes()), dtype=torch.uint8).int()
+        assert difference.abs().max() <= 1  # pixels of another batch, within rounding
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_makes_room(lively_mllm, processor, stream):
+    with served(lively_mllm, processor, max_rows=1) as (address, engine):
+        body = {"prompt": "red", "max_tokens": 200, "stream": stream}
+        if stream:
+            with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
+                next(response.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{address}/v1/completions", json=body, timeout=0.3)
+        deadline = time.monotonic() + 20
+        while engine.num_running:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        answer = httpx.post(f"{address}/v1/completions", json={"prompt": "red", "max_tokens": 1}, timeout=60)
+        assert answer.status_code == 200
+
+
+REFUSED = {
+    "no key": ({"headers": {"authorization": "Bearer wrong"}}, 401, "the API key is missing or wrong"),
+    "another model": ({"json": {"model": "gpt", "prompt": "x"}}, 404, "there is no model 'gpt', only 'tiny'"),
+    "no JSON": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "JSON decode error"),
+    "no prompt": ({"json": {}}, 400, "prompt: Field required"),
+    "unknown option": ({"json": {"prompt": "x", "beams": 2}}, 400, "beams: Extra inputs are not permitted"),
+    "out of range": ({"json": {"prompt": "x", "top_p": 2}}, 400, "top_p: Input should be less than or equal to 1"),
+    "too long": ({"json": {"prompt": "x" * 500}}, 400, "do not fit"),
+    "too large": ({"content": b"x" * 2**21}, 413, "longer than 1048576 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_in_the_apis_form(lively_mllm, processor, case):
+    options, status, message = REFUSED[case]
+    with served(lively_mllm, processor, api_key=KEY, max_body=2**20) as (address, _):
+        options = dict(options)
+        headers = {"authorization": f"Bearer {KEY}"} | options.pop("headers", {})
+        response = httpx.post(f"{address}/v1/completions", headers=headers, timeout=60, **options)
+    assert response.status_code == status
+    assert message in response.json()["error"]["message"]
+
+
+PARTS = {
+    "a URL": ("http://127.0.0.1:9/x.png", "must be a data URL"),
+    "a file": ("file:///etc/passwd", "must be a data URL"),
+    "no picture": ("data:image/png;base64," + base64.b64encode(b"no picture").decode(), "cannot read image"),
+    "no base64": ("data:image/png;base64,%%%", "base64 cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_pictures_that_are_none_are_refused(client, case):
+    url, message = PARTS[case]
+    content = [{"type": "image_url", "image_url": {"url": url}}]
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])
+
+
+def test_other_refusals(client, server):
+    with pytest.raises(openai.BadRequestError, match="this model draws 48x48, got '512x512'"):
+        client.images.generate(prompt="red", size="512x512")
+    with pytest.raises(openai.BadRequestError, match="top_k must be at least 0"):
+        client.images.generate(prompt="red", extra_body={"top_k": -1, "guidance": 1.0})
+    with pytest.raises(openai.BadRequestError, match="a part must be a text or an image_url, got 'input_audio'"):
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]
+        )
+    response = httpx.get(f"{server[0]}/v1/files")
+    assert response.status_code == 404 and response.json()["error"]["message"] == "not found"
+    response = httpx.get(f"{server[0]}/health", headers={"host": "evil.example"})
+    assert response.status_code == 403
+
+
+def test_a_full_queue_is_a_429(lively_mllm, processor):
+    engine = UniTokEngine(lively_mllm, max_rows=1, max_length=256, max_queue=1)
+    engine.answer(processor(text="red"), max_new_tokens=5)
+    app = create_app(engine, processor, "tiny", hosts={"test"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "run", lambda: None)  # nobody works
+
+        async def post() -> httpx.Response:
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await client.post("/v1/completions", json={"prompt": "red", "max_tokens": 5})
+
+        response = asyncio.run(post())
+    assert response.status_code == 429 and response.headers["retry-after"]
+    assert "1 requests are waiting" in response.json()["error"]["message"]
+    run(engine)
+
+
+def test_a_server_that_stops_finishes_what_is_under_way(lively_mllm, processor):
+    with served(lively_mllm, processor) as (address, engine), ThreadPoolExecutor(1) as pool:
+        body = {"prompt": "red", "max_tokens": 60}
+        answer = pool.submit(httpx.post, f"{address}/v1/completions", json=body, timeout=120)
+        while not engine.num_running:
+            time.sleep(0.01)
+    assert json.loads(answer.result().text)["choices"][0]["text"]
