@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-common test-slow test-web test-all lint docs docs-serve bench clean
+.PHONY: demo test test-common test-slow test-web test-all lint docs docs-serve bench bench-serve clean
 
 demo: .venv/installed-demo
 	$(BIN)/unitok-mllm demo
@@ -40,6 +40,9 @@ docs-serve: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python -m eval.speed
+
+bench-serve: .venv/installed-dev
+	$(BIN)/python -m eval.serving
 
 clean:
 	rm -rf .venv

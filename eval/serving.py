@@ -1,0 +1,188 @@
+"""How many drawings and answers a server gives, and how long each waits, beside one that takes requests in turn.
+
+    python -m eval.serving
+    python -m eval.serving --model FOLDER --clients 1 16 --requests 32
+
+Starts `unitok-mllm api` twice: as it is, and with rows for one guided drawing, so that it takes one request after another.
+Each number of clients asks at once and again as soon as it is answered, over the loopback interface. `plain` is
+`generate` in this process, without any server, once for each of ten requests. Times are of this machine while nothing else
+runs; the ratios are of one run.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import torch
+from tqdm import tqdm
+
+from eval._common import versions, write_atomically
+from training.errors import CommandLine, one_line_errors
+from unitok_mllm.cli import SHIPPED_MODEL
+from unitok_mllm.inference import load
+
+
+PROMPT = "a red circle"
+ANSWER_TOKENS = 16
+
+
+def start_server(model: Path, port: int, *options: str) -> subprocess.Popen:
+    """
+    Raises:
+        ValueError: it ends, or does not answer within five minutes.
+    """
+    command = [sys.executable, "-m", "unitok_mllm.cli", "api", "--model", str(model), "--port", str(port), *options]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for _ in range(3000):
+        if server.poll() is not None:
+            raise ValueError(f"The server ended: {server.stderr.read()[-500:]}")
+        try:
+            httpx.get(f"http://127.0.0.1:{port}/health", timeout=1).raise_for_status()
+            return server
+        except httpx.HTTPError:
+            time.sleep(0.1)
+    server.kill()
+    raise ValueError("The server did not start within five minutes.")
+
+
+async def draw(client: httpx.AsyncClient, seed: int) -> tuple[float, float]:
+    """Seconds to the first partial picture and to the whole one."""
+    start, first = time.perf_counter(), None
+    body = {"prompt": PROMPT, "seed": seed, "stream": True, "partial_images": 3}
+    async with client.stream("POST", "/v1/images/generations", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if first is None and line.startswith("data: "):
+                first = time.perf_counter() - start
+    return first, time.perf_counter() - start
+
+
+async def answer(client: httpx.AsyncClient, seed: int) -> tuple[float, float]:
+    """Seconds to the first token and to the whole answer."""
+    start, first = time.perf_counter(), None
+    body = {"prompt": PROMPT, "max_tokens": ANSWER_TOKENS, "temperature": 1, "seed": seed, "stream": True}
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if first is None and line.startswith("data: "):
+                first = time.perf_counter() - start
+    return first, time.perf_counter() - start
+
+
+async def load_with(port: int, ask, num_clients: int, num_requests: int) -> dict:
+    """Requests a second, and the percentiles of their times, in seconds."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600, limits=limits) as client:
+        await ask(client, 0)
+        seeds = iter(tqdm(range(1, num_requests + 1), desc=f"{ask.__name__}, {num_clients} clients", leave=False))
+        times: list[tuple[float, float]] = []
+
+        async def one() -> None:
+            for seed in seeds:
+                times.append(await ask(client, seed))
+
+        start = time.perf_counter()
+        await asyncio.gather(*(one() for _ in range(num_clients)))
+        seconds = time.perf_counter() - start
+    firsts, wholes = zip(*times)
+    return {
+        "requests_per_second": num_requests / seconds,
+        **percentiles(wholes),
+        "first_p50": statistics.median(firsts),
+    }
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    ordered = sorted(times)
+    return {f"p{share}": ordered[min(len(ordered) - 1, share * len(ordered) // 100)] for share in (50, 95, 99)}
+
+
+def plain_times(model: Path, count: int = 10) -> dict[str, dict[str, float]]:
+    """The same drawing and answer by `generate`, one after another."""
+    mllm, processor = load(model)
+    inputs, times = processor(text=[PROMPT], generation_mode="image"), {"draw": [], "answer": []}
+    text = processor(text=[PROMPT])
+    for seed in range(count + 1):
+        start = time.perf_counter()
+        codes = mllm.generate(**inputs, generation_mode="image", seed=seed)
+        processor.post_process_multimodal_output(mllm.decode_images(codes), generation_mode="image")
+        times["draw"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        torch.manual_seed(seed)
+        mllm.generate(**text, max_new_tokens=ANSWER_TOKENS, do_sample=True)
+        times["answer"].append(time.perf_counter() - start)
+    return {kind: percentiles(of_kind[1:]) for kind, of_kind in times.items()}
+
+
+def memory_of(server: subprocess.Popen) -> int:
+    """Resident bytes, as Linux counts them."""
+    status = Path(f"/proc/{server.pid}/status").read_text(encoding="utf-8")
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+
+
+def table(results: dict) -> str:
+    """Markdown; times in milliseconds."""
+    lines = [
+        "| | clients | requests a second | times one after another | p50 | p95 | p99 | first |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind in ("draw", "answer"):
+        plain = results["plain"][kind]
+        lines.append(f"| {kind}, `generate` alone | | | | {plain['p50'] * 1e3:.0f} | {plain['p95'] * 1e3:.0f} | | |")
+        for clients, row in results["batched"][kind].items():
+            in_turn = results["in turn"][kind].get(clients)
+            ratio = f"{row['requests_per_second'] / in_turn['requests_per_second']:.1f}" if in_turn else ""
+            times = " | ".join(f"{row[name] * 1e3:.0f}" for name in ("p50", "p95", "p99", "first_p50"))
+            lines.append(f"| {kind} | {clients} | {row['requests_per_second']:.1f} | {ratio} | {times} |")
+    return "\n".join(lines)
+
+
+@one_line_errors()
+def main(arguments: list[str] | None = None) -> None:
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", type=Path, default=SHIPPED_MODEL, help="folder of an MLLM (default: the shipped one)"
+    )
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="numbers of clients at once")
+    parser.add_argument("--requests", type=int, default=128, help="requests for each number of clients and kind")
+    parser.add_argument("--max_rows", type=int, default=128, help="rows of the batching server")
+    parser.add_argument("--port", type=int, default=8765, help="a free port")
+    parser.add_argument("--output", type=Path, help="also write all figures to this JSON file")
+    options = parser.parse_args(arguments)
+    if min(options.clients) < 1 or options.requests < 1:
+        parser.error("--clients and --requests must be at least 1.")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    results = {"plain": plain_times(options.model), "versions": versions()}
+    for name, rows in (("in turn", 2), ("batched", options.max_rows)):
+        server = start_server(options.model, options.port, "--max-rows", str(rows), "--queue-size", "1000")
+        try:
+            before = memory_of(server)
+            results[name] = {
+                ask.__name__: {
+                    n: asyncio.run(load_with(options.port, ask, n, options.requests)) for n in options.clients
+                }
+                for ask in (draw, answer)
+            }
+            results[name]["memory"] = before, memory_of(server)
+        finally:
+            server.terminate()
+            server.wait()
+    print(table(results))
+    before, after = results["batched"]["memory"]
+    print(
+        f"\nMemory of the batching server: {before / 2**20:.0f} MiB when started, {after / 2**20:.0f} MiB at the end."
+    )
+    if options.output:
+        write_atomically(options.output, json.dumps(results, indent=2).encode())
+
+
+if __name__ == "__main__":
+    main()
