@@ -83,10 +83,10 @@ def read_rows(path: str | os.PathLike) -> list[dict] | datasets.Dataset:
 
 
 def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
-    """Read the offset and size, in bytes, of each file in a tar file, by name.
+    """Where each file of a tar file lies: offset and size, in bytes, by name.
 
     Raises:
-        ValueError: the tar file is broken, or has two files of one name; the message names it.
+        ValueError: it is broken, or has two files of one name; it is named.
     """
     members: dict[str, tuple[int, int]] = {}
     try:
@@ -104,7 +104,7 @@ def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
 
 
 class ImageStore:
-    """Pictures by name, from a folder or from tar files, whose tables of contents are read once.
+    """Pictures by name, from a folder or from tar files (whose tables of contents are read once).
 
     The name of a picture in a tar file is the file's own name; if several shards have it, it is `SHARD.tar/NAME`, with the
     shard's path relative to the common folder of all shards.
