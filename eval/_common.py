@@ -5,6 +5,7 @@ import io
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,11 +13,14 @@ import torch
 import transformers
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 import unitok_mllm
 from training.arguments import Parser
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
+from unitok_mllm.devices import AUTO, find_device
+from unitok_mllm.drawing_unitok import IMAGE_GENERATION, UniTokDrawingOptions, image_generation
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -58,6 +62,49 @@ def check_model_folder(folder: str) -> None:
         raise ValueError(f"there is no model folder {folder} (a folder with a config.json)")
 
 
+DRAWING = {"guidance": "guidance_scale", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
+
+
+@dataclass
+class DrawingSettings:
+    """How images are drawn, as options of a command line; what is left open is the model's own."""
+
+    guidance: float | None = field(
+        default=None, metadata={"help": "guidance scale, 1: none; default: the model's own"}
+    )
+    temperature: float | None = field(default=None, metadata={"help": "default: the model's own"})
+    top_k: int | None = field(
+        default=None, metadata={"help": "draw from the k likeliest codes, 0: from all; default: the model's own"}
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata={"help": "draw from the likeliest codes of this total probability; default: the model's own"},
+    )
+
+    def complete(self, folder: str) -> None:
+        """Fills in the options of the model in a folder, or those of new models where it has none.
+
+        Raises:
+            ValueError: one is out of its range.
+        """
+        has_own = (Path(folder) / GENERATION_CONFIG_NAME).is_file()
+        own = GenerationConfig.from_pretrained(folder) if has_own else GenerationConfig()
+        given = {name: value for name, value in self.drawing.items() if value is not None}
+        options = UniTokDrawingOptions(**(image_generation(own) or IMAGE_GENERATION) | given)
+        for option, name in DRAWING.items():
+            setattr(self, option, getattr(options, name))
+
+    @property
+    def drawing(self) -> dict[str, float]:
+        """The options by the names of `generate`."""
+        return {name: getattr(self, option) for option, name in DRAWING.items()}
+
+    @property
+    def sampling(self) -> str:
+        """How images are drawn, for the protocol."""
+        return ", ".join(f"{option.replace('_', '-')} {getattr(self, option):g}" for option in DRAWING)
+
+
 def folder_digest(folder: str) -> str:
     """SHA-256 over the weights, configurations and templates in a model's folder."""
     digest = hashlib.sha256()
@@ -70,10 +117,9 @@ def folder_digest(folder: str) -> str:
     return digest.hexdigest()
 
 
-def load_model(folder: str, device: str = "") -> tuple[UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor]:
-    """An MLLM on the device named, or on an accelerator where there is one, and its processor."""
-    device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
+def load_model(folder: str, device: str = AUTO) -> tuple[UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor]:
+    """An MLLM on the device named, see `find_device`, and its processor."""
+    model = AutoModelForImageTextToText.from_pretrained(folder).to(find_device(device)).eval()
     return model, AutoProcessor.from_pretrained(folder)
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers.image_utils import PILImageResampling
 
 from eval._common import (
+    DrawingSettings,
     check_model_folder,
     folder_digest,
     in_batches,
@@ -46,11 +47,11 @@ from eval.judge import (
     make_judge,
 )
 from eval.protocol import number
-from training.arguments import check_device
 from training.easy_vqa import COLORS, KINDS, SHAPES, load, question_kind
 from training.errors import one_line_errors
 from training.losses import psnr
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor, inference
+from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import MODES
 from unitok_mllm.inference import draw_codes, edit_codes, generate_answers
 
@@ -62,7 +63,7 @@ PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 
 
 @dataclass
-class Settings:
+class Settings(DrawingSettings):
     """The command line.
 
     Raises:
@@ -75,27 +76,25 @@ class Settings:
     batch_size: int = field(default=64, metadata={"help": "questions, or images, at a time"})
     limit: int | None = field(default=None, metadata={"help": "only the first so many test images"})
     samples: int = field(default=8, metadata={"help": "drawings of each of the 24 pairs of colour and shape"})
-    guidance: float = field(default=3.0, metadata={"help": "guidance scale of the drawings; 1: none"})
-    temperature: float = field(default=0.7, metadata={"help": "temperature of the drawings"})
-    top_k: int = field(default=20, metadata={"help": "draw from the k likeliest codes; 0: from all"})
     edit_guidance: float = field(default=1.0, metadata={"help": "edits' guidance by words; 1: none"})
     edit_image_guidance: float = field(default=1.0, metadata={"help": "edits' guidance by picture; 1: none"})
     seed: int = field(default=0, metadata={"help": "of the first drawing; each has its own, counting up"})
     skip: str = field(default="", metadata={"help": "parts to leave out: reconstruction,vqa,text_to_image,edit"})
     resume: bool = field(default=False, metadata={"help": "keep parts of the output that have the same settings"})
-    device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
+    device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
 
     def __post_init__(self):
-        check_device(self.device)
+        find_device(self.device)
         check_model_folder(self.model)
         for name in ("batch_size", "limit", "samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if min(self.guidance, self.edit_guidance, self.edit_image_guidance) < 1:
-            raise ValueError("guidance, edit_guidance and edit_image_guidance must be at least 1")
-        if self.temperature <= 0 or self.top_k < 0 or self.seed < 0:
-            raise ValueError("temperature must be above 0, top_k and seed at least 0")
+        self.complete(self.model)
+        if min(self.edit_guidance, self.edit_image_guidance) < 1:
+            raise ValueError("edit_guidance and edit_image_guidance must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
         if unknown := set(self.skipped) - set(PARTS):
             raise ValueError(f"cannot skip {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
 
@@ -184,7 +183,7 @@ def draw(
     """One image for each caption, its seed deciding alone, whatever the batch: codes (N, K, L), on the CPU.
 
     Args:
-        options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`.
+        options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `top_p`.
     """
     codes = []
     for rows in batches(list(range(len(captions))), batch_size, "drawing"):
@@ -305,9 +304,7 @@ class Evaluation:
             captions,
             seeds=[settings.seed + j * len(PAIRS) + pair for pair, j in drawings],
             batch_size=settings.batch_size,
-            guidance_scale=settings.guidance,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
+            **settings.drawing,
         )
         pixels = self.decode(codes)
         labels = torch.tensor([divmod(pair, len(SHAPES)) for pair, _ in drawings])
@@ -359,7 +356,7 @@ class Evaluation:
 PARTS = {
     "reconstruction": ("limit",),
     "vqa": ("limit",),
-    "text_to_image": ("limit", "samples", "guidance", "temperature", "top_k", "seed", "judge"),
+    "text_to_image": ("limit", "samples", "guidance", "temperature", "top_k", "top_p", "seed", "judge"),
     "edit": ("limit", "edit_guidance", "edit_image_guidance", "judge"),
 }
 
@@ -435,7 +432,7 @@ def numbers(parts: dict[str, dict], settings: Settings, processor: UniTokMLLMPro
         own = {
             "split": f"24 pairs of colour and shape, {used['samples']} drawings each",
             "prompt": part["prompt"].removesuffix(processor.boi_token),
-            "sampling": f"guidance {used['guidance']:g}, temperature {used['temperature']:g}, top-k {used['top_k']}",
+            "sampling": settings.sampling,
         }
         own |= {"images": images, "reference": "colour and shape asked for", "tool": "the judge (eval.judge)"}
         found.append(number("easy-VQA", "drawings right", 100 * part["both"], "%", **own))

@@ -1,6 +1,6 @@
 """Measures a model on emoji of two styles: what its codes keep, whether it names pictures, and draws what is named.
 
-    python -m eval.emoji --model unitok_mllm/checkpoints/tiny --data runs/data/emoji --output runs/emoji.json
+    python -m eval.emoji --model unitok_mllm/checkpoints/tiny --guidance 1 --top_k 1 --data runs/data/emoji
 
 Held-out pictures (a tenth of the names, in one style) were never trained on in that style. A drawing counts as right if,
 of all names' pictures in the style asked for, that of its own name is the nearest (or among the five nearest) in pixels:
@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from eval._common import (
+    DrawingSettings,
     check_model_folder,
     folder_digest,
     in_batches,
@@ -28,11 +29,11 @@ from eval._common import (
 )
 from eval.easy_vqa import answer_questions, draw, normalize_answer
 from eval.protocol import number
-from training.arguments import check_device
 from training.emoji import QUESTION, STYLES, TABLE, Emoji, read_table
 from training.errors import one_line_errors
 from training.losses import psnr
 from unitok_mllm import UniTokMLLMProcessor
+from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -45,7 +46,7 @@ SHOWN = (
 
 
 @dataclass
-class Settings:
+class Settings(DrawingSettings):
     """The command line.
 
     Raises:
@@ -57,19 +58,17 @@ class Settings:
     output: str = field(default="runs/emoji.json", metadata={"help": "where the numbers go"})
     batch_size: int = field(default=64, metadata={"help": "pictures at a time"})
     seen: int = field(default=400, metadata={"help": "how many of the pictures trained on to measure, evenly spread"})
-    guidance: float = field(default=1.0, metadata={"help": "guidance scale of the drawings; 1: none"})
-    temperature: float = field(default=1.0, metadata={"help": "temperature of the drawings"})
-    top_k: int = field(default=1, metadata={"help": "draw from the k likeliest codes; 1: the likeliest; 0: from all"})
     seed: int = field(default=0, metadata={"help": "of the first drawing; each has its own, counting up"})
-    device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
+    device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
 
     def __post_init__(self):
-        check_device(self.device)
+        find_device(self.device)
         check_model_folder(self.model)
         if not (Path(self.data) / TABLE).is_file():
             raise ValueError(f"{self.data} has no emoji: python -m training.prepare_data emoji {self.data}")
         if self.batch_size < 1 or self.seen < 1:
             raise ValueError("batch_size and seen must be at least 1")
+        self.complete(self.model)
 
 
 def retrieval(pictures: torch.Tensor, gallery: torch.Tensor, truths: torch.Tensor) -> dict[str, float]:
@@ -142,9 +141,7 @@ class Evaluation:
             [e.caption for e in emoji],
             seeds=[settings.seed + n for n in range(len(emoji))],
             batch_size=settings.batch_size,
-            guidance_scale=settings.guidance,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
+            **settings.drawing,
         )
         return self._batched(self.model.decode_images, codes, "decoding").float()
 
@@ -161,9 +158,7 @@ def protocol_number(
     part: str, name: str, count: int, values: dict, settings: Settings, processor: UniTokMLLMProcessor
 ) -> dict:
     """A part's main number with its protocol (`eval.protocol`)."""
-    size, sampling = processor.image_processor.size, None
-    if part == "drawing":
-        sampling = f"guidance {settings.guidance:g}, temperature {settings.temperature:g}, top-k {settings.top_k}"
+    size, sampling = processor.image_processor.size, settings.sampling if part == "drawing" else None
     metric, value, unit, prompt, reference, tool = {
         "reconstruction": ("PSNR", values.get("psnr_db"), "dB", None, "the same pictures", "mean over pictures"),
         "naming": ("named exactly", 100 * values.get("accuracy", 0), "%", QUESTION, "names", "exact match"),

@@ -64,11 +64,11 @@ from eval.images import (
     stamp,
 )
 from eval.protocol import number
-from training.arguments import check_device
 from training.errors import one_line_errors
 from training.losses import psnr
 from training.perceptual import VGGDistance
 from unitok_mllm import UniTokImageProcessorPil, UniTokModel
+from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -117,10 +117,10 @@ class Settings:
     vgg_weights: str = field(default="", metadata={"help": "torchvision's VGG-16 for LPIPS; downloaded if not given"})
     save_images: str = field(default="", metadata={"help": "folder for originals/ and reconstructions/ as PNG"})
     skip_broken: bool = field(default=False, metadata={"help": "pass over images that cannot be read, and list them"})
-    device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
+    device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
 
     def __post_init__(self):
-        check_device(self.device)
+        find_device(self.device)
         if self.system not in ("unitok", "diffusers"):
             raise ValueError(f"unknown system {self.system!r}, expected unitok or diffusers")
         if self.system == "unitok":
@@ -384,9 +384,7 @@ class Evaluation:
     def __init__(self, settings: Settings, images: EvalImages, chosen: list[int], state: PartialState):
         self.settings, self.images, self.state = settings, images, state
         self.place = {index: place for place, index in enumerate(chosen)}
-        self.device = state.device
-        if settings.device and state.num_processes == 1:
-            self.device = torch.device(settings.device)
+        self.device = state.device if state.num_processes > 1 else find_device(settings.device, state.device)
         with state.local_main_process_first():  # who downloads
             self.metrics, self.networks = load_metrics(settings, self.device)
             self.system = load_system(settings, self.device)

@@ -69,7 +69,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaC
 
 from eval import naive
 from eval._common import check_model_folder, parse_settings, versions, write_atomically
-from training.arguments import check_device
 from training.errors import one_line_errors
 from training.losses import LossArguments, psnr, tokenizer_losses
 from unitok_mllm import (
@@ -79,6 +78,7 @@ from unitok_mllm import (
     UniTokMLLMForConditionalGeneration,
     UniTokModel,
 )
+from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.inference import SHIPPED_MODEL, answer_questions
 from unitok_mllm.packing_unitok import pack_linears
 
@@ -127,7 +127,7 @@ class Settings:
     preset: str = field(default="tiny", metadata={"help": f"one of {', '.join(PRESETS)}"})
     model: str = field(default="", metadata={"help": "folder of an MLLM or a tokenizer, instead of a preset"})
     dtype: str = field(default="float32", metadata={"help": f"one of {', '.join(DTYPES)}"})
-    device: str = field(default="", metadata={"help": "cpu, cuda or cuda:1; cuda if there is one"})
+    device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
     jobs: list[str] = field(default_factory=list, metadata={"help": "see above; all that the model has parts for"})
     batches: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "images, prompts or questions"})
     train_batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "samples of a step"})
@@ -146,10 +146,9 @@ class Settings:
         for name, choices in (("preset", PRESETS), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = str(find_device(self.device))
         if self.device.split(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device is cpu or cuda, got {self.device!r}")
-        check_device(self.device)
         possible = PRESETS[self.preset]
         if self.model:
             check_model_folder(self.model)

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
 from eval._common import (
+    DrawingSettings,
     check_model_folder,
     folder_digest,
     load_model,
@@ -53,9 +54,9 @@ from eval.fid import TOOLS, PictureFiles, fid, load_inception, reference_picture
 from eval.images import stamp
 from eval.prompts import FORMATS, Prompt, read_prompts
 from eval.protocol import number
-from training.arguments import check_device
 from training.errors import one_line_errors
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
+from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, load_image
 from unitok_mllm.inference import draw_codes, pictures_of
 from unitok_mllm.sheet import contact_sheet
@@ -74,8 +75,8 @@ METRICS = {  # each metric's options; it is computed if the first one is given
 FIND_T2V = "import importlib.util, sys; sys.exit(importlib.util.find_spec('t2v_metrics') is None)"
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(DrawingSettings):
     """The command line.
 
     Raises:
@@ -88,15 +89,11 @@ class Settings:
     format: str = field(default="", metadata={"help": f"{', '.join(FORMATS)}; found from the content if not given"})
     samples: int = field(default=4, metadata={"help": "pictures of each prompt"})
     limit: int | None = field(default=None, metadata={"help": "only the first so many prompts"})
-    guidance: float = field(default=5.0, metadata={"help": "guidance scale; 1: none"})
-    temperature: float = field(default=1.0, metadata={"help": "temperature"})
-    top_k: int = field(default=0, metadata={"help": "draw from the k likeliest codes; 0: from all"})
-    top_p: float = field(default=1.0, metadata={"help": "draw from the likeliest codes that make up this probability"})
     seed: int = field(default=0, metadata={"help": "of all pictures"})
     image_format: str = field(default="png", metadata={"help": "of the pictures' files: png, or jpg (quality 75)"})
     truncate: bool = field(default=False, metadata={"help": "cut prompts that are too long for the model"})
     batch_size: int = field(default=16, metadata={"help": "pictures at a time, in each process"})
-    device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator for each process if there are"})
+    device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
     clip: str = field(default="", metadata={"help": "CLIP score by this model: a folder, or a name on the hub"})
     fid_reference: str = field(default="", metadata={"help": "FID to the pictures in this folder and those below it"})
     fid_tool: str = field(default="torch-fidelity", metadata={"help": " or ".join(TOOLS)})
@@ -106,16 +103,15 @@ class Settings:
     vqa_python: str = field(default=sys.executable, metadata={"help": "the Python where t2v-metrics is installed"})
 
     def __post_init__(self):
-        check_device(self.device)
+        find_device(self.device)
         check_model_folder(self.model)
         for name in ("samples", "limit", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.guidance < 1 or self.temperature <= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.seed < 0:
-            raise ValueError(
-                "guidance must be at least 1, temperature above 0, top_k and seed at least 0, top_p in (0, 1]"
-            )
+        self.complete(self.model)
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.format and self.format not in FORMATS:
             raise ValueError(f"format is one of {', '.join(FORMATS)}, got {self.format}")
         for name, known in (("image_format", IMAGE_FORMATS), ("fid_tool", TOOLS)):
@@ -235,12 +231,6 @@ def summarize(pictures: list[Picture], scores: list[float]) -> dict:
     return {"mean": sum(scores) / len(scores), "by_group": means(by_group), "by_prompt": means(by_prompt)}
 
 
-def sampling(settings: Settings) -> str:
-    """How pictures are drawn, for the protocol."""
-    names = {"guidance": "guidance", "temperature": "temperature", "top_k": "top-k", "top_p": "top-p"}
-    return ", ".join(f"{title} {getattr(settings, name):g}" for name, title in names.items())
-
-
 class Evaluation:
     """A list of pictures to draw and to measure; everything is checked before the work begins.
 
@@ -251,7 +241,7 @@ class Evaluation:
     def __init__(self, settings: Settings):
         self.settings, self.folder = settings, Path(settings.output)
         self.state = PartialState(cpu=settings.device == "cpu", timeout=WAIT)
-        self.device = settings.device or str(self.state.device)
+        self.device = str(find_device(settings.device, self.state.device))
         self.format, prompts = read_prompts(settings.prompts, settings.format)
         self.prompts, self.num_prompts = prompts[: settings.limit], len(prompts)
         self.processor = AutoProcessor.from_pretrained(settings.model)
@@ -359,12 +349,11 @@ class Evaluation:
             return self.earlier.get("drawing", {"drawn": 0, "seconds": 0.0})
         start, own = time.perf_counter(), batches[state.process_index :: state.num_processes]
         model, _ = load_model(self.settings.model, self.device)
-        options = {name: getattr(self.settings, name) for name in ("temperature", "top_k", "top_p")}
         title = f"drawing, 1 of {state.num_processes} processes" if state.num_processes > 1 else "drawing"
         total = sum(picture.path in missing for batch in own for picture in batch)
         with tqdm(total=total, desc=title, unit="picture", disable=not state.is_main_process) as bar:
             for batch in own:
-                images = draw(model, self.processor, batch, guidance_scale=self.settings.guidance, **options)
+                images = draw(model, self.processor, batch, **self.settings.drawing)
                 for picture, image in zip(batch, images):
                     if picture.path in missing:
                         data = picture_bytes(image, IMAGE_FORMATS[self.settings.image_format])
@@ -441,7 +430,7 @@ class Evaluation:
         shared = {
             "split": f"{count} of {self.num_prompts} prompts, {settings.samples} a prompt",
             "prompt": self.processor.image_prompt("{prompt}").removesuffix(self.processor.boi_token),
-            "sampling": sampling(settings),
+            "sampling": settings.sampling,
             "images": f"{settings.image_format} files, {self.size[0]}x{self.size[1]}",
         }
         benchmark = BENCHMARKS.get(self.format, Path(settings.prompts).name)

@@ -28,8 +28,8 @@ from tenacity import RetryError
 
 from eval._common import check_model_folder, folder_digest, parse_settings, versions, write_atomically
 from eval.protocol import number
-from training.arguments import check_device
 from training.errors import one_line_errors
+from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 
 
 if TYPE_CHECKING:
@@ -72,10 +72,10 @@ class Settings:
     )
     dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, ...; auto: the folder's"})
     seed: int = field(default=0, metadata={"help": "of sampled answers and of a task's own random choices"})
-    device: str = field(default="", metadata={"help": "cpu, cuda, ...; an accelerator if there is one"})
+    device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
 
     def __post_init__(self):
-        check_device(self.device)
+        find_device(self.device)
         check_model_folder(self.model)
         for name in ("batch_size", "limit"):
             value = getattr(self, name)

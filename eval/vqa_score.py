@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("pairs", type=Path, help="JSON file of [picture's path, text] pairs")
     parser.add_argument("scores", type=Path, help="where the scores go")
     parser.add_argument("--model", default="clip-flant5-xxl", help="the package's name of it (default: %(default)s)")
-    parser.add_argument("--device", default="cuda", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--batch_size", "--batch-size", type=int, default=16, help="pairs at a time (default: %(default)s)"
     )
@@ -34,7 +34,10 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.batch_size < 1:
         parser.error(f"batch_size must be at least 1, got {arguments.batch_size}")
     import t2v_metrics
+    import torch
 
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     scorer = t2v_metrics.get_score_model(model=arguments.model, device=arguments.device)
     rows = [
         {"images": [picture], "texts": [text]}

@@ -57,6 +57,7 @@ from training.errors import one_line_errors
 from training.extract_codes import file_digest
 from training.image_text_data import ImageTextTransform
 from unitok_mllm import UniTokModel
+from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import MODES, UniTokImageProcessor, load_image
 from unitok_mllm.sheet import contact_sheet
 
@@ -101,9 +102,12 @@ class Settings:
     )
     batch_size: int = field(default=64, metadata={"help": "images, or prompts, at a time in each process"})
     workers: int = field(default=4, metadata={"help": "what reads images, in each process; 0: the process itself"})
-    use_cpu: bool = field(default=False, metadata={"help": "even where there is an accelerator"})
+    device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
+    use_cpu: bool = field(default=False, metadata={"help": "the same as --device cpu"})
 
     def __post_init__(self):
+        self.device = "cpu" if self.use_cpu else self.device
+        find_device(self.device)
         if self.system not in SYSTEMS:
             raise ValueError(f"system is one of {', '.join(SYSTEMS)}, not {self.system!r}")
         if self.templates not in TEMPLATES and self.templates.count("{}") != 1:
@@ -415,7 +419,6 @@ def classify(
     with state.split_between_processes(remaining) as mine:
         batches = load_batches(benchmark, system.preprocess, mine, batch_size, workers, skip_broken=True)
     rounds = math.ceil(math.ceil(len(remaining) / state.num_processes) / (batch_size * BATCHES_PER_SAVE))
-    classifier = tensors["classifier"].to(state.device)
     with tqdm(
         desc="images", total=len(nearest), initial=len(nearest) - len(remaining), disable=not state.is_main_process
     ) as bar:
@@ -424,7 +427,8 @@ def classify(
             for batch in islice(batches, BATCHES_PER_SAVE):
                 errors += batch.broken.values()
                 if batch.indices:
-                    found = nearest_classes(system.embed_images(batch.pixel_values), classifier)
+                    embeds = system.embed_images(batch.pixel_values)
+                    found = nearest_classes(embeds, tensors["classifier"].to(embeds.device))
                     done.append((batch.indices, found.to(nearest)))
             for numbers, found in gather_object(done):
                 nearest[numbers] = found
@@ -560,7 +564,7 @@ def evaluate(settings: Settings) -> dict:
     Raises:
         ValueError, OSError: see `load_benchmark`, the systems and `classify`.
     """
-    start, state = time.perf_counter(), PartialState(cpu=settings.use_cpu)
+    start, state = time.perf_counter(), PartialState(cpu=settings.device == "cpu")
     benchmark = load_benchmark(settings)
     measured = what_is_measured(settings, benchmark)
     files = stamped(benchmark.images)
@@ -574,7 +578,8 @@ def evaluate(settings: Settings) -> dict:
         return report
 
     with state.local_main_process_first():  # what comes from a hub comes once
-        system = SYSTEMS[settings.system](settings, state.device)
+        device = state.device if state.num_processes > 1 else find_device(settings.device, state.device)
+        system = SYSTEMS[settings.system](settings, device)
     seconds_before = tensors.get("seconds", torch.zeros(())).item()
 
     def save_tensors() -> None:
@@ -591,7 +596,7 @@ def evaluate(settings: Settings) -> dict:
     classify(system, benchmark, tensors, save_tensors, settings.batch_size, settings.workers)
     report = {
         **summary(settings, benchmark, tensors["nearest"], system.preprocessing),
-        "device": str(state.device),
+        "device": str(device),
         "seconds": round(tensors["seconds"].item(), 1),
         "measured": measured | images,
     }

@@ -1,6 +1,5 @@
 """The commands that head the configs are ones that their scripts take."""
 
-import argparse
 import importlib
 import re
 import shlex
@@ -10,6 +9,8 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+
+from training.errors import CommandLine
 
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ def parse(module_name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatc
     if hasattr(module, "parse_yaml_and_command_line"):
         place, name = module, "parse_yaml_and_command_line"
     else:
-        place, name = argparse.ArgumentParser, "parse_args"
+        place, name = CommandLine, "parse_args"
     parser = getattr(place, name)
 
     def parse_and_stop(first, argv):

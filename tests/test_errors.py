@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from test_imports import SCRIPTS
 from test_train_mllm import write_config
 from transformers import TrainingArguments
 
-from training.arguments import Parser, check_source, parse_yaml_and_command_line
+from training.arguments import Parser, check_source, parse_yaml_and_command_line, use_cpu_of
 from training.errors import check_keys, one_line_errors, underscored
 from training.train_mllm import MLLMArguments
 from training.train_tokenizer import TokenizerArguments
+from unitok_mllm.devices import find_device
 
 
 ROOT = Path(__file__).parents[1]
@@ -100,9 +102,8 @@ def test_every_evaluation_refuses_a_missing_model_a_device_and_a_batch_of_none(n
         Path(module.TABLE).write_text("[]", encoding="utf-8")
     assert "no model folder runs/nothing" in line_of(capsys, module.main, [*needed, "--model", "runs/nothing"])
     needed += ["--model", TINY]
-    if name != "zero_shot":
-        said = line_of(capsys, module.main, [*needed, "--device", "gpu"])
-        assert "'gpu'" in said and "cpu" in said
+    said = line_of(capsys, module.main, [*needed, "--device", "gpu"])
+    assert "there is no device 'gpu' here; there is auto, cpu" in said
     option = "--runs" if name == "speed" else "--batch_size"
     assert "must be at least 1" in line_of(capsys, module.main, [*needed, option, "0"])
     said = line_of(capsys, module.main, [*needed, "--modle", "x"])
@@ -132,6 +133,7 @@ def config(tmp_path) -> str:
         ("--per_device_train_batch_size 0", "per_device_train_batch_size must be at least 1, got 0"),
         ("--deepspeed nothing.json", "deepspeed: there is no file nothing.json"),
         ("--model runs/nothing", "model: there is no folder runs/nothing"),
+        ("--device gpu", "there is no device 'gpu' here; there is auto, cpu"),
         ("--datasets '{path: x.json, typ: text}'", "the data set x.json has no 'typ': did you mean 'type'?"),
         ("--datasets '{type: text}'", "A data set has no path: {'type': 'text'}"),
         ("--lora '{rr: 16}'", "lora has no 'rr': did you mean 'r'?"),
@@ -193,6 +195,33 @@ def test_dicts_come_from_the_command_line_too(config):
     assert arguments.datasets == [{"path": "a.json"}, {"path": "b.json", "weight": 2}]
     (tokenizer,) = Parser(TokenizerArguments).parse(["--vision_overrides", "{image_size: 32}"])
     assert tokenizer.vision_overrides == {"image_size": 32}
+
+
+def test_a_training_takes_a_device_too(config, tmp_path):
+    kinds = (MLLMArguments, TrainingArguments)
+    for options, use_cpu in (["--use_cpu", "false"], False), (["--device", "cpu", "--use_cpu", "false"], True):
+        _, training_arguments = parse_yaml_and_command_line(kinds, [config, *options])
+        assert training_arguments.use_cpu is use_cpu
+    with open(config, "a", encoding="utf-8") as file:
+        file.write("device: cpu\nuse_cpu: false\n")
+    _, training_arguments = parse_yaml_and_command_line(kinds, [config])
+    assert training_arguments.use_cpu
+
+
+def test_one_accelerator_of_several_is_chosen_by_the_environment(monkeypatch):
+    assert use_cpu_of("auto") == use_cpu_of("") == [] and use_cpu_of("cpu") == ["--use_cpu", "True"]
+    monkeypatch.setattr("training.arguments.find_device", torch.device)
+    assert use_cpu_of("cuda") == ["--use_cpu", "False"]
+    with pytest.raises(ValueError, match="not cuda:1: CUDA_VISIBLE_DEVICES=1 chooses"):
+        use_cpu_of("cuda:1")
+
+
+def test_devices_are_found_by_name():
+    assert find_device() == find_device("") == find_device("auto")
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto", torch.device("meta")) == torch.device("meta")
+    with pytest.raises(ValueError, match="there is no device 'cuda:99' here; there is auto, cpu"):
+        find_device("cuda:99")
 
 
 def test_a_misspelt_size_of_the_tower_is_refused():

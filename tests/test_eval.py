@@ -3,13 +3,16 @@
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from transformers import HfArgumentParser
 
+import unitok_mllm
 from eval import easy_vqa as evaluation
+from eval import text_to_image
 from eval.judge import (
     UNKNOWN,
     Judge,
@@ -32,8 +35,9 @@ pytestmark = pytest.mark.full
 
 @pytest.fixture
 def folder(mllm, processor, tmp_path):
-    """A model's folder."""
+    """The folder of a model with drawing options of its own."""
     path = tmp_path / "model"
+    mllm.set_image_generation(guidance_scale=3.0, temperature=0.7, top_k=9)
     mllm.save_pretrained(path)
     processor.save_pretrained(path)
     return path
@@ -46,6 +50,23 @@ def arguments(folder, tmp_path):
     paths = ["--model", str(folder), "--output", str(tmp_path / "out.json")]
     paths += ["--judge", str(tmp_path / "judge.safetensors")]
     return [*paths, "--limit", "2", "--samples", "1", "--batch-size", "16", "--device", "cpu"]
+
+
+def test_drawing_options_are_the_models_own_where_the_command_line_leaves_them_open(folder, tmp_path):
+    own = evaluation.Settings(model=str(folder))
+    assert own.drawing == {"guidance_scale": 3.0, "temperature": 0.7, "top_k": 9, "top_p": 1.0}
+    assert evaluation.Settings(model=str(folder), guidance=1.5, top_p=0.5).sampling == (
+        "guidance 1.5, temperature 0.7, top-k 9, top-p 0.5"
+    )
+    (folder / "generation_config.json").unlink()
+    assert evaluation.Settings(model=str(folder)).drawing == own.drawing | {"top_k": 20}  # of new models
+    (tmp_path / "prompts.txt").write_text("a circle", encoding="utf-8")
+    shipped = str(Path(unitok_mllm.__file__).parent / "checkpoints/tiny")
+    for settings in (
+        evaluation.Settings(model=shipped),
+        text_to_image.Settings(model=shipped, prompts=str(tmp_path / "prompts.txt"), output=str(tmp_path / "out")),
+    ):
+        assert settings.drawing == own.drawing | {"top_k": 20}
 
 
 def test_psnr_is_that_of_the_hand_computation():
@@ -186,7 +207,7 @@ def test_finished_parts_outlive_an_interruption_and_are_not_measured_again(argum
     names = ["PSNR", "codes in use", "answers right", "edits right", "drawings right"]
     assert [number["metric"] for number in report["numbers"]] == names
     (drawings,) = [number for number in report["numbers"] if number["metric"] == "drawings right"]
-    assert drawings["protocol"]["sampling"] == "guidance 1, temperature 0.7, top-k 20"
+    assert drawings["protocol"]["sampling"] == "guidance 1, temperature 0.7, top-k 9, top-p 1"
     assert drawings["protocol"]["split"] == "24 pairs of colour and shape, 1 drawings each"
 
 
@@ -258,7 +279,8 @@ def test_missing_judge_is_trained_and_announced(arguments, tmp_path, monkeypatch
         (["--model", "no/such/folder"], "there is no model folder no/such/folder"),
         (["--skip", "vqa,drawing"], "cannot skip drawing; the parts are reconstruction, vqa, text_to_image, edit"),
         (["--limit", "0"], "limit must be at least 1, got 0"),
-        (["--guidance", "0.5"], "guidance, edit_guidance and edit_image_guidance must be at least 1"),
+        (["--guidance", "0.5"], "guidance_scale must be at least 1"),
+        (["--edit_guidance", "0.5"], "edit_guidance and edit_image_guidance must be at least 1"),
     ],
 )
 def test_errors_take_one_line(arguments, options, message):

@@ -1,10 +1,16 @@
 """What is imported when: nothing heavy before the arguments of a command are checked, and nothing that is not needed."""
 
+import enum
+import logging
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+import training
 
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +115,33 @@ def test_an_unknown_name_imports_nothing():
     done = run("import unitok_mllm; unitok_mllm.UniTokModle")
     assert "module 'unitok_mllm' has no attribute 'UniTokModle'" in done.stderr
     assert imported(done) == set()
+
+
+class Choice(enum.StrEnum):
+    this = "this"
+
+
+def test_what_libraries_say_of_no_use_is_left_out(monkeypatch):
+    from deepspeed.accelerator import real_accelerator
+    from torch.utils import _pytree
+    from torch.utils.data import DataLoader
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    monkeypatch.setattr(real_accelerator, "ds_accelerator", None)
+    for name in ("torch.utils._pytree", "DeepSpeed"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [handler])
+    with warnings.catch_warnings(record=True) as caught:
+        training.quiet_libraries()  # pytest has undone it
+        DataLoader([1], num_workers=300)
+        warnings.warn("a use", stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["a use"]
+    _pytree.register_constant(Choice)
+    real_accelerator.get_accelerator()
+    logging.getLogger("DeepSpeed").warning("a use")
+    assert said == ["a use"]
+    assert os.environ["LOGURU_LEVEL"] == "INFO"
 
 
 SCRIPTS = sorted(

@@ -68,7 +68,20 @@ PROMPTS = {  # text, picture of sample 0, picture of sample 2, groups
 
 def arguments(prompts: Path, output: Path, *options: str) -> list[str]:
     paths = ["--model", str(TINY), "--prompts", str(prompts), "--output", str(output)]
-    return [*paths, "--samples", "2", "--top_k", "20", "--device", "cpu", *options]
+    return [
+        *paths,
+        "--samples",
+        "2",
+        "--guidance",
+        "5",
+        "--temperature",
+        "1",
+        "--top_k",
+        "20",
+        "--device",
+        "cpu",
+        *options,
+    ]
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
@@ -244,7 +257,7 @@ def test_pictures_of_other_settings_are_refused(prompts, drawn, tmp_path):
         (["--model", "no/such/folder"], "there is no model folder no/such/folder"),
         (["--format", "coco"], "format is one of genai, geneval, mjhq, parti, text, got coco"),
         (["--samples", "0"], "samples must be at least 1, got 0"),
-        (["--guidance", "0.5"], "guidance must be at least 1"),
+        (["--guidance", "0.5"], "guidance_scale must be at least 1"),
         (["--fid_reference", "no/such"], "FID needs at least 2 pictures"),
         (
             ["--fid_reference", "FOLDER", "--inception_weights", "no.pth"],

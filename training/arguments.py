@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from training.errors import CommandLine, check_keys
 from unitok_mllm.configuration_unitok import check_ranges
+from unitok_mllm.devices import AUTO, find_device
 
 
 TRUST_CONFIG, TRUSTED = "--trust_config", "UNITOK_TRUST_CONFIG"
@@ -33,19 +34,6 @@ def check_arguments(arguments: Any, **ranges: tuple[float, float]) -> None:
         if not is_of_kind or isinstance(value, bool) and kind is not bool:
             raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}.")
     check_ranges(arguments, **ranges)
-
-
-def check_device(device: str) -> None:
-    """
-    Raises:
-        ValueError: this machine has no such device; "" passes.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    devices = ["cpu"]
-    if accelerator:
-        devices += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
-    if device and device not in devices:
-        raise ValueError(f"there is no device {device!r} here; there is {', '.join(devices)}.")
 
 
 def check_source(option: str, name: str | os.PathLike) -> None:
@@ -111,7 +99,8 @@ class Parser(HfArgumentParser, CommandLine):
 def parse_yaml_and_command_line(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
     """Reads `CONFIG.yaml [--name value ...]` into instances of the dataclasses; the command line wins.
 
-    `--trust_config` says that what the config names may be run: shards that are the output of commands.
+    `--device`, or a key of that name, is another word for the field `use_cpu` where a dataclass has it.  `--trust_config`
+    says that what the config names may be run: shards that are the output of commands.
 
     Raises:
         SystemExit: no config was given, or see `Parser.parse`.
@@ -122,6 +111,8 @@ def parse_yaml_and_command_line(dataclass_types: tuple, argv: list[str] | None =
         argv.remove(TRUST_CONFIG)
         os.environ[TRUSTED] = "1"  # for the data's workers too
     parser = Parser(dataclass_types)
+    if any(action.dest == "use_cpu" for action in parser._actions):
+        parser.add_argument("--device", default=AUTO, help="auto (accelerators where there are some), cpu or cuda")
     if not argv or argv[0] in ("-h", "--help"):
         parser.parse_args(["--help"])
     if not Path(argv[0]).is_file():
@@ -140,7 +131,24 @@ def parse_yaml_and_command_line(dataclass_types: tuple, argv: list[str] | None =
         defaults["eval_steps"] = values.get("logging_steps", 500)  # as the library has it
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
     parser.set_defaults(**values)
-    return parser.parse(argv[1:])
+    argv = argv[1:]
+    if "device" in known:
+        argv += use_cpu_of(parser.parse_args(argv).device)
+    return tuple(arguments for arguments in parser.parse(argv) if not isinstance(arguments, argparse.Namespace))
+
+
+def use_cpu_of(device: str) -> list[str]:
+    """The options that say the same as `--device`.
+
+    Raises:
+        ValueError: there is no such device, or it is one accelerator of several.
+    """
+    place = find_device(device)
+    if place.index is not None:
+        raise ValueError(
+            f"a training takes all accelerators that it sees, not {device}: CUDA_VISIBLE_DEVICES={place.index} chooses."
+        )
+    return [] if device in ("", AUTO) else ["--use_cpu", str(place.type == "cpu")]
 
 
 def read_yaml(path: str) -> dict:

@@ -24,13 +24,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from training.arguments import check_device
 from training.codes import shard_path, write_metadata, write_shard
 from training.errors import one_line_errors, script_app
 from training.files import IMAGE_SUFFIXES, BrokenSamples, ImageStore, read_rows
 from training.image_text_data import augmentation, random_numbers, sample_seed
 from training.run_folder import claim_folder
 from unitok_mllm import UniTokModel
+from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, MODES, UniTokImageProcessor
 from unitok_mllm.packing_unitok import pack_linears
 
@@ -150,7 +150,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="images that are encoded at a time")] = 64,
     shard_size: Annotated[int, typer.Option(min=1, help="images of a shard")] = 4096,
     workers: Annotated[int, typer.Option(min=0, help="processes that decode images, for each that encodes")] = 4,
-    device: Annotated[str, typer.Option(help="such as cuda:0", show_default="a GPU where there is one")] = "",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = AUTO,
     bf16: Annotated[bool, typer.Option(help="encode in bfloat16; the search for codes stays float32")] = False,
     seed: Annotated[int, typer.Option(help="of mirroring and shifts")] = 0,
     max_broken_share: Annotated[float, typer.Option(help="of a process's images; more of them stop it")] = 0.01,
@@ -159,8 +159,8 @@ def main(
     if variants > 1 and not mirror and not max_shift:
         raise ValueError(f"{variants} variants would be the same: mirror them, or give a max_shift.")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check_device(device)
-    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    automatic = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+    device = find_device(device, automatic)
     weights = sorted(visual_model.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"There is no model in {visual_model}: it has no .safetensors file.")

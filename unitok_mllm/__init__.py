@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
+LIGHT = ("cli", "devices", "inference")  # modules that need neither torch nor transformers to be imported
 
 __all__ = [
     "UniTokConfig",
@@ -58,7 +59,7 @@ class _RegisterAfterFirstImport(MetaPathFinder):
     """Registers the classes once the first module that imports transformers, or transformers itself, has been loaded."""
 
     def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
-        own = fullname.startswith(f"{__name__}.") and fullname != f"{__name__}.cli"
+        own = fullname.startswith(f"{__name__}.") and fullname.rpartition(".")[2] not in LIGHT
         if not own and fullname != "transformers":
             return None
         sys.meta_path.remove(self)

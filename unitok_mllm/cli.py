@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
+from .devices import AUTO, DEVICE_HELP
 from .inference import (
     SHIPPED_MODEL,
     answer_questions,
@@ -96,6 +97,7 @@ ModelFolder = Annotated[
 Guidance = Annotated[
     float, typer.Option(min=1, help="Classifier-free guidance scale: how closely to follow the prompt; 1 is none.")
 ]
+Device = Annotated[str, typer.Option(help=f"Where the model runs: {DEVICE_HELP}.")]
 OwnGuidance = Annotated[
     float | None,
     typer.Option(
@@ -180,6 +182,7 @@ def demo(
     images: Annotated[int, typer.Option(min=1, max=100, help="How many test images to read.")] = 6,
     guidance: OwnGuidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the test images and the samples drawn.")] = 0,
+    device: Device = AUTO,
 ) -> None:
     """Read test images of easy-VQA, answer questions, draw from prompts, recolor: all in one picture."""
     check_output(output)
@@ -190,7 +193,7 @@ def demo(
         raise ValueError("the demo needs easy-vqa: pip install 'unitok_mllm[demo]'") from error
     from .demo import make_demo
 
-    mllm, processor = load(model)
+    mllm, processor = load(model, device=device)
     name = f"{model.resolve().name}, {mllm.num_parameters() / 1e6:.0f} M parameters"
     sheet, summary = make_demo(
         mllm, processor, name, easy_vqa, images, guidance, seed, tell=lambda line: typer.echo(line, err=True)
@@ -205,6 +208,7 @@ def reconstruct(
     ],
     output: Annotated[Path, typer.Option(help="Folder for NAME_reconstruction.png; made if missing.")] = Path("."),
     model: ModelFolder = SHIPPED_MODEL,
+    device: Device = AUTO,
 ) -> None:
     """Turn images into codes and back, and save original and reconstruction side by side.
 
@@ -218,7 +222,7 @@ def reconstruct(
 
     from .image_processing_unitok import load_image
 
-    tokenizer, processor = load(model, tokenizer_only=True)
+    tokenizer, processor = load(model, tokenizer_only=True, device=device)
     output.mkdir(parents=True, exist_ok=True)
     for source in images:
         picture = load_image(source)
@@ -242,6 +246,7 @@ def ask(
     ],
     model: ModelFolder = SHIPPED_MODEL,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    device: Device = AUTO,
 ) -> None:
     """Ask a question about an image; the answer alone goes to stdout."""
     if not question.strip():
@@ -250,7 +255,7 @@ def ask(
     from .image_processing_unitok import load_image
 
     picture = load_image(image)
-    mllm, processor = load(model)
+    mllm, processor = load(model, device=device)
     typer.echo(answer_questions(mllm, processor, [(picture, question)], max_new_tokens)[0])
 
 
@@ -281,6 +286,7 @@ def generate(
         int | None, typer.Option(min=0, help="For the same picture again.", show_default="a new one each time")
     ] = None,
     model: ModelFolder = SHIPPED_MODEL,
+    device: Device = AUTO,
 ) -> None:
     """Draw images from a prompt; the paths of the files go to stdout."""
     if not prompt.strip():
@@ -288,7 +294,7 @@ def generate(
     check_finite(guidance=guidance, temperature=temperature, top_p=top_p)
     check_sampling(temperature, top_p)
     check_output(output)
-    mllm, processor = load(model)
+    mllm, processor = load(model, device=device)
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
     typer.echo(f"seed {seed}", err=True)
@@ -314,6 +320,7 @@ def edit(
         float, typer.Option(min=1, help="Guidance scale of the picture: how closely to follow it; 1 is none.")
     ] = 1.0,
     model: ModelFolder = SHIPPED_MODEL,
+    device: Device = AUTO,
 ) -> None:
     """Draw an image anew as an instruction says; the path of the file goes to stdout."""
     if not instruction.strip():
@@ -324,7 +331,7 @@ def edit(
     from .image_processing_unitok import load_image
 
     picture = load_image(image)
-    mllm, processor = load(model)
+    mllm, processor = load(model, device=device)
     scales = {"guidance_scale": guidance, "image_guidance_scale": image_guidance}
     (edited,) = edit_images(mllm, processor, [(picture, instruction)], do_sample=False, **scales)
     typer.echo(save_new(edited, output))
@@ -396,6 +403,7 @@ def serve(
             help="Address of a reverse proxy whose X-Forwarded-For tells visitors apart.", show_default="none"
         ),
     ] = None,
+    device: Device = AUTO,
 ) -> None:
     """Show a web page: chat about pictures, draw, look into the tokenizer. Ctrl-C ends it.
 
@@ -412,7 +420,7 @@ def serve(
         try:
             from . import web
 
-            mllm, processor = load(model)
+            mllm, processor = load(model, device=device)
             title = f"{model.resolve().name}, {mllm.num_parameters() / 1e6:.0f} M parameters"
             limits = {"queue_size": queue_size, "max_upload_mb": max_upload_mb, "max_kept_mb": max_kept_mb}
             web.serve(mllm, processor, title, folder, host, port, further_hosts=allow_host, proxy=proxy, **limits)

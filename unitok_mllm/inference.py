@@ -11,6 +11,8 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .devices import AUTO, find_device
+
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +35,7 @@ def check_model(folder: Path) -> None:
         raise ValueError(f"no model in {folder}: it has no config.json")
 
 
-def load(folder: str | os.PathLike, *, tokenizer_only: bool = False) -> tuple[Any, Any]:
+def load(folder: str | os.PathLike, *, tokenizer_only: bool = False, device: str = AUTO) -> tuple[Any, Any]:
     """Load a model and its processor.
 
     The folder may be hostile: its size is checked before memory is allocated, its weights for finite values, its chat
@@ -42,12 +44,13 @@ def load(folder: str | os.PathLike, *, tokenizer_only: bool = False) -> tuple[An
     Args:
         folder: an MLLM's.
         tokenizer_only: load only the visual tokenizer and its image processor, from its own or an MLLM's folder.
+        device: see `find_device`.
 
     Returns:
         The model in eval mode (float32 on a CPU, bfloat16 on a GPU), and its processor.
 
     Raises:
-        ValueError: there is no such model, or it does not load whole.
+        ValueError: there is no such model or device, or the model does not load whole.
 
     Example:
         >>> model, processor = load(SHIPPED_MODEL)
@@ -73,7 +76,8 @@ def load(folder: str | os.PathLike, *, tokenizer_only: bool = False) -> tuple[An
     processor_class = AutoImageProcessor if tokenizer_only else AutoProcessor
     bad_folder = (*CONFIG_ERRORS, OSError, ImportError, AssertionError, MemoryError)
     bad_folder += (SafetensorError, pickle.UnpicklingError, TemplateError)
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    place = find_device(device)
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         if model_type not in known:
@@ -90,7 +94,7 @@ def load(folder: str | os.PathLike, *, tokenizer_only: bool = False) -> tuple[An
             check_template(processor)
     except bad_folder as error:
         raise ValueError(f"cannot load the model in {folder}: {error}") from error
-    return model.to(device).eval(), processor
+    return model.to(place).eval(), processor
 
 
 def check_size(folder: Path) -> None:

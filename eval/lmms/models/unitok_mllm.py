@@ -27,6 +27,7 @@ from transformers.generation import StopStringCriteria
 from eval._common import check_model_folder
 from eval.lmms.answers import AnswerLog
 from unitok_mllm import UniTokMLLMForConditionalGeneration
+from unitok_mllm.devices import AUTO, find_device
 
 
 MAX_NEW_TOKENS = 1024  # where a task names none
@@ -79,7 +80,7 @@ class UniTokMLLM(lmms):
     Args:
         pretrained: the folder of model and processor.
         batch_size: requests at a time, in each process.
-        device: "cpu", "cuda", ...; accelerate's choice for this process where it is not given.
+        device: see `find_device`; "auto" is accelerate's choice for this process.
         dtype: "auto" for that of the folder, "float32", "bfloat16", ...
         answers: a path; answers are kept in `PATH.RANK.jsonl` batch by batch, and those there are not computed again.
         fingerprint: of what the answers depend on beside their request; others' answers are not taken.
@@ -95,7 +96,7 @@ class UniTokMLLM(lmms):
         self,
         pretrained: str,
         batch_size: int | str = 1,
-        device: str | None = None,
+        device: str = AUTO,
         dtype: str = "auto",
         answers: str | None = None,
         fingerprint: str = "",
@@ -107,7 +108,8 @@ class UniTokMLLM(lmms):
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator(cpu=device == "cpu")
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.device = self.accelerator.device if not device or self.world_size > 1 else torch.device(device)
+        automatic = self.accelerator.device
+        self.device = automatic if self.world_size > 1 else find_device(device, automatic)
         self.processor = AutoProcessor.from_pretrained(pretrained)
         self.answers = AnswerLog(answers, self.rank)
         self.prompts = {}
