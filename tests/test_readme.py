@@ -22,8 +22,8 @@ pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-# a server, which test_web.py runs, and an original MLLM, which test_convert_unitok.py has
-NOT_RUN = ("unitok-mllm serve", "unitok-mllm convert original-mllm/")
+# servers, which test_web.py and test_api.py run, and an original MLLM, which test_convert_unitok.py has
+NOT_RUN = ("unitok-mllm serve", "unitok-mllm api", "unitok-mllm convert original-mllm/")
 
 
 def examples(language: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What `unitok-mllm demo` does: it has a model read, answer, draw and recolor, and lays all of it out on one picture."""
+"""The demo of `unitok-mllm demo`: a model reads, answers, draws and recolors, all on one picture."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,15 +31,20 @@ def make_demo(
     seed: int,
     tell: Callable[[str], None],
 ) -> tuple[Image.Image, str]:
-    """The demo's picture, and its outcome in words.
+    """Run the demo.
 
     Args:
-        name: what the picture calls the model.
+        model: an MLLM.
+        processor: its processor.
+        name: name of the model on the picture.
         easy_vqa: the package with the test images.
-        num_images: how many of them to read.
+        num_images: number of images to read.
         guidance: guidance scale of the drawings of shapes; None for the model's own.
-        seed: chooses the test images and the samples drawn.
-        tell: is told what is done next.
+        seed: of the test images and of the drawings.
+        tell: called with a line of text before each stage.
+
+    Returns:
+        The picture, and the outcome in words.
     """
     chosen = choose_questions(easy_vqa, num_images, seed)
     pictures = [load_image(path) for path in chosen]
