@@ -2,16 +2,16 @@
 
     submit -> queue -> prompt, in chunks -> position after position, together with all others -> result
 
-A request takes a row of the batch for its prompt and one for each prompt that guidance leads away from. It joins at any
-moment and leaves when it is done or cancelled. A step of the engine is one pass of the LLM over all rows, so that its
-weights are read once for all of them; then drawings choose the K codes of their next position, answers their next token.
+A request takes a row of the batch for its prompt, and one for each null prompt of guidance. It joins at any time and leaves
+when it is done or cancelled. A step of the engine is one pass of the LLM over all rows, so that the weights are read once for
+all of them. Then drawings choose the K codes of their next position, and answers their next token.
 
-Keys and values lie in slots of one length, one slot a row, whose memory is taken once: that is the budget by which requests
-are admitted, in the order in which they came. A slot keeps the keys of a prompt after its request has left, and a prompt
-that begins in the same way (another question about the same picture) goes on from a copy of them.
+Keys and values are in preallocated slots of one length, one slot a row. The number of slots limits the admitted requests,
+which come in the order of submission. A slot keeps the keys of a prompt after its request has left. A prompt with the same
+beginning (another question about the same picture) continues from a copy of them.
 
-Each request gets what it gets alone with its seed: it has random numbers of its own and its positions begin at 0; no
-other row takes part in its attention, and no processor of logits sees any other.
+Each request gets the result that it gets alone with its seed. It has its own random numbers, and its positions start at 0.
+Its attention and its logits processors do not see other rows.
 """
 
 import itertools
@@ -40,40 +40,45 @@ logger = logging.get_logger(__name__)
 
 
 class QueueFull(RuntimeError):
-    """More requests wait than the engine admits."""
+    """The queue is full: `max_queue` requests are waiting."""
 
 
 class UniTokSlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, in slots; a pass is about some of them, each with a length of its own.
+    """Keys and values of one layer, in slots. A pass uses some of the slots, each with its own length.
 
     Args:
-        num_slots, max_length: the memory, taken with the first pass.
-        dtype: that they are kept in; None for their own.
+        num_slots: sequences.
+        max_length: positions of each. The memory is allocated at the first pass.
+        dtype: of the stored keys and values; None for their own.
     """
 
-    is_compileable = True  # its slots have a fixed length, not all of it in use
+    is_compileable = True  # slots have a fixed length, of which a part is in use
 
     def __init__(self, num_slots: int, max_length: int, dtype: torch.dtype | None = None):
         super().__init__()
         self.num_slots, self.max_length, self.dtype = num_slots, max_length, dtype
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys, self.values = (  # zeros: what is masked must be finite
+        self.keys, self.values = (  # zeros, since masked values must be finite
             states.new_zeros((self.num_slots, states.shape[1], self.max_length, states.shape[3]), dtype=self.dtype)
             for states in (key_states, value_states)
         )
         self.is_initialized = True
 
     def place(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
-        """Says where the keys and values of the next pass belong: slots (N,), positions (N, T)."""
+        """Set the place of the next pass's keys and values: slots (N,) and positions (N, T)."""
         self.slots, self.positions = slots, positions
         self.end = int(positions.max()) + 1
         first, last = int(slots[0]), int(slots[-1])
         is_range = last - first + 1 == len(slots) and bool((slots.diff() == 1).all())
-        self.rows = slice(first, last + 1) if is_range else slots  # a part of the memory, or a copy of some of it
+        self.rows = slice(first, last + 1) if is_range else slots  # a view of the memory, or a copy of rows of it
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Adds those of a pass, (N, heads, T, dims); returns all of these slots up to the longest, (N, heads, end, dims)."""
+        """Store the keys and values of a pass, (N, heads, T, dims).
+
+        Returns:
+            All keys and values of these slots up to the end of the longest, (N, heads, end, dims).
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for memory, states in ((self.keys, key_states), (self.values, value_states)):
@@ -85,7 +90,7 @@ class UniTokSlotLayer(CacheLayerMixin):
             memory[target, :, :length] = memory[source, :, :length]
 
     def get_seq_length(self) -> torch.Tensor:
-        """(N, 1, 1, 1), which compares with the positions of keys like a mask."""
+        """Return the lengths as (N, 1, 1, 1), so that a comparison with the positions of keys gives a mask."""
         return self.positions[:, -1, None, None, None] + 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -96,7 +101,7 @@ class UniTokSlotLayer(CacheLayerMixin):
 
 
 class _Given(nn.Module):
-    """Stands in a causal LM where its decoder was, to compute the logits of states that the decoder has given before."""
+    """Replaces the decoder of a causal LM, to compute the logits of states that the decoder returned before."""
 
     def forward(self, *args, inputs_embeds: torch.Tensor, **kwargs) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
@@ -108,10 +113,10 @@ class _Row:
 
     Attributes:
         prompt: its embeddings, (T, D).
-        slot: where its keys and values are.
-        length: how many positions of it have gone through the LLM.
-        state: the LLM's last, (D,), once nothing is pending.
-        pending: inputs that have still to go through it, (T', D).
+        slot: the slot of its keys and values.
+        length: number of its positions that the LLM has processed.
+        state: the LLM's last state, (D,), once nothing is pending.
+        pending: inputs that the LLM has not processed yet, (T', D).
     """
 
     prompt: torch.Tensor
@@ -129,11 +134,11 @@ class _Row:
 
 @dataclass(eq=False, repr=False)
 class _Request:
-    """What is common to drawings and answers.
+    """A request: common to drawings and answers.
 
     Attributes:
-        rows: the prompt's first.
-        length: of the longest row, at its end.
+        rows: its rows, the prompt's first.
+        length: final length of the longest row.
         tell: called with each new group of codes (K,) or token (), in the engine's thread.
     """
 
@@ -149,10 +154,13 @@ class _Request:
 
 @dataclass(eq=False, repr=False)
 class _Drawing(_Request):
-    """
+    """A request of one image.
+
     Attributes:
-        weights: how much further guidance goes, away from each row but the first: scale minus 1.
-        noise: (positions, K).
+        options: of the drawing.
+        weights: guidance scale minus 1, of each row but the first.
+        noise: (positions, K), uniform in [0, 1).
+        groups: the codes of each position so far, (K,).
     """
 
     options: UniTokDrawingOptions = None
@@ -171,18 +179,25 @@ class _Answer(_Request):
 
 
 class UniTokEngine:
-    """Runs the requests for one model; its methods may be called from any thread.
+    """Run the requests for one model in one batch. Its methods may be called from any thread.
 
     Args:
-        model: in eval mode; its weights must not change while it is served.
-        max_rows: rows of the batch, which is to say slots.
-        max_length: positions of a slot, prompt and answer or image; None for as many as the LLM has, 2048 at most.
+        model: in eval mode; its weights must not change while the engine uses it.
+        max_rows: rows of the batch, and slots.
+        max_length: positions of a slot, for prompt and answer or image; None for the LLM's number, at most 2048.
         max_queue: requests that may wait for rows.
-        prefill_tokens: prompt positions in one step at most (but a position of each row), so that a long prompt does not
-            hold up those that are under way.
+        prefill_tokens: prompt positions in one step, at most (but one for each row), so that a long prompt does not delay
+            running requests.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or the LLM cannot be batched in this way.
+
+    Example:
+        >>> engine = UniTokEngine(model)
+        >>> threading.Thread(target=engine.run).start()
+        >>> future = engine.draw(processor(text="a red circle", generation_mode="image"), seed=0)
+        >>> codes = future.result()  # (K, L)
+        >>> engine.stop()
     """
 
     def __init__(
@@ -211,7 +226,7 @@ class UniTokEngine:
         self._output_layer = pack_linears(
             copy_changed(model.language_model, lambda module: _Given() if module is decoder else module)
         )
-        self._free = deque(range(max_rows))  # the one that has been free longest first
+        self._free = deque(range(max_rows))  # the slot that has been free longest comes first
         self._held = [model.get_input_embeddings().weight[:0].detach()] * max_rows  # the prompts in the slots, (T, D)
         self._queue: deque[_Request] = deque()
         self._running: list[_Request] = []
@@ -224,32 +239,39 @@ class UniTokEngine:
     # --- what callers call ---
 
     def draw(self, inputs: dict, tell: Callable | None = None, sample: int = 0, **options) -> Future:
-        """Draws one image: the future codes, (K, L).
+        """Submit a drawing of one image.
 
         Args:
             inputs: of `processor(text=..., generation_mode="image" or "edit")`, one prompt.
             tell: called in the engine's thread with the codes of each position, (K,).
-            sample: which of several of one seed: sample j is row j of `generate_image_codes(num_return_sequences=...)`.
+            sample: index of the sample for this seed: sample j is row j of
+                `generate_image_codes(num_return_sequences=...)`.
             options: of `generate_image_codes`.
 
+        Returns:
+            The future of the codes, (K, L).
+
         Raises:
-            ValueError: see `generate_image_codes`; or the engine has not enough rows or positions, ever.
-            QueueFull: too many wait.
+            ValueError: see `generate_image_codes`; the request needs more rows or positions than the engine has.
+            QueueFull: too many requests are waiting.
         """
         return self._submit(self._drawing(inputs, tell, sample, **options))
 
     def answer(self, inputs: dict, tell: Callable | None = None, seed: int | None = None, **options) -> Future:
-        """Answers one prompt: the future ids of the answer, (T,), the token that ends it included.
+        """Submit an answer to one prompt.
 
         Args:
             inputs: of `processor(...)` or its chat template, one prompt.
             tell: called in the engine's thread with each token, ().
-            seed: for `do_sample`: the answer is that of `generate` behind `torch.manual_seed(seed)`.
-            options: of transformers' `generate`, as far as they are about one sequence.
+            seed: for `do_sample`: the answer equals that of `generate` after `torch.manual_seed(seed)`.
+            options: of transformers' `generate`, except those for several sequences.
+
+        Returns:
+            The future of the answer's ids, (T,), with the token that ends it.
 
         Raises:
             ValueError: see `generate`; options that need several sequences; too many positions.
-            QueueFull: too many wait.
+            QueueFull: too many requests are waiting.
         """
         random = torch.Generator(self.model.device).manual_seed(next(self._seeds) if seed is None else seed)
         return self._submit(self._answer(inputs, tell, random, **options))
@@ -263,17 +285,22 @@ class UniTokEngine:
         image_options: dict | None = None,
         **options,
     ) -> Future:
-        """Answers one prompt with text and images: the future ids (T,) and codes (N, K, L), as of `generate_interleaved`.
+        """Submit an answer of text and images to one prompt.
 
         Args:
             inputs: of `processor(..., generation_mode="interleaved")`, one prompt.
             tell: called in the engine's thread with each token, (), and the codes of each position, (K,).
-            seed: of the text, as in `answer`; and of the images, the n-th of which is drawn with it plus n.
-            max_images, image_options, options: of `generate_interleaved`.
+            seed: of the text, as in `answer`, and of the images: image n (from 0) is drawn with the seed plus n.
+            max_images: see `generate_interleaved`.
+            image_options: see `generate_interleaved`.
+            options: see `generate_interleaved`.
+
+        Returns:
+            The future of the new ids (T,) and of the codes (N, K, L), as of `generate_interleaved`.
 
         Raises:
             ValueError: see `generate_interleaved` and `answer`.
-            QueueFull: too many wait.
+            QueueFull: too many requests are waiting.
         """
         seed = next(self._seeds) if seed is None else seed
         random = torch.Generator(self.model.device).manual_seed(seed)
@@ -281,7 +308,7 @@ class UniTokEngine:
         whole, current = Future(), self._submit(next(pieces))
 
         def go_on(done: Future) -> None:
-            """Submits the next piece as soon as one is done, before all that wait."""
+            """Submit the next piece when one is done, before all waiting requests."""
             nonlocal current
             if done.cancelled() or whole.cancelled():
                 whole.cancel()
@@ -313,7 +340,7 @@ class UniTokEngine:
         return len(self._running)
 
     def run(self) -> None:
-        """Serves until `stop`, then finishes what is under way; for a thread of its own."""
+        """Serve until `stop`, then finish the running requests. Needs its own thread."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._running or self._is_stopping)
@@ -321,7 +348,7 @@ class UniTokEngine:
                     return
             try:
                 self.step()
-            except Exception as error:  # whatever it is, it ends those that are under way, and not the engine
+            except Exception as error:  # ends the running requests, but not the engine
                 logger.exception("A step failed.")
                 for request in [*self._running]:
                     self._leave(request)
@@ -329,7 +356,7 @@ class UniTokEngine:
                         request.future.set_exception(error)
 
     def stop(self) -> None:
-        """No request is taken from now on."""
+        """Refuse new requests, and let `run` end after those submitted."""
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
@@ -338,7 +365,7 @@ class UniTokEngine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admits what there are rows for, then brings every request on by a chunk of its prompt or a position."""
+        """Admit requests for which there are rows, then advance each by a chunk of its prompt or by a position."""
         self._drop_cancelled()
         self._admit()
         rows = [row for request in self._running for row in request.rows if row.state is None]
@@ -398,7 +425,7 @@ class UniTokEngine:
         )
 
     def _pieces(self, inputs, tell, random, seed, max_images, image_options, options):
-        """Yields the parts of an interleaved answer, texts and images in turn; is sent the result of each."""
+        """Yield the requests of an interleaved answer, texts and images in turn; the result of each is sent back."""
         model = self.model
         boi, eoi, placeholder = model.config.boi_token_id, model.config.eoi_token_id, model.config.image_token_id
         unconditional = {name: inputs.pop(name) for name in [*inputs] if name.startswith("unconditional_")}
@@ -462,7 +489,7 @@ class UniTokEngine:
             self._running.append(request)
 
     def _take_slot(self, row: _Row) -> None:
-        """Finds the slot whose prompt begins most like the row's; the row goes on from there, in it or in a copy."""
+        """Take a slot for a row. It continues from the slot whose prompt has the longest common beginning, or from a copy."""
         shared = [_common_length(held, row.prompt) for held in self._held]
         source = max(range(self.max_rows), key=lambda slot: (shared[slot], slot in self._free))
         length = min(shared[source], len(row.prompt) - 1)  # the last position must be computed, for its state
@@ -480,7 +507,7 @@ class UniTokEngine:
         self._free.extend(row.slot for row in request.rows)
 
     def _chunk(self, prompts: list[_Row]) -> list[_Row]:
-        """As many of the rows, the first first, as `prefill_tokens` have room for."""
+        """Select as many of the first rows as fit into `prefill_tokens`."""
         longest, count = 0, 0
         for count, row in enumerate(prompts):
             longest = max(longest, min(len(row.pending), self.prefill_tokens))
@@ -489,7 +516,7 @@ class UniTokEngine:
         return prompts
 
     def _advance(self, rows: list[_Row]) -> None:
-        """One pass of the LLM: the next pending positions of each row, `prefill_tokens` at most."""
+        """Run the LLM on the next pending positions of each row, at most `prefill_tokens`."""
         counts = [min(len(row.pending), self.prefill_tokens) for row in rows]
         embeds = nn.utils.rnn.pad_sequence([r.pending[:n] for r, n in zip(rows, counts)], batch_first=True)
         starts = [row.length for row in rows]
@@ -502,7 +529,7 @@ class UniTokEngine:
             row.state = None if len(row.pending) else state
 
     def _states(self, embeds: torch.Tensor, slots: list[int], starts: list[int], counts: list[int]) -> torch.Tensor:
-        """The LLM's states (N, D) at the last of the next `counts` positions of each slot; embeddings (N, T, D)."""
+        """Compute the LLM's states (N, D) at the last of the next `counts` positions of each slot, from embeddings (N, T, D)."""
         device = embeds.device
         starts, counts = torch.tensor(starts, device=device), torch.tensor(counts, device=device)
         positions = starts[:, None] + torch.arange(embeds.shape[1], device=device)
@@ -522,7 +549,7 @@ class UniTokEngine:
         return hidden_states[torch.arange(len(counts), device=device), counts - 1]
 
     def _bring_on_drawings(self, drawings: list[_Drawing]) -> None:
-        """The K codes of the next position of each."""
+        """Draw the K codes of the next position of each drawing."""
         rows = [row for drawing in drawings for row in drawing.rows]
         states = torch.stack([row.state for row in rows])
         device = states.device
@@ -569,7 +596,7 @@ class UniTokEngine:
                     row.push(embed)
 
     def _bring_on_answers(self, answers: list[_Answer]) -> None:
-        """The next token of each."""
+        """Choose the next token of each answer."""
         states = torch.stack([answer.rows[0].state for answer in answers])
         logits = self._output_layer(inputs_embeds=states[:, None]).logits[:, -1].float()
         for answer, scores in zip(answers, logits):
@@ -595,10 +622,10 @@ class UniTokEngine:
 
     @torch.inference_mode()
     def _check_batching(self) -> None:
-        """Compares a pass over rows of unequal lengths with the model's own passes.
+        """Compare a pass over rows of unequal lengths with the model's own passes.
 
         Raises:
-            ValueError: they differ: this LLM does more than its arguments say (linear biases of attention, states).
+            ValueError: they differ, since the LLM uses more than its arguments (linear biases of attention, states).
         """
         model = self.model
         ids = torch.arange(8, device=model.device) % model.get_input_embeddings().num_embeddings
@@ -621,7 +648,7 @@ class UniTokEngine:
 
 
 def _common_length(one: torch.Tensor, other: torch.Tensor) -> int:
-    """How many embeddings two prompts, (T, D) and (T', D), begin with alike."""
+    """Count the equal embeddings at the beginning of two prompts, (T, D) and (T', D)."""
     length = min(len(one), len(other))
     return int((one[:length] == other[:length]).all(dim=1).cumprod(dim=0).sum())
 
