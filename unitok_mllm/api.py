@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
+from .fetch import fetch
 from .guard import Guard, Refused, own_hosts
 from .image_processing_unitok import load_image, picture_size
 from .serving import QueueFull, UniTokEngine
@@ -198,9 +199,14 @@ class Metrics:
 
 
 class Pictures:
-    """The pictures of one request: counted, measured by their headers, then decoded."""
+    """The pictures of one request: counted, measured by their headers, then decoded.
 
-    def __init__(self):
+    Args:
+        url_hosts: where they may be fetched from.
+    """
+
+    def __init__(self, url_hosts: Collection[str]):
+        self.url_hosts = url_hosts
         self.pictures: list[Image.Image] = []
         self.num_pixels = 0
 
@@ -222,7 +228,13 @@ class Pictures:
         return self.pictures[-1]
 
     def add_url(self, url: str) -> Image.Image:
-        """A data URL's picture. Others are not fetched: whoever can ask could make this server ask elsewhere."""
+        """The picture of a data URL, or of one of the hosts that are allowed."""
+        if self.url_hosts and url.startswith(("http://", "https://")):
+            try:
+                data = fetch(url, self.url_hosts)
+            except ValueError as error:
+                raise APIError(400, str(error), "image") from error
+            return self.add(data)
         head, comma, body = url.partition(",")
         if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
             raise APIError(400, "an image must be a data URL, data:image/...;base64,...: no other is fetched", "image")
@@ -241,8 +253,8 @@ def encode_png(image: Image.Image) -> str:
 class Service:
     """What the endpoints do with a model, a processor and an engine."""
 
-    def __init__(self, engine: UniTokEngine, processor, name: str):
-        self.engine, self.processor, self.name = engine, processor, name
+    def __init__(self, engine: UniTokEngine, processor, name: str, url_hosts: Collection[str]):
+        self.engine, self.processor, self.name, self.url_hosts = engine, processor, name, url_hosts
         self.model, self.metrics, self.created = engine.model, Metrics(engine), int(time.time())
 
     def check_model(self, name: str | None) -> None:
@@ -251,7 +263,7 @@ class Service:
 
     def conversation(self, messages: list[dict]) -> list[dict]:
         """The processor's conversation of the API's, pictures decoded."""
-        pictures, turns = Pictures(), []
+        pictures, turns = Pictures(self.url_hosts), []
         for message in messages:
             role, content = message.get("role"), message.get("content")
             if foreign := message.keys() - {"role", "content", "name", "images", "refusal"}:
@@ -380,6 +392,7 @@ def create_app(
     further_hosts: set[str] = frozenset(),
     max_body: int = 32 * 2**20,
     timeout: float = 600,
+    url_hosts: Collection[str] = (),
 ) -> Guard:
     """The ASGI application.
 
@@ -390,8 +403,9 @@ def create_app(
         hosts, further_hosts: names by which it is reached, see `guard`; by default those of this machine alone.
         max_body: bytes of a request.
         timeout: seconds that a request may take.
+        url_hosts: where pictures may be fetched from, see `fetch`.
     """
-    service = Service(engine, processor, name)
+    service = Service(engine, processor, name, url_hosts)
     thread = threading.Thread(target=engine.run, name="engine", daemon=True)
 
     @asynccontextmanager
@@ -486,7 +500,7 @@ def create_app(
             body = ImageRequest.model_validate(fields)
         except ValueError as error:
             raise RequestValidationError(error.errors()) from error
-        pictures = Pictures()
+        pictures = Pictures(url_hosts)
         return await draw(body, request, [await of_engine(pictures.add, one) for one in data])
 
     async def draw(body: ImageRequest, request: Request, pictures: list[Image.Image] | None) -> Response:
@@ -529,7 +543,7 @@ def create_app(
         urls = [body.input] if isinstance(body.input, str) else body.input
         if not all(url.startswith("data:") for url in urls):
             raise APIError(400, "input: images as data URLs; this folder has no tokenizer for the text tower", "input")
-        pictures = Pictures()
+        pictures = Pictures(url_hosts)
         images = [await of_engine(pictures.add_url, url) for url in urls]
 
         def embed() -> torch.Tensor:

@@ -458,6 +458,10 @@ def api(
     allow_host: Annotated[
         list[str], typer.Option(help="A further name by which clients reach the server; may be given again.")
     ] = [],  # noqa: B006
+    allow_url: Annotated[
+        list[str],
+        typer.Option(help="A host that pictures may be fetched from, of a public address; may be given again."),
+    ] = [],  # noqa: B006
 ) -> None:
     """Serve OpenAI's API: chat about pictures, images, edits, many at once. Ctrl-C ends it when all are answered.
 
@@ -477,7 +481,12 @@ def api(
 
     mllm, processor = load(model)
     engine = UniTokEngine(mllm, max_rows=max_rows, max_length=max_length, max_queue=queue_size)
-    limits = {"max_body": max_body_mb * 2**20, "timeout": timeout, "further_hosts": set(allow_host)}
+    limits = {
+        "max_body": max_body_mb * 2**20,
+        "timeout": timeout,
+        "further_hosts": set(allow_host),
+        "url_hosts": allow_url,
+    }
     typer.echo(f"http://{host}:{port}/v1", err=True)
     server.serve(engine, processor, name or model.resolve().name, host, port, api_key=key, **limits)
 
