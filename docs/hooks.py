@@ -1,4 +1,4 @@
-"""What `mkdocs build` adds to docs/: pages of documents that live elsewhere, of scripts' helps, and of linked source files.
+"""Hooks of mkdocs: add pages of documents outside of docs/, of scripts' helps, and of linked source files.
 
 mkdocs calls `on_config` first, `on_files` before it reads the pages, and `on_page_markdown` for each of them.
 """

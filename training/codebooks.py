@@ -1,10 +1,10 @@
 """Keep codes in use while a tokenizer is trained from scratch: initialise them from data, and revive dead ones.
 
-A code learns only when it is chosen. A code that no feature comes near never changes, and a training may end with a handful
-of codes in use. Both remedies move codes to the features. `start_from_data` moves all of them before the first step
-(k-means, as in SoundStream, https://arxiv.org/abs/2107.03312, section III-C). `DeadCodes` moves those that were not chosen
-for a while (random restarts, as in Jukebox, https://arxiv.org/abs/2005.00341, section 3). Both use the features of all
-processes, and every process moves the same codes to the same places.
+A code learns only when it is chosen. A code that no feature comes near never changes, and a training may end with a
+handful of codes in use. Both remedies move codes to the features. `start_from_data` moves all of them before the first
+step (k-means, as in SoundStream, https://arxiv.org/abs/2107.03312, section III-C). `DeadCodes` moves those that were
+not chosen for a while (random restarts, as in Jukebox, https://arxiv.org/abs/2005.00341, section 3). Both use the
+features of all processes, and every process moves the same codes to the same places.
 """
 
 import torch

@@ -436,8 +436,8 @@ class MLLMCollator:
 
         Returns:
             `input_ids` and `labels` (B, T), `attention_mask` or `position_ids` (B, T), and `num_tokens`, a scalar
-            without padding. With images also `image_codes` (N, K, L) and `image_targets` (N,). The M images that came as
-            pixels are in `pixel_values` (M, 3, H, W), their indices among the N in `pixel_places` (M,).
+            without padding. With images also `image_codes` (N, K, L) and `image_targets` (N,). The M images that came
+            as pixels are in `pixel_values` (M, 3, H, W), their indices among the N in `pixel_places` (M,).
         """
         rows = self._rows(samples)
         samples = [sample for row in rows for sample in row]

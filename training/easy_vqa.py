@@ -24,7 +24,8 @@ KINDS = ("yes/no", "color", "shape")
 class Sample:
     """One image with its (question, answer) pairs.
 
-    `caption` has what follows from them: "a red circle"; if they leave colour or shape open, "a circle" or "a red shape".
+    `caption` has what follows from them: "a red circle"; if they leave colour or shape open, "a circle" or "a red
+    shape".
     """
 
     image: Path

@@ -3,8 +3,8 @@
     python -m training.extend_vocabulary unitok_mllm/checkpoints/tiny runs/tiny-extended \
         --captions runs/data/emoji/train_captions.jsonl --vocab-size 2048
 
-New merges follow those of the tokenizer, so that old tokens keep their ids. A new token's embedding, in the LLM and in the
-visual tokenizer's text tower, starts as the mean of the embeddings of the old tokens that spell it.
+New merges follow those of the tokenizer, so that old tokens keep their ids. A new token's embedding, in the LLM and in
+the visual tokenizer's text tower, starts as the mean of the embeddings of the old tokens that spell it.
 """
 
 import json

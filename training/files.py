@@ -106,8 +106,8 @@ def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
 class ImageStore:
     """Pictures by name, from a folder or from tar files (whose tables of contents are read once).
 
-    The name of a picture in a tar file is the file's own name; if several shards have it, it is `SHARD.tar/NAME`, with the
-    shard's path relative to the common folder of all shards.
+    The name of a picture in a tar file is the file's own name; if several shards have it, it is `SHARD.tar/NAME`, with
+    the shard's path relative to the common folder of all shards.
 
     Args:
         location: a folder, or a pattern of tar files with `*` or `{00..15}`.

@@ -166,7 +166,7 @@ class ImageTextTransform:
         return sample | {"pixel_values": pixels}
 
     def encode(self, caption: str) -> torch.Tensor:
-        """Encode a caption to ids (T,), with the end token last, then padding. Special tokens that it spells are text."""
+        """Encode a caption to ids (T,): end token last, then padding. Special tokens that it spells are text."""
         end, length = self.text_tokenizer.eos_token_id, self.max_text_length
         options = {"truncation": True, "max_length": length, "split_special_tokens": True}
         ids = self.text_tokenizer(caption, **options)["input_ids"]
@@ -281,7 +281,7 @@ class PreparedImages:
 
 
 class EpochDataset(Dataset):
-    """A data set that knows its epoch. It is in shared memory, so that persistent workers of a DataLoader see a new one."""
+    """A data set that knows its epoch, in shared memory, so that persistent workers of a DataLoader see it change."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -299,9 +299,9 @@ class EpochDataset(Dataset):
 class ImageTextDataset(EpochDataset):
     """The samples of `folder` and `hf` sources, one source after the other.
 
-    A sample depends only on (seed, epoch, index): workers, processes and resuming do not change it. It is accessed by its
-    index, in the epoch that was set, or by (epoch, index), by samplers over several epochs. The next readable sample
-    replaces a broken one.
+    A sample depends only on (seed, epoch, index): workers, processes and resuming do not change it. It is accessed by
+    its index, in the epoch that was set, or by (epoch, index), by samplers over several epochs. The next readable
+    sample replaces a broken one.
 
     Args:
         parts: sources with the transform of each, which gets what the source loads and a generator; those that are
@@ -366,10 +366,10 @@ def check_shards(shards: list[str]) -> None:
 class ImageTextStream(EpochDataset, IterableDataset):
     """The samples of a `webdataset` source, in an order that the seed determines.
 
-    Each process and worker (torch's, or RANK and WORLD_SIZE in the environment) reads its own lane. With `resampled`, a
-    lane draws shard after shard, reads each to its end, and never ends. Otherwise the shards are distributed over the
-    lanes anew in each epoch, which has every sample exactly once; processes then end at slightly different times. A lane
-    is shuffled block by block.
+    Each process and worker (torch's, or RANK and WORLD_SIZE in the environment) reads its own lane. With `resampled`,
+    a lane draws shard after shard, reads each to its end, and never ends. Otherwise the shards are distributed over
+    the lanes anew in each epoch, which has every sample exactly once; processes then end at slightly different times.
+    A lane is shuffled block by block.
 
     To resume exactly, a consumer passes the `stream_position` of the last sample that it used to `record`. The next
     iteration continues after it, also in another process by `state_dict` and `load_state_dict`. The open shard and one

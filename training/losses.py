@@ -1,8 +1,8 @@
 """The losses of the tokenizer's training (UniTok, https://arxiv.org/abs/2502.20321, section 3.1).
 
-Each function returns a scalar, or `(total, {name: value})` with the unweighted terms under their names in the logs. All are
-computed in float32, as means over a process's images. The average over processes of a loss, and of its gradients as
-DistributedDataParallel takes it, is therefore the loss of the whole batch.
+Each function returns a scalar, or `(total, {name: value})` with the unweighted terms under their names in the logs.
+All are computed in float32, as means over a process's images. The average over processes of a loss, and of its
+gradients as DistributedDataParallel takes it, is therefore the loss of the whole batch.
 """
 
 from dataclasses import dataclass, field
@@ -104,7 +104,7 @@ class LossArguments:
                 raise ValueError(f"{network}_checkpoint is {checkpoint}, but {name}_weight is 0.")
 
     def gan_progress(self, progress: float) -> float:
-        """Return the progress of the GAN's warm-up at a share of the training: 0 until its start, 1 from its end on."""
+        """Return the progress of the GAN's warm-up at a share of the training, from 0 to 1."""
         if not self.gan_warmup:
             return float(progress >= self.gan_start)
         return min(1.0, max(0.0, (progress - self.gan_start) / self.gan_warmup))

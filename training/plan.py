@@ -4,15 +4,15 @@
     python -m training.plan mllm --llm llama-2-7b --visual large --samples 60e6 --gpus 64 --text-length 128
     python -m training.plan check
 
-Models are built without memory, and one training step runs on tensors with shapes but without values. A counter adds up the
-FLOPs of its matrix products and convolutions, forward and backward. Attention counts without a mask's savings, as MFU is
-usually defined. `check` compares such predictions with real steps.
+Models are built without memory, and one training step runs on tensors with shapes but without values. A counter adds
+up the FLOPs of its matrix products and convolutions, forward and backward. Attention counts without a mask's savings,
+as MFU is usually defined. `check` compares such predictions with real steps.
 
 Memory per GPU = model states + activations:
 
-- Model states are DeepSpeed's own estimates for its stages 2 and 3, for bf16 training with Adam: 2 bytes of weights and
-  18 of gradients and optimizer (2 + 4 + 4 + 8) for each trained parameter.  It has none for stages 0 and 1; with the
-  same bytes, on N GPUs: 20 P for stage 0, 4 P + 16 P / N for stage 1 (weights and 16-bit gradients on every GPU).
+- Model states are DeepSpeed's own estimates for its stages 2 and 3, for bf16 training with Adam: 2 bytes of weights
+  and 18 of gradients and optimizer (2 + 4 + 4 + 8) for each trained parameter.  It has none for stages 0 and 1; with
+  the same bytes, on N GPUs: 20 P for stage 0, 4 P + 16 P / N for stage 1 (weights and 16-bit gradients on every GPU).
   A frozen parameter takes 2 bytes (over N in stage 3; in the CPU's memory with offload).
 - Activations are the bytes of all tensors that autograd keeps for the backward pass of a bf16 step, each storage once,
   parameters aside.  Not in it: what kernels need for themselves, the layer that checkpointing computes again, the
@@ -100,7 +100,8 @@ class Run:
         gpus: all GPUs.
         gpu_memory: GiB of one GPU.
         gpu_flops: FLOP/s of one GPU, by its data sheet (989e12: bf16 of an H100 SXM without sparsity).
-        mfu: share of `gpu_flops` that the training achieves. The recomputation of gradient checkpointing counts as work.
+        mfu: share of `gpu_flops` that the training achieves. The recomputation of gradient checkpointing counts as
+            work.
         batch_per_gpu: samples in one step of one GPU.
         gpus_per_node: GPUs of one machine.
 
@@ -278,7 +279,7 @@ def list_parts(model: nn.Module, names: dict[str, list[str]], cost: Cost) -> lis
 def state_bytes(
     stage: str, trainable: int, frozen: int, largest_layer: int, gpus: int, gpus_per_node: int
 ) -> tuple[int, int]:
-    """Compute the bytes of the model states on one GPU, and in the CPU memory of one machine; see the module's docstring.
+    """Compute the bytes of the model states on one GPU and in one machine's CPU memory; see the module's docstring.
 
     Args:
         stage: one of `STAGES`.
@@ -355,7 +356,7 @@ def visual_config(name: str, **vision_overrides) -> UniTokConfig:
 
 
 def mllm_config(llm: str, visual: str) -> UniTokMLLMConfig:
-    """Load an MLLM's config from presets or folders. An MLLM's folder as `llm` also gives embedder and depth transformer.
+    """Load an MLLM's config from presets or folders; an MLLM as `llm` also gives embedder and depth transformer.
 
     Raises:
         ValueError: an unknown name.
@@ -430,8 +431,8 @@ def plan_tokenizer(
         preset: of `UniTokConfig`, or a folder.
         perceptual: count LPIPS on VGG-16: two forward passes a sample, and one backward pass to the reconstruction.
         gan: count the discriminator on DINOv2 ViT-S/14: one forward pass and two backward passes to the reconstruction
-            (one for the adaptive weight, for which LPIPS has another backward pass), and a training step of the heads on
-            four images: real and reconstructed, plain and augmented.
+            (one for the adaptive weight, for which LPIPS has another backward pass), and a training step of the heads
+            on four images: real and reconstructed, plain and augmented.
         gan_start: share of the training before the GAN starts.
         ema: count an average of the weights, in fp32 on every GPU.
         vision_overrides: fields of the preset's vision config that differ.
@@ -683,7 +684,7 @@ def check_training(
 
 
 def run_check(name: str, batch: int, steps: int) -> Check:
-    """Check the prediction for the tiny "tokenizer", or for an "mllm" of the shipped model's sizes, with new weights."""
+    """Check the prediction for the tiny "tokenizer", or an "mllm" of the shipped model's sizes, with new weights."""
     if name == "tokenizer":
         config = UniTokConfig.preset("tiny")
         return check_training(

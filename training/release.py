@@ -18,8 +18,8 @@ FLOAT_TYPES = ("float32", "float16", "bfloat16")  # that weights are loaded and 
 def write_folder(folder: str | os.PathLike, write: Callable[[Path], None]) -> None:
     """Write a folder whole or not at all: `write` fills a new folder beside it, which then replaces it.
 
-    If `write` is interrupted, `folder` stays unchanged; after an error, the new folder is removed. (A kill between the two
-    renames leaves the old folder as `.<name>.old`, which the next call restores.)
+    If `write` is interrupted, `folder` stays unchanged; after an error, the new folder is removed. (A kill between the
+    two renames leaves the old folder as `.<name>.old`, which the next call restores.)
 
     Args:
         folder: the folder to write or replace.

@@ -1,7 +1,8 @@
 """Configurations of the UniTok visual tokenizer and of the unified multimodal LLM.
 
-Paper: UniTok, https://arxiv.org/abs/2502.20321. Letters used throughout the package: B batch, K sub-codebooks, V codes in
-each sub-codebook, L image positions (height/16 * width/16, row-major), C hidden size of the tower, D hidden size of the LLM.
+Paper: UniTok, https://arxiv.org/abs/2502.20321. Letters used throughout the package: B batch, K sub-codebooks, V codes
+in each sub-codebook, L image positions (height/16 * width/16, row-major), C hidden size of the tower, D hidden size of
+the LLM.
 """
 
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ LIBRARY_FIELDS = frozenset(GenerationConfig()._get_default_generation_params()) 
 
 
 class UniTokPreTrainedConfig(PreTrainedConfig):
-    """Base class of the configs. They refuse misspelt fields, and load from the folder of a larger model that has them."""
+    """Base class of the configs: refuses misspelt fields, and loads from the folder of a model that contains it."""
 
     def __post_init__(self, **kwargs):
         # The library keeps unknown fields, and its other versions write more. A name close to a field is a mistake.
@@ -498,10 +499,11 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
         image_token_id: the placeholder at image positions. It is never looked up, so it may lie beyond the LLM's
             vocabulary.
         image_loss_z_weight: weight of the mean squared maximal logit in the image loss.
-        image_prompt_ids: the tokens that turn a description into a prompt for an image, the opening token last. Drawing
-            adds them to prompts that do not open an image (those of the library's pipelines). With None, such a prompt
-            is an error.
-        unconditional_prompt_ids: the null prompt of guidance, for calls without one. With None, such a call is an error.
+        image_prompt_ids: the tokens that turn a description into a prompt for an image, the opening token last.
+            Drawing adds them to prompts that do not open an image (those of the library's pipelines). With None, such
+            a prompt is an error.
+        unconditional_prompt_ids: the null prompt of guidance, for calls without one. With None, such a call is an
+            error.
         initializer_range: standard deviation of initial weights.
         tie_word_embeddings: whether the LLM's input and output embeddings are one weight.
 

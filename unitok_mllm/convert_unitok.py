@@ -1,8 +1,9 @@
 """Convert original UniTok checkpoints into folders that the Auto classes load.
 
 A tokenizer `.pth` is `{"args": {...}, "trainer": {"unitok": {name: tensor}}}`. An original MLLM is a Llama folder with
-`model.multi_embedder.*` and `ar_head.*` beside the LLM's own keys. Widths and depths follow from the tensors' shapes. Every
-tensor is used or listed in the report. Pickles are read with `weights_only=True` and never executed without a flag.
+`model.multi_embedder.*` and `ar_head.*` beside the LLM's own keys. Widths and depths follow from the tensors' shapes.
+Every tensor is used or listed in the report. Pickles are read with `weights_only=True` and never executed without a
+flag.
 """
 
 import json
@@ -189,7 +190,7 @@ def _count_layers(state: StateDict, prefix: str) -> int:
 
 
 def _take_zeros(state: StateDict, report: ConversionReport) -> None:
-    """Remove the tensors that are zero by construction. A non-zero one is an error: the model here has no place for it."""
+    """Remove tensors that are zero by construction. The model has no place for them: a non-zero one is an error."""
     for name in [name for name in state if ALWAYS_ZERO.search(name)]:
         if state.pop(name).any():
             raise ConversionError(f"{name} is not zero as in every released checkpoint; this model cannot hold it.")

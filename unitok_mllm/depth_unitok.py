@@ -50,8 +50,8 @@ class UniTokDepthTransformer(nn.Module):
         """Set the library's attention function for teacher-forced passes. Drawing steps always call torch's own.
 
         Args:
-            attn_implementation: a name that the library knows, such as "sdpa" or "eager". "paged|" in front is left out:
-                paged caches serve texts, which never come here.
+            attn_implementation: a name that the library knows, such as "sdpa" or "eager". "paged|" in front is left
+                out: paged caches serve texts, which never come here.
 
         Raises:
             ValueError: another kind of attention, which drawing steps would not compute.
@@ -138,8 +138,8 @@ class UniTokDepthTransformer(nn.Module):
     ) -> torch.Tensor:
         """One cached decoding step of a layer for input k, (N, D) -> (N, D).
 
-        Replaces `LlamaDecoderLayer.forward`, because its masks, caches and rotary tables cost more small operations than
-        the layer itself computes: a drawing calls it K times for each position. It knows the layers that
+        Replaces `LlamaDecoderLayer.forward`, because its masks, caches and rotary tables cost more small operations
+        than the layer itself computes: a drawing calls it K times for each position. It knows the layers that
         `UniTokDepthConfig` can describe: no biases, no attention dropout, RoPE of the default type over whole heads.
 
         Args:

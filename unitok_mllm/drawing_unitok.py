@@ -2,9 +2,9 @@
 
     prompts -> LLM -> state -> depth transformer -> K codes -> embedder -> LLM -> state -> ...
 
-`UniTokDrawingOptions` has the options. `UniTokGuidance` puts the prompt and the null prompts of guidance into one batch, and
-combines their logits. `UniTokCodeSampler` chooses codes. `UniTokDrawing` runs the model: `prefill` on the prompts, then
-`step` from one position to the next.
+`UniTokDrawingOptions` has the options. `UniTokGuidance` puts the prompt and the null prompts of guidance into one
+batch, and combines their logits. `UniTokCodeSampler` chooses codes. `UniTokDrawing` runs the model: `prefill` on the
+prompts, then `step` from one position to the next.
 """
 
 from collections.abc import Iterable
@@ -44,8 +44,8 @@ MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
 class UniTokDrawingOptions:
     """Options of a drawing.
 
-    All are arguments of `generate_image_codes`. A model's defaults of the first six are in its generation config, in the
-    dict `image_generation`, separate from the options of text.
+    All are arguments of `generate_image_codes`. A model's defaults of the first six are in its generation config, in
+    the dict `image_generation`, separate from the options of text.
 
     Attributes:
         guidance_scale: strength of the words. 1 means no guidance and one branch. Above 1, a second branch gives the
@@ -60,8 +60,8 @@ class UniTokDrawingOptions:
         seed: one for all prompts or one for each; None to take it from torch's generator. Sample j of a prompt depends
             only on its seed and on j, not on other rows of the batch.
         use_cache: False to compute the whole sequence again at each step (slow; gives the same codes).
-        cuda_graph: False to launch all kernels of each step from Python (slow; gives the same codes). This also happens
-            if no graph is possible: see `cuda_graph_unitok`.
+        cuda_graph: False to launch all kernels of each step from Python (slow; gives the same codes). This also
+            happens if no graph is possible: see `cuda_graph_unitok`.
 
     Raises:
         ValueError: an option outside its range.
@@ -105,14 +105,16 @@ class UniTokDrawingOptions:
     ) -> "UniTokDrawingOptions":
         """Collect the options of a call. The first source that has an option decides: arguments, configs, defaults.
 
-        The order is: the call's arguments, its `generation_config`, the model's generation config, the defaults above. In
-        a `generation_config`, `image_generation` precedes the options beside it, which are for text too. If such an option
-        equals the model's (a pipeline passes all of them), it is used only if the model has no `image_generation`.
+        The order is: the call's arguments, its `generation_config`, the model's generation config, the defaults above.
+        In a `generation_config`, `image_generation` precedes the options beside it, which are for text too. If such an
+        option equals the model's (a pipeline passes all of them), it is used only if the model has no
+        `image_generation`.
 
         Args:
             model_config: the model's generation config.
             config: the call's `generation_config`.
-            without: guidance scales for which there is no null prompt: the model's own value is ignored, with a warning.
+            without: guidance scales for which there is no null prompt: the model's own value is ignored, with a
+                warning.
             options: the call's arguments; None means not given.
 
         Raises:
@@ -193,8 +195,8 @@ def uniform_noise(seeds: list[int], num_return_sequences: int, shape: tuple[int,
 def sample_codes(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Sample from softmax(logits) by inverting its cumulative distribution.
 
-    `torch.multinomial` takes its random numbers from one generator for the whole batch, so that a sample would depend on
-    the other rows. Here each row has its own number.
+    `torch.multinomial` takes its random numbers from one generator for the whole batch, so that a sample would depend
+    on the other rows. Here each row has its own number.
 
     Args:
         logits: (B, V).
@@ -247,8 +249,8 @@ class UniTokCodeSampler:
     Args:
         warpers: temperature, top-k and top-p; None to take the most likely code.
         processors: the caller's, applied before the warpers. They get the codes so far, (B, n), and the guided logits
-            (B, V), float32. The codes are in the order of positions, K for each: code n is of sub-codebook n % K, and all
-            sub-codebooks use the same numbers.
+            (B, V), float32. The codes are in the order of positions, K for each: code n is of sub-codebook n % K, and
+            all sub-codebooks use the same numbers.
     """
 
     def __init__(self, warpers: LogitsProcessorList | None, processors: LogitsProcessorList | None = None):
@@ -286,7 +288,7 @@ class UniTokCodeSampler:
 
 
 def has_keys(cache: Cache) -> bool:
-    """Whether any layer of a cache has keys and values (a dynamic cache without layers will); Mamba layers have a state."""
+    """Whether any layer of a cache has keys and values, or will have (dynamic caches); Mamba layers have a state."""
     return not cache.layers or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
 

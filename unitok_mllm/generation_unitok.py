@@ -1,11 +1,11 @@
 """Generation: text by the library's own loop, images by L steps of the LLM with K depth steps each.
 
-Classifier-free guidance (https://arxiv.org/abs/2207.12598) uses `logits = uncond + scale * (cond - uncond)` for a scale above
-1. Both branches run in one batch and continue with the same codes.
+Classifier-free guidance (https://arxiv.org/abs/2207.12598) uses `logits = uncond + scale * (cond - uncond)` for a
+scale above 1. Both branches run in one batch and continue with the same codes.
 
 Edits have two null prompts, the picture alone and the instruction alone. Each has its own scale and adds
-`(scale - 1) * (cond - other)`. The two scales are those of InstructPix2Pix (https://arxiv.org/abs/2211.09800), whose formula
-differs: it compares the picture alone with a prompt without either.
+`(scale - 1) * (cond - other)`. The two scales are those of InstructPix2Pix (https://arxiv.org/abs/2211.09800), whose
+formula differs: it compares the picture alone with a prompt without either.
 """
 
 import copy
@@ -50,7 +50,8 @@ class UniTokInterleavedOutput:
     """Output of `generate_interleaved`, with an entry for each prompt.
 
     Attributes:
-        sequences: the new ids, (T,) each: text, and for each image the opening token, L placeholders, the closing token.
+        sequences: the new ids, (T,) each: text, and for each image the opening token, L placeholders, the closing
+            token.
         image_codes: the codes of the drawn images, in order, (N, K, L) each.
     """
 
@@ -115,8 +116,8 @@ class UniTokGenerationMixin(GenerationMixin):
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
         """Embed the images once, before the prompt's first pass.
 
-        The images come as pixels, as codes, or as features of the model that this one drafts for. The codes of the latter
-        are embedded again, by this model.
+        The images come as pixels, as codes, or as features of the model that this one drafts for. The codes of the
+        latter are embedded again, by this model.
         """
         images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
         given = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
@@ -131,8 +132,8 @@ class UniTokGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, cache=None, **kwargs):
         """Prepare the inputs of a step, as the library does, with two corrections.
 
-        The library does not recognise a draft model's first pass over the prompt, and drops its images. It also passes the
-        tokenizers for `stop_strings` and for drafts to the model.
+        The library does not recognise a draft model's first pass over the prompt, and drops its images. It also passes
+        the tokenizers for `stop_strings` and for drafts to the model.
         """
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
@@ -146,7 +147,7 @@ class UniTokGenerationMixin(GenerationMixin):
         return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Expand the inputs, as the library does. It would drop images without placeholders; they are an error here."""
+        """Expand the inputs, as the library does; images without placeholders, which it drops, are an error."""
         images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
         if images is not None:
             self.images_per_sample(input_ids, *images.pooler_output.shape[:2])
@@ -263,8 +264,8 @@ class UniTokGenerationMixin(GenerationMixin):
             streamer: gets the codes so far after each position, and may stop the drawing.
             progress: show a progress bar.
             parts: `prepare_drawing(model)`, made once for several drawings; None to make them for this one.
-            options: those of `UniTokDrawingOptions`: `guidance_scale`, `temperature`, `seed` ... Options left out (or None)
-                come from `generation_config`, then from `image_generation` in the model's own generation config.
+            options: those of `UniTokDrawingOptions`: `guidance_scale`, `temperature`, `seed` ... Options left out (or
+                None) come from `generation_config`, then from `image_generation` in the model's own generation config.
 
         Returns:
             (B * num_return_sequences, K, L), int64, the samples of a prompt next to each other. A drawing that the
@@ -346,8 +347,8 @@ class UniTokGenerationMixin(GenerationMixin):
                 stops a drawing, the answer ends before that image.
             generation_config: options of transformers' `generate` that are in `interleaved_unitok.TEXT_OPTIONS`.
             streamer: gets the text of the answer to a single prompt, before and after each image.
-            text_options: the same options as arguments. They apply to the whole answer: `min_new_tokens` counts all its
-                text. `max_time` includes the drawings, of which a started one is finished.
+            text_options: the same options as arguments. They apply to the whole answer: `min_new_tokens` counts all
+                its text. `max_time` includes the drawings, of which a started one is finished.
 
         Returns:
             The new ids and the codes of the drawn images, for each prompt.
@@ -415,7 +416,7 @@ class UniTokGenerationMixin(GenerationMixin):
             return output
 
     def _interleave_one(self, sequence, known_codes, max_images, config, end, options, image_options, parts):
-        """Answer one prompt (1, T) with its images. Returns prompt and answer (1, T'), and the drawn codes (N, K, L)."""
+        """Answer one prompt (1, T). Returns prompt and answer (1, T'), and the drawn codes (N, K, L)."""
         boi, eoi, placeholder = self.config.boi_token_id, self.config.eoi_token_id, self.config.image_token_id
         suppressed = [*(self.generation_config.suppress_tokens or []), *(config.suppress_tokens or [])]
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

@@ -1,8 +1,8 @@
 """A preallocated key/value cache for drawing, with attention in float32 on a CPU.
 
-The library's growing cache copies all keys and values at each token. On a CPU, torch's attention of a single query takes
-three to eight times as long in bfloat16 as in float32. There the keys and values are stored in float32, which costs memory
-and loses nothing.
+The library's growing cache copies all keys and values at each token. On a CPU, torch's attention of a single query
+takes three to eight times as long in bfloat16 as in float32. There the keys and values are stored in float32, which
+costs memory and loses nothing.
 """
 
 import copy
@@ -55,9 +55,9 @@ class UniTokGrowingLayer(DynamicLayer):
 def growing_cache(llm: nn.Module, max_length: int) -> tuple[nn.Module, DynamicCache]:
     """Make a preallocated cache for an LLM.
 
-    On a CPU, for weights in 16 bits, the returned decoder is a copy that shares all weights and attends in float32, the
-    cache's dtype. Layers with a sliding window, or with other state than keys and values, use the library's own cache. So
-    do all layers of a compiled decoder: the compiler fails on views of changing length.
+    On a CPU, for weights in 16 bits, the returned decoder is a copy that shares all weights and attends in float32,
+    the cache's dtype. Layers with a sliding window, or with other state than keys and values, use the library's own
+    cache. So do all layers of a compiled decoder: the compiler fails on views of changing length.
 
     Args:
         llm: the LLM's decoder.

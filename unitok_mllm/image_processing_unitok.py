@@ -1,8 +1,8 @@
 """The image processors: images to `pixel_values` in [-1, 1], and back.
 
 Two backends differ only in their resize: `UniTokImageProcessor` (torchvision, tensors on any device) and
-`UniTokImageProcessorPil` (Pillow and numpy, the exact filters of the released models). Both have the three modes of the
-released models (UniTok, arXiv 2502.20321):
+`UniTokImageProcessorPil` (Pillow and numpy, the exact filters of the released models). Both have the three modes of
+the released models (UniTok, arXiv 2502.20321):
 
 - `understand`: pad to the target's aspect ratio, centred, then bilinear resize. The whole picture stays visible.
 - `reconstruct`: LANCZOS resize to cover 1.125 times the target (288 for 256), then centre crop.
@@ -214,15 +214,16 @@ class UniTokImageProcessorKwargs(ImagesKwargs, total=False):
 class UniTokImageProcessorMixin:
     """The two backends' common part. The module's docstring explains the modes.
 
-    A call takes one image, or any nesting of lists, tuples and 4-D batches, of mixed sizes. An image is a path, a URL, the
-    bytes of a file, a Pillow image, an array or a tensor: (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels (C first
-    if both readings fit). Values are integers in 0..255, 16-bit integers, floats in [0, 1] (never rescaled) or floats in
-    0..255. All are rounded to the 8 bits of a picture file, so that a picture gives the same values in any form.
+    A call takes one image, or any nesting of lists, tuples and 4-D batches, of mixed sizes. An image is a path, a URL,
+    the bytes of a file, a Pillow image, an array or a tensor: (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels
+    (C first if both readings fit). Values are integers in 0..255, 16-bit integers, floats in [0, 1] (never rescaled)
+    or floats in 0..255. All are rounded to the 8 bits of a picture file, so that a picture gives the same values in
+    any form.
 
     It returns a `BatchFeature` with `pixel_values` (B, 3, height, width), float32 in [-1, 1].
 
-    The mode alone decides between padding and cropping. `resample` overrides its filter. `do_rescale=False` keeps 0..255
-    values; `do_resize=False` keeps the picture's own size.
+    The mode alone decides between padding and cropping. `resample` overrides its filter. `do_rescale=False` keeps
+    0..255 values; `do_resize=False` keeps the picture's own size.
 
     Attributes:
         mode: "understand", "reconstruct" or "classify".

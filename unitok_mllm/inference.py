@@ -1,7 +1,7 @@
 """Inference: load a model, answer, draw, edit, reconstruct.
 
-The command line, the web page, the evaluations and the samples of a training use these functions. Heavy modules are imported
-where they are needed, since the command line imports this one.
+The command line, the web page, the evaluations and the samples of a training use these functions. Heavy modules are
+imported where they are needed, since the command line imports this one.
 """
 
 import json
@@ -145,8 +145,8 @@ def check_values(model: Any) -> None:
     """Check a loaded model's weights and generation config.
 
     Raises:
-        ValueError: a weight is NaN or infinite, or the generation config asks for too many sequences, or for options that
-            drawing does not have.
+        ValueError: a weight is NaN or infinite, or the generation config asks for too many sequences, or for options
+            that drawing does not have.
     """
     from .drawing_unitok import image_generation
 
@@ -182,7 +182,8 @@ def reconstruct_images(
     """Encode images and decode their codes.
 
     Returns:
-        The images as the model sees them, their reconstructions (both in the model's size), and the codes of one image.
+        The images as the model sees them, their reconstructions (both in the model's size), and the codes of one
+        image.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Answers of text and images: the options of `generate` that they take, their streamer and their stopping criterion."""
+"""Answers of text and images: their options of `generate`, their streamer and their stopping criterion."""
 
 import time
 
@@ -6,8 +6,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 
-# Options of transformers' `generate` that apply to such an answer unchanged. All others are refused: they count positions
-# (which images have too), need all prompts at once, or would restart after each image.
+# Options of transformers' `generate` that apply to such an answer unchanged. All others are refused: they count
+# positions (which images have too), need all prompts at once, or would restart after each image.
 TEXT_OPTIONS = frozenset(
     (
         *("max_new_tokens", "min_new_tokens", "max_time", "stop_strings", "tokenizer", "eos_token_id"),
@@ -84,7 +84,7 @@ class UniTokAnswerEnd(StoppingCriteria):
 
 
 class UniTokAnswerStream:
-    """Pass the pieces of an answer to a streamer as one answer: with one prompt, and without the ends of the pieces."""
+    """Pass the pieces of an answer to a streamer as one: with one prompt, and without the ends of the pieces."""
 
     def __init__(self, streamer):
         self.streamer, self.has_begun = streamer, False

@@ -10,8 +10,8 @@ encoder is timm's ViTamin.
 Differences from the reference code:
 
 - The K sub-codebooks are one (K, V, D) parameter.
-- Nearest 2x upsampling followed by a 3x3 convolution is computed as one transposed convolution of the small map, which is
-  exact.
+- Nearest 2x upsampling followed by a 3x3 convolution is computed as one transposed convolution of the small map, which
+  is exact.
 - The text tower is transformers' own CLIP text model.
 
 timm takes seconds to import, so it is imported where one of its modules is built.
@@ -469,8 +469,8 @@ class UniTokPreTrainedModel(PreTrainedModel):
     def is_custom_code(cls) -> bool:
         """Return False: all weights here are initialised by the library's functions, which do not touch loaded ones.
 
-        For custom code, the library skips the initialisation of modules whose own weights are loaded. It would then skip
-        buffers that these modules fill in their children (in LLMs of the Falcon-H1 family).
+        For custom code, the library skips the initialisation of modules whose own weights are loaded. It would then
+        skip buffers that these modules fill in their children (in LLMs of the Falcon-H1 family).
         """
         return False
 
@@ -614,17 +614,17 @@ class UniTokVisionModel(UniTokPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1].
-            output_hidden_states: True for all, or the indices of those to return, with None for the others; None for the
-                config's setting.
+            output_hidden_states: True for all, or the indices of those to return, with None for the others; None for
+                the config's setting.
             output_attentions: refused: the encoder's attention returns no weights.
             track_usage: in training, count their codes in the quantizer's usage.
             kwargs: arguments that the library passes to all parts of a model; ignored here.
 
         Returns:
-            `last_hidden_state`: the semantic embeddings (B, L, C), C = hidden_size. `pooler_output`: the image embedding
-            (B, projection_dim) of unit length. `hidden_states`, if asked for: the tokens (B, L, C) after each block of
-            the encoder, then `last_hidden_state`. (So -1 is the semantic embeddings, and -2 the encoder's last tokens
-            before its final norm.)
+            `last_hidden_state`: the semantic embeddings (B, L, C), C = hidden_size. `pooler_output`: the image
+            embedding (B, projection_dim) of unit length. `hidden_states`, if asked for: the tokens (B, L, C) after
+            each block of the encoder, then `last_hidden_state`. (So -1 is the semantic embeddings, and -2 the
+            encoder's last tokens before its final norm.)
 
         Raises:
             ValueError: pixels of another shape, see `grid_size`, or `output_attentions`.

@@ -5,14 +5,14 @@ See https://arxiv.org/abs/2502.20321, section 3.3. Two kinds of sequences:
     reading   bos ... boi IMG*L eoi ... question ... answer eos
     drawing   bos caption boi IMG*L eoi eos
 
-An image, read or drawn, enters the LLM as the embeddings of its codes. The state before each IMG position of a drawn image
-predicts that position's K codes through the depth transformer. All other targets are text.
+An image, read or drawn, enters the LLM as the embeddings of its codes. The state before each IMG position of a drawn
+image predicts that position's K codes through the depth transformer. All other targets are text.
 
 Differences from the reference code:
 
 - The LLM is any causal LM of transformers, as a whole.
-- The embedder's causal attention has a key/value cache while drawing. Each drawn position therefore attends to those before
-  it, as in training.
+- The embedder's causal attention has a key/value cache while drawing. Each drawn position therefore attends to those
+  before it, as in training.
 """
 
 import copy
@@ -55,8 +55,8 @@ class UniTokMLLMOutput(ModelOutput):
         text_loss: scalar, mean cross-entropy of the text targets; 0 without any.
         image_loss: scalar, mean cross-entropy of all codes of the target images, plus the z-loss; 0 without any.
         num_text_targets: scalar, int64: number of tokens in `text_loss`.
-        num_image_targets: scalar, int64: number of codes in `image_loss`, for any `image_loss_share`: the mean of a share
-            is an estimate of that of the whole.
+        num_image_targets: scalar, int64: number of codes in `image_loss`, for any `image_loss_share`: the mean of a
+            share is an estimate of that of the whole.
         image_logits: (N, L, K, V), of the N target images; None without `image_targets`.
     """
 
@@ -75,8 +75,8 @@ class UniTokMLLMOutput(ModelOutput):
 class UniTokEmbedder(nn.Module):
     """The embedder: codes to LLM inputs, both for reading and for drawing.
 
-    It looks up frozen code vectors, then applies a causal attention projection, a LayerNorm and two linear layers around
-    a GELU. The code vectors are a buffer, so that training the whole module does not change them.
+    It looks up frozen code vectors, then applies a causal attention projection, a LayerNorm and two linear layers
+    around a GELU. The code vectors are a buffer, so that training the whole module does not change them.
 
     Args:
         config: sizes of the tokenizer, the embedder and the LLM.
@@ -249,8 +249,8 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
             Embeddings (B, T, D), and the codes (N, K, L) or None.
 
         Raises:
-            ValueError: more than one of pixels, codes and features was given, or a row does not have L placeholders for
-                each of its images.
+            ValueError: more than one of pixels, codes and features was given, or a row does not have L placeholders
+                for each of its images.
         """
         is_image = input_ids == self.config.image_token_id
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
@@ -545,7 +545,8 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
                 loss, without the time and memory of all others. `logits` is then (M, vocabulary), for M targets.
             num_items_in_batch: divisor of the loss, for batches that are parts of a larger one: the number of labels
                 other than -100 in the whole, as the library's Trainer counts them. The positions of target images then
-                need labels too (any id, such as their placeholder's). Each counts once, with the mean over its K codes.
+                need labels too (any id, such as their placeholder's). Each counts once, with the mean over its K
+                codes.
             kwargs: other arguments of the LLM, such as `output_attentions` and `output_hidden_states`.
 
         Raises:

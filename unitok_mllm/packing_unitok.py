@@ -1,8 +1,8 @@
 """Linear layers with weights in oneDNN's blocked layout, for inference on a CPU.
 
-A matrix product with few rows is bound by reading the weights. In the usual row-major layout they are read at a half to a
-third of the memory's rate, in oneDNN's own layout at the full rate. Large products run near the peak in that layout too.
-torch's compiler uses it after freezing a model.
+A matrix product with few rows is bound by reading the weights. In the usual row-major layout they are read at a half
+to a third of the memory's rate, in oneDNN's own layout at the full rate. Large products run near the peak in that
+layout too. torch's compiler uses it after freezing a model.
 """
 
 import copy
@@ -20,8 +20,8 @@ MIN_WEIGHTS = 2**16  # reading fewer takes less time than calling anything
 class UniTokPackedLinear(nn.Linear):
     """A linear layer that computes with a copy of its weight in oneDNN's blocked layout.
 
-    Later changes of the weight do not reach the copy. `weight` and `bias` are those of the original layer, for code that
-    reads them (peft's DoRA does).
+    Later changes of the weight do not reach the copy. `weight` and `bias` are those of the original layer, for code
+    that reads them (peft's DoRA does).
 
     Args:
         linear: a float32 or bfloat16 layer on a CPU.
@@ -54,9 +54,9 @@ def _can_pack(linear: nn.Linear, min_weights: int) -> bool:
 def pack_linears(module: nn.Module, min_weights: int = MIN_WEIGHTS) -> nn.Module:
     """Return a copy of a module for inference on a CPU, its linear weights in oneDNN's layout, all else shared.
 
-    The module itself does not change. It is returned itself if no layer can be converted (another device or dtype, a CPU
-    that oneDNN does not support, quantized weights, autocast). The converted weights are copies and take the memory of
-    the linear layers again. Results differ from the module's by rounding, and have no gradient.
+    The module itself does not change. It is returned itself if no layer can be converted (another device or dtype, a
+    CPU that oneDNN does not support, quantized weights, autocast). The converted weights are copies and take the
+    memory of the linear layers again. Results differ from the module's by rounding, and have no gradient.
 
     Args:
         module: any module in eval mode, also a whole model.

@@ -1,7 +1,7 @@
 """The processor: text and images to model inputs, and model outputs to text and pictures.
 
-Each "<image>" in a text becomes the opening token, one placeholder for each image position, and the closing token. A chat
-template converts conversations to such texts.
+Each "<image>" in a text becomes the opening token, one placeholder for each image position, and the closing token. A
+chat template converts conversations to such texts.
 """
 
 import re
@@ -202,16 +202,16 @@ class UniTokMLLMProcessor(ProcessorMixin):
     ):
         """Render or tokenize conversations, as the library does, with three differences.
 
-        - A tokenized conversation begins with the BOS that the tokenizer adds, unless the template writes it. This holds
-          also if the caller asks for no special tokens (trl does, for templates that write the BOS).
+        - A tokenized conversation begins with the BOS that the tokenizer adds, unless the template writes it. This
+          holds also if the caller asks for no special tokens (trl does, for templates that write the BOS).
         - Parts may have the types of OpenAI's interfaces ("input_text", "image_url", ...).
         - Control tokens that texts spell are plain text.
 
         Args:
             conversation: turns, or a list of conversations.
             tokenize: return model inputs instead of text.
-            sanitize_control_tokens: encode special tokens that a text of the conversation spells, such as "<image>", as
-                plain text. None for yes with `tokenize`. A rendered text cannot tell them from the template's own.
+            sanitize_control_tokens: encode special tokens that a text of the conversation spells, such as "<image>",
+                as plain text. None for yes with `tokenize`. A rendered text cannot tell them from the template's own.
             processor_kwargs: options of `__call__`.
             args: see the library.
             kwargs: see the library.
@@ -378,27 +378,27 @@ class UniTokMLLMProcessor(ProcessorMixin):
         """Make model inputs.
 
         Args:
-            images: all images of the texts in order, flat or one list for each text, in any form that the image processor
-                takes.
-            text: one text or several, with "<image>" at the place of an image. In image mode, each is a description; in
-                edit mode, an instruction.
-            generation_mode: "text" or None for an answer, "image" for a drawing, "interleaved" for an answer with images,
-                "edit" for a changed image.
-            sanitize_control_tokens: encode special tokens that a description or an instruction spells as plain text. None
-                for yes; but in image mode with images, "<image>" is the place of an image. The other two modes take
-                prompts, whose special tokens are tokens. There it means that `apply_chat_template` has marked the plain
-                text.
+            images: all images of the texts in order, flat or one list for each text, in any form that the image
+                processor takes.
+            text: one text or several, with "<image>" at the place of an image. In image mode, each is a description;
+                in edit mode, an instruction.
+            generation_mode: "text" or None for an answer, "image" for a drawing, "interleaved" for an answer with
+                images, "edit" for a changed image.
+            sanitize_control_tokens: encode special tokens that a description or an instruction spells as plain text.
+                None for yes; but in image mode with images, "<image>" is the place of an image. The other two modes
+                take prompts, whose special tokens are tokens. There it means that `apply_chat_template` has marked the
+                plain text.
             kwargs: options of the tokenizer and the image processor.
 
         Returns:
-            `input_ids` and `attention_mask` (B, T), and with images `pixel_values` (N, 3, H, W). In image and edit mode
-            the prompts end where the image begins. All modes but "text" add `unconditional_input_ids` and
+            `input_ids` and `attention_mask` (B, T), and with images `pixel_values` (N, 3, H, W). In image and edit
+            mode the prompts end where the image begins. All modes but "text" add `unconditional_input_ids` and
             `unconditional_attention_mask`, the null prompts of guidance; in edit mode these have the images. Edit mode
             also adds `text_alone_input_ids` and `text_alone_attention_mask`, the instructions without images.
 
         Raises:
-            ValueError: another mode, no text (in image mode), an empty list of texts, images and placeholders that do not
-                match, or a `max_length` that would cut through an image.
+            ValueError: another mode, no text (in image mode), an empty list of texts, images and placeholders that do
+                not match, or a `max_length` that would cut through an image.
         """
         sanitize_control_tokens = kwargs.pop("sanitize_control_tokens", None)
         if generation_mode in (None, "text"):

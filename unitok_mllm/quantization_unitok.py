@@ -1,8 +1,8 @@
 """Multi-codebook quantization (UniTok, https://arxiv.org/abs/2502.20321, section 3.2).
 
-A token of `dim` dims is cut into K chunks. Each chunk is replaced by the nearest entry, by cosine similarity, of its own
-sub-codebook of V entries. The search, the losses and the usage statistics are computed in float32 whatever the model's
-dtype.
+A token of `dim` dims is cut into K chunks. Each chunk is replaced by the nearest entry, by cosine similarity, of its
+own sub-codebook of V entries. The search, the losses and the usage statistics are computed in float32 whatever the
+model's dtype.
 """
 
 import functools
@@ -72,7 +72,8 @@ class UniTokMultiCodebookQuantizer(nn.Module):
         entropy_temperature: softmax temperature of the entropy loss.
         trainable: True makes the codebooks a parameter. False makes them a buffer, which a checkpoint fills.
         rotation_trick: pass gradients to the input through the rotation that turns it into its code vector
-            (https://arxiv.org/abs/2410.06424, section 4) instead of unchanged. No value of a forward pass depends on it.
+            (https://arxiv.org/abs/2410.06424, section 4) instead of unchanged. No value of a forward pass depends on
+            it.
 
     Attributes:
         codebooks: (K, V, dim / K), not normalised.

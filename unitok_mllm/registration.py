@@ -1,4 +1,4 @@
-"""Register the package's classes with transformers' Auto classes. The package imports this module when it is needed."""
+"""Register the classes with transformers' Auto classes. The package imports this module when it is needed."""
 
 from transformers import (
     AutoConfig,

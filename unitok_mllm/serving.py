@@ -2,16 +2,16 @@
 
     submit -> queue -> prompt, in chunks -> position after position, together with all others -> result
 
-A request takes a row of the batch for its prompt, and one for each null prompt of guidance. It joins at any time and leaves
-when it is done or cancelled. A step of the engine is one pass of the LLM over all rows, so that the weights are read once for
-all of them. Then drawings choose the K codes of their next position, and answers their next token.
+A request takes a row of the batch for its prompt, and one for each null prompt of guidance. It joins at any time and
+leaves when it is done or cancelled. A step of the engine is one pass of the LLM over all rows, so that the weights are
+read once for all of them. Then drawings choose the K codes of their next position, and answers their next token.
 
-Keys and values are in preallocated slots of one length, one slot a row. The number of slots limits the admitted requests,
-which come in the order of submission. A slot keeps the keys of a prompt after its request has left. A prompt with the same
-beginning (another question about the same picture) continues from a copy of them.
+Keys and values are in preallocated slots of one length, one slot a row. The number of slots limits the admitted
+requests, which come in the order of submission. A slot keeps the keys of a prompt after its request has left. A prompt
+with the same beginning (another question about the same picture) continues from a copy of them.
 
-Each request gets the result that it gets alone with its seed. It has its own random numbers, and its positions start at 0.
-Its attention and its logits processors do not see other rows.
+Each request gets the result that it gets alone with its seed. It has its own random numbers, and its positions start
+at 0. Its attention and its logits processors do not see other rows.
 """
 
 import itertools
@@ -186,8 +186,8 @@ class UniTokEngine:
         max_rows: rows of the batch, and slots.
         max_length: positions of a slot, for prompt and answer or image; None for the LLM's number, at most 2048.
         max_queue: requests that may wait for rows.
-        prefill_tokens: prompt positions in one step, at most (but one for each row), so that a long prompt does not delay
-            running requests.
+        prefill_tokens: prompt positions in one step, at most (but one for each row), so that a long prompt does not
+            delay running requests.
 
     Raises:
         ValueError: a size is not positive, or the LLM cannot be batched in this way.
@@ -489,7 +489,7 @@ class UniTokEngine:
             self._running.append(request)
 
     def _take_slot(self, row: _Row) -> None:
-        """Take a slot for a row. It continues from the slot whose prompt has the longest common beginning, or from a copy."""
+        """Take a slot for a row, which continues from the longest common beginning of a prompt, in place or copied."""
         shared = [_common_length(held, row.prompt) for held in self._held]
         source = max(range(self.max_rows), key=lambda slot: (shared[slot], slot in self._free))
         length = min(shared[source], len(row.prompt) - 1)  # the last position must be computed, for its state
@@ -529,7 +529,7 @@ class UniTokEngine:
             row.state = None if len(row.pending) else state
 
     def _states(self, embeds: torch.Tensor, slots: list[int], starts: list[int], counts: list[int]) -> torch.Tensor:
-        """Compute the LLM's states (N, D) at the last of the next `counts` positions of each slot, from embeddings (N, T, D)."""
+        """Run embeddings (N, T, D). Returns the states (N, D) at the last of the `counts` positions of each slot."""
         device = embeds.device
         starts, counts = torch.tensor(starts, device=device), torch.tensor(counts, device=device)
         positions = starts[:, None] + torch.arange(embeds.shape[1], device=device)
