@@ -486,3 +486,20 @@ def test_auto_class_loads_either_backend(backend, tmp_path):
             assert type(loaded) is expected and loaded.mode == "classify" and loaded.size.height == 64
     finally:
         del IMAGE_PROCESSOR_MAPPING._extra_content[ThrowawayConfig]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I", "CMYK"])
+def test_a_picture_of_any_mode_is_shrunk_while_it_is_read(tmp_path, mode):
+    ramp = Image.linear_gradient("L").resize((1000, 400))
+    if mode.startswith("I"):
+        picture = Image.fromarray(np.asarray(ramp).astype(np.uint16 if mode == "I;16" else np.int32) * 257)
+    else:
+        picture = ramp.convert("1", dither=Image.Dither.NONE) if mode == "1" else ramp.convert(mode)
+    path = tmp_path / ("picture.tif" if mode in ("I", "CMYK") else "picture.png")
+    picture.save(path)
+    with Image.open(path) as opened:
+        assert opened.mode == mode
+    shrunk, whole = load_image(path, max_side=100), load_image(path)
+    assert shrunk.size == (100, 40)
+    expected = np.asarray(whole.resize((100, 40)), float)
+    assert np.abs(np.asarray(shrunk, float) - expected).mean() < 2

@@ -29,7 +29,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageStat
 from playwright.sync_api import Page, expect, sync_playwright
 from transformers import LogitsProcessorList
 from typer.testing import CliRunner
@@ -224,6 +224,7 @@ BOMBS = [  # format and mode of pictures that are small as files
     ("WEBP", "RGBA", {"lossless": True, "method": 0}),
     ("GIF", "P", {}),
     ("BMP", "L", {}),
+    ("AVIF", "RGB", {"speed": 10, "quality": 0}),
 ]
 
 
@@ -277,6 +278,14 @@ def test_the_largest_picture_takes_bounded_memory(tmp_path, format, mode, option
     taken = peak_memory(lambda: web.read_pictures([path]))
     print(f"\n{format} {mode}: {taken / web.MIB:.0f} MiB")
     assert taken < 600 * web.MIB
+
+
+@pytest.mark.parametrize("format", web.PICTURE_FORMATS)
+def test_every_format_of_the_page_is_read(tmp_path, format):
+    red_circle().save(tmp_path / "circle", format=format)
+    (picture,) = web.read_pictures([str(tmp_path / "circle")])
+    error = ImageChops.difference(picture, red_circle())
+    assert picture.size == red_circle().size and max(ImageStat.Stat(error).mean) < 8
 
 
 @pytest.mark.parametrize("format", ["TIFF", "PPM", "TGA", "ICO", "JPEG2000"])

@@ -86,7 +86,7 @@ def load_image(
             picture = _to_upright_rgb(source)
     else:
         name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source)[:200])
-        with _named_errors(name), Image.open(_file_of(source), formats=formats or _formats()) as image:
+        with _named_errors(name), Image.open(_file_of(source), formats=_formats(formats)) as image:
             picture = _to_upright_rgb(_shrink(image, max_side) if max_side else image)
     if not (picture.width and picture.height):
         raise ValueError(f"expected a non-empty array of pixels, got {name!r}, {picture.width}x{picture.height}")
@@ -96,7 +96,7 @@ def load_image(
 def picture_size(source: str | os.PathLike | bytes, *, formats: Sequence[str] | None = None) -> tuple[int, int]:
     """Read width and height from a file's header, without decoding. Arguments and errors are those of `load_image`."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)[:200]
-    with _named_errors(name), Image.open(_file_of(source), formats=formats or _formats()) as image:
+    with _named_errors(name), Image.open(_file_of(source), formats=_formats(formats)) as image:
         return image.size
 
 
@@ -114,6 +114,8 @@ def _shrink(image: Image.Image, max_side: int) -> Image.Image:
         return image
     if image.mode in ("1", "P", "PA") or "transparency" in image.info:  # the mean of palette indices has no meaning
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode.startswith("I;16"):  # which Pillow 12 cannot resize
+        image = image.convert("I")
     image.thumbnail((max_side, max_side))
     return image
 
@@ -134,10 +136,10 @@ def _file_of(source: str | os.PathLike | bytes) -> str | bytes | BytesIO:
     return BytesIO(data)
 
 
-def _formats() -> list[str]:
-    """List the formats that Pillow reads without another program."""
+def _formats(wanted: Sequence[str] | None) -> list[str]:
+    """List the formats that Pillow reads without another program, or the wanted ones of them; its versions differ."""
     Image.init()
-    return [name for name in Image.ID if name not in PROGRAM_FORMATS]
+    return [name for name in Image.ID if name not in PROGRAM_FORMATS and (wanted is None or name in wanted)]
 
 
 def _to_upright_rgb(image: Image.Image) -> Image.Image:
