@@ -478,7 +478,7 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-@one_line_errors("Interrupted. Finished parts are kept; the same command with --resume goes on from there.")
+@one_line_errors("Interrupted. Finished parts are kept; the same command goes on from there.")
 def main(argv: list[str] | None = None) -> None:
     print(table(evaluate(parse_settings(Settings, argv))))
 

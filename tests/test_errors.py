@@ -2,19 +2,24 @@
 
 import argparse
 import importlib
+import os
 import shlex
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import typer
+from accelerate import Accelerator
 from test_imports import SCRIPTS
 from test_train_mllm import write_config
 from transformers import TrainingArguments
 
 from training.arguments import Parser, check_source, parse_yaml_and_command_line, use_cpu_of
 from training.errors import check_keys, one_line_errors, underscored
+from training.interrupts import ENDS, Interrupted, StopRequest
 from training.train_mllm import MLLMArguments
 from training.train_tokenizer import TokenizerArguments
 from unitok_mllm.devices import find_device
@@ -61,6 +66,48 @@ def test_ctrl_c_ends_in_one_line(text, said, capsys):
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 130 and capsys.readouterr().err == f"\n{said}"
+
+
+@pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
+@pytest.mark.parametrize("with_typer", [False, True])
+def test_every_signal_that_ends_a_script_is_ctrl_c(number, with_typer, capsys):
+    before, app = {end: signal.getsignal(end) for end in ENDS}, typer.Typer()
+
+    @app.command()
+    def command():
+        os.kill(os.getpid(), number)
+        pytest.fail("goes on")
+
+    main = one_line_errors("It goes on.")(app if with_typer else command)
+    with pytest.raises(SystemExit) as end:
+        main([]) if with_typer else main()
+    assert end.value.code == 128 + number and capsys.readouterr().err == "\nIt goes on.\n"
+    assert {end: signal.getsignal(end) for end in ENDS} == before
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        one_line_errors()(lambda: os.kill(os.getpid(), signal.SIGHUP))()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_scripts_run_in_other_threads_too():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(one_line_errors()(lambda: 3)).result() == 3
+
+
+def test_the_second_signal_does_not_wait_for_the_step(capsys):
+    with StopRequest(Accelerator(cpu=True)) as stopping:
+        assert not stopping.is_due()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping.is_due() and "once more: at once" in capsys.readouterr().err
+        with pytest.raises(Interrupted) as at_once:
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted) as after_the_step:
+            stopping.stop()
+    assert (at_once.value.number, after_the_step.value.number) == (signal.SIGINT, signal.SIGTERM)
 
 
 def test_typer_errors_take_one_line_too(capsys):

@@ -888,3 +888,38 @@ def test_qlora_trains_over_four_bits(tmp_path, start, data):
         released = evaluations(tmp_path / "check")[0]
         differences[name] = abs(released[0] / trained[0] - 1)
     assert differences["run/release"] < 2e-4 and differences["merged"] < 2e-4 < 1e-3 < differences["other"]
+
+
+def test_signals_end_a_run_after_their_step_and_the_same_command_goes_on(tmp_path, start, data, capsys, monkeypatch):
+    sources, options = list(data.values()), {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+    options |= {"image_loss_share": 0.5, "caption_dropout": 0.5, "logging_steps": 2, "save_total_limit": 1}
+    script, step = one_line_errors()(main), MLLMTrainer.training_step
+    signals = {2: signal.SIGTERM, 4: signal.SIGINT}  # in the middle of the third step, and of the fifth
+
+    def interrupted_step(self, *args, **kwargs):
+        if number := signals.pop(self.state.global_step, None):
+            os.kill(os.getpid(), number)
+        return step(self, *args, **kwargs)
+
+    script([str(write_config(tmp_path / "whole.yaml", start, sources, **options))])
+    config = [str(write_config(tmp_path / "told.yaml", start, sources, **options))]
+    monkeypatch.setattr(MLLMTrainer, "training_step", interrupted_step)
+    for number, last_step in ((signal.SIGTERM, 3), (signal.SIGINT, 5)):
+        with pytest.raises(SystemExit) as end:
+            script(config)
+        said = capsys.readouterr().err
+        assert end.value.code == 128 + number and "Stopping after this step, with a checkpoint" in said
+        assert said.endswith(f"Interrupted. The same command goes on from {tmp_path}/told/checkpoint-{last_step}.\n")
+        assert list(whole_checkpoints(tmp_path / "told", WHOLE)) == [last_step]
+    assert not (tmp_path / "told/release").exists()
+    script(config)
+    assert losses(tmp_path / "told") == losses(tmp_path / "whole")
+    assert not changed(tmp_path / "told/release", tmp_path / "whole/release")
+
+
+def test_without_checkpoints_a_signal_leaves_none(tmp_path, start, data, capsys, monkeypatch):
+    monkeypatch.setattr(MLLMTrainer, "log", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as end:
+        one_line_errors()(main)([str(write_config(tmp_path / "run.yaml", start, [data["text"]], max_steps=3))])
+    assert end.value.code == 143 and f"first checkpoint in {tmp_path}/run: the same command" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoint-*"))

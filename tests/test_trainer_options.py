@@ -21,7 +21,7 @@ BY_LIBRARY = set(
     log_level_replica disable_tqdm include_num_input_tokens_seen
     report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
     eval_strategy eval_steps eval_delay eval_on_start
-    save_strategy save_steps save_on_each_node enable_jit_checkpoint metric_for_best_model greater_is_better
+    save_strategy save_steps save_on_each_node metric_for_best_model greater_is_better
     ignore_data_skip restore_callback_states_from_checkpoint
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context dataloader_in_order dataloader_drop_last
@@ -39,6 +39,7 @@ BY_US = set(
 OTHERS = {  # than those that are taken
     "num_train_epochs": 2,
     "auto_find_batch_size": True,
+    "enable_jit_checkpoint": True,
     "average_tokens_across_devices": False,
     "label_smoothing_factor": 0.1,
     "optim_target_modules": "all-linear",

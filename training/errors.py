@@ -1,4 +1,5 @@
-"""How every script ends: what a user can mend takes one line on stderr and exit code 2, and so does Ctrl-C with 130.
+"""How every script ends: what a user can mend takes one line on stderr and exit code 2, and so do Ctrl-C with 130,
+SIGTERM with 143 and SIGHUP with 129.
 
 Any other exception is a bug and shows its traceback.
 """
@@ -6,14 +7,18 @@ Any other exception is a bug and shows its traceback.
 import argparse
 import difflib
 import functools
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 import typer
 from huggingface_hub.errors import StrictDataclassError
 from typer.exceptions import TyperException
+
+from training.interrupts import Interrupted, ends_handled_by
 
 
 MENDABLE = (ValueError, OSError, FloatingPointError, StrictDataclassError, subprocess.CalledProcessError)
@@ -39,21 +44,30 @@ def one_line_errors(
     """A decorator of a script's `main`, or of its typer app.
 
     Args:
-        on_interrupt: how to go on, printed after Ctrl-C unless the KeyboardInterrupt has a text of its own.
+        on_interrupt: how to go on, printed after Ctrl-C and the other signals unless the KeyboardInterrupt has a text
+            of its own.
     """
 
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
         def run(*args: Any, **kwargs: Any) -> Any:
+            came: list[int] = []
+
+            def interrupt(number: int, frame: FrameType | None) -> None:
+                came.append(number)
+                raise Interrupted(number)
+
             try:
-                if isinstance(main, typer.Typer):
+                with ends_handled_by(interrupt):
+                    if not isinstance(main, typer.Typer):
+                        return main(*args, **kwargs)
                     code = main(*args, **kwargs, standalone_mode=False)
-                    if code == 130:  # what typer makes of Ctrl-C
-                        raise KeyboardInterrupt
+                    if code == 128 + signal.SIGINT:  # what typer makes of any KeyboardInterrupt
+                        raise Interrupted(came[-1] if came else signal.SIGINT)
                     sys.exit(code)
-                return main(*args, **kwargs)
             except (KeyboardInterrupt, typer.Abort) as error:
-                end(f"\n{str(error) or on_interrupt}", 130)
+                number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+                end(f"\n{str(error) or on_interrupt}", 128 + number)
             except TyperException as error:
                 message = error.format_message()
                 if not message:  # the help was printed

@@ -3,8 +3,8 @@
     python -m training.extract_codes data/train.json data/codes --visual-model runs/tokenizer/release
     torchrun --nproc_per_node 8 -m training.extract_codes "data/{00000..00099}.tar" data/codes --visual-model ...
 
-The images are divided into shards, and the shards among the processes.  A run that broke off goes on with the shards
-that are missing, in any number of processes.  `training.codes.CodeStore` reads the result.
+The images are divided into shards, and the shards among the processes.  The same command goes on after a run that broke
+off, with the shards that are missing, in any number of processes.  `training.codes.CodeStore` reads the result.
 """
 
 import hashlib

@@ -5,7 +5,7 @@
 * Samples in the dataset's own order (which is shuffled, see `training.data.MLLMDataset`).
 * A learning rate for each part, and no weight decay on parameters of fewer than two dims.
 * Each loss logged under its own name, with tokens and images per second.
-* Checkpoints that count only once they are whole; the best is kept.
+* Checkpoints that count only once they are whole; the best is kept. A signal ends it with one, after the step at hand.
 """
 
 import json
@@ -20,17 +20,19 @@ from torchvision.transforms.functional import to_tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_optimizer import is_optimizer_factory
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 from transformers.utils import ModelOutput
 
 from training.data import IGNORE
 from training.files import whole_checkpoints
+from training.interrupts import StopRequest
 from training.progress import ExpectedTime
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.inference import answer_questions, draw_images
 from unitok_mllm.sheet import contact_sheet
 
 
+LOSSES = "losses.json"  # in a checkpoint: the records since the last log, and since the start
 WHOLE = "whole"  # a checkpoint folder without this file in it was broken off
 
 
@@ -111,6 +113,7 @@ class MLLMTrainer(Trainer):
         self.mllm.visual.to(self.args.device)
         self._since_log, self._since_start = self._new_record(), self._new_record()
         self._last_log = time.perf_counter()
+        self._stopping, self._saved_step = StopRequest(self.accelerator), 0
         self._keep = self.args.save_total_limit
         self.args.save_total_limit = None  # old checkpoints go when the new one is known to be whole
 
@@ -128,6 +131,27 @@ class MLLMTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
+        """The library's; a signal ends it after the step at hand, with a checkpoint unless `save_strategy` is "no".
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        if resume_from_checkpoint and (path := Path(resume_from_checkpoint, LOSSES)).is_file():  # older ones lack it
+            since_log, since_start = torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64)
+            if self.is_world_process_zero():
+                self._since_log[:4] = since_log[:4]  # throughput is that since the start of the process
+            self._since_start += since_start.to(self._since_start)
+        with self._stopping:
+            return super().train(resume_from_checkpoint, **kwargs)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if self._stopping.is_due() and self.state.global_step < self.state.max_steps:
+            if self.args.save_strategy != SaveStrategy.NO and self._saved_step != self.state.global_step:
+                self._save_checkpoint(model, trial)
+            self._stopping.stop()
 
     # --- loss ---
 
@@ -276,9 +300,13 @@ class MLLMTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
+        self._saved_step = self.state.global_step
+        records = [self.accelerator.reduce(self._since_log, "sum").tolist(), self._since_start.tolist()]
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / LOSSES).write_text(json.dumps(records), encoding="utf-8")
+            (folder / WHOLE).touch()
             if self._keep:
                 *older, newest = whole_checkpoints(self.args.output_dir, WHOLE).values()
                 kept = {newest.name, Path(self.state.best_model_checkpoint or newest).name}

@@ -36,6 +36,7 @@ from training.codebooks import FEATURES_PER_CODE, DeadCodes, gather_chunks, star
 from training.discriminator import FeatureDiscriminator
 from training.files import log_broken, whole_checkpoints
 from training.image_text_data import ImageTextDataset, ImageTextStream, sample_seed
+from training.interrupts import StopRequest
 from training.losses import (
     DISCRIMINATOR_TERMS,
     RECONSTRUCTION_TERMS,
@@ -382,7 +383,11 @@ class TokenizerTrainer:
         return TrainedNetwork(module, *self.accelerator.prepare(module, optimizer), schedule)
 
     def train(self) -> None:
-        """Trains to the end, and writes `<output_dir>/release`."""
+        """Trains to the end, and writes `<output_dir>/release`.
+
+        Raises:
+            Interrupted: a signal came; the step at hand was finished and is in a checkpoint.
+        """
         arguments, accelerator = self.arguments, self.accelerator
         if arguments.report_to:
             config = asdict(arguments) | asdict(self.losses)
@@ -395,35 +400,39 @@ class TokenizerTrainer:
         batches, logging_steps = self._batches(), arguments.logging_steps or -(-self.total_steps // 50)
         logged_at, logged_step = start, first_step = time.perf_counter(), self.step
         expected_time = ExpectedTime(self.total_steps)
-        while self.step < self.total_steps:
-            weights = self.losses.weights(self.step / self.total_steps)
-            for batch in islice(batches, arguments.gradient_accumulation_steps):
-                batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-                self._train_on(batch, weights)
-            self.ema.decay = arguments.ema_decay_after(self.step)
-            self.ema.update(self.tokenizer.module)
-            self.step += 1
-            bar.update()
-            expected_time(self.step)
-            if arguments.revive_dead_codes and self.step % arguments.revive_dead_codes == 0:
-                self._revive_dead_codes(batch["pixel_values"])
-            last = self.step == self.total_steps
-            log, save = (last or self.step % steps == 0 for steps in (logging_steps, arguments.save_steps))
-            if log or save:
-                means = self.history.means()
-            if log:
-                now = time.perf_counter()
-                means["images_per_second"] = (self.step - logged_step) * self.images_per_step / (now - logged_at)
-                means["learning_rate"] = self.tokenizer.schedule.get_last_lr()[0]
-                self._report(means)
-                self.history.clear()
-                logged_at, logged_step = now, self.step
-            if last or self.step % arguments.eval_steps == 0:
-                if means := self.evaluate():
+        with StopRequest(accelerator) as stopping:
+            while self.step < self.total_steps:
+                weights = self.losses.weights(self.step / self.total_steps)
+                for batch in islice(batches, arguments.gradient_accumulation_steps):
+                    batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+                    self._train_on(batch, weights)
+                self.ema.decay = arguments.ema_decay_after(self.step)
+                self.ema.update(self.tokenizer.module)
+                self.step += 1
+                bar.update()
+                expected_time(self.step)
+                if arguments.revive_dead_codes and self.step % arguments.revive_dead_codes == 0:
+                    self._revive_dead_codes(batch["pixel_values"])
+                last, told = self.step == self.total_steps, stopping.is_due()
+                log, save = (last or self.step % steps == 0 for steps in (logging_steps, arguments.save_steps))
+                save = save or told
+                if log or save:
+                    means = self.history.means()
+                if log:
+                    now = time.perf_counter()
+                    means["images_per_second"] = (self.step - logged_step) * self.images_per_step / (now - logged_at)
+                    means["learning_rate"] = self.tokenizer.schedule.get_last_lr()[0]
                     self._report(means)
-                self._save_grid()
-            if save:
-                self._save_checkpoint()
+                    self.history.clear()
+                    logged_at, logged_step = now, self.step
+                if last or self.step % arguments.eval_steps == 0:
+                    if means := self.evaluate():
+                        self._report(means)
+                    self._save_grid()
+                if save:
+                    self._save_checkpoint()
+                if told and not last:
+                    stopping.stop()
         bar.close()
         self.run.facts = training_facts(
             self.total_steps,

@@ -591,8 +591,9 @@ def main(argv: list[str] | None = None) -> None:
         first_step = TrainerState.load_from_json(f"{resume_from}/trainer_state.json").global_step
     try:
         result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_go_on(output_dir, WHOLE, "the same command")) from None
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (how_to_go_on(output_dir, WHOLE, "the same command"),)
+        raise
     trainer.save_state()
     best = f"checkpoint-{trainer.state.best_global_step}"
     if training_arguments.load_best_model_at_end and Path(trainer.state.best_model_checkpoint or "").name != best:

@@ -272,10 +272,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     try:
         trainer.train()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            how_to_go_on(trainer.output_dir, STATE, "the same command with --resume true")
-        ) from None
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (how_to_go_on(trainer.output_dir, STATE, "the same command with --resume true"),)
+        raise
     release = trainer.output_dir / "release"
     logger.info("the tokenizer is in %s; try it: unitok-mllm reconstruct IMAGE --model %s", release, release)
     if arguments.hub_model_id and trainer.accelerator.is_main_process:

@@ -27,6 +27,7 @@ REFUSED = {
     "include_for_metrics": ([], LOSS_ALONE),
     "batch_eval_metrics": (False, LOSS_ALONE),
     "do_predict": (False, LOSS_ALONE),
+    "enable_jit_checkpoint": (False, "every signal that ends it is answered with a checkpoint"),
     "save_only_model": (False, "a checkpoint is there to go on from; the release holds the weights alone"),
     "hub_strategy": ("every_save", RELEASE_ALONE),
     "hub_always_push": (False, RELEASE_ALONE),
