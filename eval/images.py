@@ -13,7 +13,6 @@
 import glob
 import hashlib
 import os
-import tarfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from training.files import IMAGE_SUFFIXES, decode_image
+from training.shards import tar_members
 from unitok_mllm.image_processing_unitok import load_image
 
 
@@ -135,20 +135,16 @@ class ShardImages(EvalImages):
             shards += found
         self.members, names, labels, stamps = [], [], [], []
         for shard in shards:
-            classes, samples = {}, []
-            try:
-                with tarfile.open(shard, "r:") as archive:
-                    for member in filter(tarfile.TarInfo.isfile, archive):
-                        folder, _, file = member.name.rpartition("/")
-                        key = f"{folder}/{file.partition('.')[0]}"
-                        if member.name.lower().endswith(SUFFIXES):
-                            samples.append(key)
-                            names.append(f"{Path(shard).name}/{member.name}")
-                            self.members.append((shard, member.offset_data, member.size))
-                        elif member.name.endswith(".cls"):
-                            classes[key] = int(archive.extractfile(member).read())
-            except (tarfile.TarError, ValueError) as error:
-                raise ValueError(f"cannot read shard {shard}: {error}") from error
+            classes, samples, places = {}, [], tar_members(shard)
+            for member, (offset, size) in places.items():
+                folder, _, file = member.rpartition("/")
+                key = f"{folder}/{file.partition('.')[0]}"
+                if member.lower().endswith(SUFFIXES):
+                    samples.append(key)
+                    names.append(f"{Path(shard).name}/{member}")
+                    self.members.append((shard, offset, size))
+                elif member.endswith(".cls"):
+                    classes[key] = read_class(shard, member, offset, size)
             labels += map(classes.get, samples)
             stamps += [stamp(shard)] * len(samples)
         super().__init__(location, names, None if None in labels else labels, None, stamps)
@@ -158,6 +154,17 @@ class ShardImages(EvalImages):
         with open(shard, "rb") as file:
             file.seek(offset)
             return decode_image(file.read(size), self.names[index])
+
+
+def read_class(shard: str, member: str, offset: int, size: int) -> int:
+    """The number in a shard's `.cls` file; raises ValueError where it is none."""
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        text = file.read(size)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"cannot read {shard}: {member} is no number") from error
 
 
 class DatasetImages(EvalImages):

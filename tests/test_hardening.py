@@ -484,7 +484,11 @@ def test_broken_tar_shards_and_what_lies_in_them_are_named(tmp_path):
             CodeStore(tmp_path)["a.png"]
     objects = io.BytesIO()
     np.save(objects, np.array([{"a": 1}]), allow_pickle=True)
-    for content in (b"", b"none", objects.getvalue()):
+    archive = io.BytesIO()
+    np.savez_compressed(archive, codes=np.zeros(10**6, np.uint16))
+    large = io.BytesIO()
+    np.lib.format.write_array_header_1_0(large, {"descr": "<u2", "fortran_order": False, "shape": (10**15,)})
+    for content in (b"", b"none", objects.getvalue(), archive.getvalue(), large.getvalue()):
         with wds.TarWriter(str(shard), encoder=False) as writer:
             writer.write({"__key__": "a.png", "npy": content})
         with pytest.raises(ValueError, match="cannot read the codes of a.png in .*000000.tar: "):

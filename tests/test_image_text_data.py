@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import logging
@@ -471,6 +472,19 @@ def test_a_shard_that_breaks_off_is_skipped_and_a_missing_one_stops_the_run(stre
     (shards / "3.tar").unlink()
     with pytest.raises(FileNotFoundError, match="3.tar"):
         list(stream())
+
+
+def test_compressed_shards_are_read_and_bombs_among_them_skipped(stream, shards, caplog, monkeypatch):
+    for name in ("0.tar", "1.tar"):
+        (shards / name).write_bytes(gzip.compress((shards / name).read_bytes()))
+    assert sorted(numbers(stream())) == [*range(20)]
+    monkeypatch.setattr("training.shards.FREE", 2**20)
+    with tarfile.open(shards / "2.tar", "w:gz") as archive:
+        bomb = tarfile.TarInfo("0008.png")
+        bomb.size = 2**25
+        archive.addfile(bomb, io.BytesIO(bytes(2**25)))
+    assert sorted(numbers(stream(max_broken_share=0.1))) == [*range(8), *range(12, 20)]
+    assert f"it expands to more than 32 times its size {shards}/2.tar" in caplog.text
 
 
 def test_fewer_shards_than_processes_are_refused(stream, shards, monkeypatch):

@@ -110,7 +110,7 @@ def test_errors_name_what_is_not_there(tmp_path):
         (tmp_path / "0.tar").touch()
         open_images(f"{tmp_path}/{{0..1}}.tar")
     (tmp_path / "0.tar").write_bytes(b"no tar file at all")
-    with pytest.raises(ValueError, match="cannot read shard .*/0.tar"):
+    with pytest.raises(ValueError, match="cannot read .*/0.tar"):
         open_images(f"{tmp_path}/0.tar")
 
 

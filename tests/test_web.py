@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -277,7 +278,7 @@ def test_the_largest_picture_takes_bounded_memory(tmp_path, format, mode, option
     path = bomb(tmp_path / f"large.{format.lower()}", 7000, mode, format=format, **options)
     taken = peak_memory(lambda: web.read_pictures([path]))
     print(f"\n{format} {mode}: {taken / web.MIB:.0f} MiB")
-    assert taken < 600 * web.MIB
+    assert taken < 1024 * web.MIB
 
 
 @pytest.mark.parametrize("format", web.PICTURE_FORMATS)
@@ -790,8 +791,8 @@ def test_every_field_is_checked_on_the_server(small_page, picture):
                 assert outcome(client, small_page, name, data)[0] == "error", (name, field, str(value)[:100])
 
 
-def growth(work: Callable[[], None], times: int) -> list[int]:
-    """MiB that this process has more after a tenth of the times, half of them, and all, each against the one before."""
+def memory_over(work: Callable[[], None], times: int) -> list[int]:
+    """MiB that this process has after a tenth of the times, after half of them, and after all."""
     sizes = []
     for number in range(times + 1):
         if number in (times // 10, times // 2, times):
@@ -799,38 +800,38 @@ def growth(work: Callable[[], None], times: int) -> list[int]:
             sizes.append(memory() // web.MIB)
         if number < times:
             work()
-    return [after - before for before, after in zip(sizes, sizes[1:])]
+    return sizes
 
 
 @pytest.mark.slow  # minutes
 def test_nothing_grows_over_many_drawings_and_loads(shared, processor, tmp_path):
     shared.model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    grown = {
-        "200 drawings": growth(lambda: list(shared.draw("a red circle", 2, DRAWING)), 200),
-        "20 loads": growth(lambda: cli.load(tmp_path), 20),
-    }
-    print(f"\n{grown} MiB")
-    assert max(half[-1] for half in grown.values()) < 20
+    drawings = memory_over(lambda: list(shared.draw("a red circle", 2, DRAWING)), 200)
+    loads = memory_over(lambda: cli.load(tmp_path), 20)
+    print(f"\n200 drawings: {drawings} MiB, 20 loads: {loads} MiB")
+    assert max(sizes[2] - sizes[1] for sizes in (drawings, loads)) < 20
 
 
 @pytest.mark.slow  # minutes
 def test_nothing_grows_over_many_requests(small_page, picture):
-    """The same thousand visits, from fifty addresses: the page, an upload, a look into the tokenizer, a drawing."""
-    numbers = count()
+    """A thousand visits, from 49 addresses: the page, and of every tenth an upload, the tokenizer, and a drawing."""
+    numbers, seen = count(), Counter()
 
     def visit() -> None:
-        with visitor(2 + next(numbers) % 50) as client:
-            if next(numbers) % 4:
-                assert client.get(f"{small_page}/config").status_code == 200
-            else:
-                (file,) = upload(client, small_page, picture)
-                assert outcome(client, small_page, "tokenize", [file])[0] == "complete"
-                assert outcome(client, small_page, "draw", DRAW)[0] == "complete"
+        number = next(numbers)
+        with visitor(2 + number % 49) as client:
+            if number % 10:
+                seen["page", client.get(f"{small_page}/config").status_code] += 1
+                return
+            (file,) = upload(client, small_page, picture)
+            for name, data in (("tokenize", [file]), ("draw", DRAW)):
+                seen[name, outcome(client, small_page, name, data)[0]] += 1
 
-    grown = growth(visit, 1000)
-    print(f"\n{grown} MiB")
-    assert grown[-1] < 30
+    sizes = memory_over(visit, 1000)
+    print(f"\n{dict(seen)}: {sizes} MiB")
+    assert seen == {("page", 200): 900, ("tokenize", "complete"): 100, ("draw", "complete"): 100}
+    assert sizes[2] - sizes[1] < 30
 
 
 def test_uploads_make_room_for_themselves(small_page, tmp_path):

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 import webdataset as wds
 
-from training.files import tar_members
+from training.shards import tar_members
 
 
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
@@ -180,7 +180,7 @@ class CodeStore(Mapping):
         file = self._file(key)
         try:
             codes = self._read(key)
-        except (OSError, EOFError, ValueError, TypeError, pa.ArrowException) as error:
+        except (OSError, EOFError, ValueError, TypeError, MemoryError, pa.ArrowException) as error:
             raise ValueError(f"cannot read the codes of {key} in {file}: {error}") from error
         if codes.dtype.kind not in "ui":
             raise ValueError(f"The codes of {key} in {file} are {codes.dtype}, not integers.")
@@ -207,4 +207,4 @@ class CodeStore(Mapping):
         shard, offset, size = place
         with shard.open("rb") as file:
             file.seek(offset)
-            return np.load(io.BytesIO(file.read(size)), allow_pickle=False)
+            return np.lib.format.read_array(io.BytesIO(file.read(size)), allow_pickle=False)

@@ -4,7 +4,6 @@ import glob
 import json
 import logging
 import os
-import tarfile
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from braceexpand import braceexpand
 from PIL import Image
 from torch.utils.data import get_worker_info
 
+from training.shards import tar_members
 from unitok_mllm.image_processing_unitok import load_image
 
 
@@ -80,27 +80,6 @@ def read_rows(path: str | os.PathLike) -> list[dict] | datasets.Dataset:
     if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) or isinstance(rows, datasets.Dataset):
         return rows
     raise ValueError(f"The data file {path} is no list of rows.")
-
-
-def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
-    """Where each file of a tar file lies: offset and size, in bytes, by name.
-
-    Raises:
-        ValueError: it is broken, or has two files of one name; it is named.
-    """
-    members: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(shard) as archive:
-            for member in filter(tarfile.TarInfo.isfile, archive):
-                if member.name in members:
-                    raise ValueError(f"{shard} has two files of the name {member.name}.")
-                members[member.name] = member.offset_data, member.size
-    except tarfile.TarError as error:
-        raise ValueError(f"cannot read {shard}: {error}") from error
-    length = Path(shard).stat().st_size
-    if cut_off := [name for name, (offset, size) in members.items() if offset + size > length]:
-        raise ValueError(f"cannot read {shard}: it ends within {cut_off[0]}")
-    return members
 
 
 class ImageStore:

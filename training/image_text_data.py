@@ -36,18 +36,19 @@ from urllib.parse import urlsplit
 
 import datasets
 import torch
-import webdataset as wds
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import v2
 from transformers import PreTrainedTokenizerBase
 from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys
 from webdataset.utils import pytorch_worker_info
 
 from training.arguments import TRUST_CONFIG, TRUSTED
 from training.errors import check_keys
 from training.files import IMAGE_SUFFIXES, BrokenSamples, decode_image, read_rows
+from training.shards import BROKEN_SHARD, shard_files
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor, load_image
 
 
@@ -457,10 +458,18 @@ class ImageTextStream(EpochDataset, IterableDataset):
     def _read(self, shards: Iterator[tuple[int, str]], first: int) -> Iterator[tuple[int, int, dict]]:
         """Iterate over raw samples with their place (shard, index), from the `first` of the first shard on."""
         for shard, url in shards:
-            samples = wds.tarfile_to_samples(handler=self._skip_shard)([{"url": url}])
+            samples = group_by_keys(self._files(url), handler=self._skip_shard)
             for index, sample in islice(enumerate(samples), first, None):
                 yield shard, index, sample
             first = 0
+
+    def _files(self, url: str) -> Iterator[dict]:
+        """Those of a shard, as far as it can be read."""
+        try:
+            yield from shard_files(url)
+        except BROKEN_SHARD as error:
+            error.args = (*error.args, url)
+            self._skip_shard(error)
 
     def _shuffled(
         self, samples: Iterator[tuple[int, int, dict]], used: int, stream: tuple[int, int, int]

@@ -1,0 +1,110 @@
+"""Tar files of samples from anywhere: what a compressed one says to hold takes memory in proportion to its own size."""
+
+import bz2
+import gzip
+import io
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from webdataset.gopen import gopen
+
+
+EXPANSION = 32  # bytes that each byte of a compressed shard may stand for; pictures do not shrink at all
+FREE = 2**26  # bytes that are not counted
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open}  # by their first bytes
+OF_WEBDATASET = re.compile(r"__[^/]*__($|/)")  # names that hold no sample
+BROKEN_SHARD = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
+
+
+class _Counted(io.RawIOBase):
+    """A stream, and how many bytes of it were read."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.count = stream, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self.count += len(data)
+        return len(data)
+
+
+class Expanded:
+    """The content of a stream, which may be compressed by gzip or bzip2.
+
+    Args:
+        stream: of bytes, of any kind that has `read`.
+    """
+
+    def __init__(self, stream: BinaryIO):
+        self.source, self.count = _Counted(stream), 0
+        buffered = io.BufferedReader(self.source)
+        start = buffered.peek(4)
+        opened = [expand(buffered) for first, expand in COMPRESSED.items() if start.startswith(first)]
+        self.content = opened[0] if opened else buffered
+
+    def read(self, size: int) -> bytes:
+        """
+        Raises:
+            ValueError: it expands too much.
+        """
+        data = self.content.read(size)
+        self.count += len(data)
+        if self.count > FREE + EXPANSION * self.source.count:
+            raise ValueError(f"it expands to more than {EXPANSION} times its size")
+        return data
+
+
+def shard_files(url: str) -> Iterator[dict]:
+    """The files of a tar file in its order, as `webdataset.tariterators.group_by_keys` takes them.
+
+    Args:
+        url: a path, or what else webdataset opens.
+
+    Raises:
+        One of BROKEN_SHARD: it is missing or broken, or it expands too much.
+    """
+    with gopen(url) as stream, tarfile.open(fileobj=Expanded(stream), mode="r|") as archive:
+        for member in archive:
+            check_whole(member)
+            if member.isreg() and not OF_WEBDATASET.match(member.name):
+                yield {"fname": member.name, "data": archive.extractfile(member).read(), "__url__": url}
+            archive.members = []
+
+
+def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
+    """Where each file of a tar file, which is not compressed, lies: offset and size, in bytes, by name.
+
+    Raises:
+        ValueError: it is broken, or has two files of one name; it is named.
+    """
+    members: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in filter(tarfile.TarInfo.isfile, archive):
+                check_whole(member)
+                if member.name in members:
+                    raise ValueError(f"it has two files of the name {member.name}")
+                members[member.name] = member.offset_data, member.size
+    except (tarfile.TarError, ValueError) as error:
+        raise ValueError(f"cannot read {shard}: {error}") from error
+    length = Path(shard).stat().st_size
+    if cut_off := [name for name, (offset, size) in members.items() if offset + size > length]:
+        raise ValueError(f"cannot read {shard}: it ends within {cut_off[0]}")
+    return members
+
+
+def check_whole(member: tarfile.TarInfo) -> None:
+    """
+    Raises:
+        ValueError: a file is sparse: it says to hold more than there is of it.
+    """
+    if member.issparse():
+        raise ValueError(f"{member.name} is a sparse file, which says to hold {member.size} bytes")
