@@ -249,7 +249,7 @@ def test_equal_names_in_several_shards_are_told_apart(folder, texts, tmp_path):
     with tarfile.open(tmp_path / "twice.tar", "w") as archive:
         archive.add(folder / "0.png", arcname="0.png")
         archive.add(folder / "1.png", arcname="0.png")
-    with pytest.raises(ValueError, match="twice.tar has two files of the name 0.png"):
+    with pytest.raises(ValueError, match="cannot read .*twice.tar: it has two files of the name 0.png"):
         ImageStore(str(tmp_path / "twice.tar"))
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
