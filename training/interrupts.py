@@ -1,17 +1,20 @@
 """What ends a script from outside: SIGINT, SIGTERM and SIGHUP all end it as Ctrl-C does, and a training keeps its steps."""
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 
 import torch
 from accelerate import Accelerator
 
 
-ENDS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows lacks one
+# Windows lacks two of them
+ENDS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+CHILD = [number for number in signal.Signals if number.name == "SIGCHLD"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -26,13 +29,27 @@ class Interrupted(KeyboardInterrupt):
 def ends_handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Within it, `handler` is called at each of the three signals, but for those that are ignored, as under nohup.
 
-    In another thread than the main one, where Python sets no handlers, it does nothing.
+    Ctrl-C, which a terminal sends to a DataLoader's workers too, leaves them to this process, and the death of one is no
+    error any more after a signal. In another thread than the main one, where Python sets no handlers, it does nothing.
     """
+    owner = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        for child in CHILD:
+            earlier = signal.signal(child, lambda *args: None)
+            before.setdefault(child, earlier)
+        handler(number, frame)
+
     is_main_thread = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in ENDS if is_main_thread}
     before = {number: earlier for number, earlier in before.items() if earlier not in (signal.SIG_IGN, None)}
     for number in before:
-        signal.signal(number, handler)
+        signal.signal(number, handle)
     try:
         yield
     finally:
@@ -57,8 +74,10 @@ class StopRequest:
         self._handling.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._handling.__exit__(*error)
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._handling.__exit__(kind, error, traceback)
+        if self.number and isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            raise Interrupted(self.number) from error  # which ended the workers too: there is no step to finish
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number:
