@@ -274,10 +274,22 @@ def train(run: Run, folder: Path, claims: ClaimsArguments, training: TokenizerTr
     write_atomically(path, yaml.safe_dump(config, sort_keys=False).encode())
     first_step, start = max(whole_checkpoints(folder, STATE), default=0), time.perf_counter()
     if claims.processes == 1:
-        train_tokenizer.main([str(path)])
+        try:
+            train_tokenizer.main([str(path)])
+        except KeyboardInterrupt as interrupt:
+            interrupt.args = ()  # how this script goes on is another matter
+            raise
     else:
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(claims.processes)]
-        subprocess.run([sys.executable, "-m", *launcher, "-m", "training.train_tokenizer", str(path)], check=True)
+        command = [sys.executable, "-m", *launcher, "-m", "training.train_tokenizer", str(path)]
+        with subprocess.Popen(command) as process:
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:
+                process.terminate()  # which lets its processes write a checkpoint
+                raise
+        if code:
+            raise subprocess.CalledProcessError(code, command)
     return {"resumed_from_step": first_step, "training_seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -656,6 +668,8 @@ def compare(
     plan, output_dir = Plan(claims, tokenizer, losses, training), Path(training.output_dir)
     accelerator = None if training.use_cpu else torch.accelerator.current_accelerator(check_available=True)
 
+    earlier = {path.parent.name for path in (output_dir / "runs").glob("*/config.yaml")}
+
     def do(run: Run, about: str) -> None:
         folder = output_dir / "runs" / run.name
         is_done = is_finished(output_dir, run)
@@ -670,6 +684,8 @@ def compare(
         summarize(output_dir, searched, compared, claims, {})
     without_tokenizer = baselines(claims, tokenizer)
     compared = plan.comparison(choose(claims, finished(output_dir, searched)))
+    if others := earlier - {run.name for run in (*searched, *compared)}:
+        print(f"{len(others)} runs in {output_dir / 'runs'} are of other settings: they are left as they are")
     for number, run in enumerate(compared, start=1):
         do(run, f"comparison, run {number} of {len(compared)}")
         summarize(output_dir, searched, compared, claims, without_tokenizer)

@@ -2,7 +2,8 @@
 
 python -m eval.easy_vqa --model unitok_mllm/checkpoints/tiny --output runs/easy_vqa.json
 
-Each part is written to the JSON as soon as it is done, with its settings; `--resume` goes on from there. Drawings are
+Each part is written to the JSON as soon as it is done, with its settings; the same command goes on from there
+(`--no_resume` measures all anew). Drawings are
 judged by `eval.judge`, which is trained first where its weights are missing. The picture next to the JSON shows them.
 """
 
@@ -80,7 +81,7 @@ class Settings(DrawingSettings):
     edit_image_guidance: float = field(default=1.0, metadata={"help": "edits' guidance by picture; 1: none"})
     seed: int = field(default=0, metadata={"help": "of the first drawing; each has its own, counting up"})
     skip: str = field(default="", metadata={"help": "parts to leave out: reconstruction,vqa,text_to_image,edit"})
-    resume: bool = field(default=False, metadata={"help": "keep parts of the output that have the same settings"})
+    resume: bool = field(default=True, metadata={"help": "keep parts of the output that have the same settings"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
 
     def __post_init__(self):
@@ -362,13 +363,20 @@ PARTS = {
 
 
 def read_finished(output: str, wanted: dict[str, dict]) -> dict[str, dict]:
-    """The parts in an earlier output whose settings are those wanted now; says on stderr which others are dropped."""
+    """The parts in an earlier output of the settings wanted now, and of these versions of the libraries.
+
+    It says on stderr which others are dropped.
+    """
     if not Path(output).is_file():
         return {}
     parts = json.loads(Path(output).read_text(encoding="utf-8"))["parts"]
-    finished = {name: part for name, part in parts.items() if part["settings"] == wanted.get(name)}
+    finished = {
+        name: part
+        for name, part in parts.items()
+        if (part["settings"], part["versions"]) == (wanted.get(name), versions())
+    }
     for name in parts.keys() - finished.keys():
-        print(f"{output}: {name} was measured with other settings and is not kept", file=sys.stderr)
+        print(f"{output}: {name} was measured with other settings or versions and is not kept", file=sys.stderr)
     return finished
 
 

@@ -6,9 +6,14 @@ Held-out pictures (a tenth of the names, in one style) were never trained on in 
 of all names' pictures in the style asked for, that of its own name is the nearest (or among the five nearest) in pixels:
 mean squared error at 32x32, after the mean colour over each cell. The same figure of reconstructions says how much of it
 the tokenizer allows for. The picture next to the JSON shows drawings.
+
+Each part is written to the JSON as soon as it is done; the same command goes on from there (`--no_resume` measures all
+anew).
 """
 
+import hashlib
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +33,7 @@ from eval._common import (
     write_atomically,
 )
 from eval.easy_vqa import answer_questions, draw, normalize_answer
+from eval.images import stamp
 from eval.protocol import number
 from training.emoji import QUESTION, STYLES, TABLE, Emoji, read_table
 from training.errors import one_line_errors
@@ -43,6 +49,7 @@ SHOWN = (
     *("face with tears of joy", "smiling face with sunglasses", "pile of poo", "ghost", "heavy black heart"),
     *("jack-o-lantern", "soccer ball", "trophy"),
 )
+NOT_DECISIVE = ("output", "batch_size", "device", "resume")  # what numbers do not depend on
 
 
 @dataclass
@@ -59,6 +66,7 @@ class Settings(DrawingSettings):
     batch_size: int = field(default=64, metadata={"help": "pictures at a time"})
     seen: int = field(default=400, metadata={"help": "how many of the pictures trained on to measure, evenly spread"})
     seed: int = field(default=0, metadata={"help": "of the first drawing; each has its own, counting up"})
+    resume: bool = field(default=True, metadata={"help": "keep parts of an output that has the same settings"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
 
     def __post_init__(self):
@@ -186,22 +194,45 @@ def protocol_number(
     )
 
 
+def read_finished(output: str, wanted: dict) -> dict[str, dict]:
+    """The parts in an earlier output of the settings wanted now; it says on stderr where they were others."""
+    if not Path(output).is_file():
+        return {}
+    report = json.loads(Path(output).read_text(encoding="utf-8"))
+    then, now = report["settings"] | {"versions": report["versions"]}, wanted | {"versions": versions()}
+    changed = [name for name in now if name not in NOT_DECISIVE and then.get(name) != now[name]]
+    if changed:
+        print(f"{output} was measured with another {', '.join(changed)}: it is measured anew", file=sys.stderr)
+        return {}
+    return report["parts"]
+
+
 def evaluate(settings: Settings) -> dict:
-    """Runs everything; the JSON is written after each part."""
+    """Measures what is not there yet; the JSON is written after each part."""
     evaluation = Evaluation(settings)
+    pictures = [f"{e.image} {stamp(Path(settings.data) / e.image)}" for e in evaluation.emoji]
+    digests = {
+        "model_sha256": folder_digest(settings.model),
+        "data_sha256": hashlib.sha256("\n".join(pictures).encode()).hexdigest(),
+    }
+    wanted = asdict(settings) | digests
+    earlier = read_finished(settings.output, wanted) if settings.resume else {}
     report = {
         "benchmark": "emoji of two styles",
-        "settings": asdict(settings) | {"model_sha256": folder_digest(settings.model)},
+        "settings": wanted,
         "versions": versions(),
         "numbers": [],
         "parts": {},
     }
     for name, rows in evaluation.sets.items():
         for part in ("reconstruction", "naming", "drawing"):
-            start = time.perf_counter()
-            values = getattr(evaluation, part)(rows)
-            seconds = round(time.perf_counter() - start, 1)
-            report["parts"].setdefault(part, {})[name] = {"pictures": len(rows), "seconds": seconds, **values}
+            values = earlier.get(part, {}).get(name)
+            if values is None:
+                start = time.perf_counter()
+                values = getattr(evaluation, part)(rows)
+                seconds = round(time.perf_counter() - start, 1)
+                values = {"pictures": len(rows), "seconds": seconds, **values}
+            report["parts"].setdefault(part, {})[name] = values
             report["numbers"].append(protocol_number(part, name, len(rows), values, settings, evaluation.processor))
             write_atomically(settings.output, json.dumps(report, indent=2).encode())
     evaluation.sheet(Path(settings.output).with_suffix(".png"))
@@ -224,7 +255,7 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-@one_line_errors()
+@one_line_errors("Interrupted. Finished parts are kept; the same command goes on from there.")
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, argv)
     print(table(evaluate(settings)))

@@ -576,6 +576,12 @@ def evaluate(settings: Settings) -> dict | None:
     report = read_finished(settings, key, images.digest())
     if report is None:
         folder = settings.parts / key[:16]
+        others = [other for other in settings.parts.glob("*") if other != folder]
+        if state.is_main_process and (others or Path(settings.output).is_file() and not folder.exists()):
+            found = settings.parts if others else settings.output
+            print(
+                f"{found} was measured with other settings, images or versions: it is measured anew", file=sys.stderr
+            )
         expected = fingerprints(images, chosen)
         earlier, parts = len(list(folder.glob("*.pt"))), read_parts(folder, expected)
         state.wait_for_everyone()  # all have read before any writes

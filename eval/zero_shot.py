@@ -24,6 +24,7 @@ import importlib.metadata
 import json
 import math
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -504,6 +505,8 @@ def stamped(images: list[str]) -> list[str]:
 def read_tensors(path: Path, measured: dict, images: list[str]) -> dict[str, torch.Tensor]:
     """What an earlier run that measured the same has found, with a row of -1 in `nearest` for each image it lacks.
 
+    It says on stderr where that one measured something else.
+
     Args:
         images: as `stamped` names them.
     """
@@ -511,7 +514,10 @@ def read_tensors(path: Path, measured: dict, images: list[str]) -> dict[str, tor
         return {}
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-        if metadata["measured"] != json.dumps(measured):
+        then = json.loads(metadata["measured"])
+        if changed := [name for name, value in measured.items() if then.get(name) != value]:
+            if PartialState().is_main_process:
+                print(f"{path} was measured with another {', '.join(changed)}: it is measured anew", file=sys.stderr)
             return {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     unknown = torch.full_like(tensors["nearest"][0], -1)

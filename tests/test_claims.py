@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import signal
 import statistics
 from pathlib import Path
 
@@ -336,12 +338,22 @@ def test_zero_shot_counts_the_images_whose_own_class_is_nearest():
 
 
 def test_a_killed_comparison_goes_on_and_a_finished_one_is_not_repeated(config, tmp_path, capsys, monkeypatch):
-    measure, calls = claims.measure, []
+    measure, calls, step = claims.measure, [], claims.train_tokenizer.TokenizerTrainer._train_on
+
+    def told_in_the_first_step(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(claims.train_tokenizer.TokenizerTrainer, "_train_on", told_in_the_first_step)
+        with pytest.raises(SystemExit, match="^\nInterrupted. Finished runs are kept") as end:
+            main([config])
+    assert end.value.code == 143 and len(list((tmp_path / "out/runs").glob("*/checkpoint-1/state.pt"))) == 1
 
     def killed_at_the_third(*arguments):
         calls.append(arguments)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return measure(*arguments)
 
     monkeypatch.setattr(claims, "measure", killed_at_the_third)
@@ -362,7 +374,7 @@ def test_a_killed_comparison_goes_on_and_a_finished_one_is_not_repeated(config, 
     joint, reconstruction, captions = report["runs"]
     supervisions = ["joint", "reconstruction", "captions"]
     assert [run["supervision"] for run in report["runs"]] == supervisions and len(report["rows"]) == 3
-    assert [run["resumed_from_step"] for run in report["search"] + report["runs"]] == [0, 0, 2, 0, 0]
+    assert [run["resumed_from_step"] for run in report["search"] + report["runs"]] == [1, 0, 2, 0, 0]
     assert reconstruction["sets"]["test images"]["zero_shot"] is None
     assert captions["sets"]["test images"]["psnr_db"] is None
     shown = table(report["rows"], report["baselines_psnr_db"])

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -178,13 +180,13 @@ def test_contact_sheet_frames_what_is_wrong():
 
 def test_finished_parts_outlive_an_interruption_and_are_not_measured_again(arguments, tmp_path, monkeypatch, capsys):
     def interrupted(self):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.Evaluation, "text_to_image", interrupted)
-        with pytest.raises(SystemExit, match="--resume goes on") as end:
+        with pytest.raises(SystemExit, match="the same command goes on") as end:
             evaluation.main(arguments)
-        assert end.value.code == 130
+        assert end.value.code == 143
     output = tmp_path / "out.json"
     first = json.loads(output.read_text(encoding="utf-8"))["parts"]
     assert list(first) == ["reconstruction", "vqa"]
@@ -192,12 +194,12 @@ def test_finished_parts_outlive_an_interruption_and_are_not_measured_again(argum
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.Evaluation, "reconstruction", interrupted)
         patch.setattr(evaluation.Evaluation, "vqa", interrupted)
-        evaluation.main([*arguments, "--resume"])
+        evaluation.main(arguments)
         second = json.loads(output.read_text(encoding="utf-8"))["parts"]
-        evaluation.main([*arguments, "--resume", "--guidance", "1"])
+        evaluation.main([*arguments, "--guidance", "1"])
         printed = capsys.readouterr()
         assert "24 drawings" in printed.out
-        assert "text_to_image was measured with other settings and is not kept" in printed.err
+        assert "text_to_image was measured with other settings or versions and is not kept" in printed.err
     third = json.loads(output.read_text(encoding="utf-8"))["parts"]
     assert first == {name: second[name] for name in first} == {name: third[name] for name in first}
     assert (second["text_to_image"]["settings"]["guidance"], third["text_to_image"]["settings"]["guidance"]) == (3, 1)
@@ -209,6 +211,11 @@ def test_finished_parts_outlive_an_interruption_and_are_not_measured_again(argum
     (drawings,) = [number for number in report["numbers"] if number["metric"] == "drawings right"]
     assert drawings["protocol"]["sampling"] == "guidance 1, temperature 0.7, top-k 9, top-p 1"
     assert drawings["protocol"]["split"] == "24 pairs of colour and shape, 1 drawings each"
+    evaluation.main([*arguments, "--no_resume", "--skip", "text_to_image,edit"])  # at a stretch
+    fresh = json.loads(output.read_text(encoding="utf-8"))["parts"]
+    assert {name: part | {"seconds": 0} for name, part in fresh.items()} == {
+        name: part | {"seconds": 0} for name, part in first.items()
+    }
 
 
 def test_report_holds_numbers_that_can_be_had_directly(arguments, mllm, processor, tmp_path):

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,9 @@ from conftest import IMAGE_SIZE, mirrored_and_shifted
 from PIL import Image
 from typer.testing import CliRunner
 
+from training import extract_codes
 from training.codes import CodeStore, write_metadata, write_shard
+from training.errors import one_line_errors
 from training.extract_codes import app, image_keys
 from unitok_mllm import UniTokImageProcessor, UniTokModel
 
@@ -180,6 +184,29 @@ def test_processes_share_the_work_and_a_broken_off_run_is_gone_on_with(folder, e
     others[0].write_bytes(b"not touched")
     extract("shared", *options)
     assert contents(out) == alone | {others[0].name: b"not touched"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_leaves_whole_shards_and_the_same_command_goes_on(folder, extract, monkeypatch, capsys, number):
+    alone, encode, told = contents(extract("alone")), extract_codes.encode, []
+
+    def interrupted(*args):
+        told.append(args)
+        if len(told) == 4:  # in the middle of the second shard
+            os.kill(os.getpid(), number)
+        return encode(*args)
+
+    command = [f"{folder}/captions.jsonl", f"{folder}/out", "--visual-model", f"{folder}/model", "--workers", "0"]
+    command += ["--device", "cpu", "--batch-size", "2", "--shard-size", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(extract_codes, "encode", interrupted)
+        with pytest.raises(SystemExit) as end:
+            one_line_errors("It goes on.")(app)(command)
+    assert end.value.code == 128 + number and "\nIt goes on.\n" in capsys.readouterr().err
+    done = contents(folder / "out")
+    assert done.items() < alone.items() and sorted(done) == ["000000.parquet", "metadata.json"]
+    extract("out")
+    assert contents(folder / "out") == alone
 
 
 @pytest.mark.slow

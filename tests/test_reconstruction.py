@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -195,27 +196,31 @@ def test_two_processes_and_a_broken_image_in_between_give_the_same(command, phot
     assert not (tmp_path / "two.json.parts").exists()
 
 
-def test_what_is_measured_is_not_measured_again(command, photos, tmp_path, monkeypatch):
+def test_what_is_measured_is_not_measured_again(command, photos, tmp_path, monkeypatch, capsys):
     measured = []
     reconstruct = evaluation.Evaluation.reconstruct
 
     def counted(self, batch):
         measured.append(len(batch.indices))
         if sum(measured) > 6:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         return reconstruct(self, batch)
 
     arguments = command("out.json", "--batch_size", "3", "--skip", "lpips")
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.Evaluation, "reconstruct", counted)
-        with pytest.raises(SystemExit, match="Interrupted"):
+        with pytest.raises(SystemExit, match="Interrupted. .* the same command goes on") as end:
             run(arguments)
+        assert end.value.code == 143
         measured.clear()
         first = run([*arguments, "--batch_size", "2"])
         assert measured == [2, 2]
         patch.setattr(evaluation, "load_system", None)
         assert run(arguments) == first
+    assert capsys.readouterr().err.count("anew") == 0
     other = run([*arguments, "--limit", "4", "--skip", "rfid,lpips"])
+    said = f"{tmp_path}/out.json was measured with other settings, images or versions: it is measured anew\n"
+    assert said in capsys.readouterr().err
     assert (other["images"], other["key"] == first["key"]) == (4, False)
     assert_same(first["metrics"], run(command("whole.json", "--skip", "lpips"))["metrics"])
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,25 @@ def test_two_processes_and_other_batches_draw_the_same(prompts, drawn, tmp_path)
 
     evaluation.main(arguments(prompts, tmp_path / "three", "--batch_size", "3"))
     assert pictures(tmp_path / "three") == pictures(drawn)
+
+
+def test_a_signal_leaves_whole_pictures_and_the_same_command_goes_on(prompts, drawn, tmp_path, monkeypatch):
+    draw, batches = evaluation.draw, []
+
+    def told(*args, **options):
+        batches.append(args)
+        if len(batches) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*args, **options)
+
+    monkeypatch.setattr(evaluation, "draw", told)
+    command = arguments(prompts, tmp_path / "told", "--batch_size", "1")
+    with pytest.raises(SystemExit, match="Finished pictures and metrics are kept; the same command goes on") as end:
+        evaluation.main(command)
+    assert end.value.code == 143
+    assert pictures(tmp_path / "told").items() < pictures(drawn).items() and len(pictures(tmp_path / "told")) == 2
+    evaluation.main(command)
+    assert pictures(tmp_path / "told") == pictures(drawn) and len(batches) == 5
 
 
 def test_only_missing_and_broken_pictures_are_drawn_again(prompts, drawn, tmp_path, capsys):

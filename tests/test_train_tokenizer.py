@@ -33,10 +33,11 @@ from training.discriminator import FeatureDiscriminator
 from training.errors import one_line_errors
 from training.files import whole_checkpoints
 from training.image_text_data import ImageTextStream, ImageTextTransform
+from training.interrupts import Interrupted
 from training.losses import TERMS, LossArguments, psnr
 from training.perceptual import FrozenFeatures, perceptual_distance
 from training.progress import ExpectedTime
-from training.tokenizer_trainer import STATE, ResumableBatches, TokenizerTrainer, TokenizerTrainingArguments
+from training.tokenizer_trainer import HISTORY, STATE, ResumableBatches, TokenizerTrainer, TokenizerTrainingArguments
 from training.train_tokenizer import (
     TokenizerArguments,
     build_datasets,
@@ -931,3 +932,36 @@ def test_a_release_that_is_not_finite_is_refused(tmp_path):
     with pytest.raises(ValueError, match="The weight vision_model.projection.weight is not finite"):
         trainer._save_release()
     assert not (tmp_path / "release").exists()
+
+
+@pytest.mark.parametrize("told_at", [2, 4])
+def test_a_signal_ends_a_training_after_its_step_and_it_goes_on_the_same(tmp_path, monkeypatch, told_at):
+    monkeypatch.setattr(Recorder, "_report", TokenizerTrainer._report)
+    options = {"max_steps": 4, "save_steps": 3, "logging_steps": 2, "dataloader_num_workers": 0}
+    whole = trainer_of(tmp_path / "whole", {}, small_model(), **options)
+    whole.train()
+    told, train_on = trainer_of(tmp_path / "told", {}, small_model(), **options), Recorder._train_on
+
+    def train_and_tell(self, *args):
+        train_on(self, *args)
+        if self.step == told_at - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Recorder, "_train_on", train_and_tell)
+        told.train()
+    assert max(whole_checkpoints(tmp_path / "told", STATE)) == told_at and not (tmp_path / "told/release").exists()
+    resumed = trainer_of(tmp_path / "told", {}, small_model(), resume=True, **options)
+    assert resumed.step == told_at
+    resumed.train()
+
+    def history(name: str) -> list[dict]:
+        lines = map(json.loads, (tmp_path / name / HISTORY).read_text(encoding="utf-8").splitlines())
+        return [line | {"images_per_second": 0} for line in lines]
+
+    assert history("told") == history("whole")
+    for end, other in zip(resumed._weights().values(), whole._weights().values()):
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in end.state_dict().items())
+    cards = [(tmp_path / name / "release/README.md").read_text(encoding="utf-8") for name in ("told", "whole")]
+    losses = [re.findall(r"\n\| ((?:l1|psnr|loss|eval_\w+) \| .*) \|", card) for card in cards]
+    assert losses[0] == losses[1] and len(losses[0]) > 3

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 from dataclasses import asdict
 from pathlib import Path
@@ -473,3 +474,27 @@ def test_errors_say_what_is_wrong(run, options, message):
     with pytest.raises(SystemExit) as error:
         run(*options)
     assert str(error.value).startswith("error: ") and message in str(error.value)
+
+
+def test_a_signal_keeps_what_is_classified_and_the_same_command_goes_on(unitok_folder, run, monkeypatch, capsys):
+    options = ["--model", str(unitok_folder), "--dataset", "easy-vqa", "--limit", "8", "--batch_size", "1"]
+    expected, tensors = run(*options, output="whole")
+    embed_images, embedded = zero_shot.UniTokSystem.embed_images, []
+
+    def told(self, pixels):
+        embedded.append(len(pixels))
+        if len(embedded) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return embed_images(self, pixels)
+
+    monkeypatch.setattr(zero_shot.UniTokSystem, "embed_images", told)
+    monkeypatch.setattr(zero_shot, "BATCHES_PER_SAVE", 2)
+    with pytest.raises(SystemExit, match="The same command goes on from what is done") as end:
+        run(*options)
+    assert end.value.code == 143
+    report, resumed = run(*options)
+    assert len(embedded) == 6 + 4  # two batches of two were kept
+    assert report["parts"] == expected["parts"] and torch.equal(resumed["nearest"], tensors["nearest"])
+    assert "anew" not in capsys.readouterr().err
+    run(*options, "--image_mode", "classify")
+    assert "was measured with another image_mode: it is measured anew" in capsys.readouterr().err

@@ -148,8 +148,9 @@ class MLLMTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        if self._stopping.is_due() and self.state.global_step < self.state.max_steps:
-            if self.args.save_strategy != SaveStrategy.NO and self._saved_step != self.state.global_step:
+        saves, is_done = self.args.save_strategy != SaveStrategy.NO, self.state.global_step == self.state.max_steps
+        if self._stopping.is_due() and (saves or not is_done):  # else the release is all that there will be
+            if saves and self._saved_step != self.state.global_step:
                 self._save_checkpoint(model, trial)
             self._stopping.stop()
 

@@ -431,7 +431,7 @@ class TokenizerTrainer:
                     self._save_grid()
                 if save:
                     self._save_checkpoint()
-                if told and not last:
+                if told:
                     stopping.stop()
         bar.close()
         self.run.facts = training_facts(
@@ -586,9 +586,12 @@ class TokenizerTrainer:
         network.schedule.step()
         return norm
 
+    def _note_on_card(self, values: dict[str, float]) -> None:
+        self.run.losses |= {name: value for name, value in values.items() if name not in NOT_ON_CARD}
+
     def _report(self, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self.step)
-        self.run.losses |= {name: value for name, value in values.items() if name not in NOT_ON_CARD}
+        self._note_on_card(values)
         if self.accelerator.is_main_process:
             line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             tqdm.write(f"step {self.step}/{self.total_steps}  {line}")
@@ -723,6 +726,10 @@ class TokenizerTrainer:
             set_random_state(state["random_states"][self.accelerator.process_index], self.accelerator.device)
             if "histories" in state:  # older checkpoints have none
                 self.history.load_state_dict(state["histories"][self.accelerator.process_index])
+        if (history := self.output_dir / HISTORY).is_file():  # for the card of a run that has no step left
+            for values in map(json.loads, history.read_text(encoding="utf-8").splitlines()):
+                if values.pop("step") <= self.step:
+                    self._note_on_card(values)
         self.accelerator.print(f"resumed from {folder}")
 
     @property
