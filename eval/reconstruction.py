@@ -55,7 +55,6 @@ from eval.fid import load_inception
 from eval.images import (
     EvalImages,
     ImageBatch,
-    UnreadableImage,
     choose,
     deal_out,
     load_batches,
@@ -65,9 +64,11 @@ from eval.images import (
 )
 from eval.protocol import number
 from training.errors import one_line_errors
+from training.files import check_broken_share
 from training.losses import psnr
 from training.perceptual import VGGDistance
 from unitok_mllm import UniTokImageProcessorPil, UniTokModel
+from unitok_mllm.configuration_unitok import SHARE, check_ranges
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.sheet import contact_sheet
 
@@ -80,7 +81,14 @@ PREPROCESSING = ("reconstruct", "center_crop")
 DTYPES = ("float32", "bfloat16", "float16")
 SHOWN = 8  # images on the sheet
 SAVE_SECONDS = 60
-NOT_IN_KEY = ("output", "batch_size", "workers", "device", "skip_broken")  # numbers do not hang on these
+NOT_IN_KEY = (
+    "output",
+    "batch_size",
+    "workers",
+    "device",
+    "skip_broken",
+    "max_broken_share",
+)  # numbers do not hang on these
 
 
 @dataclass
@@ -116,7 +124,11 @@ class Settings:
     inception_layer: str = field(default="2048", metadata={"help": "2048 is rFID; 64, 192 or 768 for small sets"})
     vgg_weights: str = field(default="", metadata={"help": "torchvision's VGG-16 for LPIPS; downloaded if not given"})
     save_images: str = field(default="", metadata={"help": "folder for originals/ and reconstructions/ as PNG"})
-    skip_broken: bool = field(default=False, metadata={"help": "pass over images that cannot be read, and list them"})
+    max_broken_share: float = field(
+        default=0.01,
+        metadata={"help": "share of broken images that are left out; more of them end it without a result"},
+    )
+    skip_broken: bool = field(default=False, metadata={"help": "the same as --max_broken_share 1"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
 
     def __post_init__(self):
@@ -131,6 +143,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.image_size and self.image_size % 16:
             raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}")
+        self.max_broken_share = 1.0 if self.skip_broken else self.max_broken_share
+        check_ranges(self, max_broken_share=SHARE)
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
         if self.preprocessing not in PREPROCESSING:
@@ -412,7 +426,7 @@ class Evaluation:
             with tqdm(total=len(indices), desc="images", disable=not self.state.is_main_process) as bar:
                 for batch in self.batches(indices):
                     for message in batch.broken.values():
-                        tqdm.write(f"broken: {message}", file=sys.stderr)
+                        tqdm.write(f"skipping {message}", file=sys.stderr)
                     tally = add(tally, self.tally(batch))
                     bar.update(len(batch.indices) + len(batch.broken))
                     if time.monotonic() - saved > SAVE_SECONDS:
@@ -546,7 +560,8 @@ def read_finished(settings: Settings, key: str, digest: str) -> dict | None:
         return None
     report = json.loads(Path(settings.output).read_text(encoding="utf-8"))
     is_same = (report.get("key"), report.get("image_digest")) == (key, digest)
-    return report if is_same and (settings.skip_broken or not report["broken"]) else None
+    broken = len(report.get("broken", ()))
+    return report if is_same and broken <= settings.max_broken_share * (report["images"] + broken) else None
 
 
 def read_parts(folder: Path, expected: torch.Tensor) -> list[Tally]:
@@ -604,18 +619,13 @@ def finish(evaluation: Evaluation, key: str, tally: Tally, start: float) -> dict
     """Writes report and sheet, and removes the parts that they were made of.
 
     Raises:
-        UnreadableImage: images are broken, and `skip_broken` is not set, or all are.
-        ValueError: too few images.
+        ValueError: see `check_broken_share`; or too few images.
     """
     settings = evaluation.settings
     names = [evaluation.images.names[index] for index in evaluation.place]
     broken = [index for index, done in zip(evaluation.place, tally["measured"].tolist()) if not done]
-    if broken and (len(broken) == len(names) or not settings.skip_broken):
-        reasons = "; ".join(next(evaluation.batches(broken[:3])).broken.values())
-        raise UnreadableImage(
-            f"{len(broken)} of {len(names)} images cannot be read: {reasons}. The others are measured and kept: the "
-            "same command goes on with mended images, or leaves these out with --skip_broken."
-        )
+    reasons = [reason for batch in evaluation.batches(broken) for reason in batch.broken.values()] if broken else []
+    check_broken_share(reasons, len(names), settings.max_broken_share)
     metrics, notes = report_metrics(tally, settings)
     sheet = Path(settings.output).with_suffix(".png")
     write_sheet(tally, names, sheet)

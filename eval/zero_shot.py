@@ -56,8 +56,10 @@ from training import easy_vqa
 from training.emoji import STYLES, TABLE, Emoji, read_table
 from training.errors import one_line_errors
 from training.extract_codes import file_digest
+from training.files import check_broken_share
 from training.image_text_data import ImageTextTransform
 from unitok_mllm import UniTokModel
+from unitok_mllm.configuration_unitok import SHARE, check_ranges
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import MODES, UniTokImageProcessor, load_image
 from unitok_mllm.sheet import contact_sheet
@@ -66,7 +68,6 @@ from unitok_mllm.sheet import contact_sheet
 TOP = 5
 BATCHES_PER_SAVE = 8
 CONFUSIONS_KEPT = 20
-ERRORS_SHOWN = 5
 MISTAKES_SHOWN = 24
 CLIP_VOCABULARY = 49408  # of the byte pairs that CLIP and UniTok's released tokenizers know
 SYNSET = re.compile(r"n\d{8}")
@@ -103,12 +104,17 @@ class Settings:
     )
     batch_size: int = field(default=64, metadata={"help": "images, or prompts, at a time in each process"})
     workers: int = field(default=4, metadata={"help": "what reads images, in each process; 0: the process itself"})
+    max_broken_share: float = field(
+        default=0.01,
+        metadata={"help": "share of broken images that are left out; more of them end it without a result"},
+    )
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
     use_cpu: bool = field(default=False, metadata={"help": "the same as --device cpu"})
 
     def __post_init__(self):
         self.device = "cpu" if self.use_cpu else self.device
         find_device(self.device)
+        check_ranges(self, max_broken_share=SHARE)
         if self.system not in SYSTEMS:
             raise ValueError(f"system is one of {', '.join(SYSTEMS)}, not {self.system!r}")
         if self.templates not in TEMPLATES and self.templates.count("{}") != 1:
@@ -151,6 +157,11 @@ class Benchmark:
         """The picture; raises ValueError where it cannot be read."""
         return load_image(self.images[index])
 
+    def only(self, rows: list[int]) -> "Benchmark":
+        """With these of the images."""
+        images, labels, parts = ([values[i] for i in rows] for values in (self.images, self.labels, self.parts))
+        return replace(self, images=images, labels=labels, parts=parts)
+
     def limited(self, limit: int | None) -> "Benchmark":
         """With at most so many images of each part, evenly spread."""
         rows = []
@@ -158,8 +169,7 @@ class Benchmark:
             own = [i for i, name in enumerate(self.parts) if name == part]
             count = min(limit or len(own), len(own))
             rows += [own[i * len(own) // count] for i in range(count)]
-        images, labels, parts = ([values[i] for i in rows] for values in (self.images, self.labels, self.parts))
-        return replace(self, images=images, labels=labels, parts=parts, totals=Counter(self.parts))
+        return replace(self.only(rows), totals=Counter(self.parts))
 
 
 def class_folders(folder: str, templates: str) -> Benchmark:
@@ -405,20 +415,23 @@ def classify(
     save: Callable[[], None],
     batch_size: int,
     workers: int,
+    max_broken_share: float,
 ) -> None:
-    """Fills the rows of `tensors["nearest"]` (N, min(5, C)) that are negative; the processes share the work.
+    """Fills the rows of `tensors["nearest"]` (N, min(5, C)) that are negative; the processes share the work.  Those of broken
+    images, which are named on stderr, stay so.
 
     Args:
         tensors: with the `classifier` (C, D).
         save: called whenever some batches are done.
 
     Raises:
-        ValueError: some images are broken; the others of the same batches are done and saved.
+        ValueError: see `check_broken_share`; the others of the same batches are done and saved.
     """
     state, nearest = PartialState(), tensors["nearest"]
     remaining = (nearest[:, 0] < 0).nonzero().flatten().tolist()
     with state.split_between_processes(remaining) as mine:
         batches = load_batches(benchmark, system.preprocess, mine, batch_size, workers, skip_broken=True)
+    broken = []
     rounds = math.ceil(math.ceil(len(remaining) / state.num_processes) / (batch_size * BATCHES_PER_SAVE))
     with tqdm(
         desc="images", total=len(nearest), initial=len(nearest) - len(remaining), disable=not state.is_main_process
@@ -435,8 +448,11 @@ def classify(
                 nearest[numbers] = found
                 bar.update(len(numbers))
             save()
-            if errors := gather_object(errors):
-                raise ValueError(f"{len(errors)} images cannot be used: {'; '.join(errors[:ERRORS_SHOWN])}")
+            errors = gather_object(errors)
+            for error in errors if state.is_main_process else ():
+                tqdm.write(f"skipping {error}", file=sys.stderr)
+            broken += errors
+            check_broken_share(broken, len(nearest), max_broken_share)
 
 
 def accuracy(nearest: torch.Tensor, labels: torch.Tensor) -> dict[str, float | int]:
@@ -580,7 +596,8 @@ def evaluate(settings: Settings) -> dict:
     report = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
     tensors = read_tensors(path, measured, files)
     state.wait_for_everyone()  # all have read before one writes
-    if report.get("measured") == measured | images:
+    few_broken = len(report.get("broken", ())) <= settings.max_broken_share * len(benchmark.images)
+    if report.get("measured") == measured | images and few_broken:
         return report
 
     with state.local_main_process_first():  # what comes from a hub comes once
@@ -599,15 +616,20 @@ def evaluate(settings: Settings) -> dict:
         columns = min(TOP, len(benchmark.classes))
         tensors["nearest"] = torch.full((len(benchmark.images), columns), -1, dtype=torch.int32)
         save_tensors()
-    classify(system, benchmark, tensors, save_tensors, settings.batch_size, settings.workers)
+    how = settings.batch_size, settings.workers, settings.max_broken_share
+    classify(system, benchmark, tensors, save_tensors, *how)
+    is_whole = tensors["nearest"][:, 0] >= 0
+    broken = [name for name, whole in zip(benchmark.images, is_whole.tolist()) if not whole]
+    benchmark, nearest = benchmark.only(is_whole.nonzero().flatten().tolist()), tensors["nearest"][is_whole]
     report = {
-        **summary(settings, benchmark, tensors["nearest"], system.preprocessing),
+        **summary(settings, benchmark, nearest, system.preprocessing),
+        "broken": broken,
         "device": str(device),
         "seconds": round(tensors["seconds"].item(), 1),
         "measured": measured | images,
     }
     if state.is_main_process:
-        if sheet := mistakes_sheet(benchmark, tensors["nearest"]):
+        if sheet := mistakes_sheet(benchmark, nearest):
             write_atomically(output.with_suffix(".png"), sheet)
         write_atomically(output, json.dumps(report, indent=2).encode())
     return report
@@ -622,6 +644,8 @@ def table(report: dict) -> str:
     ]
     for name, part in report["parts"].items():
         lines.append(f"  {name:14}{part['images']:8}{part['top1']:9.2%}{part['top5']:9.2%}")
+    if broken := report["broken"]:
+        lines.append(f"  {len(broken)} broken images left out: {', '.join(broken[:5])}")
     return "\n".join(lines)
 
 

@@ -181,9 +181,11 @@ def test_two_processes_and_a_broken_image_in_between_give_the_same(command, phot
     good = (photos / "a/4.png").read_bytes()
     (photos / "a/4.png").write_bytes(good[:200])
     arguments = command("two.json", "--batch_size", "2", "--skip", "lpips")
-    with pytest.raises(SystemExit, match="error: 1 of 10 images cannot be read: a/4.png: cannot read image .* kept"):
+    with pytest.raises(
+        SystemExit, match="error: 1 of 10 images are broken, at most 1.00% may be: a/4.png: cannot read .* kept"
+    ):
         run(arguments)
-    assert not (tmp_path / "two.json").exists() and "broken: a/4.png" in capsys.readouterr().err
+    assert not (tmp_path / "two.json").exists() and "skipping a/4.png: cannot read" in capsys.readouterr().err
 
     (photos / "a/4.png").write_bytes(good)
     (photos / "b/1.png").write_bytes((photos / "b/1.png").read_bytes() + b" ")  # measured already: begins anew
@@ -230,6 +232,10 @@ def test_broken_images_are_left_out_by_option_and_listed(command, photos, tmp_pa
     report = run(command("out.json", "--skip", "rfid,lpips", "--skip_broken", "--batch_size", "1"))
     assert (report["images"], report["broken"]) == (IMAGES - 1, ["a/0.png"])
     assert "1 broken images left out: a/0.png" in capsys.readouterr().out
+    again = command("out.json", "--skip", "rfid,lpips", "--batch_size", "1")
+    assert run([*again, "--max_broken_share", "0.1"]) == report  # what is there is enough
+    with pytest.raises(SystemExit, match="1 of 10 images are broken, at most 9.00% may be"):
+        run([*again, "--max_broken_share", "0.09"])
     (photos / "a/0.png").unlink()
     assert_same(run(command("rest.json", "--skip", "rfid,lpips"))["metrics"], report["metrics"])
 

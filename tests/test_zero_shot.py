@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 from dataclasses import asdict
@@ -328,17 +329,28 @@ def test_emoji_are_counted_apart_and_prompted_by_their_captions(unitok_folder, e
     ]
 
 
-def test_broken_image_is_named_and_costs_no_finished_work(unitok_folder, emoji_folder, run, monkeypatch, tmp_path):
+def test_broken_image_is_named_and_costs_no_finished_work(
+    unitok_folder, emoji_folder, run, monkeypatch, tmp_path, capsys
+):
     options = ["--model", unitok_folder, "--dataset", "emoji", "--data", str(emoji_folder), "--batch_size", "3"]
     expected, tensors = run(*options, output="whole")
     broken = emoji_folder / "images" / "twitter" / "3.png"
     whole = broken.read_bytes()
     broken.write_bytes(whole[:500])
     (emoji_folder / "images" / "twitter" / "4.png").rename(tmp_path / "4.png")
-    with pytest.raises(
-        SystemExit, match=r"2 images cannot be used: .*twitter/3\.png: .*; .*twitter/4\.png: cannot read"
-    ):
+    total = len(tensors["nearest"])
+    said = (
+        rf"2 of {total} images are broken, at most 1.00% may be: .*twitter/3\.png: .*; .*twitter/4\.png: cannot read"
+    )
+    with pytest.raises(SystemExit, match=said):
         run(*options)
+    report, _ = run(*options, "--max_broken_share", "0.2", output="rest")
+    assert [Path(name).name for name in report["broken"]] == ["3.png", "4.png"]
+    assert sum(part["images"] for part in report["parts"].values()) == total - 2
+    split = next(one["protocol"]["split"] for one in report["numbers"] if " of " in one["protocol"]["split"])
+    assert re.fullmatch(r"\w+, \d+ of \d+ images", split)
+    printed = capsys.readouterr()
+    assert "2 broken images left out: " in printed.out and printed.err.count("skipping ") == 4
     done = load_file(tmp_path / "out.nearest.safetensors")["nearest"]
     assert (done[:, 0] < 0).nonzero().flatten().tolist() == [13, 14]
 

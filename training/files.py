@@ -231,6 +231,25 @@ class BrokenSamples:
             )
 
 
+def check_broken_share(broken: list[str], total: int, max_share: float) -> None:
+    """Refuse a measurement with too many broken images.
+
+    Args:
+        broken: what is wrong with each.
+        total: all images.
+        max_share: tolerated share.
+
+    Raises:
+        ValueError: there are more, or all are broken.
+    """
+    if broken and (len(broken) > max_share * total or len(broken) == total):
+        raise ValueError(
+            f"{len(broken)} of {total} images are broken, at most {max_share:.2%} may be: {'; '.join(broken[:5])}. The "
+            "others are measured and kept: the same command goes on with mended images, or with a higher "
+            "--max_broken_share."
+        )
+
+
 def log_broken(broken: BrokenSamples, accelerator: Accelerator) -> None:
     """Log, after a training, the number of skipped samples; every process must call it."""
     total = accelerator.reduce(torch.tensor(broken.total, device=accelerator.device), "sum").item()
