@@ -1,4 +1,4 @@
-"""CLIP score of pictures (https://arxiv.org/abs/2104.08718), in the scale that is usual for text to image."""
+"""CLIP score of pictures (https://arxiv.org/abs/2104.08718), in the usual scale for text to image."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from unitok_mllm.image_processing_unitok import load_image
 
 
 def load_clip(model: str, device: str | torch.device = "cpu") -> tuple[CLIPModel, AutoProcessor]:
-    """A CLIP model in float32 and its processor, from a folder or by its name on the hub.
+    """Load a CLIP model in float32 and its processor, from a folder or by its name on the hub.
 
     Raises:
         ValueError: there is none.
@@ -26,7 +26,7 @@ def load_clip(model: str, device: str | torch.device = "cpu") -> tuple[CLIPModel
 def clip_scores(
     pictures: list[Path], texts: list[str], model: str, batch_size: int = 64, device: str | torch.device = "cpu"
 ) -> list[float]:
-    """100 * max(cos(picture, text), 0) of each pair; a text is cut to CLIP's length.
+    """Compute 100 * max(cos(picture, text), 0) of each pair; texts are cut to CLIP's length.
 
     Args:
         model: a folder or a name on the hub, such as openai/clip-vit-large-patch14.

@@ -23,7 +23,7 @@ CLEAN_WEIGHTS = "inception-2015-12-05.pt"  # under this name clean-fid looks for
 
 
 def reference_pictures(folder: str) -> list[Path]:
-    """The pictures in a folder and those below it, sorted.
+    """List the pictures in a folder and its subfolders, sorted.
 
     Raises:
         ValueError: no folder, or fewer than two.
@@ -42,7 +42,7 @@ def load_inception(
     metric: str = "fid",
     remedy: str = "--inception_weights FILE",
 ) -> torch.nn.Module:
-    """The tool's Inception.
+    """Load the tool's Inception network.
 
     Args:
         weights: the tool's own file; "" to download it.
@@ -79,7 +79,7 @@ def _clean_inception(weights: str) -> torch.nn.Module:
 
 
 class PictureFiles(Dataset):
-    """Files as (3, H, W) uint8, as torch-fidelity takes them.
+    """Picture files as (3, H, W) uint8, for torch-fidelity.
 
     Args:
         size: all are scaled and centre-cropped to this side; 0: they are of one size.
@@ -111,7 +111,7 @@ def fid(
     batch_size: int = 64,
     device: str | torch.device = "cpu",
 ) -> float:
-    """The distance of two sets of pictures.
+    """Compute the distance of two sets of pictures.
 
     Args:
         tool: one of TOOLS.

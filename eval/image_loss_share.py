@@ -1,4 +1,4 @@
-"""What a training step saves where the depth head sees only a share of the image positions: time and memory.
+"""Measure the time and memory that a training step saves with `image_loss_share`.
 
     python -m eval.image_loss_share
 
@@ -25,7 +25,7 @@ IMAGES, TEXT = 4, 40
 
 
 def measure(share: float, runs: int) -> dict:
-    """Median seconds of a step, and the growth of the largest resident set over it in MiB."""
+    """Measure the median seconds of a step, and the growth of its peak resident memory in MiB."""
     torch.manual_seed(0)
     model = smollm2_mllm().train()
     config = model.config

@@ -1,4 +1,4 @@
-"""The judge: a small CNN that names the colour and the shape in an easy-VQA picture.
+"""The judge: an independent classifier, a small CNN that names colour and shape in an easy-VQA picture.
 
 It shares nothing with the models that it judges, and learns from the train split alone: what the questions and answers
 about an image leave open is not held against it.  Trains in about a minute on two CPU cores.
@@ -49,19 +49,19 @@ class Judge(nn.Module):
         self.shape_head = nn.Linear(widths[-1], len(SHAPES))
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, 3, 64, 64) in [-1, 1] -> logits over COLORS (N, 8) and over SHAPES (N, 3)."""
+        """Compute logits over COLORS (N, 8) and SHAPES (N, 3) of images (N, 3, 64, 64) in [-1, 1]."""
         features = self.features(pixels).mean(dim=(2, 3))
         return self.color_head(features), self.shape_head(features)
 
 
 def load_pixels(samples: list[Sample]) -> torch.Tensor:
-    """The samples' images, (N, 3, 64, 64) in [-1, 1], float32."""
+    """Load the samples' images, (N, 3, 64, 64) in [-1, 1], float32."""
     images = np.stack([np.asarray(Image.open(sample.image).convert("RGB")) for sample in samples])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def load_labels(samples: list[Sample]) -> torch.Tensor:
-    """Indices into COLORS and SHAPES, (N, 2), int64; UNKNOWN where the questions leave it open."""
+    """Return indices into COLORS and SHAPES, (N, 2), int64; UNKNOWN if the questions leave it open."""
 
     def find(words: tuple[str, ...], caption: str) -> int:
         return next((i for i, word in enumerate(words) if word in caption.split()), UNKNOWN)
@@ -70,7 +70,7 @@ def load_labels(samples: list[Sample]) -> torch.Tensor:
 
 
 def augment(pixels: torch.Tensor) -> torch.Tensor:
-    """Mirrors half of the images, and shifts all of them by the same few pixels; (N, 3, H, W) to the same."""
+    """Mirror half of the images (N, 3, H, W), and shift all of them by the same few pixels."""
     is_mirrored = torch.rand(len(pixels)) < 0.5
     pixels = torch.where(is_mirrored[:, None, None, None], pixels.flip(-1), pixels)
     top, left = torch.randint(2 * MAX_SHIFT + 1, (2,)).tolist()
@@ -79,7 +79,7 @@ def augment(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def judge_loss(model: Judge, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of colour plus shape for (N, 3, 64, 64) and labels (N, 2), per image; unknown labels count 0."""
+    """Compute the cross-entropy of colour plus shape, per image; unknown labels count 0."""
     losses = [
         F.cross_entropy(logits, target, ignore_index=UNKNOWN, reduction="sum")
         for logits, target in zip(model(pixels), labels.unbind(dim=1))
@@ -127,7 +127,7 @@ def save_judge(model: Judge, path: str | Path) -> None:
 
 
 def load_judge(path: str | Path) -> Judge:
-    """A judge in eval mode, on the CPU, from the weights that `save_judge` wrote."""
+    """Load a judge in eval mode, on the CPU, from the weights of `save_judge`."""
     model = Judge()
     model.load_state_dict(load_file(path))
     return model.eval()
@@ -135,13 +135,13 @@ def load_judge(path: str | Path) -> Judge:
 
 @torch.no_grad()
 def judge_images(model: Judge, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, 3, 64, 64) in [-1, 1] -> indices into COLORS and SHAPES, (N,) each, int64."""
+    """Classify images (N, 3, 64, 64) in [-1, 1]: indices into COLORS and SHAPES, (N,) each, int64."""
     verdicts = [torch.stack([logits.argmax(dim=1) for logits in model(chunk)]) for chunk in pixels.split(256)]
     return tuple(torch.cat(verdicts, dim=1))
 
 
 def judge_accuracy(model: Judge, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, float | int]:
-    """How often the judge agrees with labels (N, 2) about (N, 3, 64, 64), as shares of 1.
+    """Compute the judge's accuracy on images (N, 3, 64, 64) with labels (N, 2), as shares of 1.
 
     Returns:
         `color` and `shape`: each among the images whose label is known; `both`: among the `images` that have both.

@@ -1,4 +1,4 @@
-"""Prompt files of text-to-image benchmarks, and where each benchmark looks for the pictures.
+"""Prompt files of text-to-image benchmarks, and the paths where each benchmark expects the pictures.
 
 | format    | file                                                        | picture of a prompt's first sample   |
 |-----------|-------------------------------------------------------------|--------------------------------------|
@@ -38,7 +38,7 @@ class Prompt:
     metadata: dict | None = None
 
     def picture(self, sample: int, format: str = "png") -> str:
-        """The path of a sample in the picture folder."""
+        """Return the path of a sample in the picture folder."""
         if self.metadata is not None:
             return f"{self.name}/samples/{sample:04d}.{format}"
         return f"{self.name}_{sample}.{format}" if sample else f"{self.name}.{format}"
@@ -84,7 +84,7 @@ FORMATS = {"genai": _genai, "geneval": _geneval, "mjhq": _mjhq, "parti": _parti,
 
 
 def find_format(text: str, path: Path) -> str:
-    """The format of a prompt file by its content and what lies beside it.
+    """Detect the format of a prompt file by its content and the files beside it.
 
     Raises:
         ValueError: it begins like JSON and is none, or is JSON of another kind.
@@ -105,7 +105,7 @@ def find_format(text: str, path: Path) -> str:
 
 
 def read_prompts(path: str | Path, format: str = "") -> tuple[str, list[Prompt]]:
-    """The format of a file, found from its content where it is not given, and its prompts in their order.
+    """Read a prompt file: its format, detected if not given, and its prompts in order.
 
     Raises:
         ValueError: no file, another format, no prompts, or a prompt that has no text or no usable name; names it.

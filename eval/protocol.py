@@ -1,4 +1,4 @@
-"""How a number was measured: the words that evaluations store with their numbers, and that published numbers carry.
+"""Protocols: how a number was measured, stored with every measured and published number.
 
 An evaluation's JSON has a list `numbers`, each made by `number`; `published.yaml` says of numbers that others published
 what they were measured on and how, and names the command that measures them so here. `eval.report` sets two numbers side
@@ -28,7 +28,7 @@ def number(
     sampling: str | None = None,
     reference: str | None = None,
 ) -> dict:
-    """One entry of a result's `numbers`.
+    """Make one entry of a result's `numbers`.
 
     Args:
         unit: "%" for values out of 100, "dB", or nothing.
@@ -45,7 +45,7 @@ def number(
 
 @dataclass(frozen=True)
 class Published:
-    """A number that others published.
+    """A published number.
 
     Attributes:
         source: where the number stands.
@@ -67,7 +67,7 @@ class Published:
 
 
 def read_published() -> list[Published]:
-    """The numbers of `published.yaml`.
+    """Read the numbers of `published.yaml`.
 
     Raises:
         ValueError: an entry whose protocol has other fields than FIELDS.
@@ -83,7 +83,7 @@ def read_published() -> list[Published]:
 
 
 def differences(measured: dict[str, str | None], published: Published) -> list[str]:
-    """What keeps a number measured by this protocol from being compared with a published one; [] for nothing.
+    """List the differences that prevent a comparison with a published number; [] for none.
 
     A field that does not apply to the published system is not compared.
     """

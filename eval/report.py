@@ -1,4 +1,4 @@
-"""One HTML page of what the evaluation scripts have measured, beside what was published.
+"""One HTML page of the evaluation scripts' results, with published numbers.
 
     python -m eval.report runs/easy_vqa.json runs/emoji.json runs/claims/claims.json --output report.html
 
@@ -94,7 +94,7 @@ img { max-width: 100%; border: 1px solid #e1e4e8; } summary { cursor: pointer; c
 
 @dataclass
 class Cell:
-    """What a table shows, and in full where that is more."""
+    """A table's cell: its text, and its full text if that is longer."""
 
     text: str
     full: str = ""
@@ -103,7 +103,7 @@ class Cell:
 
 @dataclass
 class Block:
-    """A table; one without columns has names in its first column."""
+    """A table. Without columns, the first column has names."""
 
     title: str
     columns: list[str]
@@ -140,7 +140,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_spread(value: Any) -> bool:
-    """A mean with its standard deviation, which takes one cell."""
+    """Whether a value is a mean with its standard deviation, which takes one cell."""
     return isinstance(value, dict) and {"mean", "std"} <= value.keys() and is_number(value["mean"])
 
 
@@ -152,17 +152,17 @@ def is_flat(value: Any) -> bool:
 
 
 def short(number: float) -> str:
-    """Four digits, and whole numbers as they are."""
+    """Format a number with four digits; whole numbers stay unchanged."""
     return str(number) if isinstance(number, int) else f"{number:.0f}" if abs(number) >= 1e4 else f"{number:.4g}"
 
 
 def percent(value: float, full: float) -> Cell:
-    """A value out of 100, in the tooltip as it came."""
+    """Make the cell of a percentage, with the original value in the tooltip."""
     return Cell(f"{value:.1f}%", str(full), number=True)
 
 
 def to_cell(value: Any, path: str = "") -> Cell:
-    """The cell of a flat value; under names that say so, it is a percentage."""
+    """Make the cell of a flat value; some names mean percentages."""
     names = path.split(" · ")
     if value is None or value == []:
         return Cell("-")
@@ -183,7 +183,7 @@ def to_cell(value: Any, path: str = "") -> Cell:
 
 
 def flattened(row: dict) -> dict[str, Any]:
-    """Nested dicts' flat values under joined names; lists of dicts stay as they are."""
+    """Flatten nested dicts, with joined names; lists of dicts are not flattened."""
     flat = {}
     for name, value in row.items():
         if isinstance(value, dict) and not is_spread(value):
@@ -194,7 +194,7 @@ def flattened(row: dict) -> dict[str, Any]:
 
 
 def to_blocks(value: Any, title: str = "") -> list[Block]:
-    """Any JSON value as tables, what is deepest last.
+    """Convert any JSON value to tables, the deepest last.
 
     A list of dicts, or a dict of dicts most of whose names are the same, is one table with a row for each; other dicts
     have a row for each flat value, and tables of their own for the rest.
@@ -220,7 +220,7 @@ def to_blocks(value: Any, title: str = "") -> list[Block]:
 
 
 def are_alike(values: list) -> bool:
-    """Whether all are dicts, several, and half of the names of their flat values are common to all."""
+    """Whether these are several dicts that share half of the names of their flat values."""
     if len(values) < 2 or not all(isinstance(item, dict) and not is_spread(item) for item in values):
         return False
     names = [{name for name, item in flattened(row).items() if is_flat(item)} for row in values]
@@ -246,7 +246,7 @@ def is_digest(name: str, value: Any) -> bool:
 
 
 def is_numbers(name: str, value: Any) -> bool:
-    """Whether it is what `eval.protocol.number` makes, several of it."""
+    """Whether a value is a list of entries of `eval.protocol.number`."""
     return (
         name == "numbers"
         and isinstance(value, list)
@@ -255,7 +255,7 @@ def is_numbers(name: str, value: Any) -> bool:
 
 
 def matrix(rows: list[dict], title: str) -> list[Block]:
-    """One table of flat rows, its columns as rows where they are many, and further tables for the lists of dicts."""
+    """Make one table of flat rows (transposed if there are many columns), and tables of the lists of dicts."""
     columns = list(dict.fromkeys(name for row in rows for name, item in row.items() if is_flat(item)))
     cells = [
         [to_cell(row[name], f"{title} · {name}") if name in row else Cell("") for name in columns] for row in rows
@@ -272,7 +272,7 @@ def matrix(rows: list[dict], title: str) -> list[Block]:
 
 
 def read_result(path: Path) -> Any:
-    """A JSON file, or one of a JSON value a line.
+    """Read a JSON file, or a file with one JSON value a line.
 
     Raises:
         ValueError: there is no such file, or it is neither; it is named.
@@ -294,7 +294,7 @@ def read_result(path: Path) -> Any:
 
 
 def title_of(result: Any, path: Path) -> str:
-    """What was measured: the result's `benchmark`, or the tool that writes such keys, or the file's name."""
+    """Return a result's title: its `benchmark`, the tool that writes such keys, or the file's name."""
     if isinstance(result, dict) and isinstance(result.get("benchmark"), str):
         return ("text to image, " if "drawn_with" in result else "") + result["benchmark"]
     if isinstance(result, dict) and isinstance(result.get("results"), dict) and {"configs", "n-shot"} & result.keys():
@@ -306,7 +306,7 @@ def title_of(result: Any, path: Path) -> str:
 
 
 def strings(value: Any) -> list[str]:
-    """All strings in a JSON value."""
+    """Iterate over all strings in a JSON value."""
     if isinstance(value, dict | list):
         return [text for item in (value.values() if isinstance(value, dict) else value) for text in strings(item)]
     return [value] if isinstance(value, str) else []
@@ -337,7 +337,7 @@ def pictures(result: Any, path: Path) -> list[tuple[str, str]]:
 
 
 def value_cell(value: float, unit: str) -> Cell:
-    """A result's or a published number, with its unit."""
+    """Make the cell of a measured or published number, with its unit."""
     if unit == "%":
         return percent(value, value)
     cell = to_cell(value)
@@ -345,7 +345,7 @@ def value_cell(value: float, unit: str) -> Cell:
 
 
 def compare(number: dict, published: list[Published]) -> tuple[list[list[Cell]], list[str]]:
-    """Rows of one number, with what others published beside it, and a line for each number that is not comparable."""
+    """Make the rows of one number with published ones, and a line for each that is not comparable."""
     name = [Cell(f"{number['benchmark']}, {number['metric']}"), Cell(number["protocol"]["split"])]
     here = [*name, value_cell(number["value"], number["unit"])]
     rows, refused = [], []
@@ -362,7 +362,7 @@ def compare(number: dict, published: list[Published]) -> tuple[list[list[Cell]],
 
 
 def to_section(path: Path, published: list[Published]) -> Section:
-    """See `read_result` and `pictures` for what it raises."""
+    """Make the section of a result; errors are those of `read_result` and `pictures`."""
     result = read_result(path)
     title = title_of(result, path)
     digests, numbers, about, results, refused = {}, {}, {}, [], []
@@ -388,7 +388,7 @@ def to_section(path: Path, published: list[Published]) -> Section:
 
 
 def make_report(paths: list[Path], title: str) -> str:
-    """The page as HTML.
+    """Make the page, as HTML.
 
     Raises:
         ValueError: see `read_result` and `pictures`.
@@ -418,7 +418,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Its heading.")] = "Measured and published",
 ) -> None:
-    """Write one HTML page of results, beside what was published."""
+    """Write one HTML page of results, with published numbers."""
     page = make_report(results, title)
     write_atomically(output, page.encode())
     print(f"{len(results)} results are in {output}")

@@ -1,4 +1,4 @@
-"""Answers on disk as soon as they are given, so that an evaluation that was cut off goes on where it was."""
+"""Answers, written to disk as soon as they are given, so that an interrupted evaluation resumes."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ class AnswerLog:
         self.answers[row["key"]] = row["answer"]
 
     def add(self, rows: list[dict]) -> None:
-        """Rows with a "key", an "answer", and what else people may want to read there."""
+        """Add rows with a "key", an "answer", and further fields for readers."""
         self.answers.update({row["key"]: row["answer"] for row in rows})
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
