@@ -23,6 +23,51 @@ from transformers.models.auto.modeling_auto import (
 # Inclusive limits, far above any trained model and far below what fills the memory.
 WIDTH, DEPTH, VOCABULARY = (1, 2**16), (0, 1000), (1, 2**22)
 SHARE, WEIGHT, ABOVE_ZERO = (0.0, 1.0), (0.0, 1e6), (1e-12, 1e12)
+# The inclusive range of each field, by the config's model type; of a CLIP text tower and an LLM, of the fields used here.
+RANGES = {
+    "unitok_vision_model": {
+        "image_size": (16, 2**14),
+        "num_channels": WIDTH,
+        "stem_width": WIDTH,
+        "stage_dims": WIDTH,
+        "stage_depths": (1, DEPTH[1]),
+        "hidden_size": WIDTH,
+        "num_hidden_layers": DEPTH,
+        "mlp_ratio": (ABOVE_ZERO[0], 64),
+        "quantizer_dim": WIDTH,
+        "projection_dim": WIDTH,
+        "vq_beta": WEIGHT,
+        "entropy_temperature": ABOVE_ZERO,
+        "drop_path_rate": SHARE,
+        "initializer_range": WEIGHT,
+    },
+    "unitok": {"decoder_layers": DEPTH, "initializer_range": WEIGHT},
+    "clip_text_model": {
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "projection_dim": WIDTH,
+        "max_position_embeddings": WIDTH,
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": DEPTH,
+    },
+    "unitok_depth": {
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": WIDTH,
+        "num_key_value_heads": WIDTH,
+        "rms_norm_eps": SHARE,
+        "rope_theta": ABOVE_ZERO,
+        "initializer_range": WEIGHT,
+    },
+    "unitok_mllm": {
+        "embedder_dim": WIDTH,
+        "image_token_id": (0, 2**31 - 1),
+        "image_loss_z_weight": WEIGHT,
+        "initializer_range": WEIGHT,
+    },
+    "llm": {"vocab_size": VOCABULARY, "hidden_size": WIDTH},
+}
 
 
 def check_ranges(config: object, prefix: str = "", **ranges: tuple[float, float]) -> None:
@@ -177,19 +222,7 @@ class UniTokVisionConfig(UniTokPreTrainedConfig):
             )
         if self.quant_proj not in ("attention", "linear"):
             raise ValueError(f"quant_proj is 'attention' or 'linear', got {self.quant_proj!r}.")
-        widths = ("num_channels", "stem_width", "stage_dims", "hidden_size", "quantizer_dim", "projection_dim")
-        check_ranges(
-            self,
-            **dict.fromkeys(widths, WIDTH),
-            stage_depths=(1, DEPTH[1]),
-            num_hidden_layers=DEPTH,
-            image_size=(self.patch_size, 2**14),
-            mlp_ratio=(ABOVE_ZERO[0], 64),
-            vq_beta=WEIGHT,
-            entropy_temperature=ABOVE_ZERO,
-            drop_path_rate=SHARE,
-            initializer_range=WEIGHT,
-        )
+        check_ranges(self, **RANGES["unitok_vision_model"])
 
     @property
     def num_positions(self) -> int:
@@ -233,11 +266,9 @@ class UniTokConfig(UniTokPreTrainedConfig):
             self.decoder_layers = self.vision_config.num_hidden_layers
 
     def validate_architecture(self):
-        check_ranges(self, decoder_layers=DEPTH, initializer_range=WEIGHT)
+        check_ranges(self, **RANGES["unitok"])
         if self.text_config is not None:
-            widths = ("hidden_size", "intermediate_size", "projection_dim", "max_position_embeddings")
-            ranges = dict.fromkeys(widths, WIDTH) | {"vocab_size": VOCABULARY, "num_hidden_layers": DEPTH}
-            check_ranges(self.text_config, "text_config.", **ranges)
+            check_ranges(self.text_config, "text_config.", **RANGES["clip_text_model"])
         if self.text_config is not None and self.text_config.projection_dim != self.vision_config.projection_dim:
             raise ValueError(
                 f"The text tower's projection_dim ({self.text_config.projection_dim}) is not the vision tower's "
@@ -355,15 +386,7 @@ class UniTokDepthConfig(UniTokPreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        widths = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-        check_ranges(
-            self,
-            **dict.fromkeys(widths, WIDTH),
-            num_hidden_layers=DEPTH,
-            rms_norm_eps=SHARE,
-            rope_theta=ABOVE_ZERO,
-            initializer_range=WEIGHT,
-        )
+        check_ranges(self, **RANGES["unitok_depth"])
         for whole, part in (
             ("hidden_size", "num_attention_heads"),
             ("num_attention_heads", "num_key_value_heads"),
@@ -565,19 +588,10 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
                 f"image_token_id ({self.image_token_id}) must differ."
             )
         check_ranges(self.text_config, "text_config.", num_hidden_layers=DEPTH)
-        check_ranges(self.llm_sizes, "text_config.", vocab_size=VOCABULARY, hidden_size=WIDTH)
+        check_ranges(self.llm_sizes, "text_config.", **RANGES["llm"])
         in_vocabulary = (0, self.llm_sizes.vocab_size - 1)
-        check_ranges(
-            self,
-            embedder_dim=WIDTH,
-            boi_token_id=in_vocabulary,
-            eoi_token_id=in_vocabulary,
-            image_token_id=(0, 2**31 - 1),
-            image_loss_z_weight=WEIGHT,
-            image_prompt_ids=in_vocabulary,
-            unconditional_prompt_ids=in_vocabulary,
-            initializer_range=WEIGHT,
-        )
+        ids = ("boi_token_id", "eoi_token_id", "image_prompt_ids", "unconditional_prompt_ids")
+        check_ranges(self, **RANGES["unitok_mllm"], **dict.fromkeys(ids, in_vocabulary))
         for name in ("image_prompt_ids", "unconditional_prompt_ids"):
             ids = getattr(self, name)
             if ids is not None and ids[-1:] != [self.boi_token_id]:
