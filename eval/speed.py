@@ -706,7 +706,7 @@ def flop_counter(trains: bool) -> FlopCounterMode:
     if torch.backends.mkldnn.is_available():
         mapping[torch.ops.mkldnn._linear_pointwise] = linear
     if trains:
-        from training.plan import convolution_backward_flops
+        from training.planning.counting import convolution_backward_flops
 
         mapping[aten.convolution_backward] = convolution_backward_flops
     return FlopCounterMode(display=False, custom_mapping=mapping)

@@ -16,22 +16,17 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_
 from typer.testing import CliRunner
 
 from training import plan
-from training.plan import (
-    Cost,
-    Run,
-    check_training,
-    count_parameters,
-    list_parts,
-    measure,
+from training.planning.check import check_training
+from training.planning.counting import Cost, count_parameters, list_parts, measure, without_values
+from training.planning.memory import STAGES, Run, plan_memory, state_bytes
+from training.planning.trainings import (
+    TOKENIZER_PARTS,
     mllm_batch,
     mllm_loss,
-    plan_memory,
     plan_mllm,
     plan_tokenizer,
-    state_bytes,
     tokenizer_batch,
     tokenizer_loss,
-    without_values,
 )
 from unitok_mllm import UniTokConfig, UniTokMLLMForConditionalGeneration, UniTokModel
 
@@ -57,7 +52,7 @@ def run_cli(*args):
 
 def test_large_tokenizer_has_its_known_parameters():
     large = without_values(lambda: UniTokModel(UniTokConfig.preset("large")))
-    parts = list_parts(large, plan.TOKENIZER_PARTS, Cost(0, 0, 0, {}))
+    parts = list_parts(large, TOKENIZER_PARTS, Cost(0, 0, 0, {}))
     assert count_parameters(large) == (820_297_668, 820_297_668)
     assert sum(part.parameters for part in parts) == 820_297_668 - 1  # the logit scale
     assert {part.name: round(part.parameters / 1e6, 1) for part in parts} == {
@@ -239,9 +234,9 @@ def test_states_are_deepspeeds_own_estimates():
 
 def test_states_scale_with_the_stage_and_the_gpus():
     p, layer = 10**9, 10**7
-    alone = [state_bytes(stage, p, 0, layer, 1, 1)[0] for stage in plan.STAGES]
+    alone = [state_bytes(stage, p, 0, layer, 1, 1)[0] for stage in STAGES]
     assert alone == [20 * p, 20 * p, 20 * p, 18 * p + 4 * layer, 4 * layer]
-    many = [state_bytes(stage, p, 0, layer, 64, 8)[0] for stage in plan.STAGES]
+    many = [state_bytes(stage, p, 0, layer, 64, 8)[0] for stage in STAGES]
     assert many == [20 * p, 4 * p + 16 * p // 64, 2 * p + 18 * p // 64, 18 * p // 64 + 4 * layer, 4 * layer]
 
 
@@ -249,7 +244,7 @@ def test_frozen_parameters_take_their_weights_alone():
     grown = [
         (a - b, c - d)
         for (a, c), (b, d) in (
-            (state_bytes(s, 10**9, 8 * 10**6, 0, 8, 4), state_bytes(s, 10**9, 0, 0, 8, 4)) for s in plan.STAGES
+            (state_bytes(s, 10**9, 8 * 10**6, 0, 8, 4), state_bytes(s, 10**9, 0, 0, 8, 4)) for s in STAGES
         )
     ]
     assert grown == [(16 * 10**6, 0)] * 3 + [(2 * 10**6, 0), (0, 8 * 10**6)]

@@ -1,0 +1,128 @@
+"""Parameters, FLOPs and activations of one training step, counted on tensors with shapes but without values."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+
+@dataclass
+class Cost:
+    """The cost of one sample.
+
+    Attributes:
+        forward: FLOPs of the forward pass.
+        backward: FLOPs of the backward pass, with the recomputation of gradient checkpointing.
+        activations: bytes kept for the backward pass.
+        modules: forward FLOPs by the module's name.
+    """
+
+    forward: float
+    backward: float
+    activations: float
+    modules: dict[str, float]
+
+
+@dataclass
+class Part:
+    """A row of the plan: parameters, and FLOPs of one sample; `step` only if it is known for the part alone."""
+
+    name: str
+    parameters: int
+    trainable: int
+    forward: float
+    step: float | None = None
+
+
+def without_values(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a module whose tensors have a shape and a dtype, but no values."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights that are loaded and have nowhere to go
+        module = build()
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    abstract = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, tensor in tensors:
+            if tensor not in abstract:  # what is shared stays shared
+                empty = torch.empty_like(tensor, device="cpu")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                abstract[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, abstract[tensor])
+    return module
+
+
+def convolution_backward_flops(grad_shape, x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
+    """Count a convolution's backward pass: each gradient takes as many multiplications as the convolution.
+
+    torch's own formula ignores the groups, and counts a depthwise convolution many times.
+    """
+    transposed, output_mask = args[4], args[7]
+    return sum(output_mask[:2]) * conv_flop_count(x_shape, w_shape, grad_shape, transposed)
+
+
+def flop_counter() -> FlopCounterMode:
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward_flops}
+    )
+
+
+def measure(step: Callable[[], torch.Tensor], module: nn.Module, batch: int) -> Cost:
+    """Count the FLOPs and activations of a training step, on real tensors or on tensors without values.
+
+    Args:
+        step: computes the loss of `batch` samples.
+        module: its parameters are not counted as activations.
+        batch: samples.
+    """
+    # Every attention written out: fused kernels differ from device to device, and torch does not count the CPU's.
+    with sdpa_kernel(SDPBackend.MATH):
+        with flop_counter() as forward:
+            loss = step()
+        with flop_counter() as backward:
+            if loss.requires_grad:
+                loss.backward()
+    parameters = {StorageWeakRef(parameter.untyped_storage()) for parameter in module.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if (key := StorageWeakRef(storage)) not in parameters:
+            kept[key] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = step()
+    return Cost(
+        forward.get_total_flops() / batch,
+        backward.get_total_flops() / batch,
+        sum(storage.nbytes() for storage in kept.values()) / batch,
+        {name: sum(flops.values()) / batch for name, flops in forward.get_flop_counts().items()},
+    )
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Count all parameters and the trainable ones; shared ones count once."""
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def list_parts(model: nn.Module, names: dict[str, list[str]], cost: Cost) -> list[Part]:
+    """List parameters and forward FLOPs of the parts of a model. `names` has the submodules of each part."""
+    parts = []
+    for name, paths in names.items():
+        modules = [model.get_submodule(path) for path in paths]
+        total, trainable = count_parameters(nn.ModuleList(modules))
+        # a module that was called through the model is counted under its path, one called alone under its class
+        flops = [
+            cost.modules.get(f"{type(model).__name__}.{path}", cost.modules.get(type(module).__name__, 0))
+            for path, module in zip(paths, modules)
+        ]
+        parts.append(Part(name, total, trainable, sum(flops)))
+    return parts

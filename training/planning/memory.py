@@ -1,0 +1,136 @@
+"""Memory per GPU of one training step under each ZeRO stage: model states + activations.
+
+- Model states are DeepSpeed's own estimates for its stages 2 and 3, for bf16 training with Adam: 2 bytes of weights
+  and 18 of gradients and optimizer (2 + 4 + 4 + 8) for each trained parameter. It has none for stages 0 and 1; with
+  the same bytes, on N GPUs: 20 P for stage 0, 4 P + 16 P / N for stage 1 (weights and 16-bit gradients on every GPU).
+  A frozen parameter takes 2 bytes (over N in stage 3; in the CPU's memory with offload).
+- Activations are the bytes of all tensors that autograd keeps for the backward pass of a bf16 step, each storage once,
+  parameters aside. Not in it: what kernels need for themselves, the layer that checkpointing computes again, the
+  allocator's fragments and the CUDA context, for which 10% of the GPU stay free; and what autocast over fp32 weights
+  keeps besides (norms in fp32), where DeepSpeed does not make the model bf16.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from training.planning.counting import count_parameters
+
+
+GIB = 2**30
+USABLE_MEMORY = 0.9
+STAGES = ("0", "1", "2", "3", "3, offload")
+
+
+@dataclass
+class Run:
+    """The amount of training, and its hardware.
+
+    Args:
+        samples: of the whole training.
+        gpus: all GPUs.
+        gpu_memory: GiB of one GPU.
+        gpu_flops: FLOP/s of one GPU, by its data sheet (989e12: bf16 of an H100 SXM without sparsity).
+        mfu: share of `gpu_flops` that the training achieves. The recomputation of gradient checkpointing counts as
+            work.
+        batch_per_gpu: samples in one step of one GPU.
+        gpus_per_node: GPUs of one machine.
+
+    Raises:
+        ValueError: a value that is not a finite number above 0, an MFU above 1, or machines that are not full.
+    """
+
+    samples: float
+    gpus: int
+    gpu_memory: float = 80.0
+    gpu_flops: float = 989e12
+    mfu: float = 0.4
+    batch_per_gpu: int = 1
+    gpus_per_node: int = 8
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number above 0, got {value}.")
+        if self.mfu > 1:
+            raise ValueError(f"mfu is a share, at most 1, got {self.mfu}.")
+        self.gpus_per_node = min(self.gpus_per_node, self.gpus)
+        if self.gpus % self.gpus_per_node:
+            raise ValueError(f"gpus ({self.gpus}) is not a multiple of gpus_per_node ({self.gpus_per_node}).")
+
+    def days(self, flops_per_sample: float) -> float:
+        """Compute the days of the whole training, at `flops_per_sample`."""
+        return self.samples * flops_per_sample / (self.gpus * self.gpu_flops * self.mfu) / 86400
+
+
+@dataclass
+class StageMemory:
+    """Memory under one ZeRO stage, in GiB per GPU (`cpu`: per machine), and the largest batch per GPU that fits."""
+
+    stage: str
+    states: float
+    activations: float
+    total: float
+    cpu: float
+    fits: bool
+    largest_batch: int
+
+
+def state_bytes(
+    stage: str, trainable: int, frozen: int, largest_layer: int, gpus: int, gpus_per_node: int
+) -> tuple[int, int]:
+    """Compute the bytes of the model states on one GPU and in one machine's CPU memory; see the module's docstring.
+
+    Args:
+        stage: one of `STAGES`.
+        trainable: number of trainable parameters.
+        frozen: number of the other parameters.
+        largest_layer: parameters of the largest single module, which stage 3 gathers.
+    """
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    machines = {"num_gpus_per_node": gpus_per_node, "num_nodes": gpus // gpus_per_node}
+    if stage in ("0", "1", "2"):
+        cpu, gpu = estimate_zero2_model_states_mem_needs(trainable, cpu_offload=False, **machines)
+        if stage == "0":
+            gpu = 20 * trainable
+        elif stage == "1":
+            gpu = 4 * trainable + 16 * trainable // gpus
+        return gpu + 2 * frozen, cpu
+    offload = stage == "3, offload"
+    cpu, gpu, _ = estimate_zero3_model_states_mem_needs(
+        trainable, largest_layer, cpu_offload=offload, cpu_offload_params=offload, **machines
+    )
+    share = 2 * frozen // gpus
+    return (gpu, cpu + share * gpus_per_node) if offload else (gpu + share, cpu)
+
+
+def plan_memory(model: nn.Module, run: Run, activations: float, other: float = 0.0) -> list[StageMemory]:
+    """Compute the memory of every stage.
+
+    Args:
+        activations: bytes of one sample.
+        other: further bytes on every GPU, which ZeRO does not shard.
+    """
+    total, trainable = count_parameters(model)
+    largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
+    rows = []
+    for stage in STAGES:
+        states, cpu = state_bytes(stage, trainable, total - trainable, largest, run.gpus, run.gpus_per_node)
+        states += other
+        usable = USABLE_MEMORY * run.gpu_memory * GIB
+        needed = states + run.batch_per_gpu * activations
+        rows.append(
+            StageMemory(
+                stage,
+                states / GIB,
+                run.batch_per_gpu * activations / GIB,
+                needed / GIB,
+                cpu / GIB,
+                needed <= usable,
+                max(0, int((usable - states) // activations)),
+            )
+        )
+    return rows
