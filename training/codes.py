@@ -1,8 +1,8 @@
 """Extracted codes of images on disk: `metadata.json` and shards, written by `training.extract_codes`.
 
-A shard is a parquet file with the columns `key` and `codes` (the bytes of little-endian uint16), or a tar file, as
-webdataset reads them, with a `<key>.npy` for each image.  The codes of an image are (variants, K, L), and its key is
-the path that the data gives it.
+A shard is a parquet file with the columns `key` and `codes` (the bytes of little-endian uint16), or a tar file for
+webdataset with a `<key>.npy` for each image. The codes of an image are (variants, K, L). Its key is its path in the
+data.
 """
 
 import io
@@ -31,15 +31,16 @@ READ_ROWS = 1024  # at a time; left to itself, the library stumbles over a shard
 
 
 def shard_path(folder: str | os.PathLike, number: int, metadata: dict) -> Path:
-    """Where a shard lies; `metadata` tells its format."""
+    """Return the path of a shard; `metadata` has its format."""
     folder = Path(folder)
     return folder / f"{number:06d}{SUFFIXES[metadata['format']]}"
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
-    """
+    """Read and check a `metadata.json`.
+
     Raises:
-        ValueError: the file is no JSON, or a number or the format is missing or out of its range.
+        ValueError: the file is not JSON, or a number or the format is missing or outside its range.
     """
     path = Path(path)
     try:
@@ -58,9 +59,10 @@ def read_metadata(path: str | os.PathLike) -> dict:
 
 
 def check_parquet(shard: str | os.PathLike) -> None:
-    """
+    """Check a parquet shard's header.
+
     Raises:
-        ValueError: the shard is broken, or has not the columns of one.
+        ValueError: the shard is broken, or has other columns.
     """
     shard = Path(shard)
     try:
@@ -73,14 +75,15 @@ def check_parquet(shard: str | os.PathLike) -> None:
 
 
 def write_metadata(folder: str | os.PathLike, metadata: dict) -> None:
-    """Writes `metadata.json`, or finds the same one there.
+    """Write `metadata.json`, or check that the folder has the same one.
 
     Args:
+        folder: of the codes.
         metadata: with `format`, `variants`, `num_codebooks` (K), `codebook_size` (V), `num_positions` (L) and
             `num_shards` at least.
 
     Raises:
-        ValueError: the folder's is another; the message names what differs.
+        ValueError: the folder has another one; the message names the differences.
     """
     folder = Path(folder)
     path = folder / "metadata.json"
@@ -98,7 +101,7 @@ def write_metadata(folder: str | os.PathLike, metadata: dict) -> None:
 
 
 def write_shard(path: str | os.PathLike, codes: Mapping[str, torch.Tensor]) -> None:
-    """Writes a shard, whole or not at all.
+    """Write a shard, whole or not at all.
 
     Args:
         path: ends in .parquet or .tar.
@@ -124,11 +127,11 @@ def write_shard(path: str | os.PathLike, codes: Mapping[str, torch.Tensor]) -> N
 class CodeStore(Mapping):
     """The codes of a folder by key: (variants, K, L), int64, in [0, V). Parquet shards are memory-mapped.
 
-    `metadata` holds what the codes were made with, see `training.extract_codes`.
+    `metadata` has the settings of the extraction, see `training.extract_codes`.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it holds no codes.
-        ValueError: shards are missing, a file is broken, or an image has codes twice; it is named.
+        FileNotFoundError: there is no such folder, or it has no codes.
+        ValueError: shards are missing, a file is broken, or an image has codes twice; the message names it.
     """
 
     def __init__(self, folder: str | Path):
@@ -169,11 +172,12 @@ class CodeStore(Mapping):
         return key in self.places
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        """
+        """Return the codes of an image.
+
         Raises:
-            KeyError: no such image.
-            ValueError: its codes cannot be read, are not integers, have another shape than the metadata says, or are
-                not in [0, V).
+            KeyError: there is no such image.
+            ValueError: its codes cannot be read, are not integers, have another shape than in the metadata, or are not
+                in [0, V).
         """
         if key not in self.places:
             raise KeyError(f"no codes of image {key} in {self.folder}, which has {len(self)} images")
@@ -196,7 +200,7 @@ class CodeStore(Mapping):
         return torch.from_numpy(codes.astype(np.int64))
 
     def _file(self, key: str) -> Path:
-        """What to name in an error: the shard, or among parquet ones the folder."""
+        """Return the file to name in an error: the shard, or the folder for parquet shards."""
         return self.folder if self.metadata["format"] == "parquet" else self.places[key][0]
 
     def _read(self, key: str) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""The Trainer of transformers, with what training an MLLM on mixed data needs beyond it.
+"""The Trainer of transformers, with additions for training an MLLM on mixed data.
 
-* One loss whatever the number of processes and of accumulated batches: sums over targets, divided by their number in
-  the whole global batch. The same for logged losses, over all steps since the last log, and for those of evaluations.
-* Samples in the dataset's own order (which is shuffled, see `training.data.MLLMDataset`).
+* One loss for any number of processes and accumulated batches: the sum over targets, divided by their number in the
+  global batch. Logged losses are the same over all steps since the last log; so are those of evaluations.
+* Samples in the data set's own order (which is shuffled, see `training.data.MLLMDataset`).
 * A learning rate for each part, and no weight decay on parameters of fewer than two dims.
 * Each loss logged under its own name, with tokens and images per second.
 * Checkpoints that count only once they are whole; the best is kept. A signal ends it with one, after the step at hand.
@@ -37,29 +37,34 @@ WHOLE = "whole"  # a checkpoint folder without this file in it was broken off
 
 
 def unwrapped(model: torch.nn.Module) -> UniTokMLLMForConditionalGeneration:
-    """The MLLM inside LoRA's wrapper, if it has one."""
+    """Return the MLLM inside LoRA's wrapper, if it has one."""
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
 def set_visual_aside(model: UniTokMLLMForConditionalGeneration) -> None:
-    """Takes the frozen tokenizer out of the tree of modules, where it stays reachable as `model.visual`: it need not
-    be wrapped, sharded, optimized or written into every checkpoint."""
+    """Take the frozen tokenizer out of the tree of modules; `model.visual` still reaches it.
+
+    It is then not wrapped, sharded, optimized or written into every checkpoint.
+    """
     model.__dict__["visual"] = model._modules.pop("visual")
 
 
 def put_visual_back(model: UniTokMLLMForConditionalGeneration) -> None:
-    """Undoes `set_visual_aside`."""
+    """Undo `set_visual_aside`."""
     model.visual = model.__dict__.pop("visual")
 
 
 def is_under(name: str, prefix: str) -> bool:
-    """Whether a parameter's name is the prefix, or goes on from it after a dot."""
+    """Whether a parameter's name is the prefix, or continues it after a dot."""
     return f"{name}.".startswith(f"{prefix}.")
 
 
 class EvalShare(Dataset):
-    """Every n-th sample of a data set, for one of n processes. All have equally many, as DDP and ZeRO want it: where none
-    is left, the last one stands in without its targets, and counts for nothing."""
+    """Every n-th sample of a data set, for one of n processes.
+
+    DDP and ZeRO need the same number of samples on all processes. The last sample, without its targets, fills the
+    gaps.
+    """
 
     def __init__(self, dataset: Dataset, process_index: int, num_processes: int):
         self.dataset, self.process_index, self.num_processes = dataset, process_index, num_processes
@@ -80,17 +85,19 @@ class EvalShare(Dataset):
 
 
 class MLLMTrainer(Trainer):
-    """Trains a `UniTokMLLMForConditionalGeneration`, bare or under LoRA, whose `visual` is set aside.
+    """The trainer of a `UniTokMLLMForConditionalGeneration`, with or without LoRA, whose `visual` is set aside.
 
     Args:
-        learning_rates: by prefix of a parameter's name ("depth_head", "embedder.projection"); the longest that fits
-            wins, and `args.learning_rate` where none does.
-        text_loss_weight: weight of the mean text loss, that of the image loss being the rest; 0 to weigh both by their
-            numbers of targets.
-        image_loss_share: see the model's `forward`; evaluations take all positions.
+        args: of transformers' Trainer.
+        learning_rates: by prefix of a parameter's name ("depth_head", "embedder.projection"). The longest match
+            counts; other parameters have `args.learning_rate`.
+        text_loss_weight: weight of the mean text loss; the image loss has the rest. 0 weighs both by their numbers of
+            targets.
+        image_loss_share: see the model's `forward`; evaluations use all positions.
+        kwargs: of transformers' Trainer.
 
     Raises:
-        ValueError: a prefix of `learning_rates` fits no trained parameter.
+        ValueError: a prefix of `learning_rates` matches no trained parameter.
     """
 
     def __init__(
@@ -157,7 +164,7 @@ class MLLMTrainer(Trainer):
     # --- loss ---
 
     def _counts(self, inputs: dict) -> torch.Tensor:
-        """The numbers of text targets and of codes to draw, (2,)."""
+        """Count text targets and codes to draw, (2,)."""
         text = (inputs["labels"][:, 1:] != -100).sum()
         codes = (
             inputs["image_codes"][0].numel() * inputs["image_targets"].sum() if "image_codes" in inputs else 0 * text
@@ -165,12 +172,12 @@ class MLLMTrainer(Trainer):
         return torch.stack([text, codes])
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
-        """The counts of everything that goes into one step: all accumulated batches of all processes."""
+        """Count the targets of a whole step: all accumulated batches of all processes."""
         counts = torch.stack([self._counts(inputs) for inputs in batch_samples]).sum(dim=0).to(device)
         return self.accelerator.reduce(counts, "sum")
 
     def _sums(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, ModelOutput]:
-        """The sums of the losses of text targets and of codes to draw, (2,), their numbers, (2,), and the output."""
+        """Sum the losses of text targets and of codes to draw, (2,); also return their numbers (2,) and the output."""
         inputs = dict(inputs)
         num_tokens, counts = inputs.pop("num_tokens"), self._counts(inputs)
         if "pixel_values" in inputs:
@@ -187,12 +194,11 @@ class MLLMTrainer(Trainer):
         return sums, counts, output
 
     def _new_record(self) -> torch.Tensor:
-        """Zeros for a process to add up in: (6,), sums of losses and numbers of targets (text, images each), tokens and
-        images."""
+        """Make a record of zeros, (6,): sums of losses and numbers of targets (text, then images), tokens, images."""
         return torch.zeros(6, dtype=torch.float64, device=self.args.device)
 
     def _loss(self, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """The loss of sums (2,) over numbers of targets (2,)."""
+        """Compute the loss from sums (2,) and numbers of targets (2,)."""
         if weight := self.text_loss_weight:
             return (sums / counts.clamp_min(1) * sums.new_tensor([weight, 1 - weight])).sum()
         return sums.sum() / counts.sum().clamp_min(1)
@@ -213,7 +219,7 @@ class MLLMTrainer(Trainer):
         return None, None, None
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
-        """The library's, with the losses over all targets of all processes."""
+        """Evaluate as the library does, with losses over all targets of all processes."""
         self._evaluated = self._new_record()
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         losses = self._named_losses(self.accelerator.reduce(self._evaluated, "sum"))
@@ -229,15 +235,16 @@ class MLLMTrainer(Trainer):
     # --- logging ---
 
     def _named_losses(self, record: torch.Tensor) -> dict[str, float]:
-        """The means over a record's targets; a loss without targets is left out."""
+        """Compute the means over a record's targets; a loss without targets is left out."""
         sums, counts = record[:2], record[2:4]
         named = zip(("text_loss", "image_loss"), sums.tolist(), counts.tolist())
         losses = {name: total / count for name, total, count in named if count}
         return losses | {"loss": self._loss(sums, counts).item()}
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Puts the losses of all targets since the last log, and the throughput, over all processes, into each line of
-        training; into the last one, the loss of the run.
+        """Add the losses since the last log and the throughput, over all processes, to the training's logs.
+
+        The last line gets the loss of the run.
 
         Raises:
             FloatingPointError: a loss is not finite.
@@ -287,14 +294,14 @@ class MLLMTrainer(Trainer):
     # --- checkpoints ---
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """The library's; what is frozen stays so, within LoRA's copies too."""
+        """Load as the library does; frozen parameters stay frozen, also in LoRA's copies."""
         frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for parameter in frozen:
             parameter.requires_grad_(False)
 
     def _issue_warnings_after_load(self, load_result) -> None:
-        """The library's, but for tied weights: a checkpoint holds them once."""
+        """Warn as the library does, except about tied weights, which a checkpoint has once."""
         tied = self.mllm.all_tied_weights_keys
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
@@ -317,7 +324,7 @@ class MLLMTrainer(Trainer):
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what LoRA's and other wrappers put into it."""
+    """Return a parameter's name without the parts of LoRA's and other wrappers."""
     for wrapper in ("module.", "base_model.model."):
         name = name.removeprefix(wrapper)
     return name.replace(".modules_to_save.default", "").replace(".base_layer", "")
@@ -334,9 +341,9 @@ class ExpectedTimeCallback(TrainerCallback):
 
 
 class SamplesCallback(TrainerCallback):
-    """Draws and answers the same prompts and questions at every evaluation and at the end, to `<output_dir>/samples/`.
+    """Draw prompts and answer questions at every evaluation and at the end, to `<output_dir>/samples/`.
 
-    Every process computes them (under ZeRO-3 they must), the first one writes.
+    Every process computes them, as ZeRO-3 requires; the first one writes.
 
     Args:
         prompts: what to draw.
@@ -367,7 +374,7 @@ class SamplesCallback(TrainerCallback):
 
     @torch.no_grad()
     def write(self, folder: Path, step: int) -> None:
-        """Writes `step-N.png` and `step-N.json`."""
+        """Write `step-N.png` and `step-N.json`."""
         trainer, model = self.trainer, self.trainer.mllm
         was_training = model.training
         model.eval()

@@ -1,8 +1,8 @@
 """The training loop of the visual tokenizer, on accelerate: one process, several, or several machines.
 
-A step is: for each accumulated batch, the tokenizer's forward and backward pass with every term of the loss, and, once
-the GAN has started, the discriminator's on the same images; then both optimizers, the schedules and the average of the
-weights, which is what is released.
+A step runs, for each accumulated batch, the tokenizer's forward and backward pass with every term of the loss, and,
+after the GAN's start, the discriminator's on the same images. Then come both optimizers, the schedules and the average
+of the weights, which is released.
 """
 
 import json
@@ -73,7 +73,7 @@ NOT_ON_CARD = (
 
 @dataclass
 class TokenizerTrainingArguments:
-    """The loop: how long, how fast, and what is written down."""
+    """Options of the training loop: its length, its rates, its outputs. The fields' help texts explain them."""
 
     output_dir: str = field(
         default="runs/tokenizer", metadata={"help": "for checkpoints, samples, trackers' files and the release"}
@@ -158,16 +158,16 @@ class TokenizerTrainingArguments:
             raise ValueError(f"report_to may name {' and '.join(TRACKERS)}, got {', '.join(sorted(unknown))}.")
 
     def ema_decay_after(self, steps: int) -> float:
-        """The decay of the average's next update, after so many."""
+        """Return the decay of the average's next update, after `steps` updates."""
         return min(self.ema_decay, (1 + steps) / (10 + steps)) if self.ema_warmup else self.ema_decay
 
 
 class ResumableBatches(Sampler):
     """The batches of one process from a position on, as lists of (epoch, index) pairs.
 
-    Each epoch is a permutation drawn from (seed, epoch) and cut into equal batches, dealt out to the processes in turn;
-    what does not fill one optimizer step of all processes is left out.  Any position is reached without loading what
-    lies before it.
+    Each epoch is a permutation by (seed, epoch), cut into equal batches, which go to the processes in turn. Samples
+    that do not fill an optimizer step of all processes are left out. Any position is reached without loading earlier
+    samples.
     """
 
     def __init__(self, per_epoch: int, length: int, batch_size: int, rank: int, world: int, seed: int, first: int):
@@ -186,7 +186,7 @@ class ResumableBatches(Sampler):
 
 
 class LossHistory:
-    """Named scalars of every step since the last log, kept on the device so that no step waits for it."""
+    """Named scalars of every step since the last log, kept on the device to avoid synchronisation."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -199,11 +199,11 @@ class LossHistory:
             self.steps[name].append(step)
 
     def means(self) -> dict[str, float]:
-        """The means over steps and processes; every process must call it.
+        """Compute the means over steps and processes; every process must call it.
 
         Raises:
-            FloatingPointError: a value was not finite, on any process; every process raises it, and it names the first
-                step that had any, and what was not finite in it.
+            FloatingPointError: a value was not finite, on any process. Every process raises it; the message names the
+                first such step, and its values that were not finite.
         """
         names = sorted(self.values)
         means = torch.stack([torch.stack(self.values[name]).mean() for name in names])
@@ -239,7 +239,7 @@ class LossHistory:
 
 @dataclass
 class TrainedNetwork:
-    """A network with all that trains it; `wrapped` is what accelerate made of `module`, for passes that train it."""
+    """A network, its optimizer and its schedule; `wrapped` is `module` prepared by accelerate, for training passes."""
 
     module: nn.Module
     wrapped: nn.Module
@@ -248,29 +248,31 @@ class TrainedNetwork:
 
 
 class TokenizerTrainer:
-    """Trains a `UniTokModel`.
+    """The trainer of a `UniTokModel`.
 
     Args:
         model: trained in place; its weights stay float32.
-        arguments, losses: see there.
-        train_dataset: gives dicts of `pixel_values` (3, H, W) in [-1, 1] and `input_ids` (T,). A map-style one is
-            looked up by (epoch, index), in an order drawn here; an `ImageTextStream` is begun again, in its next epoch,
-            where it ends.
-        image_processor, text_tokenizer: released with the model.
+        arguments: options of the loop.
+        losses: terms of the loss.
+        train_dataset: of dicts with `pixel_values` (3, H, W) in [-1, 1] and `input_ids` (T,). A map-style one is
+            accessed by (epoch, index), in an order chosen here. An `ImageTextStream` that ends is restarted in its
+            next epoch.
+        image_processor: released with the model.
+        text_tokenizer: released with the model.
         samples_per_epoch: of a stream, over all processes.
-        perceptual: distance of (reconstruction, pixels), where the perceptual term has a weight.
-        discriminator: where the GAN term has a weight.
+        perceptual: distance of (reconstruction, pixels), if the perceptual term has a weight.
+        discriminator: if the GAN term has a weight.
         eval_pixels: (N, 3, H, W) in [-1, 1], for the grids; None for none.
         eval_dataset: gives dicts of `pixel_values`, and is evaluated whole; an iterable one must give each process its
             own share, and end. Without it the `eval_pixels` are evaluated.
         run: what the model card says beside what is known here.
 
     Raises:
-        ValueError: a network is missing that a term needs, or there is one that none needs; a term would begin after the
-            last step; `samples_per_epoch` and the kind of dataset do not go together; a tracker is not installed; the
-            data does not fill one step; `output_dir` has checkpoints and `resume` is off; or the checkpoint is of
-            another global batch size or other options of the optimizers, or, of a stream, of another number of processes
-            or workers.
+        ValueError: a network is missing that a term needs, or there is one that none needs; a term would begin after
+            the last step; `samples_per_epoch` and the kind of dataset do not go together; a tracker is not installed;
+            the data does not fill one step; `output_dir` has checkpoints and `resume` is off; or the checkpoint is of
+            another global batch size or other options of the optimizers, or, of a stream, of another number of
+            processes or workers.
     """
 
     def __init__(
@@ -363,7 +365,7 @@ class TokenizerTrainer:
                 raise ValueError(f"{name}_start is {start}: of {self.total_steps} steps, none begins that late.")
 
     def _freeze_what_no_term_trains(self, model: UniTokModel) -> None:
-        """DistributedDataParallel waits for a gradient of every parameter that is not frozen."""
+        """Freeze parameters that no term trains: DistributedDataParallel waits for a gradient of all others."""
         if not self.losses.contrastive_weight:
             if model.text_model is not None:
                 model.text_model.requires_grad_(False)
@@ -383,7 +385,7 @@ class TokenizerTrainer:
         return TrainedNetwork(module, *self.accelerator.prepare(module, optimizer), schedule)
 
     def train(self) -> None:
-        """Trains to the end, and writes `<output_dir>/release`.
+        """Train to the end, and write `<output_dir>/release`.
 
         Raises:
             Interrupted: a signal came; the step at hand was finished and is in a checkpoint.
@@ -451,7 +453,7 @@ class TokenizerTrainer:
 
     @torch.no_grad()
     def _chunks(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """See `gather_chunks`; of these pixels (B, 3, H, W) of this process and those of the others."""
+        """Gather the chunks of pixels (B, 3, H, W) of all processes, see `gather_chunks`."""
         vision = self.tokenizer.module.vision_model
         with self.accelerator.autocast():
             features = vision.encode_features(pixel_values.to(self.accelerator.device))
@@ -479,11 +481,11 @@ class TokenizerTrainer:
         self.history.record(self.step, {"revived_codes": torch.tensor(revived, device=self.accelerator.device)})
 
     def _generator(self, purpose: str) -> torch.Generator:
-        """The same on every process and after a break."""
+        """Make a random generator that is the same on every process and after resuming."""
         return torch.Generator().manual_seed(sample_seed(self.arguments.seed, purpose, self.step))
 
     def _log_start(self) -> None:
-        """Says what is trained, on what, and for how long."""
+        """Log what is trained, on what, and for how long."""
         for name, network in (("tokenizer", self.tokenizer), ("discriminator", self.discriminator)):
             if network is not None:
                 rate = network.optimizer.param_groups[0]["initial_lr"]
@@ -497,7 +499,7 @@ class TokenizerTrainer:
         )
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """From the current step on, without end."""
+        """Iterate over batches from the current step on, without end."""
         arguments, accelerator = self.arguments, self.accelerator
         dataset = self.train_dataset
         stream = dataset if isinstance(dataset, ImageTextStream) else None
@@ -536,7 +538,7 @@ class TokenizerTrainer:
             was_resumed = False
 
     def _train_on(self, batch: dict[str, torch.Tensor], weights: dict[str, float]) -> None:
-        """Forward and backward pass on one batch, and, on the last one of a step, the optimizers' updates."""
+        """Run the forward and backward pass of one batch, and the optimizers' updates on the last one of a step."""
         accelerator, losses, pixels = self.accelerator, self.losses, batch["pixel_values"]
         tokenizer, judge = self.tokenizer, self.discriminator
         progress = self.step / self.total_steps
@@ -579,7 +581,7 @@ class TokenizerTrainer:
         self.history.record(self.step, values)
 
     def _update(self, network: TrainedNetwork) -> torch.Tensor:
-        """Clips and applies the gradients of a step; their norm before that."""
+        """Clip and apply the gradients of a step. Returns their norm before clipping."""
         norm = self.accelerator.clip_grad_norm_(network.module.parameters(), self.arguments.max_grad_norm)
         network.optimizer.step()
         network.optimizer.zero_grad()
@@ -601,15 +603,15 @@ class TokenizerTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """What the averaged weights make of the evaluation set; every process must call it.
+        """Evaluate the averaged weights on the evaluation set; every process must call it.
 
         Returns:
-            Means over all its images, whatever the batch size and the number of processes: `eval_psnr` (dB) and
-            `eval_l1`; and `eval_codebook_usage`, the percentage of all codes that any of its images is encoded with.
-            Empty where there is no evaluation set.
+            Means over all its images, for any batch size and number of processes: `eval_psnr` (dB) and `eval_l1`; and
+            `eval_codebook_usage`, the percentage of all codes that any of its images is encoded with. Empty without an
+            evaluation set.
 
         Raises:
-            ValueError: there are no images in it.
+            ValueError: the evaluation set has no images.
         """
         if self.eval_dataset is None and self.eval_pixels is None:
             return {}
@@ -635,7 +637,7 @@ class TokenizerTrainer:
         }
 
     def _eval_batches(self) -> Iterator[torch.Tensor]:
-        """The pixels (B, 3, H, W) of this process's share of the evaluation set."""
+        """Iterate over the pixels (B, 3, H, W) of this process's share of the evaluation set."""
         arguments, accelerator = self.arguments, self.accelerator
         dataset = TensorDataset(self.eval_pixels) if self.eval_dataset is None else self.eval_dataset
         if not isinstance(dataset, IterableDataset):
@@ -650,14 +652,14 @@ class TokenizerTrainer:
             yield batch[0] if self.eval_dataset is None else batch["pixel_values"]
 
     def _reconstruct(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reconstructions (B, 3, H, W) by the averaged weights, float32 in [-1, 1], and codes (B, K, L)."""
+        """Compute reconstructions (B, 3, H, W) by the averaged weights, float32 in [-1, 1], and codes (B, K, L)."""
         with self.accelerator.autocast():
             output = self.ema.module(pixels)
         return output.reconstruction.float().clamp(-1, 1), output.codes
 
     @torch.no_grad()
     def _save_grid(self) -> None:
-        """Originals over reconstructions by the averaged weights, as PNG and to the trackers."""
+        """Save originals above reconstructions by the averaged weights, as PNG and to the trackers."""
         if self.eval_pixels is None or not self.accelerator.is_main_process:
             return
         pixels = self.eval_pixels.to(self.accelerator.device)
@@ -734,7 +736,7 @@ class TokenizerTrainer:
 
     @property
     def _lanes(self) -> int:
-        """Of a stream, in each process."""
+        """Number of lanes of a stream in each process."""
         return max(1, self.arguments.dataloader_num_workers)
 
     def _load_stream(self, folder: Path, state: dict) -> None:
@@ -781,7 +783,7 @@ class TokenizerTrainer:
 def adamw(
     model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float, eps: float
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters that are not frozen, without decay for those of fewer than two dims."""
+    """Build AdamW over the parameters that are not frozen, without decay for those of fewer than two dims."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -791,26 +793,26 @@ def adamw(
 
 
 def optimizer_options(optimizer: torch.optim.Optimizer) -> list[dict]:
-    """Those of each group that come from the arguments (and from a checkpoint, when one is loaded)."""
+    """Return the options of each group that come from the arguments, or from a loaded checkpoint."""
     names = ("initial_lr", "betas", "eps", "weight_decay")
     return [{name: group[name] for name in names} for group in optimizer.param_groups]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, learning_rate: float) -> None:
-    """Moves a parameter into a group of its own, with this rate and without weight decay."""
+    """Move a parameter into its own group, with this learning rate and without weight decay."""
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p is not parameter]
     optimizer.add_param_group({"params": [parameter], "lr": learning_rate, "weight_decay": 0.0})
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of torch's random numbers in this process (nothing here draws others)."""
+    """Return the state of torch's random numbers in this process (no others are used here)."""
     state = {"cpu": torch.get_rng_state()}
     return state if device.type == "cpu" else state | {"device": torch.get_device_module(device).get_rng_state(device)}
 
 
 def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Undoes what was drawn since `random_state`."""
+    """Restore a state of `random_state`."""
     torch.set_rng_state(state["cpu"])
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(state["device"], device)

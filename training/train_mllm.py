@@ -96,7 +96,7 @@ IMAGE_TOKENS = (
 
 @dataclass
 class MLLMArguments:
-    """What the MLLM's training needs beyond the Trainer's own arguments."""
+    """Options of the MLLM's training besides the Trainer's. The fields' help texts explain them."""
 
     model: str = field(
         default="", metadata={"help": "folder or hub name of an MLLM to go on from; or the parts below"}
@@ -199,7 +199,7 @@ class MLLMArguments:
             raise ValueError(f"boi_token {self.boi_token!r} and eoi_token {self.eoi_token!r} go together.")
 
     def _check_keys(self) -> None:
-        """Refuses nested names that nothing would read."""
+        """Refuse unknown nested names."""
         check_metadata(self.card)
         names = [option.name for option in fields(LoraConfig)]
         check_keys("lora", self.lora or {}, names)
@@ -226,7 +226,7 @@ class MLLMArguments:
 
 @contextmanager
 def whole_weights(training_arguments: TrainingArguments) -> Iterator[None]:
-    """Models loaded inside are not sharded, even under ZeRO-3."""
+    """Load models in the block without sharding, even under ZeRO-3."""
     unset_hf_deepspeed_config()
     try:
         yield
@@ -236,7 +236,7 @@ def whole_weights(training_arguments: TrainingArguments) -> Iterator[None]:
 
 
 def choose_image_tokens(arguments: MLLMArguments, text_tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The tokens that open and close an image: those named, or a pair that is known; added where that is allowed.
+    """Choose the tokens that open and close an image: those named, or a known pair, added if that is allowed.
 
     Raises:
         ValueError: the text tokenizer lacks them.
@@ -297,7 +297,7 @@ def build_language_model(arguments: MLLMArguments) -> PreTrainedModel:
 def build_model(
     arguments: MLLMArguments, training_arguments: TrainingArguments
 ) -> tuple[UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor]:
-    """The model to start from, its tokenizer whole and set aside, and its processor.
+    """Build the initial model, with its tokenizer unsharded and set aside, and its processor.
 
     Raises:
         ValueError: see `check_source`.
@@ -342,9 +342,10 @@ def build_model(
 
 
 def check_numbers(training_arguments: TrainingArguments) -> None:
-    """
+    """Check numbers that the Trainer does not check.
+
     Raises:
-        ValueError: a number of the Trainer's that is none, or negative; it would take it, and train nothing or nonsense.
+        ValueError: a number is NaN, infinite or negative.
     """
     check_ranges(training_arguments, **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), WEIGHT))
     if training_arguments.max_steps < 1 and training_arguments.max_steps != -1:  # its own "not given"
@@ -352,10 +353,10 @@ def check_numbers(training_arguments: TrainingArguments) -> None:
 
 
 def checked(source: Source, vision: UniTokVisionConfig) -> Source:
-    """The source, unless its codes cannot be the tokenizer's.
+    """Check that a source's codes fit the tokenizer, and return the source.
 
     Raises:
-        ValueError: they are of another geometry.
+        ValueError: they have another geometry.
     """
     if isinstance(source.store, CodeStore):
         names = "num_codebooks", "codebook_size", "num_positions"
@@ -369,10 +370,10 @@ def checked(source: Source, vision: UniTokVisionConfig) -> Source:
 
 
 def freeze_all_but(model: torch.nn.Module, trainable: list[str]) -> None:
-    """Leaves only the parameters under these prefixes trainable.
+    """Freeze all parameters except those under these prefixes.
 
     Raises:
-        ValueError: a prefix fits no parameter.
+        ValueError: a prefix matches no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
     for prefix in trainable:
@@ -383,7 +384,7 @@ def freeze_all_but(model: torch.nn.Module, trainable: list[str]) -> None:
 
 
 def whole_modules(model: torch.nn.Module, prefixes: list[str]) -> list[str]:
-    """The fewest modules that peft can copy, save and train, with all parameters under the prefixes in them."""
+    """List the smallest modules that peft can copy, save and train and that have all parameters under the prefixes."""
     names: set[str] = set()
     for prefix in prefixes:
         modules = dict(model.named_modules())
@@ -398,7 +399,7 @@ def whole_modules(model: torch.nn.Module, prefixes: list[str]) -> list[str]:
 def save_dequantized(
     model: UniTokMLLMForConditionalGeneration, processor: UniTokMLLMProcessor, folder: str | os.PathLike
 ) -> None:
-    """Saves the MLLM that `model` was loaded from, with the weights that its 4 bits stand for."""
+    """Save the MLLM that `model` was loaded from, with the dequantized weights of its 4 bits."""
     whole = UniTokMLLMForConditionalGeneration.from_pretrained(model.config._name_or_path)
     for name, module in model.language_model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -413,13 +414,13 @@ def add_lora(
     arguments: MLLMArguments,
     training_arguments: TrainingArguments,
 ) -> PeftModel:
-    """LoRA on every linear layer of the LLM but its output; the other trainable parts are trained and saved whole.
+    """Add LoRA to every linear layer of the LLM except its output. Other trainable parts are trained and saved whole.
 
-    The adapter names the folder of its base; one that was joined from parts, or that 4 bits changed, is saved to
-    `<output_dir>/base` for it.
+    The adapter names the folder of its base. A base that was joined from parts, or changed by 4 bits, is saved to
+    `<output_dir>/base`.
 
     Raises:
-        ValueError: ZeRO-3 has sharded what the base is made of; or `trainable` has layers that LoRA trains, or tied
+        ValueError: ZeRO-3 has sharded the parts of the base, or `trainable` has layers that LoRA trains, or tied
             embeddings.
     """
     output = model.get_output_embeddings()
@@ -455,7 +456,7 @@ def add_lora(
 
 
 def log_trained_parts(trainer: MLLMTrainer) -> None:
-    """Says what is trained, with how many parameters and at which rate, and for how long."""
+    """Log the trained parts, their parameters and learning rates, and the length of the training."""
     groups: dict[tuple[str, float], int] = {}
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
@@ -475,7 +476,7 @@ def log_trained_parts(trainer: MLLMTrainer) -> None:
 
 
 def training_run(trainer: MLLMTrainer, arguments: MLLMArguments, first_step: int, seconds: float) -> TrainingRun:
-    """What the model card says of a training that is done."""
+    """Collect the facts of a finished training for the model card."""
     args, state = trainer.args, trainer.state
     last_step = state.best_global_step if args.load_best_model_at_end else state.global_step
     history = [line for line in state.log_history if line["step"] <= last_step]
@@ -500,7 +501,7 @@ def training_run(trainer: MLLMTrainer, arguments: MLLMArguments, first_step: int
 def save_results(
     trainer: MLLMTrainer, processor: UniTokMLLMProcessor, arguments: MLLMArguments, run: TrainingRun
 ) -> None:
-    """`<output_dir>/release`, and with LoRA `<output_dir>/adapter`; every process must come here."""
+    """Save `<output_dir>/release`, and with LoRA `<output_dir>/adapter`; every process must call it."""
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what ZeRO-3 has sharded
     if not trainer.is_world_process_zero():
         return

@@ -51,7 +51,7 @@ GRID_IMAGES = 16
 
 @dataclass
 class TokenizerArguments:
-    """What is trained, on what."""
+    """The tokenizer to train, and its data. The fields' help texts explain them."""
 
     preset: str = field(
         default="tiny",
@@ -103,18 +103,18 @@ class TokenizerArguments:
 
 
 def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionReport:
-    """Copies both towers of an open_clip ViTamin-CLIP into a tokenizer.
+    """Copy both towers of an open_clip ViTamin-CLIP into a tokenizer.
 
-    CLIP's final norm and projection become those of the image embedding; the quantizer, its projections, the encoder's
-    last norm and the decoder, which CLIP lacks, stay as they are.  CLIP's position embedding has no place: UniTok's
-    encoder has none.  (Its GELU is also the tanh form in the transformer blocks, where open_clip's is exact.)
+    CLIP's final norm and projection become those of the image embedding. The quantizer, its projections, the encoder's
+    last norm and the decoder, which CLIP does not have, are not changed. CLIP's position embedding is left out:
+    UniTok's encoder has none. (Its GELU is also the tanh form in the transformer blocks, where open_clip's is exact.)
 
     Args:
         name: such as "ViTamin-L-256".
         weights: a file, or one of open_clip's tags for this model.
 
     Returns:
-        How many of its tensors were used, and which were left out.
+        The number of tensors used, and the names of those left out.
 
     Raises:
         ValueError: a tensor has no counterpart, or another shape.
@@ -145,12 +145,12 @@ def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionRep
 
 
 def build_model(arguments: TokenizerArguments, text_tokenizer: PreTrainedTokenizerBase) -> UniTokModel:
-    """A tokenizer from a folder, or a fresh one, with the towers of an open_clip model where asked for.
+    """Build a tokenizer: from a folder, or a new one, optionally with the towers of an open_clip model.
 
-    A fresh text tower has an embedding for each token of the text tokenizer; open_clip's keeps its own.
+    A new text tower has an embedding for each token of the text tokenizer; open_clip's keeps its own.
 
     Raises:
-        ValueError: a folder and what it would replace.
+        ValueError: a folder is given together with options that it would override.
     """
     overrides = arguments.vision_overrides | arguments.text_overrides
     if arguments.init_from and (arguments.init_open_clip or overrides):
@@ -170,10 +170,10 @@ def build_model(arguments: TokenizerArguments, text_tokenizer: PreTrainedTokeniz
 
 
 def check_text_tokenizer(text_tokenizer: PreTrainedTokenizerBase, config: UniTokConfig) -> None:
-    """The text tower finds a text's end, and its embeddings, by the tokenizer's ids.
+    """Check that a text tokenizer fits the text tower, which finds embeddings and a text's end by its ids.
 
     Raises:
-        ValueError: there is no text tower, they differ, or the tower has too few embeddings.
+        ValueError: there is no text tower, the end tokens differ, or the tower has too few embeddings.
     """
     text = config.text_config
     if text is None:
@@ -193,10 +193,10 @@ def build_datasets(
     seed: int,
     max_broken_share: float = 0.01,
 ) -> tuple[Dataset, int | None]:
-    """All sources as one dataset, and the samples of an epoch where it is a stream.
+    """Build one data set of all sources, and the samples of an epoch for a stream.
 
     Raises:
-        ValueError: no source, or streams beside others.
+        ValueError: no source, or a stream beside other sources.
     """
     is_stream = any(source.get("kind") == "webdataset" for source in sources)
     transform = ImageTextTransform(image_processor, text_tokenizer, max_text_length)
@@ -205,7 +205,7 @@ def build_datasets(
 
 
 def build_networks(losses: LossArguments, image_size: int) -> dict[str, torch.nn.Module]:
-    """The networks that the terms with a weight need, as arguments of `TokenizerTrainer`."""
+    """Build the networks for the terms with a weight, as arguments of `TokenizerTrainer`."""
     networks = {}
     if losses.perceptual_weight:
         networks["perceptual"] = perceptual_distance(
@@ -224,7 +224,7 @@ def build_networks(losses: LossArguments, image_size: int) -> dict[str, torch.nn
 
 
 def first_images(dataset: Dataset, count: int) -> torch.Tensor:
-    """(count, 3, H, W) in [-1, 1], or fewer where there are fewer."""
+    """Load the first `count` images, or fewer if there are fewer: (count, 3, H, W) in [-1, 1]."""
     indices = range(min(count, len(dataset))) if not isinstance(dataset, IterableDataset) else None
     samples = islice(dataset, count) if indices is None else (dataset[i] for i in indices)
     return torch.stack([sample["pixel_values"] for sample in samples])

@@ -1,4 +1,4 @@
-"""What of the Trainer's many options this training would not do as they say: refused before anything is loaded."""
+"""Options of the Trainer that this training does not honour: they are refused before anything is loaded."""
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -45,12 +45,14 @@ METRICS = ("loss", "text_loss", "image_loss")
 
 
 def check_trainer_options(options: TrainingArguments, evaluates: bool) -> None:
-    """
+    """Refuse options of the Trainer that would have no effect.
+
     Args:
-        evaluates: whether there is anything to evaluate on.
+        options: the Trainer's.
+        evaluates: whether there are evaluation data.
 
     Raises:
-        ValueError: an option, or what options say together, would not be done.
+        ValueError: an option, or a combination of options, would not be honoured.
     """
     for name, (taken, reason) in REFUSED.items():
         if (value := getattr(options, name)) != taken:
