@@ -53,8 +53,10 @@ app = script_app(help=__doc__)
 
 @app.command()
 def main(
-    share: Annotated[float, typer.Option(help="Only this share, in this process; 0: all of them.")] = 0.0,
-    runs: Annotated[int, typer.Option(help="Steps to take the median of.")] = 3,
+    share: Annotated[
+        float, typer.Option(min=0, max=1, help="Only this share, in this process; 0: all of them.")
+    ] = 0.0,
+    runs: Annotated[int, typer.Option(min=1, help="Steps to take the median of.")] = 3,
 ) -> None:
     """Print one JSON line for each share."""
     if share:

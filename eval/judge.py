@@ -175,6 +175,10 @@ class JudgeArguments:
     epochs: int = field(default=EPOCHS, metadata={"help": "passes over the 4000 train images"})
     seed: int = field(default=0, metadata={"help": "of initialisation, order and augmentation"})
 
+    def __post_init__(self):
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:

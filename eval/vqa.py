@@ -29,6 +29,7 @@ from tenacity import RetryError
 from eval._common import check_model_folder, folder_digest, parse_settings, versions, write_atomically
 from eval.protocol import number
 from training.errors import one_line_errors
+from training.release import FLOAT_TYPES
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 
 
@@ -81,6 +82,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.dtype not in ("auto", *FLOAT_TYPES):
+            raise ValueError(f"dtype is one of auto, {', '.join(FLOAT_TYPES)}, got {self.dtype!r}")
         known = task_manager().all_tasks
         for name in self.task_names:
             if name not in known:

@@ -179,10 +179,10 @@ def class_folders(folder: str, templates: str) -> Benchmark:
         ValueError: no folder or no images, an image outside of the classes' folders, a class without images, fewer
             than two classes, two folders of one name, or synsets that are not ImageNet's 1000.
     """
-    import open_clip  # takes seconds, which `--help` should not
-
     if not Path(folder).is_dir():
         raise ValueError(f"there is no image folder {folder}")
+    import open_clip  # takes seconds, which neither `--help` nor a mistake should
+
     images = FolderImages(folder)
     if images.labels is None:
         stray = next(name for name in images.names if "/" not in name)

@@ -332,6 +332,64 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
         assert "--outputt" in said
 
 
+@pytest.mark.parametrize(
+    "script, words, said",
+    [
+        ("training.merge_lora", "none out", "none holds no adapter (adapter_config.json)"),
+        ("training.extend_vocabulary", "data/none out --captions no.jsonl", "MODEL: there is no folder data/none"),
+        ("training.extract_codes", "no.jsonl out --visual-model none", "There is no model in none"),
+        ("training.extract_codes", f"no.jsonl out --visual_model {TINY}", "There is no data file no.jsonl"),
+        (
+            "training.extract_codes",
+            f"no.jsonl out --visual-model {TINY} --batch_size 0",
+            "'--batch-size': Input should",
+        ),
+        (
+            "training.extract_codes",
+            f"no.jsonl out --visual-model {TINY} --device gpu",
+            "there is no device 'gpu' here",
+        ),
+        ("training.model_card", "none", "there is no model folder none (a folder with a config.json)"),
+        ("training.prepare_data", "easyvqa out", "the datasets are easy-vqa and emoji, not 'easyvqa'"),
+        ("training.text_tokenizer", "out --captions no.jsonl", "There is no data file no.jsonl"),
+        ("training.text_tokenizer", "out --vocab_size 3", "--vocab-size 3 is less than"),
+        (
+            "training.plan",
+            "tokenizer --preset huge --samples 9 --gpus 1",
+            "Unknown preset 'huge'; known: large, base,",
+        ),
+        ("training.plan", "mllm --llm none --samples 9 --gpus 1", "Unknown LLM 'none': no folder with a config.json"),
+        ("eval.report", "no.json", "there is no result file no.json"),
+        ("eval.judge", "--epochs 0", "epochs must be at least 1, got 0"),
+        ("eval.llm_families", "lama", "the library's list of causal LMs has no 'lama': did you mean 'llama'?"),
+        ("eval.image_loss_share", "--runs 0", "'--runs': Input should be greater than or equal to 1"),
+        ("eval.image_loss_share", "--share 2", "'--share': Input should be less than or equal to 1"),
+        ("eval.vqa_score", "no.json x", "there is no file no.json"),
+        (
+            "eval.easy_vqa",
+            f"--model {TINY} --skip vqa;edit",
+            "cannot skip vqa;edit; the parts are reconstruction, vqa,",
+        ),
+        ("eval.easy_vqa", f"--model {TINY} --temperature 0", "temperature must be above 0"),
+        ("eval.vqa", f"--model {TINY} --dtype fp32", "dtype is one of auto, float32, "),
+        ("eval.speed", "--batches 1,2", "argument --batches: invalid int value: '1,2'"),
+        ("eval.text_to_image", f"--model {TINY} --prompts no.txt --output out", "no.txt"),
+        ("eval.zero_shot", f"--model {TINY} --images none", "there is no image folder none"),
+        ("eval.reconstruction", f"--model {TINY} --images none --skip rfid,lpips", "there is no folder none"),
+        ("eval.reconstruction", f"--model {TINY} --images none --max_broken_share 2", "max_broken_share (2.0) is not"),
+    ],
+)
+def test_what_is_missing_or_wrong_ends_any_script_in_one_line(script, words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    if script == "eval.vqa_score":
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module(script).main(words.split())
+        assert end.value.code == 2 and capsys.readouterr().err == f"error: {said}\n"
+    else:
+        assert said in line_of(capsys, main_of(script), words.split())
+
+
 EVALUATIONS = ("easy_vqa", "emoji", "reconstruction", "speed", "text_to_image", "vqa", "zero_shot", "judge", "claims")
 
 
