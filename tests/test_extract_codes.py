@@ -167,6 +167,14 @@ def test_data_without_images_is_refused(folder):
         image_keys(f"{folder}/missing.jsonl")
 
 
+def test_images_that_are_named_by_no_text_are_skipped(folder, caplog):
+    images = [NAMES[0], 3, {"path": NAMES[1]}, [NAMES[2], None, 4.5], [[NAMES[3]]], None, NAMES[4]]
+    (folder / "odd.json").write_text(json.dumps([{"image": image} for image in images]), encoding="utf-8")
+    keys, _ = image_keys(f"{folder}/odd.json")
+    assert keys == [NAMES[0], NAMES[2], NAMES[4]]
+    assert "skipping 5 images that are named by no text, such as 3" in caplog.text
+
+
 @pytest.mark.parametrize("format", ["parquet", "webdataset"])
 def test_processes_share_the_work_and_a_broken_off_run_is_gone_on_with(folder, extract, format):
     options = "--variants", "2", "--mirror", "--format", format

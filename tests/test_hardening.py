@@ -975,6 +975,16 @@ def test_numbers_that_train_nothing_are_refused_before_anything_is_loaded(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("main", [train_mllm.main, train_tokenizer.main], ids=lambda main: main.__module__)
+def test_a_training_on_nothing_is_refused_before_anything_is_loaded(tmp_path, main, monkeypatch):
+    config = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": [], "datasets": []}
+    config |= {"model": "."} if main is train_mllm.main else {"text_tokenizer": "."}
+    (tmp_path / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr(f"{main.__module__}.build_model", None)
+    with pytest.raises(ValueError, match="There is nothing to train on: `datasets` is empty"):
+        main([str(tmp_path / "config.yaml")])
+
+
 def test_a_truncated_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, caplog):
     for step in (2, 4):
         folder = tmp_path / f"checkpoint-{step}"

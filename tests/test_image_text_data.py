@@ -286,6 +286,17 @@ def test_rows_without_an_image_or_a_caption_are_broken(folder, build):
     assert numbers(dataset) == [1, 1, 1] and dataset.broken.broken == 3
 
 
+@pytest.mark.parametrize(
+    "change", [{"image": 3}, {"image": ["images/2.png"]}, {"image": {"path": "a"}}, {"caption": 3}, {"caption": ["a"]}]
+)
+def test_rows_that_are_no_texts_are_broken(folder, build, change):
+    rows = [{"image": "images/1.png", "caption": "red"}, {"image": "images/2.png", "caption": "blue"} | change]
+    (folder / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    dataset = build(max_broken_share=1, path=f"{folder}/train.json")
+    assert numbers(dataset) == [1, 1] and dataset.broken.broken == 1
+    assert "image and caption are texts, got" in dataset.broken.last[0]
+
+
 def test_too_many_broken_samples_stop_the_run(folder, build):
     (folder / "images/2.png").write_bytes(b"no picture")
     dataset = build(repeat=20)  # judged after 100 looks: 9 go over the 8 files, the broken one and the next twice

@@ -36,6 +36,15 @@ def check_arguments(arguments: Any, **ranges: tuple[float, float]) -> None:
     check_ranges(arguments, **ranges)
 
 
+def check_datasets(datasets: list[dict]) -> None:
+    """
+    Raises:
+        ValueError: there are none.
+    """
+    if not datasets:
+        raise ValueError("There is nothing to train on: `datasets` is empty.")
+
+
 def check_source(option: str, name: str | os.PathLike) -> None:
     """Finds out in seconds whether there is a folder, or a model on the hub or in its cache; "" passes.
 

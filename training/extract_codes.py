@@ -9,6 +9,7 @@ off, with the shards that are missing, in any number of processes.  `training.co
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable
@@ -33,6 +34,9 @@ from unitok_mllm import UniTokModel
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, MODES, UniTokImageProcessor
 from unitok_mllm.packing_unitok import pack_linears
+
+
+logger = logging.getLogger(__name__)
 
 
 class Format(StrEnum):
@@ -66,8 +70,12 @@ def image_keys(data: str, image_folder: str = "") -> tuple[list[str], ImageStore
         if isinstance(rows, datasets.Dataset):
             rows = rows.select_columns([name for name in rows.column_names if name == "image"])
         store = ImageStore(image_folder or str(Path(data).parent))
-        named = (row.get("image") or [] for row in rows)
-        keys = list(dict.fromkeys(key for names in named for key in ([names] if isinstance(names, str) else names)))
+        named = (row.get("image") for row in rows)
+        lists = (names if isinstance(names, list) else [names] for names in named if names)
+        names = [name for one in lists for name in one]
+        keys = list(dict.fromkeys(name for name in names if isinstance(name, str)))
+        if others := [name for name in names if not isinstance(name, str)]:
+            logger.warning("skipping %d images that are named by no text, such as %.80r", len(others), others[0])
         store.check_names(keys)
     if not keys:
         raise ValueError(f"{data} names no image.")

@@ -210,7 +210,10 @@ class ImageFiles:
         row = self.rows[index]
         if not row.get("image"):
             raise ValueError("no image")
-        return load_image(self.path.parent / row["image"]), row.get("caption")
+        image, caption = row["image"], row.get("caption")
+        if not isinstance(image, str) or not isinstance(caption, str | None):
+            raise ValueError(f"image and caption are texts, got {image!r:.80} and {caption!r:.80}")
+        return load_image(self.path.parent / image), caption
 
 
 class DatasetImages:

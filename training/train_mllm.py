@@ -37,7 +37,7 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from training.arguments import check_source, parse_yaml_and_command_line
+from training.arguments import check_datasets, check_source, parse_yaml_and_command_line
 from training.checkpoints import check_files, newest_checkpoint
 from training.codes import CodeStore
 from training.data import MLLMCollator, MLLMDataset, SampleTexts, Source
@@ -297,13 +297,7 @@ def build_language_model(arguments: MLLMArguments) -> PreTrainedModel:
 def build_model(
     arguments: MLLMArguments, training_arguments: TrainingArguments
 ) -> tuple[UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor]:
-    """Build the initial model, with its tokenizer unsharded and set aside, and its processor.
-
-    Raises:
-        ValueError: see `check_source`.
-    """
-    for name in ("model", "visual_model", "llm", "text_tokenizer"):
-        check_source(name, getattr(arguments, name))
+    """Build the initial model, with its tokenizer unsharded and set aside, and its processor."""
     with whole_weights(training_arguments):
         visual = UniTokModel.from_pretrained(arguments.visual_model or arguments.model).eval()
         if arguments.model:  # what the folder's own tokenizer is loaded into, or ZeRO-3 would shard it; then dropped
@@ -540,6 +534,9 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(training_arguments.output_dir)
     check_numbers(training_arguments)
     claim_folder(output_dir, training_arguments.process_index == 0)
+    for name in ("model", "visual_model", "llm", "text_tokenizer"):
+        check_source(name, getattr(arguments, name))
+    check_datasets(arguments.datasets)
     model, processor = build_model(arguments, training_arguments)
     vision = model.config.visual_config.vision_config
     texts = SampleTexts(processor, arguments.max_length)
