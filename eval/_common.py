@@ -1,8 +1,6 @@
 """What the measurements share."""
 
-import hashlib
 import io
-import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,15 +19,6 @@ from training.arguments import Parser
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.devices import AUTO, find_device
 from unitok_mllm.drawing_unitok import IMAGE_GENERATION, UniTokDrawingOptions, image_generation
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Writes a file, and the folders above it, so that an interruption leaves the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def picture_bytes(image: Image.Image, format: str) -> bytes:
@@ -51,15 +40,6 @@ def parse_settings(settings_class: type[Settings], argv: list[str] | None = None
     """The command line as an instance of a dataclass, see `Parser.parse`."""
     (settings,) = Parser(settings_class).parse(argv)
     return settings
-
-
-def check_model_folder(folder: str) -> None:
-    """
-    Raises:
-        ValueError: the folder is no model.
-    """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"there is no model folder {folder} (a folder with a config.json)")
 
 
 DRAWING = {"guidance": "guidance_scale", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
@@ -103,18 +83,6 @@ class DrawingSettings:
     def sampling(self) -> str:
         """How images are drawn, for the protocol."""
         return ", ".join(f"{option.replace('_', '-')} {getattr(self, option):g}" for option in DRAWING)
-
-
-def folder_digest(folder: str) -> str:
-    """SHA-256 over the weights, configurations and templates in a model's folder."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".safetensors", ".json", ".jinja"):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-    return digest.hexdigest()
 
 
 def load_model(folder: str, device: str = AUTO) -> tuple[UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor]:

@@ -51,13 +51,13 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from eval._common import versions, write_atomically
+from eval._common import versions
 from eval.easy_vqa import PAIRS
 from training import train_tokenizer
 from training.arguments import parse_yaml_and_command_line
 from training.errors import one_line_errors
 from training.extract_codes import file_digest
-from training.files import whole_checkpoints
+from training.files import whole_checkpoints, write_atomically
 from training.image_text_data import ImageFiles, ImageTextTransform
 from training.losses import RECONSTRUCTION_TERMS, LossArguments, psnr
 from training.tokenizer_trainer import HISTORY, STATE, TokenizerTrainingArguments

@@ -25,17 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.image_utils import PILImageResampling
 
-from eval._common import (
-    DrawingSettings,
-    check_model_folder,
-    folder_digest,
-    in_batches,
-    load_model,
-    parse_settings,
-    png_bytes,
-    versions,
-    write_atomically,
-)
+from eval._common import DrawingSettings, in_batches, load_model, parse_settings, png_bytes, versions
 from eval.judge import (
     IMAGE_SIZE,
     UNKNOWN,
@@ -50,6 +40,7 @@ from eval.judge import (
 from eval.protocol import number
 from training.easy_vqa import COLORS, KINDS, SHAPES, load, question_kind
 from training.errors import one_line_errors
+from training.files import check_model_folder, folder_digest, write_atomically
 from training.losses import psnr
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor, inference
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device

@@ -21,22 +21,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from eval._common import (
-    DrawingSettings,
-    check_model_folder,
-    folder_digest,
-    in_batches,
-    load_model,
-    parse_settings,
-    png_bytes,
-    versions,
-    write_atomically,
-)
+from eval._common import DrawingSettings, in_batches, load_model, parse_settings, png_bytes, versions
 from eval.easy_vqa import answer_questions, draw, normalize_answer
 from eval.images import stamp
 from eval.protocol import number
 from training.emoji import QUESTION, STYLES, TABLE, Emoji, read_table
 from training.errors import one_line_errors
+from training.files import check_model_folder, folder_digest, write_atomically
 from training.losses import psnr
 from unitok_mllm import UniTokMLLMProcessor
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device

@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from eval._common import parse_settings, write_atomically
+from eval._common import parse_settings
 from training.easy_vqa import COLORS, SHAPES, Sample, load
 from training.errors import one_line_errors
+from training.files import write_atomically
 
 
 IMAGE_SIZE = 64

@@ -42,15 +42,7 @@ from torchvision.models import VGG16_Weights
 from torchvision.transforms.functional import center_crop, pil_to_tensor
 from tqdm import tqdm
 
-from eval._common import (
-    check_model_folder,
-    folder_digest,
-    parse_settings,
-    png_bytes,
-    versions,
-    weights_needed,
-    write_atomically,
-)
+from eval._common import parse_settings, png_bytes, versions, weights_needed
 from eval.fid import load_inception
 from eval.images import (
     EvalImages,
@@ -64,7 +56,7 @@ from eval.images import (
 )
 from eval.protocol import number
 from training.errors import one_line_errors
-from training.files import check_broken_share
+from training.files import check_broken_share, check_model_folder, folder_digest, write_atomically
 from training.losses import psnr
 from training.perceptual import VGGDistance
 from unitok_mllm import UniTokImageProcessorPil, UniTokModel

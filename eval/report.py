@@ -24,9 +24,10 @@ from typing import Annotated, Any
 import typer
 from jinja2 import Environment
 
-from eval._common import versions, write_atomically
+from eval._common import versions
 from eval.protocol import Published, differences, read_published
 from training.errors import one_line_errors, script_app
+from training.files import write_atomically
 
 
 ABOUT = ("settings", "versions", "prompt", "prompts", "measured", "configs", "config", "runs")  # shown folded

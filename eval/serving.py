@@ -24,8 +24,9 @@ import httpx
 import torch
 from tqdm import tqdm
 
-from eval._common import versions, write_atomically
+from eval._common import versions
 from training.errors import CommandLine, one_line_errors
+from training.files import write_atomically
 from unitok_mllm.cli import SHIPPED_MODEL
 from unitok_mllm.inference import load
 

@@ -68,8 +68,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaConfig, PreTrainedModel
 
 from eval import naive
-from eval._common import check_model_folder, parse_settings, versions, write_atomically
+from eval._common import parse_settings, versions
 from training.errors import one_line_errors
+from training.files import check_model_folder, write_atomically
 from training.losses import LossArguments, psnr, tokenizer_losses
 from unitok_mllm import (
     UniTokConfig,

@@ -38,23 +38,14 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
-from eval._common import (
-    DrawingSettings,
-    check_model_folder,
-    folder_digest,
-    load_model,
-    parse_settings,
-    picture_bytes,
-    png_bytes,
-    versions,
-    write_atomically,
-)
+from eval._common import DrawingSettings, load_model, parse_settings, picture_bytes, png_bytes, versions
 from eval.clip_score import clip_scores, load_clip
 from eval.fid import TOOLS, PictureFiles, fid, load_inception, reference_pictures
 from eval.images import stamp
 from eval.prompts import FORMATS, Prompt, read_prompts
 from eval.protocol import number
 from training.errors import one_line_errors
+from training.files import check_model_folder, folder_digest, write_atomically
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, load_image

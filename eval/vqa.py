@@ -26,9 +26,10 @@ from accelerate import PartialState
 from PIL import ImageFile
 from tenacity import RetryError
 
-from eval._common import check_model_folder, folder_digest, parse_settings, versions, write_atomically
+from eval._common import parse_settings, versions
 from eval.protocol import number
 from training.errors import one_line_errors
+from training.files import check_model_folder, folder_digest, write_atomically
 from training.release import FLOAT_TYPES
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 

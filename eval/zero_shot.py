@@ -49,14 +49,14 @@ from transformers import (
     CLIPTextConfig,
 )
 
-from eval._common import check_model_folder, folder_digest, parse_settings, png_bytes, versions, write_atomically
+from eval._common import parse_settings, png_bytes, versions
 from eval.images import FolderImages, load_batches, stamp
 from eval.protocol import number
 from training import easy_vqa
 from training.emoji import STYLES, TABLE, Emoji, read_table
 from training.errors import one_line_errors
 from training.extract_codes import file_digest
-from training.files import check_broken_share
+from training.files import check_broken_share, check_model_folder, folder_digest, write_atomically
 from training.image_text_data import ImageTextTransform
 from unitok_mllm import UniTokModel
 from unitok_mllm.configuration_unitok import SHARE, check_ranges

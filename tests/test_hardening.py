@@ -34,14 +34,13 @@ from transformers import PreTrainedConfig, TrainingArguments
 from transformers.models.llama import LlamaTokenizer
 from typer.testing import CliRunner, Result
 
-from eval._common import write_atomically
 from training import train_mllm, train_tokenizer
 from training.arguments import TRUSTED, parse_yaml_and_command_line
 from training.checkpoints import newest_checkpoint
 from training.codes import CodeStore, write_metadata, write_shard
 from training.data import MLLMCollator, MLLMDataset, SampleTexts, Source
 from training.errors import one_line_errors
-from training.files import ImageStore, UnusableSample, decode_image, load_sample_image, read_rows
+from training.files import ImageStore, UnusableSample, decode_image, load_sample_image, read_rows, write_atomically
 from training.image_text_data import ImageTextStream, check_shards
 from training.mllm_trainer import MLLMTrainer, set_visual_aside
 from training.release import save_release, write_folder

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from eval import easy_vqa, emoji, reconstruction, text_to_image, zero_shot
-from eval._common import folder_digest
 from training.emoji import Emoji
+from training.files import folder_digest
 from training.model_card import (
     MARKER,
     TrainingRun,

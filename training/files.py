@@ -1,6 +1,7 @@
-"""Files that both trainings read: tables, pictures by name, and the policy for broken samples."""
+"""Files that trainings and evaluations share: tables, pictures by name, broken samples, files written whole."""
 
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -255,3 +256,33 @@ def log_broken(broken: BrokenSamples, accelerator: Accelerator) -> None:
     total = accelerator.reduce(torch.tensor(broken.total, device=accelerator.device), "sum").item()
     if total and accelerator.is_main_process:
         logger.warning("broken samples that were skipped: %d; they are named above", total)
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Writes a file, and the folders above it, so that an interruption leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def check_model_folder(folder: str) -> None:
+    """
+    Raises:
+        ValueError: the folder is no model.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"there is no model folder {folder} (a folder with a config.json)")
+
+
+def folder_digest(folder: str) -> str:
+    """SHA-256 over the weights, configurations and templates in a model's folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()

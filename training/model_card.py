@@ -27,8 +27,8 @@ from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 
-from eval._common import check_model_folder, folder_digest, write_atomically
 from training.errors import CommandLine, check_keys, one_line_errors
+from training.files import check_model_folder, folder_digest, write_atomically
 
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
 from transformers.generation import StopStringCriteria
 
-from eval._common import check_model_folder
 from eval.lmms.answers import AnswerLog
+from training.files import check_model_folder
 from unitok_mllm import UniTokMLLMForConditionalGeneration
 from unitok_mllm.devices import AUTO, find_device
 

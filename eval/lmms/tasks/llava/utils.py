@@ -15,7 +15,7 @@ from lmms_eval.tasks.mme.utils import mme_aggregate_results, mme_doc_to_text, mm
 from lmms_eval.tasks.textvqa.utils import textvqa_doc_to_text, textvqa_process_results
 from PIL import Image
 
-from eval._common import write_atomically
+from training.files import write_atomically
 
 
 def image(doc: dict) -> list[Image.Image]:
