@@ -205,7 +205,7 @@ def test_the_cards_numbers_are_those_of_the_evaluations(release, photo, tmp_path
 
     ssim = known["psnr"]["metrics"]["ssim"]
     assert f"| photos | ssim | {ssim:.4g} | images 2, image_size 48 |" in card.text
-    assert "| clip_score | 0.2812 | clip a/clip, prompts 1, samples 1, guidance 5.0," in card.text
+    assert "| clip_score | 0.2812 | clip a/clip, prompts 1, samples 1, guidance 3.0," in card.text
     assert f"From `shot.json`, measured with torch {torch.__version__}" in card.text
 
     main([str(release), "--license", "apache-2.0", "--model_name", "shapes"])  # the results stay
