@@ -40,9 +40,8 @@ def ends_handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterato
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        for child in CHILD:
-            earlier = signal.signal(child, lambda *args: None)
-            before.setdefault(child, earlier)
+        for child in CHILD:  # for good: a DataLoader asks after its workers until the process ends
+            signal.signal(child, lambda *args: None)
         handler(number, frame)
 
     is_main_thread = threading.current_thread() is threading.main_thread()
