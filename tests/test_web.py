@@ -278,7 +278,7 @@ def test_the_largest_picture_takes_bounded_memory(tmp_path, format, mode, option
     path = bomb(tmp_path / f"large.{format.lower()}", 7000, mode, format=format, **options)
     taken = peak_memory(lambda: web.read_pictures([path]))
     print(f"\n{format} {mode}: {taken / web.MIB:.0f} MiB")
-    assert taken < 1024 * web.MIB
+    assert taken < (1024 if format == "WEBP" else 600) * web.MIB
 
 
 @pytest.mark.parametrize("format", web.PICTURE_FORMATS)
