@@ -18,6 +18,7 @@ import uvicorn
 from PIL import Image
 from test_serving import run
 
+from unitok_mllm import api
 from unitok_mllm.api import create_app
 from unitok_mllm.guard import own_hosts
 from unitok_mllm.serving import UniTokEngine
@@ -273,19 +274,48 @@ def test_other_refusals(client, server):
     assert response.status_code == 403
 
 
-def test_a_full_queue_is_a_429(lively_mllm, processor):
+def test_pictures_are_counted_and_measured_before_they_are_decoded(monkeypatch):
+    data = base64.b64decode(data_url(PICTURE).partition(",")[2])
+    pictures = api.Pictures(())
+    for _ in range(api.MAX_PICTURES):
+        pictures.add(data)
+    with pytest.raises(api.APIError, match="16 pictures are the most"):
+        pictures.add(data)
+    monkeypatch.setattr(api, "MAX_PIXELS", 2 * 60 * 40)
+    monkeypatch.setattr(api, "load_image", lambda *arguments, **options: PICTURE)
+    pictures = api.Pictures(())
+    for _ in range(2):
+        pictures.add(data)
+    monkeypatch.setattr(api, "load_image", None)
+    with pytest.raises(api.APIError, match="million pixels are the most in one request"):
+        pictures.add(data)
+
+
+def test_a_request_that_takes_too_long_ends(lively_mllm, processor, monkeypatch):
+    engine = UniTokEngine(lively_mllm, max_length=256)
+    monkeypatch.setattr(engine, "run", lambda: None)  # nobody works
+    response = asked(create_app(engine, processor, "tiny", hosts={"test"}, timeout=0.5))
+    assert response.status_code == 504
+    assert response.json()["error"]["message"] == "the request took longer than 0.5 seconds"
+    engine.step()
+    assert engine.num_waiting == engine.num_running == 0
+
+
+def asked(app) -> httpx.Response:
+    """The response to a completion, without a server."""
+
+    async def post() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.post("/v1/completions", json={"prompt": "red", "max_tokens": 5})
+
+    return asyncio.run(post())
+
+
+def test_a_full_queue_is_a_429(lively_mllm, processor, monkeypatch):
     engine = UniTokEngine(lively_mllm, max_rows=1, max_length=256, max_queue=1)
     engine.answer(processor(text="red"), max_new_tokens=5)
-    app = create_app(engine, processor, "tiny", hosts={"test"})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "run", lambda: None)  # nobody works
-
-        async def post() -> httpx.Response:
-            transport = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                return await client.post("/v1/completions", json={"prompt": "red", "max_tokens": 5})
-
-        response = asyncio.run(post())
+    monkeypatch.setattr(engine, "run", lambda: None)  # nobody works
+    response = asked(create_app(engine, processor, "tiny", hosts={"test"}))
     assert response.status_code == 429 and response.headers["retry-after"]
     assert "1 requests are waiting" in response.json()["error"]["message"]
     run(engine)

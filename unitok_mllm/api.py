@@ -326,9 +326,13 @@ class Stream:
 async def results(request: Request, futures: list[Future]) -> list:
     """The results of all; they are cancelled when the client has gone."""
 
+    has_left = False
+
     async def watch() -> None:
+        nonlocal has_left
         while not await request.is_disconnected():
             await asyncio.sleep(0.2)
+        has_left = True
         for future in futures:
             future.cancel()
 
@@ -336,6 +340,8 @@ async def results(request: Request, futures: list[Future]) -> list:
     try:
         return await asyncio.gather(*map(asyncio.wrap_future, futures))
     except asyncio.CancelledError as error:
+        if not has_left:  # the time is up
+            raise
         raise APIError(499, "the client has gone") from error
     finally:
         watcher.cancel()
