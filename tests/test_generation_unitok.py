@@ -745,3 +745,11 @@ def test_none_means_the_default(lively_mllm, processor):
     assert {"temperature", "top_k", "top_p", "guidance_scale", "do_sample", "num_return_sequences"} <= options.keys()
     expected = lively_mllm.generate(**inputs, generation_mode="image", seed=1)
     assert torch.equal(lively_mllm.generate(**inputs, generation_mode="image", seed=1, **options), expected)
+
+
+def test_a_module_given_to_from_pretrained_is_no_option_of_generation(mllm, visual_tokenizer, tmp_path):
+    mllm.set_image_generation(guidance_scale=2.0)
+    mllm.save_pretrained(tmp_path)
+    loaded = UniTokMLLMForConditionalGeneration.from_pretrained(tmp_path, visual=visual_tokenizer)
+    assert loaded.visual is visual_tokenizer
+    assert loaded.generation_config.to_dict() == mllm.generation_config.to_dict()

@@ -113,6 +113,10 @@ class UniTokGenerationMixin(GenerationMixin):
                 self._check_room(input_ids, 1)
             return super().generate(inputs, *args, **kwargs)
 
+    def adjust_generation_fn(self, *args, visual=None, language_model=None, **kwargs) -> None:
+        """Load the generation config as the library does, which would take the constructor's modules for options."""
+        super().adjust_generation_fn(*args, **kwargs)
+
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
         """Embed the images once, before the prompt's first pass.
 
