@@ -1,6 +1,7 @@
 """The tiny configurations, models and tokenizers that all tests share. Sizes differ (K, V, L, dims) so that a mixed-up
 axis cannot go unnoticed."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # reference_weights
 FIXTURES = Path(__file__).parent / "fixtures"
 IMAGE_SIZE = 48  # 3 x 3 positions
 THREADS = torch.get_num_threads()
+
+# Who starts the tests in the background or under nohup has them ignore signals, which scripts then do too, by design.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
