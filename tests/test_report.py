@@ -6,14 +6,13 @@ import json
 import re
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from eval import text_to_image
+from eval._common import DRAWING, DrawingSettings
 from eval.protocol import FIELDS, Published, differences, number, read_published
 from eval.report import main, make_report, to_blocks
 
@@ -256,9 +255,8 @@ def test_the_command_of_each_published_number_stands_in_the_guide_and_has_its_pr
         if "eval.text_to_image" in one.command:
             given = shlex.split(one.command)[3:]
             options = dict(zip([name.removeprefix("--") for name in given[::2]], given[1::2]))
-            names = ("guidance", "temperature", "top_k", "top_p")
-            used = SimpleNamespace(**{name: float(options[name]) for name in names})
-            assert text_to_image.sampling(used) == one.protocol["sampling"]
+            used = DrawingSettings(**{name: float(options[name]) for name in DRAWING})
+            assert used.sampling == one.protocol["sampling"]
             assert one.protocol["images"].startswith(f"{options['image_format']} files")
             assert one.protocol["split"].endswith(f"prompts, {options['samples']} a prompt")
             assert one.protocol["tool"] in (options.get("fid_tool"), f"VQAScore by {options.get('vqa_score')}")

@@ -25,13 +25,13 @@ TEMPLATE_SECONDS = 10
 SHIPPED_MODEL = Path(__file__).parent / "checkpoints" / "tiny"
 
 
-def check_model(folder: Path) -> None:
+def check_model(folder: str | os.PathLike) -> None:
     """Check that there is a model in the folder.
 
     Raises:
         ValueError: there is none.
     """
-    if not (folder / "config.json").is_file():
+    if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"no model in {folder}: it has no config.json")
 
 
@@ -97,7 +97,7 @@ def load(folder: str | os.PathLike, *, tokenizer_only: bool = False, device: str
     return model.to(place).eval(), processor
 
 
-def check_size(folder: Path) -> None:
+def check_size(folder: str | os.PathLike) -> None:
     """Check, before memory is allocated, that a folder has about as many weights as its config asks for.
 
     The library would first allocate missing or misshapen weights, and only then report them.
@@ -115,7 +115,8 @@ def check_size(folder: Path) -> None:
     from .modeling_unitok import UniTokModel
     from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
 
-    stored, files = 0, sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    folder, stored = Path(folder), 0
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     for path in files:
         if path.suffix == ".bin":
             check_archive(path)
