@@ -120,7 +120,7 @@ class MLLMTrainer(Trainer):
         self.mllm.visual.to(self.args.device)
         self._since_log, self._since_start = self._new_record(), self._new_record()
         self._last_log = time.perf_counter()
-        self._stopping, self._saved_step = StopRequest(self.accelerator), 0
+        self._saved_step = 0
         self._keep = self.args.save_total_limit
         self.args.save_total_limit = None  # old checkpoints go when the new one is known to be whole
 
@@ -150,7 +150,7 @@ class MLLMTrainer(Trainer):
             if self.is_world_process_zero():
                 self._since_log[:4] = since_log[:4]  # throughput is that since the start of the process
             self._since_start += since_start.to(self._since_start)
-        with self._stopping:
+        with StopRequest(self.accelerator) as self._stopping:
             return super().train(resume_from_checkpoint, **kwargs)
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
