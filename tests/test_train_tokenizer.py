@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from multiprocessing import set_forkserver_preload
@@ -473,10 +474,16 @@ def test_a_stream_is_begun_again_until_the_steps_are_done(tmp_path, text_tokeniz
         trainer.train()
 
 
-def train_and_resume(folder: Path, text_tokenizer, **options) -> tuple[Recorder, Recorder]:
-    """Six steps on a stream, without a break and from the third one on."""
+def train_and_resume(folder: Path, text_tokenizer, ports=(None, None), **options) -> tuple[Recorder, Recorder]:
+    """Six steps on a stream, without a break and from the third one on.
+
+    Of several processes, each training needs a port of its own: a network of the last one keeps that one's store open,
+    and in it the addresses of the last process group, which the next would take for those of its own.
+    """
     trained = []
-    for resume in (False, True):
+    for resume, port in zip((False, True), ports):
+        if port is not None:
+            os.environ["MASTER_PORT"] = str(port)
         stream = image_stream(folder / f"data-{os.environ.get('RANK', 0)}", text_tokenizer, (6, 3, 5), **options)
         arguments = {
             "max_steps": 6,
@@ -548,15 +555,15 @@ TWO = {"max_steps": 3, "adam_epsilon": 1e-3, "codebook_start": "data", "revive_d
 TWO_LOSSES = ALL_TERMS | {"gan_weight": 0.0}  # whose draws are each process's own
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("localhost", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
 
 
-def _one_of_two(rank: int, folder: str, port: int) -> None:
+def _one_of_two(rank: int, folder: str, ports: list[int]) -> None:
     torch.set_num_threads(1)
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": ports[0]}
     os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "localhost"}
     trainer = trainer_of(Path(folder) / "nan", {}, max_steps=2, logging_steps=2)
     if rank:
@@ -569,16 +576,15 @@ def _one_of_two(rank: int, folder: str, port: int) -> None:
     torch.save([evaluated, trainer.reports], f"{folder}/{rank}.pt")
     AcceleratorState._reset_state(reset_partial_state=True)
     text = text_tokenizer.train_text_tokenizer(["red"], vocab_size=300)
-    whole, resumed = train_and_resume(Path(folder) / "stream", text, resampled=True, shuffle=4)
+    whole, resumed = train_and_resume(Path(folder) / "stream", text, ports[1:], resampled=True, shuffle=4)
     assert resumed.reports == {step: whole.reports[step] for step in (3, 4, 5, 6)}
 
 
-@pytest.mark.slow  # the third process group of one process does not always come up
 def test_two_processes_train_like_one_and_stop_together(tmp_path):
     one = trainer_of(tmp_path / "one", TWO_LOSSES, per_device_train_batch_size=8, eval_dataset=Noise(7), **TWO)
     before = one.evaluate()
     one.train()
-    multiprocessing.start_processes(_one_of_two, (str(tmp_path), _free_port()), nprocs=2, start_method="forkserver")
+    multiprocessing.start_processes(_one_of_two, (str(tmp_path), _free_ports(3)), nprocs=2, start_method="forkserver")
     for rank in range(2):
         evaluated, reports = torch.load(tmp_path / f"{rank}.pt")
         assert evaluated == pytest.approx(before, rel=1e-5)

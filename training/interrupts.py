@@ -75,7 +75,6 @@ class StopRequest:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._handling.__exit__(kind, error, traceback)
-        self.accelerator = self._told = self._handling = None  # or a cycle would keep its process group alive
         if self.number and isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
             raise Interrupted(self.number) from error  # which ended the workers too: there is no step to finish
 
