@@ -1,6 +1,5 @@
 """What the measurements share."""
 
-import io
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +8,6 @@ from typing import TypeVar
 
 import torch
 import transformers
-from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -19,18 +17,6 @@ from training.arguments import Parser
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.devices import AUTO, find_device
 from unitok_mllm.drawing_unitok import IMAGE_GENERATION, UniTokDrawingOptions, image_generation
-
-
-def picture_bytes(image: Image.Image, format: str) -> bytes:
-    """A picture as a file's content, in a format of Pillow's and at its default quality."""
-    data = io.BytesIO()
-    image.save(data, format=format)
-    return data.getvalue()
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """A picture as a PNG file's content."""
-    return picture_bytes(image, "png")
 
 
 Settings = TypeVar("Settings")

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.image_utils import PILImageResampling
 
-from eval._common import DrawingSettings, in_batches, load_model, parse_settings, png_bytes, versions
+from eval._common import DrawingSettings, in_batches, load_model, parse_settings, versions
 from eval.judge import (
     IMAGE_SIZE,
     UNKNOWN,
@@ -45,7 +45,7 @@ from training.losses import psnr
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor, inference
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import MODES
-from unitok_mllm.inference import draw_codes, edit_codes, generate_answers
+from unitok_mllm.inference import draw_codes, edit_codes, generate_answers, picture_bytes
 
 
 MAX_ANSWER_TOKENS = 16
@@ -304,7 +304,7 @@ class Evaluation:
         is_right = (verdicts == labels).all(dim=1)
         sheet_path = Path(settings.output).with_suffix(".png")
         pictures = self.processor.image_processor.post_process(pixels)
-        write_atomically(sheet_path, png_bytes(contact_sheet(pictures, is_right.tolist(), settings.samples)))
+        write_atomically(sheet_path, picture_bytes(contact_sheet(pictures, is_right.tolist(), settings.samples)))
 
         test_labels = load_labels(self.samples)
         return {

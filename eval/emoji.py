@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from eval._common import DrawingSettings, in_batches, load_model, parse_settings, png_bytes, versions
+from eval._common import DrawingSettings, in_batches, load_model, parse_settings, versions
 from eval.easy_vqa import answer_questions, draw, normalize_answer
 from eval.images import stamp
 from eval.protocol import number
@@ -31,6 +31,7 @@ from training.files import check_model_folder, folder_digest, write_atomically
 from training.losses import psnr
 from unitok_mllm import UniTokMLLMProcessor
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
+from unitok_mllm.inference import picture_bytes
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -150,7 +151,7 @@ class Evaluation:
         shown = [by_name[name, style] for style in STYLES for name in SHOWN if (name, style) in by_name]
         pictures = self.processor.image_processor.post_process(self._draw(shown))
         captions = [e.caption.replace(" emoji", "") for e in shown]
-        write_atomically(path, png_bytes(contact_sheet(pictures, captions, columns=8)))
+        write_atomically(path, picture_bytes(contact_sheet(pictures, captions, columns=8)))
 
 
 def protocol_number(

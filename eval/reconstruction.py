@@ -42,7 +42,7 @@ from torchvision.models import VGG16_Weights
 from torchvision.transforms.functional import center_crop, pil_to_tensor
 from tqdm import tqdm
 
-from eval._common import parse_settings, png_bytes, versions, weights_needed
+from eval._common import parse_settings, versions, weights_needed
 from eval.fid import load_inception
 from eval.images import (
     EvalImages,
@@ -62,6 +62,7 @@ from training.perceptual import VGGDistance
 from unitok_mllm import UniTokImageProcessorPil, UniTokModel
 from unitok_mllm.configuration_unitok import SHARE, check_ranges
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
+from unitok_mllm.inference import picture_bytes
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -467,7 +468,7 @@ class Evaluation:
             if folder := self.settings.save_images:
                 for kind, pixels in (("originals", original), ("reconstructions", image)):
                     path = Path(folder, kind, f"{self.images.names[index]}.png")
-                    write_atomically(path, png_bytes(to_picture(pixels)))
+                    write_atomically(path, picture_bytes(to_picture(pixels)))
         tally["seconds"] = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
         return tally
 
@@ -524,7 +525,7 @@ def write_sheet(tally: Tally, names: list[str], path: Path) -> None:
     pictures = [to_picture(tally["shown"][i, row]) for row in (0, 1) for i in shown]
     captions = [Path(names[i]).name for i in shown]
     captions += [f"{tally['psnr'][i]:.1f} dB" if "psnr" in tally else "reconstruction" for i in shown]
-    write_atomically(path, png_bytes(contact_sheet(pictures, captions, columns=len(shown))))
+    write_atomically(path, picture_bytes(contact_sheet(pictures, captions, columns=len(shown))))
 
 
 def settings_key(settings: Settings, images: EvalImages) -> str:

@@ -33,6 +33,13 @@ from unitok_mllm.inference import load
 
 PROMPT = "a red circle"
 ANSWER_TOKENS = 16
+REQUESTS = {
+    "draw": ("/v1/images/generations", {"prompt": PROMPT, "stream": True, "partial_images": 3}),
+    "answer": (
+        "/v1/completions",
+        {"prompt": PROMPT, "stream": True, "max_tokens": ANSWER_TOKENS, "temperature": 1},
+    ),
+}
 
 
 def start_server(model: Path, port: int, *options: str) -> subprocess.Popen:
@@ -54,11 +61,10 @@ def start_server(model: Path, port: int, *options: str) -> subprocess.Popen:
     raise ValueError("The server did not start within five minutes.")
 
 
-async def draw(client: httpx.AsyncClient, seed: int) -> tuple[float, float]:
-    """Seconds to the first partial picture and to the whole one."""
+async def ask(client: httpx.AsyncClient, path: str, body: dict) -> tuple[float, float]:
+    """Seconds to the first event of a streamed response (a partial picture, or a token), and to its end."""
     start, first = time.perf_counter(), None
-    body = {"prompt": PROMPT, "seed": seed, "stream": True, "partial_images": 3}
-    async with client.stream("POST", "/v1/images/generations", json=body) as response:
+    async with client.stream("POST", path, json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             if first is None and line.startswith("data: "):
@@ -66,29 +72,18 @@ async def draw(client: httpx.AsyncClient, seed: int) -> tuple[float, float]:
     return first, time.perf_counter() - start
 
 
-async def answer(client: httpx.AsyncClient, seed: int) -> tuple[float, float]:
-    """Seconds to the first token and to the whole answer."""
-    start, first = time.perf_counter(), None
-    body = {"prompt": PROMPT, "max_tokens": ANSWER_TOKENS, "temperature": 1, "seed": seed, "stream": True}
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if first is None and line.startswith("data: "):
-                first = time.perf_counter() - start
-    return first, time.perf_counter() - start
-
-
-async def load_with(port: int, ask, num_clients: int, num_requests: int) -> dict:
-    """Requests a second, and the percentiles of their times, in seconds."""
+async def load_with(port: int, kind: str, num_clients: int, num_requests: int) -> dict:
+    """Requests of a kind (see `REQUESTS`) per second, and the percentiles of their times, in seconds."""
+    path, body = REQUESTS[kind]
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600, limits=limits) as client:
-        await ask(client, 0)
-        seeds = iter(tqdm(range(1, num_requests + 1), desc=f"{ask.__name__}, {num_clients} clients", leave=False))
+        await ask(client, path, body | {"seed": 0})
+        seeds = iter(tqdm(range(1, num_requests + 1), desc=f"{kind}, {num_clients} clients", leave=False))
         times: list[tuple[float, float]] = []
 
         async def one() -> None:
             for seed in seeds:
-                times.append(await ask(client, seed))
+                times.append(await ask(client, path, body | {"seed": seed}))
 
         start = time.perf_counter()
         await asyncio.gather(*(one() for _ in range(num_clients)))
@@ -135,7 +130,7 @@ def table(results: dict) -> str:
         "| | clients | requests a second | times one after another | p50 | p95 | p99 | first |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for kind in ("draw", "answer"):
+    for kind in REQUESTS:
         plain = results["plain"][kind]
         lines.append(f"| {kind}, `generate` alone | | | | {plain['p50'] * 1e3:.0f} | {plain['p95'] * 1e3:.0f} | | |")
         for clients, row in results["batched"][kind].items():
@@ -167,10 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             before = memory_of(server)
             results[name] = {
-                ask.__name__: {
-                    n: asyncio.run(load_with(options.port, ask, n, options.requests)) for n in options.clients
-                }
-                for ask in (draw, answer)
+                kind: {n: asyncio.run(load_with(options.port, kind, n, options.requests)) for n in options.clients}
+                for kind in REQUESTS
             }
             results[name]["memory"] = before, memory_of(server)
         finally:

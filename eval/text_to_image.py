@@ -38,7 +38,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
-from eval._common import DrawingSettings, load_model, parse_settings, picture_bytes, png_bytes, versions
+from eval._common import DrawingSettings, load_model, parse_settings, versions
 from eval.clip_score import clip_scores, load_clip
 from eval.fid import TOOLS, PictureFiles, fid, load_inception, reference_pictures
 from eval.images import stamp
@@ -49,7 +49,7 @@ from training.files import check_model_folder, folder_digest, write_atomically
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, load_image
-from unitok_mllm.inference import draw_codes, pictures_of
+from unitok_mllm.inference import draw_codes, picture_bytes, pictures_of
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -403,7 +403,7 @@ class Evaluation:
         }
         shown = self.pictures[:SHOWN]
         sheet = contact_sheet([load_image(p.path) for p in shown], [p.text for p in shown])
-        write_atomically(self.folder / "sheet.png", png_bytes(sheet))
+        write_atomically(self.folder / "sheet.png", picture_bytes(sheet))
         self._write(report)
         for name in [name for name in self.wanted if name not in self.known]:
             start = time.perf_counter()

@@ -49,7 +49,7 @@ from transformers import (
     CLIPTextConfig,
 )
 
-from eval._common import parse_settings, png_bytes, versions
+from eval._common import parse_settings, versions
 from eval.images import FolderImages, load_batches, stamp
 from eval.protocol import number
 from training import easy_vqa
@@ -62,6 +62,7 @@ from unitok_mllm import UniTokModel
 from unitok_mllm.configuration_unitok import SHARE, check_ranges
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import MODES, UniTokImageProcessor, load_image
+from unitok_mllm.inference import picture_bytes
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -486,7 +487,7 @@ def mistakes_sheet(benchmark: Benchmark, nearest: torch.Tensor) -> bytes | None:
         return None
     shown = wrong[:: math.ceil(len(wrong) / MISTAKES_SHOWN)]
     names = [f"{benchmark.classes[given[i]]} ({benchmark.classes[benchmark.labels[i]]})" for i in shown]
-    return png_bytes(contact_sheet([load_image(benchmark.images[i]) for i in shown], names))
+    return picture_bytes(contact_sheet([load_image(benchmark.images[i]) for i in shown], names))
 
 
 def digest(source: str) -> str | None:

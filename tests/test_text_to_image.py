@@ -199,7 +199,7 @@ def test_pictures_are_those_of_plain_generation(drawn):
     options = {"guidance_scale": 5.0, "temperature": 1.0, "top_k": 20, "seed": evaluation.picture_seed(0, 1, 1)}
     codes = model.generate(**inputs, generation_mode="image", **options)
     (picture,) = processor.image_processor.post_process(model.decode_images(codes))
-    assert evaluation.png_bytes(picture) == pictures(drawn)["00001/samples/0001.png"]
+    assert evaluation.picture_bytes(picture) == pictures(drawn)["00001/samples/0001.png"]
 
 
 def test_two_processes_and_other_batches_draw_the_same(prompts, drawn, tmp_path):

@@ -8,7 +8,6 @@ import asyncio
 import base64
 import binascii
 import hmac
-import io
 import json
 import logging
 import threading
@@ -32,6 +31,7 @@ from starlette.exceptions import HTTPException
 from .fetch import fetch
 from .guard import Guard, Refused, own_hosts
 from .image_processing_unitok import load_image, picture_size
+from .inference import picture_bytes
 from .serving import QueueFull, UniTokEngine
 
 
@@ -245,9 +245,7 @@ class Pictures:
 
 
 def encode_png(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    return base64.b64encode(picture_bytes(image)).decode()
 
 
 class Service:

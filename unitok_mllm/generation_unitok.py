@@ -194,10 +194,6 @@ class UniTokGenerationMixin(GenerationMixin):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        unconditional_input_ids: torch.Tensor | None = None,
-        unconditional_attention_mask: torch.Tensor | None = None,
-        text_alone_input_ids: torch.Tensor | None = None,
-        text_alone_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_codes: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -205,16 +201,19 @@ class UniTokGenerationMixin(GenerationMixin):
     ) -> tuple[UniTokDrawingOptions, UniTokGuidance, torch.Tensor]:
         """Prepare a drawing. Arguments and errors are those of `generate_image_codes`.
 
+        Args:
+            input_ids, attention_mask, pixel_values, image_codes, generation_config: see `generate_image_codes`.
+            options: its options, and its null prompts by name (`unconditional_input_ids` ...).
+
         Returns:
             Its options, its prompts as one batch, and the noise that chooses its codes,
             (B * num_return_sequences, positions, K).
         """
-        if unconditional_input_ids is None and self.config.unconditional_prompt_ids is not None:
-            unconditional_input_ids = input_ids.new_tensor([self.config.unconditional_prompt_ids])
-        others = {
-            "guidance_scale": ("unconditional", unconditional_input_ids, unconditional_attention_mask),
-            "image_guidance_scale": ("text_alone", text_alone_input_ids, text_alone_attention_mask),
-        }
+        others = {"guidance_scale": ["unconditional"], "image_guidance_scale": ["text_alone"]}
+        for prompt in others.values():
+            prompt += [options.pop(f"{prompt[0]}_{part}", None) for part in ("input_ids", "attention_mask")]
+        if others["guidance_scale"][1] is None and self.config.unconditional_prompt_ids is not None:
+            others["guidance_scale"][1] = input_ids.new_tensor([self.config.unconditional_prompt_ids])
         missing = [scale for scale, (_, ids, _) in others.items() if ids is None]
         options = UniTokDrawingOptions.resolve(self.generation_config, generation_config, missing, **options)
         num_positions = options.num_positions or self.config.num_image_positions
@@ -283,13 +282,13 @@ class UniTokGenerationMixin(GenerationMixin):
         options, guidance, noise = self.drawing_inputs(
             input_ids,
             attention_mask,
-            unconditional_input_ids,
-            unconditional_attention_mask,
-            text_alone_input_ids,
-            text_alone_attention_mask,
             pixel_values,
             image_codes,
             generation_config,
+            unconditional_input_ids=unconditional_input_ids,
+            unconditional_attention_mask=unconditional_attention_mask,
+            text_alone_input_ids=text_alone_input_ids,
+            text_alone_attention_mask=text_alone_attention_mask,
             **options,
         )
         num_positions = noise.shape[1]

@@ -4,6 +4,7 @@ The command line, the web page, the evaluations and the samples of a training us
 imported where they are needed, since the command line imports this one.
 """
 
+import io
 import json
 import math
 import os
@@ -263,6 +264,13 @@ def pictures_of(model: Any, processor: Any, codes: "torch.Tensor") -> list["Imag
     with torch.no_grad():
         pixels = model.decode_images(codes)
     return processor.post_process_multimodal_output(pixels, generation_mode="image")
+
+
+def picture_bytes(picture: "Image.Image", format: str = "PNG") -> bytes:
+    """Encode a picture as a file's content, in a format of Pillow's at its default quality."""
+    file = io.BytesIO()
+    picture.save(file, format)
+    return file.getvalue()
 
 
 def draw_images(

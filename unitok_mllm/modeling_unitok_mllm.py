@@ -312,17 +312,7 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
     ) -> ModelOutput:
         """Run the LLM without its output layer.
 
-        Args:
-            input_ids: (B, T), `image_token_id` at image positions.
-            attention_mask: (B, T), 0 for padding.
-            position_ids: (B, T).
-            cache: keys and values of the tokens before these.
-            inputs_embeds: (B, T, D), instead of `input_ids`, without images.
-            pixel_values: (N, 3, H, W) in [-1, 1], all images of the batch; see `embed`.
-            image_codes: (N, K, L), instead of pixels.
-            mm_encoder_outputs: `{"image": output of get_image_features}`, instead of pixels.
-            use_cache: return a cache.
-            kwargs: other arguments of the LLM.
+        The arguments are those of `UniTokMLLMForConditionalGeneration.forward` without targets, losses and logits.
 
         Returns:
             The output of the LLM's decoder: `last_hidden_state` (B, T, D), `cache`, and, if asked for, `hidden_states`
