@@ -42,13 +42,22 @@ REQUESTS = {
 }
 
 
-def start_server(model: Path, port: int, *options: str) -> subprocess.Popen:
+PROGRAM = (sys.executable, "-m", "unitok_mllm.cli")
+
+
+def start_server(
+    model: Path, port: int, *options: str, program: tuple[str, ...] = PROGRAM, **kwargs
+) -> subprocess.Popen:
     """
+    Args:
+        program: `unitok-mllm`.
+        kwargs: of `subprocess.Popen`.
+
     Raises:
         ValueError: it ends, or does not answer within five minutes.
     """
-    command = [sys.executable, "-m", "unitok_mllm.cli", "api", "--model", str(model), "--port", str(port), *options]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = [*program, "api", "--model", str(model), "--port", str(port), *options]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **kwargs)
     for _ in range(3000):
         if server.poll() is not None:
             raise ValueError(f"The server ended: {server.stderr.read()[-500:]}")

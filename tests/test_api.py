@@ -4,11 +4,17 @@ import asyncio
 import base64
 import io
 import json
+import os
+import shutil
+import signal
 import socket
+import subprocess
 import threading
 import time
+import venv
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import openai
@@ -18,14 +24,18 @@ import uvicorn
 from PIL import Image
 from test_serving import run
 
-from unitok_mllm import api
+from eval.serving import start_server
+from unitok_mllm import api_requests
 from unitok_mllm.api import create_app
 from unitok_mllm.guard import own_hosts
+from unitok_mllm.inference import SHIPPED_MODEL, text_tower_inputs
 from unitok_mllm.serving import UniTokEngine
+from unitok_mllm.streaming_unitok import UniTokImageStreamer
 
 
 pytestmark = pytest.mark.full
 KEY = "a secret"
+ROOT = Path(__file__).parents[1]
 
 
 @contextmanager
@@ -148,8 +158,19 @@ def test_drawings_whole_and_streamed_are_those_of_generate(client, lively_mllm, 
     assert [opened(one.b64_json) for one in drawn.data] == [image.tobytes() for image in expected]
     events = list(client.images.generate(prompt="a red circle", stream=True, partial_images=2, extra_body=extra))
     assert [event.type.rpartition(".")[2] for event in events] == ["partial_image", "partial_image", "completed"]
-    assert opened(events[-1].b64_json) == expected[0].tobytes()
-    assert opened(events[0].b64_json) != opened(events[1].b64_json)
+    assert [event.partial_image_index for event in events[:-1]] == [0, 1]
+    decoder = UniTokImageStreamer(lively_mllm, processor)
+    for event, length in zip(events, (3, 6, 9)):
+        pixels = decoder.decode(codes[:1, :, :length])
+        (picture,) = processor.post_process_multimodal_output(pixels, generation_mode="image")
+        assert opened(event.b64_json) == picture.tobytes()
+    assert picture.tobytes() == expected[0].tobytes()
+    two = list(client.images.generate(prompt="a red circle", n=2, stream=True, partial_images=1, extra_body=extra))
+    assert sorted((event.index, event.type.rpartition(".")[2]) for event in two) == [
+        *((0, "completed"), (0, "partial_image"), (1, "completed"), (1, "partial_image"))
+    ]
+    completed = {event.index: opened(event.b64_json) for event in two if event.type.endswith("completed")}
+    assert [completed[0], completed[1]] == [image.tobytes() for image in expected]
 
 
 def test_edits_are_those_of_generate(client, lively_mllm, processor):
@@ -179,6 +200,23 @@ def test_completions_embeddings_and_models(client, server, lively_mllm, processo
     metrics = httpx.get(f"{server[0]}/metrics").text
     assert 'unitok_responses_total{path="completions",status="200"} 1' in metrics
     assert "unitok_response_seconds_count 4" in metrics
+    assert "unitok_first_token_seconds_count 2" in metrics
+
+
+def test_texts_are_embedded_by_the_text_tower(client, lively_mllm, processor):
+    rows = client.embeddings.create(model="tiny", input=["a red circle", data_url(PICTURE), "blue"])
+    texts = text_tower_inputs(lively_mllm, processor, ["a red circle", "blue"])
+    expected = lively_mllm.visual.get_text_features(**texts).pooler_output
+    torch.testing.assert_close(torch.tensor([rows.data[i].embedding for i in (0, 2)]), expected)
+    pixels = processor.image_processor([PICTURE], return_tensors="pt")["pixel_values"]
+    (image,) = lively_mllm.visual.get_image_features(pixels).pooler_output
+    torch.testing.assert_close(torch.tensor(rows.data[1].embedding), image)
+    assert rows.usage.prompt_tokens == texts["attention_mask"].sum()
+    with pytest.raises(openai.BadRequestError, match=r"text 1 has \d+ tokens; the text tower reads 16"):
+        client.embeddings.create(model="tiny", input=["red", "red " * 100])
+    lively_mllm.visual.config.text_config = None
+    with pytest.raises(openai.BadRequestError, match="this model has no text tower"):
+        client.embeddings.create(model="tiny", input="red")
 
 
 def test_many_clients_at_once_get_what_each_gets_alone(lively_mllm, processor):
@@ -220,6 +258,63 @@ def test_a_client_that_leaves_makes_room(lively_mllm, processor, stream):
         assert answer.status_code == 200
 
 
+@contextmanager
+def slow_steps(engine, monkeypatch, seconds: float):
+    """Steps that take a while; a list that holds the number of those begun."""
+    step, begun = engine.step, [0]
+
+    def slow_step() -> None:
+        begun[0] += 1
+        time.sleep(seconds)
+        step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", slow_step)
+        yield begun
+
+
+@pytest.mark.parametrize("kind", ["whole", "stream without partial images"])
+def test_a_slot_is_free_within_a_position_after_its_client_has_gone(lively_mllm, processor, monkeypatch, kind):
+    with (
+        served(lively_mllm, processor, max_rows=2) as (address, engine),
+        slow_steps(engine, monkeypatch, 0.3) as begun,
+    ):
+        body = {"prompt": "red", "seed": 0, "stream": kind != "whole"}
+        client = socket.create_connection(address.removeprefix("http://").split(":"))
+        content = json.dumps(body).encode()
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(content)}\r\n"
+        client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
+        while begun[0] < 3:
+            time.sleep(0.01)
+        client.close()
+        while engine.num_running:
+            time.sleep(0.01)
+        assert begun[0] <= 4  # the step at hand, and the one that drops it
+        assert len(engine._free) == 2
+
+
+def test_a_client_that_does_not_read_holds_up_nobody_and_gets_all_when_it_reads(lively_mllm, processor):
+    with served(lively_mllm, processor, max_rows=16) as (address, engine):
+        body = {"prompt": "red", "n": 8, "seed": 0, "stream": True, "partial_images": 8}
+        with httpx.stream("POST", f"{address}/v1/images/generations", json=body, timeout=60) as slow:
+            while engine.num_running or not engine.num_steps:
+                time.sleep(0.01)
+            answer = httpx.post(f"{address}/v1/completions", json={"prompt": "red", "max_tokens": 1}, timeout=60)
+            assert answer.status_code == 200
+            events = [line for line in slow.iter_lines() if line.startswith("event: ")]
+    assert len(events) == 8 * 9 and events.count("event: image_generation.completed") == 8
+
+
+def test_a_request_of_which_a_part_is_refused_leaves_nothing_in_the_queue(lively_mllm, processor, monkeypatch):
+    engine = UniTokEngine(lively_mllm, max_rows=2, max_length=256, max_queue=2)
+    monkeypatch.setattr(engine, "run", lambda: None)  # nobody works
+    body = {"prompt": ["red", "blue", "a"], "max_tokens": 5}
+    response = asked(create_app(engine, processor, "tiny", hosts={"test"}), body)
+    assert response.status_code == 429
+    engine.step()
+    assert engine.num_waiting == engine.num_running == 0
+
+
 REFUSED = {
     "no key": ({"headers": {"authorization": "Bearer wrong"}}, 401, "the API key is missing or wrong"),
     "another model": ({"json": {"model": "gpt", "prompt": "x"}}, 404, "there is no model 'gpt', only 'tiny'"),
@@ -227,6 +322,10 @@ REFUSED = {
     "no prompt": ({"json": {}}, 400, "prompt: Field required"),
     "unknown option": ({"json": {"prompt": "x", "beams": 2}}, 400, "beams: Extra inputs are not permitted"),
     "out of range": ({"json": {"prompt": "x", "top_p": 2}}, 400, "top_p: Input should be less than or equal to 1"),
+    "no stream": (
+        {"json": {"prompt": "x", "stream_options": {"include_usage": True}}},
+        *(400, "stream_options: Value error, goes with stream: true alone"),
+    ),
     "too long": ({"json": {"prompt": "x" * 500}}, 400, "do not fit"),
     "too large": ({"content": b"x" * 2**21}, 413, "longer than 1048576 bytes"),
 }
@@ -276,18 +375,18 @@ def test_other_refusals(client, server):
 
 def test_pictures_are_counted_and_measured_before_they_are_decoded(monkeypatch):
     data = base64.b64decode(data_url(PICTURE).partition(",")[2])
-    pictures = api.Pictures(())
-    for _ in range(api.MAX_PICTURES):
+    pictures = api_requests.Pictures(())
+    for _ in range(api_requests.MAX_PICTURES):
         pictures.add(data)
-    with pytest.raises(api.APIError, match="16 pictures are the most"):
+    with pytest.raises(api_requests.APIError, match="16 pictures are the most"):
         pictures.add(data)
-    monkeypatch.setattr(api, "MAX_PIXELS", 2 * 60 * 40)
-    monkeypatch.setattr(api, "load_image", lambda *arguments, **options: PICTURE)
-    pictures = api.Pictures(())
+    monkeypatch.setattr(api_requests, "MAX_PIXELS", 2 * 60 * 40)
+    monkeypatch.setattr(api_requests, "load_image", lambda *arguments, **options: PICTURE)
+    pictures = api_requests.Pictures(())
     for _ in range(2):
         pictures.add(data)
-    monkeypatch.setattr(api, "load_image", None)
-    with pytest.raises(api.APIError, match="million pixels are the most in one request"):
+    monkeypatch.setattr(api_requests, "load_image", None)
+    with pytest.raises(api_requests.APIError, match="million pixels are the most in one request"):
         pictures.add(data)
 
 
@@ -301,12 +400,12 @@ def test_a_request_that_takes_too_long_ends(lively_mllm, processor, monkeypatch)
     assert engine.num_waiting == engine.num_running == 0
 
 
-def asked(app) -> httpx.Response:
+def asked(app, body: dict | None = None) -> httpx.Response:
     """The response to a completion, without a server."""
 
     async def post() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            return await client.post("/v1/completions", json={"prompt": "red", "max_tokens": 5})
+            return await client.post("/v1/completions", json=body or {"prompt": "red", "max_tokens": 5})
 
     return asyncio.run(post())
 
@@ -328,3 +427,65 @@ def test_a_server_that_stops_finishes_what_is_under_way(lively_mllm, processor):
         while not engine.num_running:
             time.sleep(0.01)
     assert json.loads(answer.result().text)["choices"][0]["text"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow  # starts the server twice, in processes of its own
+def test_a_server_that_is_killed_starts_again_on_its_port():
+    port = free_port()
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    options = {"prompt": "a red circle", "extra_body": {"seed": 0}}
+    killed = start_server(SHIPPED_MODEL, port)
+    try:
+        before = client.images.generate(**options).data[0].b64_json
+        events = client.images.generate(prompt="a red circle", n=8, stream=True, partial_images=15)
+        next(iter(events))
+    finally:
+        killed.kill()
+        killed.communicate()
+    with pytest.raises((openai.APIError, httpx.RemoteProtocolError)):
+        list(events)
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()
+    again = start_server(SHIPPED_MODEL, port)
+    try:
+        assert client.images.generate(**options).data[0].b64_json == before
+    finally:
+        again.terminate()
+        again.communicate()
+    assert again.returncode == -signal.SIGTERM  # uvicorn ends by the signal, once all are answered
+
+
+@pytest.mark.slow  # installs torch
+def test_the_extra_is_all_that_the_server_needs(tmp_path):
+    """In a new environment, as docs/serving.md says."""
+    source, port = tmp_path / "source", free_port()
+    shutil.copytree(ROOT / "unitok_mllm", source / "unitok_mllm", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    venv.create(tmp_path / "venv", with_pip=True)
+    folder = tmp_path / "venv/bin"
+    install = [folder / "python", "-m", "pip", "install", "--quiet", "--editable", ".[serve]"]
+    subprocess.run(install, cwd=source, env=environment, check=True)
+    program = (str(folder / "unitok-mllm"),)
+    server = start_server(SHIPPED_MODEL, port, program=program, cwd=tmp_path, env=environment)
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        drawn = client.images.generate(prompt="a red circle", extra_body={"seed": 0}).data[0].b64_json
+        image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{drawn}"}}
+        question = {"role": "user", "content": [image, {"type": "text", "text": "what color is the shape?"}]}
+        answer = client.chat.completions.create(model="tiny", messages=[question])
+        assert answer.choices[0].message.content == "red"
+        blue = {"model": "tiny", "input": ["a red circle", "a blue square", f"data:image/png;base64,{drawn}"]}
+        red, other, picture = (torch.tensor(row.embedding) for row in client.embeddings.create(**blue).data)
+        assert picture @ red > picture @ other
+    finally:
+        server.terminate()
+        server.communicate()
+        shutil.rmtree(tmp_path / "venv")  # gigabytes

@@ -288,6 +288,37 @@ def edit_images(
     return pictures_of(model, processor, edit_codes(model, processor, requests, progress=True, **options))
 
 
+def has_text_tower(model: Any, processor: Any) -> bool:
+    """Return whether the visual tokenizer has a text tower, and one for the ids of the MLLM's text tokenizer."""
+    text_config, tokenizer = model.visual.config.text_config, processor.tokenizer
+    if text_config is None:
+        return False
+    return text_config.eos_token_id == tokenizer.eos_token_id and len(tokenizer) <= text_config.vocab_size
+
+
+def text_tower_inputs(model: Any, processor: Any, texts: list[str], truncate: bool = False) -> Any:
+    """Return the inputs of `model.visual.get_text_features` for texts.
+
+    Args:
+        model: an MLLM with a text tower, see `has_text_tower`.
+        processor: its processor.
+        texts: N texts. Special tokens in them are read as text.
+        truncate: cut texts that are too long.
+
+    Raises:
+        ValueError: a text is too long.
+    """
+    tokenizer, length = processor.tokenizer, model.visual.config.text_config.max_position_embeddings
+    end, rows = tokenizer.eos_token_id, tokenizer(texts, split_special_tokens=True)["input_ids"]
+    rows = [row if row[-1:] == [end] else [*row, end] for row in rows]
+    for index, row in enumerate(rows):
+        if len(row) > length:
+            if not truncate:
+                raise ValueError(f"text {index} has {len(row)} tokens; the text tower reads {length}")
+            rows[index] = [*row[: length - 1], end]
+    return tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(model.visual.device)
+
+
 def image_psnr(reconstruction: "torch.Tensor", pixels: "torch.Tensor") -> "torch.Tensor":
     """Compute the peak signal-to-noise ratio of each image, in dB; infinite for equal images.
 

@@ -533,9 +533,7 @@ class UniTokEngine:
         device = embeds.device
         starts, counts = torch.tensor(starts, device=device), torch.tensor(counts, device=device)
         positions = starts[:, None] + torch.arange(embeds.shape[1], device=device)
-        positions = positions.clamp_max(
-            self.max_length - 1
-        )  # those of the padding, which the row's next ones take over
+        positions = positions.clamp_max(self.max_length - 1)  # padding, which the row's next positions overwrite
         slots = torch.tensor(slots, device=device)
         for layer in self._cache.layers:
             layer.place(slots, positions)

@@ -35,7 +35,7 @@ from transformers import BatchFeature, TextStreamer
 
 from .guard import Guard, Refused, own_hosts, visitor_of
 from .image_processing_unitok import load_image, picture_size
-from .inference import psnr, sampling_options
+from .inference import has_text_tower, psnr, sampling_options, text_tower_inputs
 from .kept_files import KeptFiles
 from .sheet import COLORS, SHAPES
 from .streaming_unitok import UniTokImageStreamer
@@ -311,11 +311,8 @@ class SharedModel:
 
     @property
     def knows_words(self) -> bool:
-        """Whether the visual tokenizer has a text tower, and one for the ids of this text tokenizer."""
-        text_config, tokenizer = self.model.visual.config.text_config, self.processor.tokenizer
-        if text_config is None:
-            return False
-        return text_config.eos_token_id == tokenizer.eos_token_id and len(tokenizer) <= text_config.vocab_size
+        """Whether words can be compared with a picture, see `has_text_tower`."""
+        return has_text_tower(self.model, self.processor)
 
     @torch.inference_mode()
     def compare(self, picture: Image.Image, words: list[str]) -> dict[str, float]:
@@ -328,11 +325,7 @@ class SharedModel:
             raise ValueError(f"the words have {length} characters, {MAX_TEXT} at most can be read")
         if not 1 <= len(words) <= MAX_WORDS:
             raise ValueError(f"the list has {len(words)} words; it needs 1 to {MAX_WORDS}, one a line")
-        visual, tokenizer = self.model.visual, self.processor.tokenizer
-        length, end = visual.config.text_config.max_position_embeddings, tokenizer.eos_token_id
-        rows = tokenizer(words, truncation=True, max_length=length, split_special_tokens=True)["input_ids"]
-        rows = [row if row[-1:] == [end] else [*row[: length - 1], end] for row in rows]
-        texts = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(visual.device)
+        visual, texts = self.model.visual, text_tower_inputs(self.model, self.processor, words, truncate=True)
         pixels = self.processor.image_processor(images=[picture], mode="understand")["pixel_values"]
         with self._lock:
             text_embeds = visual.get_text_features(**texts).pooler_output

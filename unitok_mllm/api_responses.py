@@ -1,0 +1,354 @@
+"""Responses of the HTTP server: answers and drawings of the engine, whole or as a stream of events."""
+
+import asyncio
+import base64
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from concurrent.futures import Future
+from functools import partial
+
+import torch
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from .api_metrics import Metrics
+from .api_requests import APIError, Pictures, TextOptions
+from .inference import has_text_tower, picture_bytes, text_tower_inputs
+from .serving import QueueFull, UniTokEngine
+from .streaming_unitok import UniTokImageStreamer
+
+
+MAX_TOKENS = 256  # of an answer, where a request does not say, and there is room
+
+
+class Service:
+    """What the endpoints do with a model, a processor and an engine."""
+
+    def __init__(self, engine: UniTokEngine, processor, name: str, url_hosts: Collection[str]):
+        self.engine, self.processor, self.name, self.url_hosts = engine, processor, name, url_hosts
+        self.model, self.metrics, self.created = engine.model, Metrics(engine), int(time.time())
+        config = self.model.config.visual_config.vision_config
+        self.size = f"{config.image_size}x{config.image_size}"
+        self._decoder = UniTokImageStreamer(engine.model, processor)
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.name):
+            raise APIError(404, f"there is no model {name!r}, only {self.name!r}", "model")
+
+    def conversation(self, messages: list[dict]) -> list[dict]:
+        """The processor's conversation of the API's, pictures decoded."""
+        pictures, turns = Pictures(self.url_hosts), []
+        for message in messages:
+            role, content = message.get("role"), message.get("content")
+            if foreign := message.keys() - {"role", "content", "name", "images", "refusal"}:
+                raise APIError(400, f"a message has no {min(foreign)!r} here", "messages")
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+                raise APIError(400, "a message's content must be a text or a list of parts", "messages")
+            turns.append({"role": role, "content": [self._part(part, pictures) for part in parts]})
+            for part in message.get("images") or []:  # of an answer of ours, sent back
+                turns[-1]["content"].append(self._part(part, pictures))
+        return turns
+
+    @staticmethod
+    def _part(part: dict, pictures: Pictures) -> dict:
+        kind = part.get("type")
+        if kind == "text" and isinstance(part.get("text"), str):
+            return {"type": "text", "text": part["text"]}
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        if kind == "image_url" and isinstance(url, str):
+            return {"type": "image", "image": pictures.add_url(url)}
+        raise APIError(400, f"a part must be a text or an image_url, got {str(kind)[:50]!r}", "messages")
+
+    @torch.inference_mode()
+    def picture(self, codes: torch.Tensor) -> str:
+        """The PNG, in base64, of codes (K, L), or of fewer positions: the others are grey."""
+        pixels = self._decoder.decode(codes[None])
+        (image,) = self.processor.post_process_multimodal_output(pixels, generation_mode="image")
+        return base64.b64encode(picture_bytes(image)).decode()
+
+    @torch.inference_mode()
+    def embed(self, texts: list[str]) -> tuple[torch.Tensor, int]:
+        """The vectors of texts and of images (data URLs), (N, D), float32, and the number of the texts' tokens."""
+        pictures, visual = Pictures(self.url_hosts), self.model.visual
+        is_image = torch.tensor([text.startswith("data:") for text in texts])
+        rows, num_tokens = torch.empty(len(texts), visual.config.vision_config.projection_dim), 0
+        if is_image.any():
+            images = [pictures.add_url(text) for text in texts if text.startswith("data:")]
+            pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            rows[is_image] = visual.get_image_features(pixels.to(visual.device)).pooler_output.float().cpu()
+        if not is_image.all():
+            if not has_text_tower(self.model, self.processor):
+                raise APIError(400, "input: this model has no text tower for its tokenizer: images alone", "input")
+            texts = [text for text in texts if not text.startswith("data:")]
+            inputs = text_tower_inputs(self.model, self.processor, texts)
+            rows[~is_image] = visual.get_text_features(**inputs).pooler_output.float().cpu()
+            num_tokens = int(inputs["attention_mask"].sum())
+        return rows, num_tokens
+
+
+async def of_engine(call, *args, **options):
+    """A call into the engine, or into the model, in a thread; its errors become the API's."""
+    try:
+        return await asyncio.to_thread(call, *args, **options)
+    except QueueFull as error:
+        raise APIError(429, str(error)) from error
+    except (ValueError, TypeError) as error:
+        raise APIError(400, str(error)) from error
+
+
+class Stream:
+    """What the engine tells in its thread, for a coroutine: items, then the end of the future."""
+
+    def __init__(self):
+        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
+
+    def tell(self, item) -> None:
+        self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+
+    def end_with(self, future: Future) -> None:
+        future.add_done_callback(lambda future: self.loop.call_soon_threadsafe(self.queue.put_nowait, future))
+
+
+async def submit(calls: Iterable[Callable[[], Future]]) -> list[Future]:
+    """The futures of all calls into the engine. Where one is refused, those before it are cancelled."""
+    futures = []
+    try:
+        for call in calls:
+            futures.append(await of_engine(call))
+    except BaseException:
+        cancel(futures)
+        raise
+    return futures
+
+
+def cancel(futures: list[Future]) -> None:
+    for future in futures:
+        future.cancel()
+
+
+async def results(request: Request, futures: list[Future]) -> list:
+    """The results of all; they are cancelled when the client has gone."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        cancel(futures)
+
+    watcher = asyncio.create_task(watch())
+    try:
+        return await asyncio.gather(*map(asyncio.wrap_future, futures))
+    except asyncio.CancelledError as error:
+        if not watcher.done():  # the time is up
+            raise
+        raise APIError(499, "the client has gone") from error
+    finally:
+        watcher.cancel()
+        cancel(futures)
+
+
+class Events(StreamingResponse):
+    """Server-sent events. The futures that they tell of are cancelled when the client has gone."""
+
+    def __init__(self, events: AsyncIterator[dict], futures: list[Future]):
+        super().__init__(self._lines(events), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.futures = futures
+
+    @staticmethod
+    async def _lines(events: AsyncIterator[dict]) -> AsyncIterator[str]:
+        async for event in events:
+            kind = f"event: {event['type']}\n" if "type" in event else ""
+            yield f"{kind}data: {json.dumps(event)}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            cancel(self.futures)
+
+
+class TextPieces:
+    """The text of tokens as they come: whole characters, up to the first of the stop texts."""
+
+    def __init__(self, tokenizer, stops: list[str]):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.ids: list[int] = []
+        self.sent, self.is_over = "", False
+
+    def add(self, token: int | None) -> str:
+        """What the token adds; None: what had been held back, at the end."""
+        if token is not None:
+            self.ids.append(token)
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if places := [place for stop in self.stops if (place := text.find(stop)) >= 0]:
+            text, self.is_over = text[: min(places)], True
+        elif token is not None:
+            held = max((len(stop) for stop in self.stops), default=1) - 1
+            if text.endswith("\ufffd"):
+                return ""
+            text = text[: len(text) - held] if held else text
+        new, self.sent = text[len(self.sent) :], max(text, self.sent, key=len)
+        return new
+
+
+class Answers:
+    """Answers to chats and completions, whole or as a stream."""
+
+    def __init__(self, service: Service, body: TextOptions, kind: str, prefix: str):
+        self.service, self.body, self.kind = service, body, kind
+        self.is_chat = kind == "chat.completion"
+        self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+
+    async def respond(self, request: Request, prompts: list[dict], with_images: bool) -> Response:
+        """
+        Args:
+            prompts: inputs of the engine, one for each answer.
+        """
+        body, engine, stream = self.body, self.service.engine, Stream()
+        options, call = body.generation(), engine.answer
+        if with_images:
+            call = engine.interleaved
+            options["image_options"] = {} if body.guidance is None else {"guidance_scale": body.guidance}
+        elif getattr(body, "guidance", None) is not None:
+            raise APIError(400, 'guidance: is about images, ask for them by modalities=["text", "image"]', "guidance")
+        if body.stops:
+            options |= {"stop_strings": body.stops, "tokenizer": self.service.processor.tokenizer}
+        seed = body.seed
+        if seed is None and options["do_sample"]:
+            seed = int(torch.randint(2**31, ()))
+
+        def asked(index: int, inputs: dict) -> Future:
+            tell = (lambda item: stream.tell((index, item))) if body.stream else None
+            room = engine.max_length - inputs["input_ids"].shape[1]  # for text alone; an answer with images has more
+            return call(
+                inputs,
+                self.service.metrics.first("first_token", tell),
+                seed=None if seed is None else seed + index,
+                max_new_tokens=body.max_tokens or max(1, min(MAX_TOKENS, room)),
+                **options,
+            )
+
+        futures = await submit(partial(asked, index, inputs) for index, inputs in enumerate(prompts))
+        num_prompt = sum(inputs["input_ids"].shape[1] for inputs in prompts)
+        if body.stream:
+            for future in futures:
+                stream.end_with(future)
+            return Events(self._events(stream, futures, num_prompt), futures)
+        start = time.monotonic()
+        choices, num_tokens = [], 0
+        for index, result in enumerate(await results(request, futures)):
+            ids, images = result if with_images else (result, [])
+            num_tokens += len(ids)
+            message, reason = await self._message(ids, images)
+            choices.append({"index": index, "finish_reason": reason, "logprobs": None} | message)
+        self.service.metrics.observe("answer", time.monotonic() - start)
+        answer = {"object": self.kind, **self.head, "choices": choices, "usage": usage(num_prompt, num_tokens)}
+        return JSONResponse(answer)
+
+    async def _message(self, ids: torch.Tensor, images) -> tuple[dict, str]:
+        pieces = TextPieces(self.service.processor.tokenizer, self.body.stops)
+        pieces.ids = [token for token in ids.tolist() if token != self.service.model.config.image_token_id]
+        text = pieces.add(None)
+        reason = self._reason(ids, pieces)
+        if not self.is_chat:
+            return {"text": text}, reason
+        message = {"role": "assistant", "content": text}
+        if len(images):
+            message["images"] = [image_part(await of_engine(self.service.picture, codes)) for codes in images]
+        return {"message": message}, reason
+
+    def _reason(self, ids: torch.Tensor, pieces: TextPieces) -> str:
+        ends = self.service.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return "stop" if pieces.is_over or len(ids) and int(ids[-1]) in ends else "length"
+
+    async def _events(self, stream: Stream, futures: list[Future], num_prompt: int) -> AsyncIterator[dict]:
+        """The chunks of all answers, in the order in which they come."""
+        model = self.service.model
+        pieces = [TextPieces(self.service.processor.tokenizer, self.body.stops) for _ in futures]
+        groups: list[list[torch.Tensor]] = [[] for _ in futures]
+        num_tokens = num_done = 0
+
+        def chunk(index: int, delta: dict, reason: str | None = None) -> dict:
+            choice = {"index": index, "finish_reason": reason, "logprobs": None}
+            choice |= {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
+            kind = "chat.completion.chunk" if self.is_chat else self.kind
+            return {"object": kind, **self.head, "choices": [choice]}
+
+        if self.is_chat:
+            for index in range(len(futures)):
+                yield chunk(index, {"role": "assistant", "content": ""})
+        while num_done < len(futures):
+            item = await stream.queue.get()
+            if isinstance(item, Future):
+                num_done += 1
+                index = futures.index(item)
+                if item.cancelled() or item.exception() is not None:
+                    yield {"error": {"message": "the answer was broken off", "type": "server_error"}}
+                    return
+                result = item.result()
+                ids = result[0] if isinstance(result, tuple) else result
+                if text := pieces[index].add(None):
+                    yield chunk(index, {"content": text})
+                yield chunk(index, {}, self._reason(ids, pieces[index]))
+                continue
+            index, value = item
+            if value.ndim:
+                groups[index].append(value)
+                if len(groups[index]) == model.config.num_image_positions:
+                    png = await of_engine(self.service.picture, torch.stack(groups[index], dim=1))
+                    yield chunk(index, {"images": [image_part(png)]})
+                    groups[index] = []
+                continue
+            num_tokens += 1
+            if not pieces[index].is_over and (text := pieces[index].add(int(value))):
+                yield chunk(index, {"content": text})
+        if (self.body.stream_options or {}).get("include_usage"):
+            kind = "chat.completion.chunk" if self.is_chat else self.kind
+            yield {"object": kind, **self.head, "choices": [], "usage": usage(num_prompt, num_tokens)}
+
+
+async def image_events(
+    service: Service, stream: Stream, futures: list[Future], num_partial: int, prefix: str
+) -> AsyncIterator[dict]:
+    """Partial and whole drawings as they come; `index` says of which of the n drawings an event tells."""
+    groups: list[list[torch.Tensor]] = [[] for _ in futures]
+    num_positions, start = service.model.config.num_image_positions, time.monotonic()
+    shown = [num_positions * (i + 1) // (num_partial + 1) for i in range(num_partial)]
+    num_done, has_begun = 0, False
+
+    def event(kind: str, index: int, png: str) -> dict:
+        head = {"type": f"{prefix}.{kind}", "index": index, "created_at": int(time.time())}
+        return head | {"b64_json": png, "output_format": "png", "size": service.size}
+
+    while num_done < len(futures):
+        item = await stream.queue.get()
+        if isinstance(item, Future):
+            num_done += 1
+            if item.cancelled() or item.exception() is not None:
+                yield {"type": "error", "error": {"message": "the drawing was broken off", "type": "server_error"}}
+                return
+            yield event("completed", futures.index(item), await of_engine(service.picture, item.result()))
+            continue
+        index, codes = item
+        groups[index].append(codes)
+        if len(groups[index]) in shown:
+            png = await of_engine(service.picture, torch.stack(groups[index], dim=1))
+            if not has_begun:
+                service.metrics.observe("first_partial_image", time.monotonic() - start)
+                has_begun = True
+            number = shown.index(len(groups[index]))
+            yield event("partial_image", index, png) | {"partial_image_index": number}
+
+
+def image_part(png: str) -> dict:
+    """The part of a message for an image."""
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}
+
+
+def usage(num_prompt: int, num_tokens: int) -> dict:
+    return {"prompt_tokens": num_prompt, "completion_tokens": num_tokens, "total_tokens": num_prompt + num_tokens}
