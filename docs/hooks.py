@@ -45,7 +45,9 @@ def scripts() -> list[str]:
 
 def help_texts() -> dict[str, dict[str, str]]:
     """The help of each script by its command line; run again where a source is newer than the last ones."""
-    sources = [path for folder in ("training", "eval", "unitok_mllm", "docs") for path in (ROOT / folder).glob("*.py")]
+    sources = [
+        path for folder in ("training", "eval", "unitok_mllm", "docs") for path in (ROOT / folder).rglob("*.py")
+    ]
     if not HELPS.is_file() or HELPS.stat().st_mtime < max(path.stat().st_mtime for path in sources):
         command = [sys.executable, ROOT / "docs" / "script_helps.py", *scripts()]
         environment = os.environ | PLAIN_TEXT

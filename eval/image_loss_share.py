@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import typer
 
-from eval.speed import smollm2_mllm
+from eval.timing.subjects import smollm2_mllm
 from training.errors import one_line_errors, script_app
 
 

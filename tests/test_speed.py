@@ -13,8 +13,13 @@ import torch
 from conftest import enliven
 from torch.nn import functional as F
 
-from eval import naive, speed
-from eval.speed import Job, Settings, Subject, Way, count, difference, run_job
+from eval import speed
+from eval.speed import run_job
+from eval.timing import bounds, jobs, measuring, naive
+from eval.timing.measuring import Job, Way, count, difference
+from eval.timing.settings import Settings
+from eval.timing.subjects import Subject, photographs
+from eval.timing.training_jobs import training_batch
 from training.losses import psnr
 from unitok_mllm import UniTokModel
 
@@ -45,9 +50,9 @@ def subject(lively_mllm) -> Subject:
 @pytest.mark.parametrize("name", ["encode", "decode", "draw", "answer"])
 @torch.no_grad()
 def test_the_naive_way_gives_the_same_codes_pixels_and_tokens(name, subject, settings):
-    jobs = list(speed.JOBS[name](subject, settings))
-    assert [job.batch for job in jobs] == ([1, 1, 3, 3] if name == "answer" else [1, 3])
-    for job in jobs:
+    all_jobs = list(jobs.JOBS[name](subject, settings))
+    assert [job.batch for job in all_jobs] == ([1, 1, 3, 3] if name == "answer" else [1, 3])
+    for job in all_jobs:
         fast, slow = job.fast.run(), job.naive.run()
         assert len(fast) == job.batch and fast.shape == slow.shape
         assert name == "answer" or fast.unique().numel() > 1
@@ -57,7 +62,7 @@ def test_the_naive_way_gives_the_same_codes_pixels_and_tokens(name, subject, set
 @pytest.mark.parametrize("name", ["train_tokenizer", "train_mllm"])
 def test_the_naive_way_gives_the_same_losses_and_training_leaves_the_weights_alone(name, subject, settings):
     before = {key: value.clone() for key, value in subject.mllm.named_parameters()}
-    for job in speed.JOBS[name](subject, settings):
+    for job in jobs.JOBS[name](subject, settings):
         loss = job.fast.run()
         assert loss > 0.5 and difference(loss, job.naive.run()) < 1e-5
         assert difference(loss, job.fast.run()) < 1e-6  # again, after two updates at a rate of 0
@@ -114,10 +119,10 @@ def test_bytes_of_weights_and_training():
     table, head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False)
     head.weight = table.weight
     linear = torch.nn.Linear(3, 5)
-    assert speed.weight_bytes(table) == 0
-    assert speed.weight_bytes(table, head, head) == 10 * 4 * 4
-    assert speed.weight_bytes(linear.bfloat16()) == 2 * (3 * 5 + 5)
-    assert speed.train_bytes(linear.float()) == 10 * 4 * (3 * 5 + 5)
+    assert bounds.weight_bytes(table) == 0
+    assert bounds.weight_bytes(table, head, head) == 10 * 4 * 4
+    assert bounds.weight_bytes(linear.bfloat16()) == 2 * (3 * 5 + 5)
+    assert bounds.train_bytes(linear.float()) == 10 * 4 * (3 * 5 + 5)
 
 
 def test_what_autograd_keeps_is_counted_without_parameters():
@@ -134,17 +139,17 @@ def test_bytes_of_drawing_and_answering_are_those_of_a_hand_computation(mllm):
     geglu = 2 * 40 + (2 * 40) + 2 * (40 * 80 + 80) + 80 * 40 + 40
     embedder = attention + geglu + 2 * 40 + 40 * 64 + 64 + 64 * 64 + 64
     token = 2 * 2 * 2 * 16  # 2 layers' keys and values, 2 heads of 16 dims
-    assert speed.cache_bytes(mllm) == 4 * token
+    assert bounds.cache_bytes(mllm) == 4 * token
     drawing = 3 * (llm + depth) + 2 * embedder + 6 * (5 + 6) * token  # 3 positions, 6 rows, 5 tokens before them
-    assert speed.draw_bytes(mllm, 6, 5, 3) == 4 * drawing
+    assert bounds.draw_bytes(mllm, 6, 5, 3) == 4 * drawing
     answering = 2 * (llm + 64 * 300) + 6 * (5 + 6) * token
-    assert speed.answer_bytes(mllm, 6, 5, 3) == 4 * answering
+    assert bounds.answer_bytes(mllm, 6, 5, 3) == 4 * answering
 
 
 @pytest.mark.parametrize("mix, drawn", [("read", 0), ("half", 2), ("write", 4)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_training_batches_hold_the_mix_and_their_targets(mllm, mix, drawn, packed):
-    batch = speed.training_batch(mllm.config, 4, mix, packed, "cpu")
+    batch = training_batch(mllm.config, 4, mix, packed, "cpu")
     assert int(batch["image_targets"].sum()) == drawn and batch["image_codes"].shape == (4, 4, 9)
     assert int(batch["num_tokens"]) == 2 * (32 + 9 + 3) + 2 * (40 + 9 + 3)
     assert batch["input_ids"].shape == ((2, 2 * 52) if packed else (4, 52))  # like lengths together
@@ -181,13 +186,13 @@ def test_least_bytes_of_training_hold_what_autograd_keeps(folder):
 def test_bfloat16_is_compared_with_float32_on_photographs(folder):
     settings = Settings(model=folder, device="cpu", batches=[1], runs=1, dtype="bfloat16")
     tokenizer = UniTokModel.from_pretrained(folder).eval()
-    photographs = speed.photographs(48)
-    assert photographs.shape == (6, 3, 48, 48) and -1 <= photographs.min() < -0.9 and 0.9 < photographs.max() <= 1
+    pixel_values = photographs(48)
+    assert pixel_values.shape == (6, 3, 48, 48) and -1 <= pixel_values.min() < -0.9 and 0.9 < pixel_values.max() <= 1
     with torch.no_grad():
-        codes = tokenizer.encode(photographs)
+        codes = tokenizer.encode(pixel_values)
         pixels = tokenizer.decode(codes)
         tokenizer.bfloat16()
-        share = (tokenizer.encode(photographs) == codes).float().mean().item()
+        share = (tokenizer.encode(pixel_values) == codes).float().mean().item()
         decibels = psnr(tokenizer.decode(codes), pixels).mean().item()
     (encoding,), (decoding,) = (run_job(settings, name, PEAKS) for name in ("encode", "decode"))
     assert encoding["codes_equal_to_fp32"] == pytest.approx(share, rel=1e-4) and 0.3 < share <= 1
@@ -196,14 +201,14 @@ def test_bfloat16_is_compared_with_float32_on_photographs(folder):
 
 def test_fewer_positions_are_drawn_and_the_row_says_so(mllm):
     enliven(mllm)
-    (job,) = speed.draw_jobs(Subject(mllm.visual, mllm), Settings(device="cpu", batches=[2], positions=3, naive=True))
-    assert job.detail == "3 positions" and job.least_bytes == speed.draw_bytes(mllm, 4, speed.PROMPT_TOKENS, 3)
+    (job,) = jobs.draw_jobs(Subject(mllm.visual, mllm), Settings(device="cpu", batches=[2], positions=3, naive=True))
+    assert job.detail == "3 positions" and job.least_bytes == bounds.draw_bytes(mllm, 4, jobs.PROMPT_TOKENS, 3)
     with torch.no_grad():
         counted = count(job.fast, None, Settings(device="cpu"))
     assert counted.output.shape == (2, 4, 3)
     llm = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
     depth = 64 * 48 + 4 * (2 * (4 * 48 * 48 + 3 * 48 * 192) + 48 * 32)
-    products = 2 * 4 * ((speed.PROMPT_TOKENS + 2) * llm + 3 * depth)  # of 2 prompts in 2 branches
+    products = 2 * 4 * ((jobs.PROMPT_TOKENS + 2) * llm + 3 * depth)  # of 2 prompts in 2 branches
     assert products < counted.flops < 1.25 * products  # attention and embedder come on top
 
 
@@ -216,21 +221,21 @@ def test_differences():
 
 def test_median_and_best_of_the_runs_and_no_run_after_the_time_is_up(monkeypatch):
     times = iter([3.0, 1.0, 2.0] * 3)
-    monkeypatch.setattr(speed, "timed", lambda run, device: (next(times), run()))
+    monkeypatch.setattr(measuring, "timed", lambda run, device: (next(times), run()))
     job = Job(Way(lambda: torch.ones(1)), 1, 1, "runs/s", counted=False)
-    assert speed.measure(job, True, Settings(device="cpu", runs=3))[0].seconds == 2.0
+    assert measuring.measure(job, True, Settings(device="cpu", runs=3))[0].seconds == 2.0
     job.best = True
-    assert speed.measure(job, True, Settings(device="cpu", runs=3))[0].seconds == 1.0
-    (measured,) = speed.measure(job, True, Settings(device="cpu", runs=3, seconds=3.5))
+    assert measuring.measure(job, True, Settings(device="cpu", runs=3))[0].seconds == 1.0
+    (measured,) = measuring.measure(job, True, Settings(device="cpu", runs=3, seconds=3.5))
     assert (measured.runs, measured.seconds) == (2, 1.0)
 
 
 def test_the_two_ways_are_timed_in_turn(monkeypatch):
     ran = []
-    monkeypatch.setattr(speed, "timed", lambda run, device: (float(len(ran)), run()))
+    monkeypatch.setattr(measuring, "timed", lambda run, device: (float(len(ran)), run()))
     ways = [Way(lambda name=name: ran.append(name)) for name in ("fast", "naive")]
     job = Job(ways[0], 1, 1, "runs/s", naive=ways[1], counted=False)
-    fast, slow = speed.measure(job, True, Settings(device="cpu", runs=3))
+    fast, slow = measuring.measure(job, True, Settings(device="cpu", runs=3))
     assert ran == ["fast", "naive"] * 3 and (fast.seconds, slow.seconds) == (2.0, 3.0)
 
 
@@ -255,11 +260,11 @@ def test_a_bad_command_line_ends_in_one_line_that_names_the_choices(arguments, e
 
 
 def test_importing_the_package_imports_no_heavy_library():
-    package, *others = speed.import_jobs(Settings(device="cpu"))
+    package, *others = jobs.import_jobs(Settings(device="cpu"))
     heavy = "none of deepspeed, diffusers, lmms_eval, gradio, peft, datasets, open_clip, timm, wandb"
     assert package.describe(package.fast.run()) == f"imports {heavy}"
     assert [job.detail for job in others] == ["transformers alone", "torchvision alone"]
-    assert speed.import_in_fresh_process("import datasets") == ["datasets"]
+    assert jobs.import_in_fresh_process("import datasets") == ["datasets"]
 
 
 @pytest.mark.slow

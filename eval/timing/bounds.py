@@ -1,0 +1,59 @@
+"""The fewest bytes that each job must move, see `least_bytes` in `eval.speed`."""
+
+import torch
+from torch import nn
+
+from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokModel
+
+
+def nbytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def weight_bytes(*modules: nn.Module) -> int:
+    """Of all parameters, shared ones once, but for embeddings: of these only the rows looked up are read."""
+    layers = [layer for module in modules for layer in module.modules() if not isinstance(layer, nn.Embedding)]
+    return nbytes(*{id(p): p for layer in layers for p in layer.parameters(recurse=False)}.values())
+
+
+@torch.no_grad()
+def cache_bytes(mllm: UniTokMLLMForConditionalGeneration) -> int:
+    """Of one token's keys and values in all layers of the LLM."""
+    width = mllm.config.text_config.hidden_size
+    embeds = torch.zeros(1, 1, width, dtype=mllm.dtype, device=mllm.device)
+    cache = mllm.get_decoder()(inputs_embeds=embeds, use_cache=True).cache
+    return nbytes(*[tensor for layer in cache.layers for tensor in (layer.keys, layer.values)])
+
+
+def encode_bytes(tokenizer: UniTokModel, pixel_values: torch.Tensor, codes: torch.Tensor) -> int:
+    vision = tokenizer.vision_model
+    return weight_bytes(vision.encoder, vision.quant_proj) + nbytes(vision.quantizer.codebooks, pixel_values, codes)
+
+
+def decode_bytes(tokenizer: UniTokModel, codes: torch.Tensor, pixels: torch.Tensor) -> int:
+    return weight_bytes(tokenizer.vision_model.post_quant_proj, tokenizer.decoder) + nbytes(codes, pixels)
+
+
+def draw_bytes(mllm: UniTokMLLMForConditionalGeneration, rows: int, prompt_tokens: int, positions: int) -> int:
+    """Of drawing, `rows` being prompts times guidance branches."""
+    head = mllm.depth_head
+    depth = weight_bytes(head.in_proj) + head.num_codebooks * weight_bytes(head.layers, head.norm, head.head)
+    earlier = sum(prompt_tokens + position - 1 for position in range(1, positions))
+    return (
+        positions * (weight_bytes(mllm.get_decoder()) + depth)
+        + (positions - 1) * weight_bytes(mllm.embedder)
+        + rows * earlier * cache_bytes(mllm)
+    )
+
+
+def answer_bytes(mllm: UniTokMLLMForConditionalGeneration, rows: int, prompt_tokens: int, tokens: int) -> int:
+    """Of an answer's tokens after the first."""
+    earlier = sum(prompt_tokens + token - 1 for token in range(1, tokens))
+    llm = weight_bytes(mllm.get_decoder(), mllm.get_output_embeddings())
+    return (tokens - 1) * llm + rows * earlier * cache_bytes(mllm)
+
+
+def train_bytes(module: nn.Module) -> int:
+    """Of a step with AdamW, activations aside: weights into forward, backward and update, and out of it; gradients out
+    and in; two moments in and out."""
+    return 10 * nbytes(*[p for p in module.parameters() if p.requires_grad])

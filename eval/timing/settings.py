@@ -1,0 +1,84 @@
+"""What is timed, and how: the options of `eval.speed`."""
+
+from dataclasses import dataclass, field
+
+from transformers import AutoConfig
+
+from training.files import check_model_folder
+from unitok_mllm import UniTokConfig
+from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
+from unitok_mllm.inference import SHIPPED_MODEL
+
+
+DTYPES = ("float32", "bfloat16")
+
+TOKENIZER_JOBS = ("encode", "decode", "train_tokenizer")
+
+MLLM_JOBS = ("draw", "draw_sampled", "answer", "train_mllm")
+
+PRESETS = {
+    "tiny": (*TOKENIZER_JOBS, *MLLM_JOBS, "first_answer", "import"),
+    "smollm2": (*MLLM_JOBS, "import"),
+    "large": (*TOKENIZER_JOBS, "import"),
+    "7b": (*TOKENIZER_JOBS, *MLLM_JOBS, "import"),
+}
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Raises:
+        ValueError: an unknown preset, dtype, device or job, a job that the model has no part for, a folder that is no
+            model, or a number out of its range.
+    """
+
+    preset: str = field(default="tiny", metadata={"help": f"one of {', '.join(PRESETS)}"})
+    model: str = field(default="", metadata={"help": "folder of an MLLM or a tokenizer, instead of a preset"})
+    dtype: str = field(default="float32", metadata={"help": f"one of {', '.join(DTYPES)}"})
+    device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
+    jobs: list[str] = field(default_factory=list, metadata={"help": "see above; all that the model has parts for"})
+    batches: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "images, prompts or questions"})
+    train_batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "samples of a step"})
+    runs: int = field(default=5, metadata={"help": "to take the median of"})
+    seconds: float = field(default=60.0, metadata={"help": "no further run of a row begins after so many seconds"})
+    positions: int = field(default=0, metadata={"help": "image positions to draw; 0: all"})
+    threads: int = field(default=0, metadata={"help": "of the CPU; 0: torch's choice"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the decoder, and the model that is trained"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "train with less memory and more arithmetic"}
+    )
+    naive: bool = field(default=False, metadata={"help": "also the naive way, as a yardstick"})
+    output: str = field(default="", metadata={"help": "JSON file for all of it"})
+
+    def __post_init__(self):
+        for name, choices in (("preset", PRESETS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        self.device = str(find_device(self.device))
+        if self.device.split(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"device is cpu or cuda, got {self.device!r}")
+        possible = PRESETS[self.preset]
+        if self.model:
+            check_model_folder(self.model)
+            is_tokenizer = isinstance(AutoConfig.from_pretrained(self.model), UniTokConfig)
+            possible = PRESETS["large" if is_tokenizer else "tiny"]
+        if unknown := sorted(set(self.jobs) - set(possible)):
+            raise ValueError(f"no job {', '.join(unknown)} for {self.name}: its jobs are {', '.join(possible)}")
+        self.jobs = self.jobs or list(possible)
+        for name in ("batches", "train_batches", "runs"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, list) else [value], default=0) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if min(self.seconds, self.positions, self.threads) < 0:
+            raise ValueError("seconds, positions and threads must be at least 0")
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return self.model or self.preset
+
+    @property
+    def folder(self) -> str:
+        """That the model is loaded from; empty for random weights."""
+        return self.model or (str(SHIPPED_MODEL) if self.preset == "tiny" else "")

@@ -1,0 +1,94 @@
+"""The models that are timed, and what they are given: photographs and ids without meaning."""
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from eval.timing.settings import Settings
+from unitok_mllm import (
+    UniTokConfig,
+    UniTokImageProcessorPil,
+    UniTokMLLMConfig,
+    UniTokMLLMForConditionalGeneration,
+    UniTokModel,
+)
+
+
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+
+LLAMA_2_7B = LlamaConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+
+
+@dataclass
+class Subject:
+    """The model that is timed.
+
+    Attributes:
+        tokenizer: its visual tokenizer.
+        mllm: None where there is the tokenizer alone.
+        note: what to know of its weights.
+        has_visual: False where the visual tokenizer is a stand-in, to be kept out of what is timed.
+    """
+
+    tokenizer: UniTokModel
+    mllm: UniTokMLLMForConditionalGeneration | None = None
+    note: str = ""
+    has_visual: bool = True
+
+
+def smollm2_mllm() -> UniTokMLLMForConditionalGeneration:
+    """With an LLM of SmolLM2-135M's size, 8 codebooks of 4096 and 256 positions; the visual tokenizer is a stand-in."""
+    visual = UniTokConfig.preset("tiny", image_size=256, codebook_size=4096)
+    config = UniTokMLLMConfig(text_config=SMOLLM2, visual_config=visual, image_token_id=SMOLLM2.vocab_size)
+    return UniTokMLLMForConditionalGeneration(config)
+
+
+def load_subject(settings: Settings) -> Subject:
+    """The model, float32 but for a 7B LLM's weights; see `encode_jobs` for what casts it."""
+    torch.manual_seed(0)
+    if settings.folder:
+        is_tokenizer = isinstance(AutoConfig.from_pretrained(settings.folder), UniTokConfig)
+        model_class = UniTokModel if is_tokenizer else UniTokMLLMForConditionalGeneration
+        model = model_class.from_pretrained(settings.folder, dtype=torch.float32).to(settings.device).eval()
+        return Subject(model) if is_tokenizer else Subject(model.visual, model)
+    with torch.device(settings.device):
+        if settings.preset == "large":
+            return Subject(UniTokModel(UniTokConfig.preset("large")).eval(), note="random weights")
+        if settings.preset == "smollm2":
+            mllm = smollm2_mllm()
+        else:
+            llm = AutoModelForCausalLM.from_config(LLAMA_2_7B, dtype=getattr(torch, settings.dtype))
+            mllm = UniTokMLLMForConditionalGeneration.from_parts(llm, UniTokModel(UniTokConfig.preset("large")))
+    return Subject(mllm.visual, mllm.eval(), "random weights", has_visual=settings.preset != "smollm2")
+
+
+def photographs(image_size: int) -> torch.Tensor:
+    """Six photographs, (6, 3, H, W) in [-1, 1]."""
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    arrays = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket(), *load_sample_images().images]
+    processor = UniTokImageProcessorPil(size={"height": image_size, "width": image_size})
+    return processor([Image.fromarray(array) for array in arrays], mode="reconstruct")["pixel_values"]
+
+
+def repeat_to(rows: torch.Tensor, batch: int) -> torch.Tensor:
+    """The first `batch` rows, begun again where they end."""
+    return rows[torch.arange(batch, device=rows.device) % len(rows)]
+
+
+def random_ids(config: UniTokMLLMConfig, *shape: int) -> torch.Tensor:
+    """Token ids without meaning, above the special ones."""
+    return torch.randint(10, min(1000, config.text_config.vocab_size), shape)

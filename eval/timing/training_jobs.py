@@ -1,0 +1,130 @@
+"""The jobs that train: a step of the tokenizer, and one of the MLLM."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from eval.timing import naive
+from eval.timing.bounds import train_bytes
+from eval.timing.measuring import Job, Way
+from eval.timing.settings import Settings
+from eval.timing.subjects import Subject, photographs, random_ids, repeat_to
+from training.losses import LossArguments, tokenizer_losses
+from unitok_mllm import UniTokMLLMConfig
+
+
+def training_step(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[], torch.Tensor],
+    max_grad_norm: float,
+    settings: Settings,
+) -> torch.Tensor:
+    """Forward, backward and update; returns the loss."""
+    with torch.autocast(settings.device.split(":")[0], torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+        loss = loss_of()
+    loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def made_trainable(module: PreTrainedModel, settings: Settings) -> tuple[PreTrainedModel, torch.optim.AdamW]:
+    """The model as the settings train it, and an optimizer that does all its work and, at a rate of 0, leaves the
+    weights as they are, so that every run computes the same."""
+    module.requires_grad_(True).train()
+    if settings.gradient_checkpointing:
+        module.gradient_checkpointing_enable()
+    if settings.compile:
+        module.compile()
+    return module, torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.0, fused=True)
+
+
+def train_tokenizer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
+    tokenizer, optimizer = made_trainable(subject.tokenizer, settings)
+    pixels = photographs(tokenizer.config.vision_config.image_size).to(settings.device)
+    text, weights = tokenizer.config.text_config, LossArguments().weights(1.0)
+    for batch in settings.train_batches:
+        images, ids = repeat_to(pixels, batch), None
+        if text is not None:
+            ids = torch.randint(10, text.vocab_size, (batch, text.max_position_embeddings), device=settings.device)
+            ids[:, -1] = text.eos_token_id
+
+        def loss_of(forward: Callable, images=images, ids=ids) -> torch.Tensor:
+            return tokenizer_losses(forward(images, input_ids=ids), images, weights)[0]
+
+        step = partial(training_step, tokenizer, optimizer, max_grad_norm=10.0, settings=settings)
+        yield Job(
+            Way(partial(step, partial(loss_of, tokenizer))),
+            batch,
+            batch,
+            "images/s",
+            train_bytes(tokenizer),
+            naive=Way(partial(step, partial(loss_of, partial(naive.tokenizer_forward, tokenizer)))),
+            trained=tokenizer,
+        )
+
+
+def training_sample(config: UniTokMLLMConfig, writes: bool, text_tokens: int) -> dict:
+    """A sample that writes an image from `text_tokens` tokens, or reads one and learns the last 8 of them.
+
+    Ids and codes have no meaning; the form is that of `training.data`.
+    """
+    vision, positions = config.visual_config.vision_config, config.num_image_positions
+    ids = random_ids(config, text_tokens + positions + 3)
+    start = text_tokens + 1 if writes else 2
+    ids[start - 1], ids[start + positions] = config.boi_token_id, config.eoi_token_id
+    ids[start : start + positions] = config.image_token_id
+    labels = ids.masked_fill(ids == config.image_token_id, -100)
+    labels[: start - 1 if writes else -8] = -100
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "image_targets": torch.tensor([writes]),
+        "images": [torch.randint(vision.codebook_size, (vision.num_codebooks, positions))],
+    }
+
+
+def training_batch(config: UniTokMLLMConfig, batch: int, mix: str, packed: bool, device: str) -> dict:
+    """What the MLLM's trainer gets from its collator: `batch` samples of unequal lengths, of which those of the mix
+    (read, half, write) write an image. Packed rows hold at least two samples."""
+    from training.data import MLLMCollator
+
+    writes = {"read": lambda i: False, "half": lambda i: i % 2 == 0, "write": lambda i: True}[mix]
+    samples = [training_sample(config, writes(i), 32 + 8 * (i // 2 % 3)) for i in range(batch)]
+    vision, positions = config.visual_config.vision_config, config.num_image_positions
+    collator = MLLMCollator(0, (vision.num_codebooks, positions), pack_to=2 * (positions + 64) if packed else 0)
+    return {name: tensor.to(device) for name, tensor in collator(samples).items()}
+
+
+def train_mllm_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
+    """Each batch with half of its samples writing (a single one writes), and one of them with all mixes and packed."""
+    if settings.preset == "7b" and not settings.model:
+        subject.mllm.to(getattr(torch, settings.dtype))
+    mllm, optimizer = made_trainable(subject.mllm, settings)
+    rows = [(batch, "half" if batch > 1 else "write", False) for batch in settings.train_batches]
+    middle = 4 if 4 in settings.train_batches else max(settings.train_batches)
+    rows += [(middle, "read", False), (middle, "write", False), (middle, "half", True)]
+    for batch, mix, packed in dict.fromkeys(rows):
+        inputs = training_batch(mllm.config, batch, mix, packed, settings.device)
+        num_tokens = int(inputs.pop("num_tokens"))
+
+        def loss_of(logits_at_targets: bool, inputs=inputs) -> torch.Tensor:
+            return mllm(**inputs, logits_at_targets=logits_at_targets).loss
+
+        step = partial(training_step, mllm, optimizer, max_grad_norm=1.0, settings=settings)
+        yield Job(
+            Way(partial(step, partial(loss_of, True))),
+            batch,
+            batch,
+            "samples/s",
+            train_bytes(mllm),
+            detail=mix + ", packed" * packed,
+            naive=Way(partial(step, partial(loss_of, False))),
+            trained=mllm,
+            describe=lambda _, tokens=num_tokens: f"{tokens} tokens",
+        )
