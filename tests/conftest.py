@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
 
@@ -129,6 +130,22 @@ def enliven(model: torch.nn.Module, factor: float = 5) -> torch.nn.Module:
 @pytest.fixture
 def lively_mllm(mllm) -> UniTokMLLMForConditionalGeneration:
     return enliven(mllm)
+
+
+@pytest.fixture
+def saved_mllm(tmp_path, lively_mllm, processor) -> Path:
+    """The folder of an MLLM and its processor."""
+    lively_mllm.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    """A file of noise, 40x30."""
+    path = tmp_path / "picture.png"
+    Image.effect_noise((40, 30), 90).convert("RGB").save(path)
+    return path
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The command line, on a random model in a temporary folder."""
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_generation_unitok import IMPOSSIBLE
+from test_processing_unitok import ODD_TEXTS
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from typer.testing import CliRunner, Result
 
@@ -597,3 +600,61 @@ def test_env_prints_what_a_bug_report_needs():
     assert result.exit_code == 0 and lines["python"] == platform.python_version()
     assert lines["torch"] == torch.__version__.partition("+")[0] or lines["torch"] == torch.__version__
     assert {"unitok_mllm", "transformers", "gradio", "deepspeed", "CPUs", "threads"} <= lines.keys()
+
+
+def test_nothing_is_cut_from_a_text_that_is_too_long(
+    lively_mllm, processor, saved_mllm, picture, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    long = "red " * 25_000
+    assert len(long) == 100_000
+    for options in ({}, {"sanitize_control_tokens": True}):
+        inputs = processor(text=long, generation_mode="image", **options)
+        assert long in processor.tokenizer.decode(inputs["input_ids"][0])
+        message = rf"prompt is too long: {inputs['input_ids'].shape[1]} tokens, and 9 to follow, .* 256 positions"
+        with pytest.raises(ValueError, match=message):
+            lively_mllm.generate(**inputs, generation_mode="image")
+    inputs = processor(text=long)
+    for mode in ("text", "interleaved"):
+        with pytest.raises(ValueError, match=r"prompt is too long: .* and 1 to follow"):
+            lively_mllm.generate(**inputs, generation_mode=mode, max_new_tokens=1)
+    assert "prompt is too long" in fail("generate", long, "--model", saved_mllm)
+    assert "prompt is too long" in fail("ask", picture, long, "--model", saved_mllm)
+    assert "prompt is too long" in fail("edit", picture, long, "--model", saved_mllm)
+
+
+@pytest.mark.parametrize("name", ["right to left", "special tokens"])
+def test_odd_texts_on_the_command_line(saved_mllm, picture, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    text, model = ODD_TEXTS[name], ("--model", saved_mllm)
+    for args in (
+        ("ask", picture, text, "--max-new-tokens", 2),
+        ("generate", text, "--seed", 1),
+        ("edit", picture, text),
+    ):
+        result = run(*args, *model)
+        assert result.exit_code == 0, (args, result.output, result.exception)
+    assert Image.open("unitok-drawing.png").size == Image.open("unitok-edit.png").size == (48, 48)
+
+
+def test_the_commands_refuse_what_the_model_refuses_and_take_what_it_takes(saved_mllm, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = {"temperature", "top_k", "top_p", "guidance_scale", "seed", "num_return_sequences"}
+    renamed = {"guidance_scale": "guidance", "num_return_sequences": "count"}
+    for name, value in IMPOSSIBLE:
+        if name in kept and not isinstance(value, list):
+            option = renamed.get(name, name).replace("_", "-")
+            message = fail("generate", "red", f"--{option}", value, "--model", saved_mllm)
+            assert option in message.replace("_", "-") and str(value) in message, (option, value, message)
+    for option, value in (
+        ("guidance", math.nan),
+        ("image-guidance", math.inf),
+        ("image-guidance", 0),
+        ("guidance", 1e7),
+    ):
+        message = fail("edit", picture, "make it red", f"--{option}", value, "--model", saved_mllm)
+        assert option in message.replace("_", "-") and f"got {value}" in message
+    assert list(tmp_path.glob("unitok*")) == []
+    for options in (("--temperature", 1e-30, "--guidance", 1e6), ("--top-k", 10**9, "--seed", 2**200)):
+        assert run("generate", "red", *options, "--model", saved_mllm).exit_code == 0
+    assert len(list(tmp_path.glob("unitok-drawing*.png"))) == 2

@@ -1,11 +1,15 @@
+import dataclasses
+import itertools
 import json
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import AutoConfig
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
 
-from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokModel, UniTokVisionConfig
+from unitok_mllm import UniTokConfig, UniTokDepthConfig, UniTokMLLMConfig, UniTokModel, UniTokVisionConfig
 
 
 def content(config):
@@ -117,3 +121,42 @@ def test_an_mllm_config_counts_the_positions_of_an_image(mllm, tmp_path):
     assert type(loaded) is UniTokMLLMConfig and loaded.num_image_positions == 9
     for part in ("text_config", "visual_config", "depth_config"):
         assert content(getattr(loaded, part)) == content(getattr(mllm.config, part))
+
+
+@pytest.mark.parametrize("config_class", [UniTokVisionConfig, UniTokConfig, UniTokDepthConfig, UniTokMLLMConfig])
+def test_absurd_values_in_a_config_are_refused_with_field_and_value(config_class):
+    own = config_class.__annotations__.keys() & {field.name for field in dataclasses.fields(config_class)}
+    assert len(own) >= 4
+    for name, value in itertools.product(sorted(own), (-1, 10**15, -math.inf, math.inf, math.nan, "much")):
+        with pytest.raises(StrictDataclassError) as error:
+            config_class(**{name: value})
+        assert name in str(error.value) and str(value) in str(error.value), (name, value, str(error.value))
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: UniTokVisionConfig(stage_dims=(160, -5)), r"stage_dims \(\(160, -5\)\) is not between 1 and 65536"),
+        (lambda: UniTokVisionConfig(stage_depths=(0, 4)), r"stage_depths \(\(0, 4\)\) is not between 1 and 1000"),
+        (lambda: UniTokVisionConfig(image_size=2**20), r"image_size \(1048576\) is not between 16 and 16384"),
+        (lambda: UniTokConfig(text_config={"vocab_size": 10**12}), r"text_config.vocab_size \(1000000000000\)"),
+        (lambda: UniTokConfig(text_config={"num_hidden_layers": -3}), r"text_config.num_hidden_layers \(-3\)"),
+        (lambda: UniTokDepthConfig(hidden_act="grelu"), r"hidden_act \('grelu'\) is no activation"),
+        (
+            lambda: UniTokDepthConfig(hidden_size=100, num_attention_heads=3),
+            r"hidden_size \(100\) is not a multiple of num_attention_heads \(3\)",
+        ),
+        (lambda: UniTokMLLMConfig(boi_token_id=32000, image_token_id=5), r"boi_token_id \(32000\) is not .* 31999"),
+        (
+            lambda: UniTokMLLMConfig(depth_config={"num_attention_heads": 7}),
+            r"hidden_size \(4096\) is not a multiple of num_attention_heads \(7\)",
+        ),
+        (
+            lambda: UniTokMLLMConfig(text_config={"model_type": "llama", "vocab_size": 0}),
+            r"text_config.vocab_size \(0\) is not between 1 and 4194304",
+        ),
+    ],
+)
+def test_parts_and_lists_of_a_config_are_checked_too(build: Callable[[], PreTrainedConfig], message):
+    with pytest.raises(StrictDataclassError, match=message):
+        build()

@@ -439,3 +439,37 @@ def test_pictures_as_pixels_and_as_codes_share_a_batch(samples, processor):
     assert torch.equal(batch["pixel_values"], torch.stack(pixels))
     codes = [i for i in range(len(batch["image_codes"])) if i not in places]
     assert torch.equal(batch["image_codes"][codes], torch.stack(samples[-1]["images"]))
+
+
+HOSTILE_ROWS = [
+    ("conversations", {"image": 3}),
+    ("conversations", {"image": {"path": "a.png"}}),
+    ("conversations", {"image": [["a.png"]]}),
+    ("conversations", {"image": ["a.png", None]}),
+    ("conversations", {"image": "/dev/zero"}),
+    ("conversations", {"conversations": "words"}),
+    ("conversations", {"conversations": [3]}),
+    ("conversations", {"conversations": [{"from": "human"}]}),
+    ("conversations", {"conversations": [{"from": ["human"], "value": "a"}]}),
+    ("conversations", {"conversations": None}),
+    ("captions", {"caption": 3}),
+    ("captions", {"caption": None}),
+    ("captions", {"image": 3.5}),
+    ("text", {"text": ["red"]}),
+    ("text", {"text": None}),
+]
+
+
+@pytest.mark.parametrize("kind, change", HOSTILE_ROWS, ids=str)
+def test_rows_that_are_not_what_they_should_be_are_broken_samples(tmp_path, processor, picture, kind, change):
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
+    row = {"image": picture.name, "conversations": turns, "caption": "red", "text": "a red circle"}
+    texts, rng = SampleTexts(processor, 250), np.random.default_rng(0)
+    for content, is_good in ((row, True), (row | change, False)):
+        (tmp_path / "rows.json").write_text(json.dumps([content]), encoding="utf-8")
+        source = Source(str(tmp_path / "rows.json"), kind)
+        if is_good:
+            assert len(source.sample(0, texts, 0.0, rng)["input_ids"])
+            continue
+        with pytest.raises(UnusableSample, match="named by texts, not by|cannot be|'/dev/zero': not a regular file"):
+            source.sample(0, texts, 0.0, rng)

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import json
+import math
 import os
 import shlex
 import signal
@@ -17,6 +19,7 @@ from test_imports import SCRIPTS
 from test_train_mllm import write_config
 from transformers import TrainingArguments
 
+from training import train_mllm, train_tokenizer
 from training.arguments import Parser, check_source, parse_yaml_and_command_line, use_cpu_of
 from training.errors import check_keys, one_line_errors, underscored
 from training.interrupts import ENDS, Interrupted, StopRequest
@@ -406,3 +409,44 @@ def test_ctrl_c_ends_every_evaluation_in_one_line_that_says_how_to_go_on(name, c
     said = capsys.readouterr().err
     assert end.value.code == 130 and said.startswith("\nInterrupted. ") and said.count("\n") == 2
     assert "the same command" in said.lower()
+
+
+@pytest.mark.parametrize("main", [train_mllm.main, train_tokenizer.main], ids=lambda main: main.__module__)
+def test_an_output_folder_that_cannot_be_is_found_out_before_anything_is_loaded(tmp_path, main):
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    config = {"output_dir": str(tmp_path / "file/run"), "use_cpu": True, "bf16": False, "report_to": []}
+    config |= {"model": "nowhere"} if main is train_mllm.main else {"init_from": "nowhere", "text_tokenizer": "none"}
+    (tmp_path / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot write to the output folder .*file/run: Not a directory"):
+        main([str(tmp_path / "config.yaml")])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_steps": -5}, "max_steps must be at least 1, got -5"),
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"learning_rate": math.nan}, "learning_rate .nan."),
+        ({"learning_rate": -1e-3}, "learning_rate .-0.001."),
+        ({"weight_decay": math.inf}, "weight_decay .inf."),
+        ({"num_train_epochs": 0}, "num_train_epochs"),
+    ],
+    ids=str,
+)
+def test_numbers_that_train_nothing_are_refused_before_anything_is_loaded(tmp_path, options, message):
+    config = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": [], "model": "nowhere"}
+    arguments = [argument for name, value in options.items() for argument in (f"--{name}", str(value))]
+    (tmp_path / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        train_mllm.main([str(tmp_path / "config.yaml"), *arguments])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("main", [train_mllm.main, train_tokenizer.main], ids=lambda main: main.__module__)
+def test_a_training_on_nothing_is_refused_before_anything_is_loaded(tmp_path, main, monkeypatch):
+    config = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": [], "datasets": []}
+    config |= {"model": "."} if main is train_mllm.main else {"text_tokenizer": "."}
+    (tmp_path / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr(f"{main.__module__}.build_model", None)
+    with pytest.raises(ValueError, match="There is nothing to train on: `datasets` is empty"):
+        main([str(tmp_path / "config.yaml")])

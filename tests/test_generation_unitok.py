@@ -1,8 +1,11 @@
 import inspect
 import json
+import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -753,3 +756,87 @@ def test_a_module_given_to_from_pretrained_is_no_option_of_generation(mllm, visu
     loaded = UniTokMLLMForConditionalGeneration.from_pretrained(tmp_path, visual=visual_tokenizer)
     assert loaded.visual is visual_tokenizer
     assert loaded.generation_config.to_dict() == mllm.generation_config.to_dict()
+
+
+def test_two_threads_get_what_they_get_alone(lively_mllm, processor):
+    picture = Image.effect_noise((40, 30), 90).convert("RGB")
+    requests = []
+    for text, guidance in (("a red circle", 3.0), ("what is the blue shape?", 1.0)):
+        inputs = processor(text=[text, "red"], generation_mode="image")
+        requests.append({**inputs, "generation_mode": "image", "seed": [3, 4], "guidance_scale": guidance})
+        asked = processor(text=f"<image> {text}", images=picture)
+        requests.append({**asked, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False})
+    alone = [lively_mllm.generate(**request) for request in requests]
+    with ThreadPoolExecutor(2) as pool:
+        order = [0, 1, 2, 3, 3, 2, 1, 0, 0, 2, 1, 3] * 2
+        together = list(pool.map(lambda number: lively_mllm.generate(**requests[number]), order))
+    assert not torch.equal(alone[0], alone[2])
+    for number, result in zip(order, together):
+        assert torch.equal(result, alone[number]), number
+
+
+def test_a_thread_that_computes_losses_leaves_one_that_generates_alone(lively_mllm, processor):
+    asked = {**processor(text="what is red?"), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    alone, learned = lively_mllm.generate(**asked), processor(text="a red circle")
+
+    def losses() -> list[float]:
+        options = {"labels": learned["input_ids"], "logits_at_targets": True}
+        return [lively_mllm(**learned, **options).loss.item() for _ in range(20)]
+
+    with ThreadPoolExecutor(1) as pool:
+        computed = pool.submit(losses)
+        for _ in range(20):
+            assert torch.equal(lively_mllm.generate(**asked), alone)
+        assert len({*computed.result()}) == 1
+
+
+EXTREME = [
+    {"temperature": 1e-6},
+    {"temperature": 1e-30},
+    {"temperature": 1e30},
+    {"temperature": 1e-30, "guidance_scale": 1e6},
+    {"temperature": 1e-30, "guidance_scale": 1e6, "top_k": 2, "top_p": 0.5},
+    {"top_k": 1},
+    {"top_k": V + 1},
+    {"top_k": 10**9},
+    {"top_p": 1e-30},
+    {"top_p": 1},
+    {"top_p": 1 - 1e-12},
+    {"guidance_scale": 1e6},
+    {"guidance_scale": 1e6, "do_sample": False},
+    {"seed": 2**200},
+    {"seed": np.int64(7)},
+    {"seed": [0, 2**64]},
+]
+IMPOSSIBLE = [
+    *(("temperature", value) for value in (0, -1.0, math.nan, math.inf, -math.inf, 1e-300)),
+    *(("top_k", value) for value in (-1, 2.5, math.nan)),
+    *(("top_p", value) for value in (0, -0.5, 1.1, math.nan, math.inf)),
+    *(("guidance_scale", value) for value in (0, -3.0, 1.1e6, math.nan, math.inf)),
+    *(("image_guidance_scale", value) for value in (0, math.nan, math.inf)),
+    *(("seed", value) for value in (-1, 1.5, math.nan, "one", [3, -4], [1, None])),
+    *(("num_return_sequences", value) for value in (0, -1)),
+    *(("num_positions", value) for value in (0, -1)),
+]
+
+
+@pytest.mark.parametrize("options", EXTREME, ids=str)
+def test_extreme_sampling_gives_codes(lively_mllm, processor, options):
+    inputs = processor(text=["a red circle", "blue"], generation_mode="image")
+    options = {"generation_mode": "image", "seed": 5, **options}
+    codes = lively_mllm.generate(**inputs, **options)
+    assert codes.shape == (2, K, L) and 0 <= codes.min() and codes.max() < V
+    assert torch.equal(lively_mllm.generate(**inputs, **options), codes)
+    if options.get("temperature", 1) <= 1e-6 or options.get("top_k") == 1 or options.get("top_p", 1) == 1e-30:
+        greedy = {"do_sample": False, "guidance_scale": options.get("guidance_scale", 1.0)}
+        assert torch.equal(lively_mllm.generate(**inputs, generation_mode="image", **greedy), codes)
+    pixels = lively_mllm.decode_images(codes)
+    assert pixels.shape == (2, 3, 48, 48) and (pixels.abs() <= 1).all()
+
+
+@pytest.mark.parametrize("name, value", IMPOSSIBLE, ids=str)
+def test_impossible_sampling_is_refused_with_option_and_value(lively_mllm, processor, name, value):
+    inputs = processor(text=["a red circle", "blue"], generation_mode="image")
+    with pytest.raises(ValueError) as error:
+        lively_mllm.generate(**inputs, generation_mode="image", **{name: value})
+    assert name in str(error.value) and str(value) in str(error.value)

@@ -1,6 +1,10 @@
 import base64
 import io
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +15,14 @@ from sklearn.datasets import load_sample_image
 from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
+from training import files
+from training.files import UnusableSample, decode_image
+from unitok_mllm import image_processing_unitok
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor, UniTokImageProcessorPil, load_image
 
 
+ROOT = Path(__file__).parents[1]
+GIB = 2**30
 FIXTURE = Path(__file__).parent / "fixtures" / "preprocess_china.npz"
 MODES = ("understand", "reconstruct", "classify")
 TURNS = {  # EXIF orientation -> what a camera did to the upright picture
@@ -503,3 +512,89 @@ def test_a_picture_of_any_mode_is_shrunk_while_it_is_read(tmp_path, mode):
     assert shrunk.size == (100, 40)
     expected = np.asarray(whole.resize((100, 40)), float)
     assert np.abs(np.asarray(shrunk, float) - expected).mean() < 2
+
+
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_odd_and_malformed_images_are_read_or_refused_in_bounded_time_and_memory(count):
+    """In a process of its own: a crash, a hang and the memory are those of the images alone."""
+    command = [sys.executable, str(Path(__file__).with_name("mutations.py")), str(count)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120 + count // 10)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    report = json.loads(ended.stdout.splitlines()[-1])
+    print(f"\n{'':22}{'read':>7}{'refused':>9}")
+    for kind, outcomes in report["counts"].items():
+        print(f"{kind:22}{outcomes['read']:7}{outcomes['refused']:9}")
+    print(
+        f"slowest {report['slowest'][0]:.1f} s (number {report['slowest'][1]}), memory {report['memory'] / GIB:.2f} GiB"
+    )
+    assert report["num_wrong"] == 0, report["wrong"]
+    assert sum(sum(outcomes.values()) for outcomes in report["counts"].values()) == count
+    assert report["counts"]["decompression bomb"]["read"] == -(-(count - 999) // 2500)
+    assert report["counts"].pop("intact")["refused"] == 0
+    assert min(min(outcomes.values()) for outcomes in report["counts"].values()) > 0
+    assert report["memory"] < 3 * GIB and report["slowest"][0] < 30
+
+
+def test_a_picture_is_the_same_as_a_path_as_bytes_and_as_a_url(picture):
+    data = picture.read_bytes()
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    expected = load_image(picture).tobytes()
+    for source in (str(picture), data, url, Image.open(picture), Image.open(io.BytesIO(data))):
+        assert load_image(source).tobytes() == expected
+    assert decode_image(data).tobytes() == expected
+    processor = UniTokImageProcessor(size=48)
+    assert torch.equal(processor([data, url]).pixel_values, processor([picture, picture]).pixel_values)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        (b"", "cannot read image '0 bytes': cannot identify"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
+        ("http://no such host/a.png", "cannot read image 'http://no such host/a.png': .*URL can't contain"),
+        ("a\0b.png", "cannot read image .*null"),
+        (Image.new("RGB", (0, 3)), "expected a non-empty array of pixels, got 'RGB image of 0x3'"),
+        (Image.new("F", (3, 3), math.nan), "cannot read image 'F image of 3x3': pixel values contain NaN"),
+        (3, "cannot read image '3': expected str"),
+    ],
+)
+def test_what_is_no_picture_is_named(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(source)
+
+
+def test_a_name_given_is_the_name_in_errors():
+    with pytest.raises(ValueError, match="cannot read image 'shard 7, cat.jpg': cannot identify"):
+        load_image(b"no picture", "shard 7, cat.jpg")
+    with pytest.raises(UnusableSample, match="cannot read image 'cat.jpg'"):
+        decode_image(b"no picture", "cat.jpg")
+
+
+def test_a_url_gives_no_more_than_its_share(monkeypatch, picture):
+    monkeypatch.setattr(image_processing_unitok, "URL_BYTES", 100)
+    with pytest.raises(ValueError, match="cannot read image 'data:image/png.*: more than 100 bytes"):
+        load_image("data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode())
+
+
+def test_one_function_opens_every_picture_from_outside():
+    """The others read what a package or this project itself has written."""
+    opens = {
+        str(path.relative_to(ROOT))
+        for package in ("unitok_mllm", "training", "eval")
+        for path in (ROOT / package).rglob("*.py")
+        if "Image.open(" in path.read_text(encoding="utf-8")
+    }
+    own = {f"training/{name}.py" for name in ("prepare_data", "emoji", "model_card")}
+    own |= {"eval/judge.py", "eval/text_to_image.py"}
+    assert opens == {"unitok_mllm/image_processing_unitok.py", *own}
+
+
+def test_what_is_no_regular_file_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "fifo.png")
+    for path in (tmp_path / "fifo.png", tmp_path / "link.png", "/dev/zero", tmp_path):
+        with pytest.raises(ValueError, match=f"cannot read image '{path}': not a regular file"):
+            load_image(path)
+        with pytest.raises(UnusableSample, match="not a regular file"):
+            files.load_sample_image(Path(path))

@@ -377,3 +377,11 @@ def test_a_streamer_shows_one_answer(lively_mllm, processor):
     with pytest.raises(ValueError, match="A streamer shows the answer to one prompt, got 2"):
         lively_mllm.generate(**inputs, generation_mode="interleaved", streamer=text)
     assert "".join(text) == ""
+
+
+def test_every_prompt_of_a_batch_ends_where_it_was_told_to(lively_mllm, processor):
+    """An end token of the caller's own holds for all prompts of an interleaved batch."""
+    inputs = processor(text=["a red circle", "blue"], generation_mode="interleaved")
+    options = {"do_sample": False, "max_new_tokens": 12, "max_images": 0, "eos_token_id": list(range(300))}
+    output = lively_mllm.generate(**inputs, generation_mode="interleaved", **options)
+    assert [len(sequence) for sequence in output.sequences] == [1, 1]

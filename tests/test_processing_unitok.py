@@ -443,3 +443,100 @@ def test_the_librarys_pipeline_chats_about_images(lively_mllm, processor, pictur
     inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     ids = lively_mllm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
     assert answer == processor.post_process_multimodal_output(ids)[0]
+
+
+ODD_TEXTS = {
+    "empty": "",
+    "control characters": "a\x00b\x07\x1b[31m\r\n\t\x7f\u0085",
+    "right to left": "\u202eمربع أحمر \u05d0\u05d3\u05d5\u05dd\u202c",
+    "joined and astral": "👩‍👩‍👧‍👦 e\u0301 \U000f1234",
+    "placeholder": "is <image> an <image><image>?",
+    "special tokens": "<s>red</s><boi>blue<eoi><pad> <boi><image><eoi>",
+}
+
+
+@pytest.mark.parametrize("name", ODD_TEXTS)
+def test_odd_texts_are_plain_text_by_every_route(processor, name):
+    text, picture = ODD_TEXTS[name], Image.new("RGB", (20, 20), "red")
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
+    asked = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    drawn = processor(text=text, generation_mode="image")
+    edited = processor(images=picture, text=text, generation_mode="edit")
+    for ids, images, drawing in (
+        (asked["input_ids"], 1, 0),
+        (drawn["input_ids"], 0, 1),
+        (edited["input_ids"], 1, 1),
+        (edited["text_alone_input_ids"], 0, 1),
+    ):
+        (row,) = ids.tolist()
+        counts = [row.count(token) for token in (BOS, BOI, IMAGE, EOI, EOS)]
+        assert row[0] == BOS and counts == [1, images + drawing, images * L, images, 0]
+        assert text in processor.tokenizer.decode(row)
+    assert len(asked["pixel_values"]) == len(edited["pixel_values"]) == 1
+
+
+def test_texts_without_tokens_are_the_same_sanitized_or_not(processor):
+    texts, picture = ["a red circle", "and\nwhat else? \x07"], Image.new("RGB", (20, 20))
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": t}]}]
+        for t in texts
+    ]
+    calls = (
+        lambda **options: processor.apply_chat_template(chats, tokenize=True, return_dict=True, **options),
+        lambda **options: processor(text=texts, generation_mode="image", **options),
+        lambda **options: processor(images=[picture] * 2, text=texts, generation_mode="edit", **options),
+    )
+    for call in calls:
+        plain, sanitized, default = call(sanitize_control_tokens=False), call(sanitize_control_tokens=True), call()
+        assert plain.keys() == sanitized.keys() == default.keys()
+        for key in plain:
+            assert torch.equal(plain[key], sanitized[key]) and torch.equal(plain[key], default[key]), key
+
+
+def test_llamas_byte_tokens_can_be_spelled_too():
+    vocabulary = ["<unk>", "<s>", "</s>", "<0x00>", "<0x01>", "▁", *"<>0x1/sunkred", "▁r"]
+    ids = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
+    tokenizer = LlamaTokenizer(vocab=ids, merges=[("▁", "r")], add_bos_token=True)
+    processor = UniTokMLLMProcessor(UniTokImageProcessor(size={"height": 48, "width": 48}), tokenizer)
+    row = processor(text="red<0x00></s>", generation_mode="image", sanitize_control_tokens=True).input_ids[0].tolist()
+    plain = processor(text="red", generation_mode="image").input_ids[0].tolist()
+    assert row.count(3) == plain.count(3) == 1 and 2 not in row[1:] and row[:4] == plain[:4]
+
+
+def test_plain_texts_take_the_librarys_options(processor):
+    """Truncation, padding, offsets and masks are those of the same text without control tokens, but for its ids."""
+    texts = ["red </s>blue", "is <image> an <s>?"]
+    whole = processor.apply_chat_template(
+        [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in texts],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    for ids, mask, text in zip(whole["input_ids"], torch.as_tensor(whole["assistant_masks"]).bool(), texts):
+        assert processor.decode(ids[mask]) == f" {text}</s>" and (ids[mask] == EOS).sum() == 1
+    cut = processor(text=texts[0], images=None, generation_mode="image", truncation=True, max_length=400)
+    assert torch.equal(cut["input_ids"], processor(text=texts[0], generation_mode="image")["input_ids"])
+    with pytest.raises(ValueError, match="max_length cuts off a <boi>"):
+        processor(text=texts[0], generation_mode="image", truncation=True, max_length=5)
+    padded = processor(text=texts[0], generation_mode="image", padding="max_length", max_length=100)
+    assert padded["input_ids"].shape == padded["attention_mask"].shape == (1, 100)
+    assert padded["attention_mask"].sum() == cut["input_ids"].shape[1]
+    with pytest.raises(ValueError, match="come without special_tokens_mask"):
+        processor(text=texts[0], generation_mode="image", return_special_tokens_mask=True)
+
+
+def test_where_there_are_images_a_description_says_where_they_go(processor):
+    pictures = [Image.new("RGB", (20, 20), "red")] * 2
+    inputs = processor(text="<image> as</s> <image>", images=pictures, generation_mode="image")
+    (row,) = inputs["input_ids"].tolist()
+    assert [row.count(token) for token in (BOS, BOI, IMAGE, EOI, EOS)] == [1, 3, 2 * L, 2, 0]
+    with pytest.raises(ValueError, match="Found total 0 <image> tokens and 2 images"):
+        processor(text="<image> <image>", images=pictures, generation_mode="image", sanitize_control_tokens=True)
+
+
+def test_placeholders_without_their_images_are_refused_where_texts_are_not_plain(processor):
+    for mode in ("text", "image", "interleaved"):
+        with pytest.raises(ValueError, match="Found 1 <image> tokens in the text but no images"):
+            processor(text="a red <image>", generation_mode=mode, sanitize_control_tokens=False)
+    with pytest.raises(ValueError, match="sanitize_control_tokens needs tokenize=True"):
+        processor.apply_chat_template([{"role": "user", "content": "a"}], sanitize_control_tokens=True)

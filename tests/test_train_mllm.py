@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import IMAGE_SIZE, enliven
+from faulty_disk import full_disk
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
@@ -923,3 +924,36 @@ def test_without_checkpoints_a_signal_leaves_none(tmp_path, start, data, capsys,
         one_line_errors()(main)([str(write_config(tmp_path / "run.yaml", start, [data["text"]], max_steps=3))])
     assert end.value.code == 143 and f"first checkpoint in {tmp_path}/run: the same command" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_full_disk_leaves_the_mllm_training_its_last_checkpoint(tmp_path, lively_mllm, processor):
+    (tmp_path / "text.jsonl").write_text('{"text": "what is red"}\n' * 8, encoding="utf-8")
+    data = MLLMDataset([Source(str(tmp_path / "text.jsonl"), "text")], SampleTexts(processor, 50))
+    set_visual_aside(lively_mllm)
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "report_to": "none"}
+    options |= {"per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True}
+    options |= {"dataloader_pin_memory": False, "remove_unused_columns": False}
+
+    class Trainer(MLLMTrainer):
+        free = 10**9
+
+        def _save_checkpoint(self, model, trial):
+            with full_disk(10**9 if self.state.global_step < 4 else self.free):
+                super()._save_checkpoint(model, trial)
+
+    def trainer() -> Trainer:
+        collator = MLLMCollator(processor.tokenizer.pad_token_id, (4, 9))
+        arguments = TrainingArguments(output_dir=str(tmp_path / "run"), **options)
+        return Trainer(model=lively_mllm, args=arguments, train_dataset=data, data_collator=collator)
+
+    first = trainer()
+    first.free = 20_000
+    with pytest.raises(Exception, match="File too large"):
+        first.train()
+    whole = {path.parent.name for path in (tmp_path / "run").glob("checkpoint-*/whole")}
+    assert whole == {"checkpoint-2"}
+    second = trainer()
+    second.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    assert second.state.global_step == 4
+    whole = {path.parent.name for path in (tmp_path / "run").glob("checkpoint-*/whole")}
+    assert whole == {"checkpoint-4"}

@@ -20,6 +20,7 @@ import pytest
 import torch
 import webdataset as wds
 from accelerate.state import AcceleratorState, GradientState
+from faulty_disk import full_disk
 from huggingface_hub import ModelCard
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -973,3 +974,35 @@ def test_a_signal_ends_a_training_after_its_step_and_it_goes_on_the_same(tmp_pat
     cards = [(tmp_path / name / "release/README.md").read_text(encoding="utf-8") for name in ("told", "whole")]
     losses = [re.findall(r"\n\| ((?:l1|psnr|loss|eval_\w+) \| .*) \|", card) for card in cards]
     assert losses[0] == losses[1] and len(losses[0]) > 3
+
+
+def test_a_full_disk_leaves_the_tokenizer_training_its_last_checkpoint(tmp_path):
+    options = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1, "dataloader_num_workers": 0}
+    trainer = trainer_of(tmp_path, {}, small_model(), **options)
+    saved = trainer._save_checkpoint
+
+    def save() -> None:
+        with full_disk(10**9 if trainer.step < 4 else 20_000):
+            saved()
+
+    trainer._save_checkpoint = save
+    with pytest.raises(Exception, match="File too large"):
+        trainer.train()
+    assert {path.name for path in tmp_path.glob("*checkpoint*")} == {"checkpoint-2"}
+    resumed = trainer_of(tmp_path, {}, small_model(), resume=True, **options)
+    assert resumed.step == 2
+    resumed.train()
+    assert {path.name for path in tmp_path.glob("*checkpoint*")} == {"checkpoint-4"}
+
+
+def test_a_tokenizer_training_goes_on_from_before_a_truncated_checkpoint(tmp_path):
+    options = {"max_steps": 4, "save_steps": 1, "save_total_limit": 2, "dataloader_num_workers": 0}
+    trainer = trainer_of(tmp_path, {}, small_model(), **options)
+    trainer.train()
+    end = {name: value.clone() for name, value in trainer.tokenizer.module.state_dict().items()}
+    state = tmp_path / "checkpoint-4/state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    resumed = trainer_of(tmp_path, {}, small_model(), resume=True, **options)
+    assert resumed.step == 3
+    resumed.train()
+    assert all(torch.equal(value, end[name]) for name, value in resumed.tokenizer.module.state_dict().items())
