@@ -1,6 +1,5 @@
 """Codes that start from data, and dead ones that are moved; the trainer's use of them is in test_train_tokenizer.py."""
 
-import copy
 import socket
 
 import pytest
@@ -48,35 +47,28 @@ def test_of_many_tokens_some_are_taken(quantizer):
 
 def test_codes_start_as_random_chunks_and_become_the_means_of_those_nearest_to_them(quantizer):
     chunks = gather_chunks(quantizer, torch.randn(4, 10, K * D))
-    start_from_data(quantizer, chunks, generator(), iterations=0)
+    codebooks = start_from_data(chunks, V, generator(), iterations=0)
     for k in range(K):
-        assert len(rows(quantizer.codebooks[k])) == V and rows(quantizer.codebooks[k]) < rows(chunks[k])
-    similarity = [(chunks @ quantizer.codebooks.mT).amax(dim=2).mean().item()]
+        assert len(rows(codebooks[k])) == V and rows(codebooks[k]) < rows(chunks[k])
+    similarity = [(chunks @ codebooks.mT).amax(dim=2).mean().item()]
     for iterations in (1, 3, 100):
-        start_from_data(quantizer, chunks, generator(), iterations)
-        similarity.append((chunks @ quantizer.codebooks.mT).amax(dim=2).mean().item())
+        codebooks = start_from_data(chunks, V, generator(), iterations)
+        similarity.append((chunks @ codebooks.mT).amax(dim=2).mean().item())
     assert similarity == sorted(similarity) and similarity[0] < similarity[-1] - 0.01
     for k in range(K):
-        nearest = (chunks[k] @ quantizer.codebooks[k].T).argmax(dim=1)
+        nearest = (chunks[k] @ codebooks[k].T).argmax(dim=1)
         assert set(nearest.tolist()) == set(range(V))
         means = torch.stack([F.normalize(chunks[k, nearest == code].sum(dim=0), dim=0) for code in range(V)])
-        torch.testing.assert_close(quantizer.codebooks[k], means)
+        torch.testing.assert_close(codebooks[k], means)
 
 
-def test_too_few_features_to_start_from_are_refused(quantizer):
+def test_too_few_features_to_start_from_are_refused():
     with pytest.raises(ValueError, match="5 features are too few for 6 codes to start from"):
-        start_from_data(quantizer, torch.randn(K, V - 1, D), generator())
+        start_from_data(torch.randn(K, V - 1, D), V, generator())
 
 
-def test_dead_codes_move_to_features_with_their_average_and_without_their_moments(quantizer):
-    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=0.1)
-    quantizer.codebooks.grad = torch.randn_like(quantizer.codebooks)
-    optimizer.step()
-    average, before = copy.deepcopy(quantizer), quantizer.codebooks.detach().clone()
-    with torch.no_grad():
-        average.codebooks.mul_(2)
-    moments = {name: optimizer.state[quantizer.codebooks][name].clone() for name in ("exp_avg", "exp_avg_sq")}
-    dead_codes = DeadCodes(quantizer)
+def test_dead_codes_move_to_features(quantizer):
+    dead_codes = DeadCodes(quantizer.usage)
     dead_codes.count(torch.tensor([[[0, 1], [2, 2]]]))
     dead_codes.count(torch.tensor([[[1, 3], [2, 0]]]))
     alive = torch.zeros(K, V, dtype=torch.bool)
@@ -85,41 +77,32 @@ def test_dead_codes_move_to_features_with_their_average_and_without_their_moment
 
     features = torch.randn(2, 3, K * D)
     chunks = gather_chunks(quantizer, features)
-    assert dead_codes.revive(chunks, generator(), optimizer, average) == 3 + 4
-    assert torch.equal(quantizer.codebooks[alive], before[alive])
-    assert torch.equal(average.codebooks[alive], 2 * before[alive])
-    assert torch.equal(average.codebooks[~alive], quantizer.codebooks[~alive])
+    is_moved, places = dead_codes.revive(chunks, generator())
+    assert torch.equal(is_moved, ~alive[..., None].expand(K, V, D)) and not dead_codes.chosen.any()
     for k in range(K):
-        moved = rows(quantizer.codebooks[k, ~alive[k]])
+        moved = rows(places[k, ~alive[k]])
         assert len(moved) == V - int(alive[k].sum()) and moved <= rows(chunks[k])
-    for name, moment in moments.items():
-        now = optimizer.state[quantizer.codebooks][name]
-        assert torch.equal(now[alive], moment[alive]) and not now[~alive].any()
-    assert not dead_codes.chosen.any()
+    with torch.no_grad():
+        quantizer.codebooks.copy_(torch.where(is_moved, places, quantizer.codebooks))
     codes = quantizer.encode(features)
     assert all(set(codes[:, k].flatten().tolist()) >= set((~alive[k]).nonzero().flatten().tolist()) for k in range(K))
 
 
 def test_of_more_dead_codes_than_features_a_part_moves(quantizer):
-    before = quantizer.codebooks.detach().clone()
     chunks = gather_chunks(quantizer, torch.randn(1, 4, K * D))
-    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
-    assert DeadCodes(quantizer).revive(chunks, generator(), optimizer, copy.deepcopy(quantizer)) == 2 * 4
-    has_moved = (quantizer.codebooks != before).any(dim=2)
-    assert has_moved.sum(dim=1).tolist() == [4, 4]
-    assert all(rows(quantizer.codebooks[k, has_moved[k]]) == rows(chunks[k]) for k in range(K))
+    is_moved, places = DeadCodes(quantizer.usage).revive(chunks, generator())
+    assert is_moved[..., 0].sum(dim=1).tolist() == [4, 4]
+    assert all(rows(places[k, is_moved[k, :, 0]]) == rows(chunks[k]) for k in range(K))
 
 
 def start_and_revive(quantizer, features, codes) -> tuple[torch.Tensor, torch.Tensor]:
     """The codebooks after their start and after a revival, on these features and choices of this process."""
     chunks = gather_chunks(quantizer, features)
-    start_from_data(quantizer, chunks, generator(1))
-    started = quantizer.codebooks.detach().clone()
-    dead_codes = DeadCodes(quantizer)
+    started = start_from_data(chunks, V, generator(1))
+    dead_codes = DeadCodes(quantizer.usage)
     dead_codes.count(codes)
-    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
-    dead_codes.revive(chunks, generator(2), optimizer, copy.deepcopy(quantizer))
-    return started, quantizer.codebooks.detach()
+    is_moved, places = dead_codes.revive(chunks, generator(2))
+    return started, torch.where(is_moved, places, started)
 
 
 def one_of_two(rank, port, features, codes, queue):

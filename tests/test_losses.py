@@ -10,6 +10,7 @@ from transformers.initialization import no_init_weights
 from training.losses import (
     TERMS,
     LossArguments,
+    NearestRowLoss,
     adaptive_gan_weight,
     consistency_loss,
     contrastive_loss,
@@ -35,6 +36,20 @@ def test_contrastive_loss_by_hand():
     columns = (math.log(1 + math.exp(0 - 2)) + math.log(1 + math.exp(1.2 - 1.6))) / 2
     loss = contrastive_loss(images, texts, torch.tensor(2.0))
     assert loss.item() == pytest.approx((rows + columns) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("most", [1, 20, 2**22])
+def test_the_contrastive_loss_in_chunks_is_open_clips(monkeypatch, most):
+    import open_clip  # not at the top: the processes of other tests would import it too
+
+    monkeypatch.setattr(NearestRowLoss, "MAX_SIMILARITIES", most)
+    results = []
+    for loss_of in (contrastive_loss, open_clip.ClipLoss()):
+        torch.manual_seed(0)
+        inputs = [torch.randn(7, 5, requires_grad=True) for _ in range(2)] + [torch.tensor(3.0, requires_grad=True)]
+        loss = loss_of(*inputs)
+        results.append([loss, *torch.autograd.grad(2 * loss, inputs)])
+    torch.testing.assert_close(*results)
 
 
 def test_consistency_loss_pulls_the_reconstruction_only():
@@ -115,12 +130,21 @@ def test_losses_that_cannot_be_meant_are_refused(wrong, message):
 
 @pytest.mark.parametrize(("gan_scale", "expected"), [(2, 2.5), (1e9, 0.015), (1e-9, 1e4)])
 def test_adaptive_weight_is_the_clamped_ratio_of_gradient_norms(gan_scale, expected):
-    last_layer = torch.ones(2, requires_grad=True)
-    reconstruction_loss = last_layer @ torch.tensor([3.0, 4.0])  # its gradient's norm is 5
-    gan_loss = gan_scale * last_layer[0]
-    weight = adaptive_gan_weight(reconstruction_loss, gan_loss, last_layer)
+    last_layer = nn.Conv2d(1, 1, 1)
+    inputs = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2).requires_grad_()
+    reconstruction_gradient = inputs.detach() / 5  # that of the weight is 9 / 5 + 16 / 5
+    gan_gradient = gan_scale * torch.tensor([1 / 3, 0]).view_as(inputs)  # and 1
+    weight = adaptive_gan_weight(reconstruction_gradient, gan_gradient, inputs, last_layer)
     assert weight.item() == pytest.approx(expected) and not weight.requires_grad
-    reconstruction_loss.backward()  # its graph is still there
+
+
+def test_adaptive_weight_is_that_of_autograd_at_the_weight():
+    last_layer, inputs, other = nn.Conv2d(4, 3, 3, padding=1), torch.randn(2, 4, 6, 6), torch.randn(2, 3, 6, 6)
+    output = last_layer(inputs)
+    losses = (output - other).abs().mean(), (output * other).mean()
+    norms = [torch.autograd.grad(loss, last_layer.weight, retain_graph=True)[0].norm() for loss in losses]
+    gradients = [torch.autograd.grad(loss, output, retain_graph=True)[0] for loss in losses]
+    torch.testing.assert_close(adaptive_gan_weight(*gradients, inputs, last_layer), norms[0] / norms[1])
 
 
 def test_discriminator_losses_by_hand():
@@ -190,8 +214,11 @@ def _distributed_terms(images: torch.Tensor, texts: torch.Tensor) -> list[torch.
     model = nn.ModuleDict({"image": nn.Linear(5, 4), "text": nn.Linear(6, 4)})
     model.scale = nn.Parameter(torch.tensor(7.0))
     embeds = F.normalize(model["image"](images), dim=1), F.normalize(model["text"](texts), dim=1)
-    gan_loss, l2_loss = model["image"](images).mean(), model["image"](images).square().mean()
-    weight = adaptive_gan_weight(l2_loss, gan_loss, model["image"].weight)
+    layer = nn.Conv2d(5, 4, 1)
+    outputs = layer(images[:, :, None, None])
+    gan_loss, l2_loss = outputs.mean(), outputs.square().mean()
+    gradients = [torch.autograd.grad(loss, outputs, retain_graph=True)[0] for loss in (l2_loss, gan_loss)]
+    weight = adaptive_gan_weight(*gradients, images[:, :, None, None], layer)
     loss = contrastive_loss(*embeds, model.scale)
     loss.backward()
     return [loss.detach(), weight, *[parameter.grad for parameter in model.parameters()]]

@@ -18,7 +18,15 @@ from typer.testing import CliRunner
 from training import plan
 from training.planning.check import check_training
 from training.planning.counting import Cost, count_parameters, list_parts, measure, without_values
-from training.planning.memory import STAGES, Run, plan_memory, state_bytes
+from training.planning.memory import (
+    STAGES,
+    TOKENIZER_STAGES,
+    Run,
+    communication_bytes,
+    float32_state_bytes,
+    plan_memory,
+    state_bytes,
+)
 from training.planning.trainings import (
     TOKENIZER_PARTS,
     mllm_batch,
@@ -183,7 +191,7 @@ def test_tokenizers_losses_are_counted_on_top(folder, tokenizer_config):
     assert full.step_flops == pytest.approx(bare.step_flops + vgg.step + 0.75 * judge.step)
     assert bare.memory[0].activations < full.memory[0].activations
     frozen = vgg.parameters + judge.parameters - judge.trainable
-    other = 4 * count_parameters(UniTokModel(tokenizer_config))[0] + 4 * frozen + 16 * judge.trainable
+    other = 4 * count_parameters(UniTokModel(tokenizer_config))[0] / RUN.gpus + 4 * frozen + 16 * judge.trainable
     assert full.memory[3].states - bare.memory[3].states == pytest.approx(other / 2**30)
 
 
@@ -238,6 +246,23 @@ def test_states_scale_with_the_stage_and_the_gpus():
     assert alone == [20 * p, 20 * p, 20 * p, 18 * p + 4 * layer, 4 * layer]
     many = [state_bytes(stage, p, 0, layer, 64, 8)[0] for stage in STAGES]
     assert many == [20 * p, 4 * p + 16 * p // 64, 2 * p + 18 * p // 64, 18 * p // 64 + 4 * layer, 4 * layer]
+
+
+def test_states_of_the_tokenizer_stay_float32_under_every_sharding():
+    p, unit = 10**9, 10**7
+    alone, many = (
+        [float32_state_bytes(stage, p, unit, gpus, min(gpus, 8), average=True) for stage in TOKENIZER_STAGES]
+        for gpus in (1, 64)
+    )
+    assert alone == [(24 * p, 0)] * 3 + [(24 * p + 8 * unit, 0), (8 * unit, 24 * p), (20 * p + 8 * unit, 0)]
+    sharded = [(12 * p + 12 * p // 64, 0), (8 * p + 16 * p // 64, 0), (24 * p // 64 + 8 * unit, 0)]
+    assert many == [(24 * p, 0), *sharded, (8 * unit, 24 * p // 8), (20 * p // 64 + 8 * unit, 0)]
+
+
+def test_communication_grows_with_the_stage():
+    sent = [communication_bytes(stage, 10, 2, gpus=4, weight_bytes=2) for stage in TOKENIZER_STAGES]
+    assert sent == [60, 45, 45, 66, 66, 66]
+    assert communication_bytes("3", 10, 2, gpus=1, weight_bytes=2) == 0
 
 
 def test_frozen_parameters_take_their_weights_alone():

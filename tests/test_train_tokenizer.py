@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -39,7 +40,16 @@ from training.interrupts import Interrupted
 from training.losses import TERMS, LossArguments, psnr
 from training.perceptual import FrozenFeatures, perceptual_distance
 from training.progress import ExpectedTime
-from training.tokenizer_trainer import HISTORY, STATE, ResumableBatches, TokenizerTrainer, TokenizerTrainingArguments
+from training.sharding import MOMENTS
+from training.tokenizer_trainer import (
+    CODEBOOKS,
+    HISTORY,
+    STATE,
+    ResumableBatches,
+    TokenizerTrainer,
+    TokenizerTrainingArguments,
+    set_random_state,
+)
 from training.train_tokenizer import (
     TokenizerArguments,
     build_datasets,
@@ -219,7 +229,8 @@ def test_the_average_warms_up_and_forgets_the_first_weights(tmp_path, caplog):
     trainer.train()
     for decay, weights in zip((1 / 10, 2 / 11, 0.2), seen, strict=True):
         expected = {name: decay * value + (1 - decay) * weights[name] for name, value in expected.items()}
-    for name, value in trainer.ema.module.named_parameters():
+    assert trainer.ema.parts.keys() == expected.keys()
+    for name, value in trainer.ema.parts.items():
         torch.testing.assert_close(value, expected[name], msg=name)
     assert "average that lags" not in caplog.text  # 0.4% are left of them
     arguments = TokenizerTrainingArguments(output_dir="", ema_decay=0.9999)
@@ -313,13 +324,13 @@ def test_codebooks_that_start_from_data_are_those_of_the_first_features_and_of_t
     vision = trainer.tokenizer.module.vision_model
     batches = islice(trainer._batches(), 4)  # of 4 images of 4 tokens: 4 tokens for each of 16 codes
     features = vision.encode_features(torch.cat([batch["pixel_values"] for batch in batches]))
-    expected = copy.deepcopy(vision.quantizer)
-    start_from_data(expected, gather_chunks(expected, features), trainer._generator("codebook_start"))
-    assert (vision.quantizer.codebooks != expected.codebooks).any(dim=2).all()
-    trainer._start_codebooks_from_data()
     quantizer = vision.quantizer
-    torch.testing.assert_close(quantizer.codebooks, expected.codebooks)
-    assert torch.equal(trainer.ema.module.vision_model.quantizer.codebooks, quantizer.codebooks)
+    chunks = gather_chunks(quantizer, features)
+    expected = start_from_data(chunks, quantizer.codebook_size, trainer._generator("codebook_start"))
+    assert (quantizer.codebooks != expected).any(dim=2).all()
+    trainer._start_codebooks_from_data()
+    torch.testing.assert_close(quantizer.codebooks.detach(), expected)
+    assert torch.equal(trainer.ema.parts[CODEBOOKS], quantizer.codebooks)
     started = copy_of(quantizer)["codebooks"]
     trainer.train()  # begins with the same start again
     torch.testing.assert_close(quantizer.codebooks, started, rtol=0, atol=1e-6)
@@ -333,10 +344,28 @@ def test_dead_codes_are_moved_at_their_interval_and_the_codebooks_have_their_own
     assert quantizer.rotation_trick
     (group,) = [group for group in optimizer.param_groups if group["params"][0] is quantizer.codebooks]
     assert group["lr"] == 0.25 and group["weight_decay"] == 0 and len(group["params"]) == 1
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(trainer.ema.module.parameters()))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trainer.ema.parts)
     trainer.train()
     assert [step for step, values in trainer.reports.items() if "revived_codes" in values] == [2, 4]
     assert 0 < trainer.reports[2]["revived_codes"] < quantizer.usage.numel()
+
+
+def test_revived_codes_are_in_the_average_and_have_no_moments(tmp_path):
+    trainer = trainer_of(tmp_path, {})
+    trainer.train()
+    alive, network = trainer.dead_codes.chosen.clone(), trainer.tokenizer
+    moments = {moment: network.read(CODEBOOKS, moment).clone() for moment in MOMENTS}
+    weights, average = network.read(CODEBOOKS).clone(), trainer.ema.parts[CODEBOOKS].clone()
+    trainer._revive_dead_codes()
+    codebooks = network.read(CODEBOOKS)
+    assert alive.any(dim=1).all() and not alive.all() and not trainer.dead_codes.chosen.any()
+    assert torch.equal(codebooks[alive], weights[alive]) and (codebooks[~alive] != weights[~alive]).any()
+    assert torch.equal(trainer.ema.parts[CODEBOOKS][alive], average[alive])
+    moved = (codebooks != weights).any(dim=2)
+    assert torch.equal(trainer.ema.parts[CODEBOOKS][moved], codebooks[moved])
+    for moment, before in moments.items():
+        now = network.read(CODEBOOKS, moment)
+        assert torch.equal(now[~moved], before[~moved]) and not now[moved].any()
 
 
 def test_the_codebooks_are_left_alone_by_default(tmp_path):
@@ -359,8 +388,7 @@ def test_a_resumed_run_revives_the_codes_of_one_without_a_break(tmp_path):
     assert resumed.step == 2 and resumed.dead_codes.chosen.any() and not resumed.dead_codes.chosen.all()
     resumed.train()
     assert resumed.reports == {step: whole.reports[step] for step in (3, 4, 5, 6)}
-    for a, b in zip(whole.ema.module.state_dict().values(), resumed.ema.module.state_dict().values()):
-        assert torch.equal(a, b)
+    assert all(torch.equal(value, resumed.ema.parts[name]) for name, value in whole.ema.parts.items())
 
 
 @pytest.mark.parametrize(
@@ -389,17 +417,57 @@ def test_accumulated_batches_are_one_batch(tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6, msg=name)
 
 
-def test_gradient_checkpointing_changes_no_value(tmp_path):
-    plain = trainer_of(tmp_path / "1", ALL_TERMS, max_steps=2)
-    plain.train()
+def test_accumulated_batches_with_all_negatives_are_one_batch_for_every_term(tmp_path):
+    losses = ALL_TERMS | {"entropy_weight": 0.0, "gan_weight": 0.0}  # not means over images; balanced for each batch
+    whole = trainer_of(tmp_path / "1", losses, per_device_train_batch_size=8, adam_epsilon=1e-3)
+    whole.train()
     AcceleratorState._reset_state(reset_partial_state=True)
-    saving = trainer_of(tmp_path / "2", ALL_TERMS, max_steps=2, gradient_checkpointing=True)
-    saving.train()
-    assert (
-        saving.tokenizer.module.vision_model.gradient_checkpointing
-        and saving.tokenizer.module.decoder.gradient_checkpointing
+    options = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, "whole_batch_negatives": True}
+    parts = trainer_of(tmp_path / "2", losses, adam_epsilon=1e-3, **options)
+    parts.train()
+    for name in ("contrastive", "consistency", "vq", "loss", "grad_norm"):
+        assert parts.reports[1][name] == pytest.approx(whole.reports[1][name], rel=1e-4), name
+    for (name, a), b in zip(whole.tokenizer.module.named_parameters(), parts.tokenizer.module.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6, msg=name)
+    codes = [trainer.tokenizer.module.vision_model.quantizer.usage.gt(0) for trainer in (whole, parts)]
+    assert torch.equal(*codes)  # each image is counted once, though seen twice
+
+
+def test_the_pass_of_all_negatives_has_the_same_dropped_paths(tmp_path):
+    trainer = trainer_of(
+        tmp_path, {}, small_model(drop_path_rate=0.5), gradient_accumulation_steps=2, whole_batch_negatives=True
     )
-    assert saving.reports[2] == pytest.approx(plain.reports[2], rel=1e-4)
+    batches = list(islice(trainer._batches(), 2))
+    (state, share), _ = trainer._whole_batch_contrastive(batches)
+    set_random_state(state, torch.device("cpu"))
+    module, seen = trainer.tokenizer.module, []
+    module.vision_model.encoder.register_forward_hook(lambda module, args, output: seen.append(output))
+    trainer._whole_batch_contrastive(batches)
+    set_random_state(state, torch.device("cpu"))
+    module(batches[0]["pixel_values"])
+    torch.testing.assert_close(seen[-1], seen[0])
+    module(batches[0]["pixel_values"])
+    assert not torch.equal(seen[-1], seen[0])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_gradient_checkpointing_recomputes_a_share_of_the_blocks_and_changes_no_value(tmp_path, share):
+    reports, passes = [], []
+    for checkpointing in (False, True):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        model, counts = small_model(), Counter()
+        blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+        for index, block in enumerate(blocks):
+            part = next(module for module in block.modules() if not list(module.children()))
+            part.register_forward_hook(lambda module, args, output, i=index, counts=counts: counts.update([i]))
+        options = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_share": share, "max_steps": 2}
+        trainer = trainer_of(tmp_path / str(checkpointing), ALL_TERMS, model, **options)
+        trainer.train()
+        reports.append(trainer.reports[2])
+        passes.append(counts)
+    assert reports[1] == pytest.approx(reports[0], rel=1e-4)
+    recomputed = [index for index in passes[0] if passes[1][index] > passes[0][index]]
+    assert len(recomputed) == int(share * len(blocks)) > 3
 
 
 def test_the_quantizer_searches_in_float32_under_autocast(tmp_path):
@@ -546,14 +614,13 @@ def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
     assert resumed.step == 4
     resumed.train()
     assert resumed.reports == {step: whole.reports[step] for step in (5, 6)}
-    for name, module in whole._weights().items():
-        for a, b in zip(module.state_dict().values(), resumed._weights()[name].state_dict().values()):
-            assert torch.equal(a, b), name
+    weights = resumed._weights()
+    for name, tensors in whole._weights().items():
+        assert all(torch.equal(value, weights[name][key]) for key, value in tensors.items()), name
     assert list(whole_checkpoints(tmp_path / "killed", STATE)) == [6]
 
 
 TWO = {"max_steps": 3, "adam_epsilon": 1e-3, "codebook_start": "data", "revive_dead_codes": 2, "rotation_trick": True}
-TWO_LOSSES = ALL_TERMS | {"gan_weight": 0.0}  # whose draws are each process's own
 
 
 def _free_ports(count: int) -> list[int]:
@@ -571,7 +638,7 @@ def _one_of_two(rank: int, folder: str, ports: list[int]) -> None:
         trainer.tokenizer.module.decoder.register_forward_hook(lambda module, inputs, output: output * math.nan)
     with pytest.raises(FloatingPointError, match="Not finite in step 0: l1, l2"):
         trainer.train()
-    trainer = trainer_of(Path(folder) / "two", TWO_LOSSES, eval_dataset=Noise(7), **TWO)
+    trainer = trainer_of(Path(folder) / "two", ALL_TERMS, eval_dataset=Noise(7), **TWO)
     evaluated = trainer.evaluate()
     trainer.train()
     torch.save([evaluated, trainer.reports], f"{folder}/{rank}.pt")
@@ -582,7 +649,7 @@ def _one_of_two(rank: int, folder: str, ports: list[int]) -> None:
 
 
 def test_two_processes_train_like_one_and_stop_together(tmp_path):
-    one = trainer_of(tmp_path / "one", TWO_LOSSES, per_device_train_batch_size=8, eval_dataset=Noise(7), **TWO)
+    one = trainer_of(tmp_path / "one", ALL_TERMS, per_device_train_batch_size=8, eval_dataset=Noise(7), **TWO)
     before = one.evaluate()
     one.train()
     multiprocessing.start_processes(_one_of_two, (str(tmp_path), _free_ports(3)), nprocs=2, start_method="forkserver")
@@ -937,7 +1004,7 @@ def test_a_text_tokenizer_of_another_kind_is_refused(text_tokenizer):
 
 def test_a_release_that_is_not_finite_is_refused(tmp_path):
     trainer = trainer_of(tmp_path, {})
-    trainer.ema.module.vision_model.projection.weight.data[1, 2] = torch.inf
+    trainer.ema.parts["vision_model.projection.weight"][1, 2] = torch.inf
     with pytest.raises(ValueError, match="The weight vision_model.projection.weight is not finite"):
         trainer._save_release()
     assert not (tmp_path / "release").exists()
@@ -970,7 +1037,7 @@ def test_a_signal_ends_a_training_after_its_step_and_it_goes_on_the_same(tmp_pat
 
     assert history("told") == history("whole")
     for end, other in zip(resumed._weights().values(), whole._weights().values()):
-        assert all(torch.equal(value, other.state_dict()[name]) for name, value in end.state_dict().items())
+        assert all(torch.equal(value, other[name]) for name, value in end.items())
     cards = [(tmp_path / name / "release/README.md").read_text(encoding="utf-8") for name in ("told", "whole")]
     losses = [re.findall(r"\n\| ((?:l1|psnr|loss|eval_\w+) \| .*) \|", card) for card in cards]
     assert losses[0] == losses[1] and len(losses[0]) > 3

@@ -12,6 +12,8 @@ OF_NO_USE = (  # what libraries say at import or once for each worker, and no us
     "Skipping import of cpp extensions",  # torchao
     "This DataLoader will create",
     "`is_gradient_checkpointing` is deprecated",  # transformers, of peft's
+    "`torch.distributed.*` is deprecated",  # torch, of DeepSpeed's
+    "Grad strides do not match bucket view strides",  # torch, of convolutions on a CPU
 )
 
 

@@ -15,9 +15,9 @@ TRANSLATION = 0.125  # largest shift, as a share of the side
 CUTOUT = 0.2  # side of the square that is blanked, as a share of the image's
 
 
-def draw_augmentation(batch_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Draw the random numbers of `diff_augment`: (batch_size, 7), uniform in [0, 1)."""
-    return torch.rand(batch_size, NUM_DRAWS, device=device)
+def draw_augmentation(batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draw the random numbers of `diff_augment` on the CPU: (batch_size, 7), uniform in [0, 1)."""
+    return torch.rand(batch_size, NUM_DRAWS, generator=generator)
 
 
 def diff_augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

@@ -45,52 +45,53 @@ def gather_chunks(quantizer: UniTokMultiCodebookQuantizer, features: torch.Tenso
 
 @torch.no_grad()
 def start_from_data(
-    quantizer: UniTokMultiCodebookQuantizer,
-    chunks: torch.Tensor,
-    generator: torch.Generator,
-    iterations: int = 10,
-) -> None:
-    """Set each sub-codebook to the centres of a k-means by cosine similarity, which starts from random chunks.
+    chunks: torch.Tensor, codebook_size: int, generator: torch.Generator, iterations: int = 10
+) -> torch.Tensor:
+    """Compute sub-codebooks by k-means with cosine similarity, which starts from random chunks.
 
     A centre without any chunk keeps its place.
 
     Args:
-        quantizer: gets the centres as its codebooks.
         chunks: (K, N, dim / K), of unit length, see `gather_chunks`.
+        codebook_size: V.
         generator: on the CPU; the first process's result is used on all.
         iterations: of the k-means.
+
+    Returns:
+        (K, V, dim / K), of unit length, the same on every process.
 
     Raises:
         ValueError: there are fewer chunks than codes.
     """
-    size = quantizer.codebook_size
-    if chunks.shape[1] < size:
-        raise ValueError(f"{chunks.shape[1]} features are too few for {size} codes to start from.")
-    for codebook, points in zip(quantizer.codebooks, chunks):
-        centres = points[torch.randperm(len(points), generator=generator)[:size].to(points.device)]
+    if chunks.shape[1] < codebook_size:
+        raise ValueError(f"{chunks.shape[1]} features are too few for {codebook_size} codes to start from.")
+    codebooks = []
+    for points in chunks:
+        centres = points[torch.randperm(len(points), generator=generator)[:codebook_size].to(points.device)]
         for _ in range(iterations):
             nearest = (points @ centres.T).argmax(dim=1)
             sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-            is_chosen = torch.bincount(nearest, minlength=size)[:, None] > 0
+            is_chosen = torch.bincount(nearest, minlength=codebook_size)[:, None] > 0
             centres = torch.where(is_chosen, F.normalize(sums, dim=-1), centres)
-        codebook.copy_(centres)
+        codebooks.append(centres)
+    codebooks = torch.stack(codebooks)
     if _is_distributed():
-        dist.broadcast(quantizer.codebooks.data, src=0)  # sums on a GPU differ in their last bits
+        dist.broadcast(codebooks, src=0)  # sums on a GPU differ in their last bits
+    return codebooks
 
 
 class DeadCodes:
-    """Record which codes are chosen, and move the others to features of the current batch.
+    """Record which codes are chosen, and find places for the others among the features of the current batch.
 
     Args:
-        quantizer: its codebooks must be trainable.
+        usage: (K, V), for the shape and the device.
 
     Attributes:
         chosen: (K, V), bool: whether this process chose the code since the last call of `revive`.
     """
 
-    def __init__(self, quantizer: UniTokMultiCodebookQuantizer):
-        self.quantizer = quantizer
-        self.chosen = torch.zeros(quantizer.usage.shape, dtype=torch.bool, device=quantizer.codebooks.device)
+    def __init__(self, usage: torch.Tensor):
+        self.chosen = torch.zeros_like(usage, dtype=torch.bool)
 
     def count(self, codes: torch.Tensor) -> None:
         """Record the codes (B, K, L), int64, of a training step."""
@@ -104,38 +105,26 @@ class DeadCodes:
         return chosen > 0
 
     @torch.no_grad()
-    def revive(
-        self,
-        chunks: torch.Tensor,
-        generator: torch.Generator,
-        optimizer: torch.optim.Optimizer,
-        average: UniTokMultiCodebookQuantizer,
-    ) -> int:
-        """Move dead codes, each to its own chunk, and start the next record; every process must call it.
+    def revive(self, chunks: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give each dead code a chunk of its own, and start the next record; every process must call it.
 
         If more codes are dead than there are chunks, a random selection of them is moved.
 
         Args:
             chunks: (K, N, dim / K), of unit length, see `gather_chunks`.
             generator: on the CPU, in the same state on every process.
-            optimizer: its moments of the moved codes become 0.
-            average: the quantizer's running average, whose codes are moved too.
 
         Returns:
-            The number of moved codes, over all codebooks.
+            Which elements of the codebooks move, (K, V, dim / K), bool, and their new values there.
         """
-        dead, moved = ~self.chosen_by_any(), 0
-        codebooks = self.quantizer.codebooks
-        moments = [value for value in optimizer.state[codebooks].values() if value.shape == codebooks.shape]
+        dead = ~self.chosen_by_any()
+        is_moved = torch.zeros_like(dead)
+        places = chunks.new_zeros(*dead.shape, chunks.shape[2])
         for k, points in enumerate(chunks):
             codes = dead[k].nonzero().squeeze(1)
             count = min(len(codes), len(points))
             codes = codes[torch.randperm(len(codes), generator=generator)[:count].to(codes.device)]
-            places = points[torch.randperm(len(points), generator=generator)[:count].to(points.device)]
-            for target in (codebooks, average.codebooks):
-                target[k, codes] = places.to(target.dtype)
-            for moment in moments:
-                moment[k, codes] = 0
-            moved += count
+            is_moved[k, codes] = True
+            places[k, codes] = points[torch.randperm(len(points), generator=generator)[:count].to(points.device)]
         self.chosen.zero_()
-        return moved
+        return is_moved[..., None].expand_as(places), places

@@ -163,15 +163,50 @@ class GatherRows(torch.autograd.Function):
         return gradient.chunk(_num_processes())[dist.get_rank()]
 
 
+class NearestRowLoss(torch.autograd.Function):
+    """Compute the mean cross-entropy of choosing, for each row, its own among all rows by scaled similarity.
+
+    It equals `F.cross_entropy(scale * rows @ all_rows.T, first + arange(B))`. Since gradients are linear in the loss's,
+    they are computed along with it, chunk by chunk, and no (B, N) matrix is kept.
+    """
+
+    MAX_SIMILARITIES = 2**22  # of a chunk: 16 MiB in float32
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, all_rows: torch.Tensor, scale: torch.Tensor, first: int) -> torch.Tensor:
+        """Rows (B, D), all rows (N, D), scalar scale, index of the first row among all -> scalar."""
+        total, scale_gradient = rows.new_zeros(()), rows.new_zeros(())
+        row_gradients, all_gradients = torch.empty_like(rows), torch.zeros_like(all_rows)
+        step = max(1, NearestRowLoss.MAX_SIMILARITIES // len(all_rows))
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            similarities = part @ all_rows.T
+            log_probs = F.log_softmax(scale * similarities, dim=1)
+            own = torch.arange(first + start, first + start + len(part), device=rows.device)[:, None]
+            total -= log_probs.gather(1, own).sum()
+            gradients = log_probs.exp_().scatter_add_(1, own, torch.full_like(own, -1, dtype=rows.dtype))
+            scale_gradient += (gradients * similarities).sum()
+            row_gradients[start : start + len(part)] = scale * (gradients @ all_rows)
+            all_gradients += scale * (gradients.T @ part)
+        ctx.save_for_backward(*(value / len(rows) for value in (row_gradients, all_gradients, scale_gradient)))
+        return total / len(rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        return *(gradient * value for value in ctx.saved_tensors), None
+
+
 def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
     """Compute CLIP's symmetric InfoNCE (https://arxiv.org/abs/2103.00020) over the batches of all processes.
 
-    Each process compares its own rows with those of all processes. Gradients flow back to the process of each row.
+    Each process compares its own rows with those of all processes. Gradients flow back to the process of each row. The
+    similarities are computed in chunks, so memory grows with the rows, not with their square.
 
     Args:
         image_embeds: (B, D), of unit length; the same B on every process.
         text_embeds: (B, D), of unit length; row i belongs to row i of `image_embeds`.
-        logit_scale: scalar, the factor of the similarities.
+        logit_scale: scalar or (1,), the factor of the similarities.
 
     Returns:
         A scalar, float32: the mean over this process's rows.
@@ -181,10 +216,9 @@ def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logi
     if _num_processes() > 1:
         all_images, all_texts = GatherRows.apply(images), GatherRows.apply(texts)
         first = len(images) * dist.get_rank()
-    scale = logit_scale.float()
-    targets = torch.arange(first, first + len(images), device=images.device)
-    image_loss = F.cross_entropy(scale * images @ all_texts.T, targets)
-    return (image_loss + F.cross_entropy(scale * texts @ all_images.T, targets)) / 2
+    scale = logit_scale.float().reshape(())
+    pairs = (images, all_texts), (texts, all_images)
+    return sum(NearestRowLoss.apply(rows, all_rows, scale, first) for rows, all_rows in pairs) / 2
 
 
 def consistency_loss(reconstruction_embeds: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
@@ -202,6 +236,7 @@ def tokenizer_losses(
     pixel_values: torch.Tensor,
     weights: dict[str, float],
     perceptual: nn.Module | None = None,
+    contrastive: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Compute every term but the GAN's.
 
@@ -213,6 +248,7 @@ def tokenizer_losses(
         pixel_values: (B, 3, H, W) in [-1, 1].
         weights: of each term, see `LossArguments.weights`.
         perceptual: distance of (reconstruction, pixels), see `perceptual_distance`.
+        contrastive: replaces the contrastive loss of these embeddings alone.
 
     Returns:
         The weighted sum, and the unweighted terms by name.
@@ -228,7 +264,9 @@ def tokenizer_losses(
             losses["perceptual"] = perceptual(reconstruction, pixels)
     if output.entropy_loss is not None:
         losses["entropy"] = output.entropy_loss
-    if output.text_embeds is not None:
+    if contrastive is not None:
+        losses["contrastive"] = contrastive
+    elif output.text_embeds is not None:
         losses["contrastive"] = contrastive_loss(output.image_embeds, output.text_embeds, output.logit_scale)
     if output.reconstruction_embeds is not None:
         losses["consistency"] = consistency_loss(output.reconstruction_embeds, output.image_embeds)
@@ -236,26 +274,32 @@ def tokenizer_losses(
 
 
 def adaptive_gan_weight(
-    reconstruction_loss: torch.Tensor, gan_loss: torch.Tensor, last_layer: torch.Tensor
+    reconstruction_gradient: torch.Tensor, gan_gradient: torch.Tensor, last_inputs: torch.Tensor, last_layer: nn.Conv2d
 ) -> torch.Tensor:
-    """Compute the ratio of two gradients' norms at the decoder's last layer: the reconstruction's over the GAN's.
+    """Compute the ratio of two gradients' norms at the decoder's last weight: the reconstruction's over the GAN's.
 
-    After VQGAN (https://arxiv.org/abs/2012.09841, section 3.1), over the batches of all processes.
+    After VQGAN (https://arxiv.org/abs/2012.09841, section 3.1), over the batches of all processes. The gradients at the
+    weight are computed from those at the layer's outputs, so that it does not matter how the weight is sharded.
 
     Args:
-        reconstruction_loss: scalar.
-        gan_loss: scalar.
-        last_layer: the layer's weight.
+        reconstruction_gradient: (B, 3, H, W), of the reconstruction losses by the layer's outputs.
+        gan_gradient: (B, 3, H, W), of the GAN's loss by the layer's outputs.
+        last_inputs: (B, C, H, W), the layer's inputs.
+        last_layer: the convolution.
 
     Returns:
         A scalar without gradient, in [0.015, 1e4].
     """
-    gradients = torch.stack(
-        [
-            torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()
-            for loss in (reconstruction_loss, gan_loss)
-        ]
-    )
+    shape = last_layer.out_channels, last_layer.in_channels, *last_layer.kernel_size
+    with torch.autocast(last_inputs.device.type, enabled=False):
+        gradients = torch.stack(
+            [
+                torch.nn.grad.conv2d_weight(
+                    last_inputs.detach().float(), shape, gradient.float(), padding=last_layer.padding
+                )
+                for gradient in (reconstruction_gradient, gan_gradient)
+            ]
+        )
     if _num_processes() > 1:
         dist.all_reduce(gradients)
         gradients /= _num_processes()

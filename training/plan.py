@@ -53,12 +53,13 @@ def show(plan: Plan, output: Path | None) -> None:
         )
     parts.add_row("one sample", "", "", f"{plan.forward_flops / 1e9:,.1f}", f"{plan.step_flops / 1e9:,.1f}")
     memory = markdown_table(
-        "ZeRO stage", "states, GiB", "activations, GiB", "per GPU, GiB", "CPU of a node, GiB", "fits", "largest batch"
+        "sharding", "states, GiB", "activations, GiB", "GPU, GiB", "CPU, GiB", "sent, GiB", "fits", "largest batch"
     )
     for row in plan.memory:
-        numbers = [f"{value:,.1f}" for value in (row.states, row.activations, row.total, row.cpu)]
+        numbers = [f"{value:,.1f}" for value in (row.states, row.activations, row.total, row.cpu, row.communication)]
         memory.add_row(row.stage, *numbers, "yes" if row.fits else "no", str(row.largest_batch))
     console.print(plan.title, parts, *plan.notes, memory, sep="\n")
+    console.print("States, activations and their sum are those of a GPU; CPU: of a machine; sent: by a GPU in a step.")
     stage = "no stage fits" if plan.stage is None else f"first stage that fits: {plan.stage}"
     console.print(f"With {run.batch_per_gpu} samples a GPU of {run.gpu_memory:g} GiB, {stage}.")
     console.print(

@@ -8,21 +8,25 @@ of the weights, which is released.
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -43,6 +47,7 @@ from training.losses import (
     TERMS,
     LossArguments,
     adaptive_gan_weight,
+    contrastive_loss,
     discriminator_losses,
     psnr,
     tokenizer_losses,
@@ -50,9 +55,11 @@ from training.losses import (
 from training.model_card import TrainingRun, training_facts, write_release_card
 from training.progress import ExpectedTime
 from training.release import check_weight, write_folder
+from training.sharding import MOMENTS, FSDPNetwork, TrainedNetwork, WeightAverage, ZeroNetwork, zero_config
 from unitok_mllm import UniTokModel
 from unitok_mllm.configuration_unitok import ABOVE_ZERO, SHARE, WEIGHT
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor
+from unitok_mllm.modeling_unitok import LOGIT_SCALE_BOUNDS, UniTokOutput
 
 
 logger = logging.getLogger(__name__)
@@ -60,6 +67,8 @@ TRACKERS = ("tensorboard", "wandb")
 STATE = "state.pt"  # the last file of a checkpoint
 LAG = 0.01  # share of the first weights in the released average, above which there is a warning
 HISTORY = "history.jsonl"
+CODEBOOKS = "vision_model.quantizer.codebooks"
+LOGIT_SCALE = "logit_scale"
 CODEBOOK_STARTS = ("random", "data")
 NOT_ON_CARD = (
     "grad_norm",
@@ -116,7 +125,28 @@ class TokenizerTrainingArguments:
         default=0.0, metadata={"help": "of the codebooks, which then have no weight decay; 0: as everything else"}
     )
     bf16: bool = field(default=True, metadata={"help": "autocast; weights, quantizer and losses stay float32"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory and more arithmetic"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "compute the blocks' activations again in the backward pass: less memory"}
+    )
+    gradient_checkpointing_share: float = field(
+        default=1.0, metadata={"help": "share of the blocks that gradient_checkpointing computes again"}
+    )
+    compile: bool = field(
+        default=False,
+        metadata={"help": "torch.compile of encoder, decoder and discriminator; not with ZeRO-3 or FSDP"},
+    )
+    deepspeed: str = field(
+        default="",
+        metadata={"help": "shard the tokenizer by ZeRO: a JSON file, such as training/configs/deepspeed/zero2.json"},
+    )
+    fsdp: bool = field(default=False, metadata={"help": "shard the tokenizer by FSDP2"})
+    whole_batch_negatives: bool = field(
+        default=False,
+        metadata={
+            "help": "contrastive loss over all accumulated batches of a step, instead of each by itself; costs one more "
+            "forward pass of the two towers"
+        },
+    )
     use_cpu: bool = field(
         default=False,
         metadata={"help": "train on the CPU even where there is an accelerator; on by default where there is none"},
@@ -141,6 +171,7 @@ class TokenizerTrainingArguments:
         ranges |= {name.replace("beta", "adam_beta"): limits for name, limits in rates.items()}
         ranges |= {"final_learning_rate": SHARE, "max_grad_norm": ABOVE_ZERO, "ema_decay": BELOW_ONE}
         ranges |= {"codebook_learning_rate": WEIGHT, "revive_dead_codes": (0, 2**40)}
+        ranges |= {"gradient_checkpointing_share": SHARE}
         ranges |= {
             "max_steps": (0, 2**40),
             "logging_steps": (0, 2**40),
@@ -156,6 +187,23 @@ class TokenizerTrainingArguments:
             raise ValueError(f"codebook_start is {' or '.join(CODEBOOK_STARTS)}, got {self.codebook_start!r}.")
         if unknown := set(self.report_to) - set(TRACKERS):
             raise ValueError(f"report_to may name {' and '.join(TRACKERS)}, got {', '.join(sorted(unknown))}.")
+        if self.deepspeed and self.fsdp:
+            raise ValueError(f"deepspeed ({self.deepspeed}) and fsdp are two ways of sharding: choose one.")
+        if self.fsdp and self.compile:
+            raise ValueError("compile is not supported with fsdp.")
+
+    def take_launchers(self) -> None:
+        """Take the sharding from the environment that `accelerate launch` sets for its config file.
+
+        Raises:
+            ValueError: its config has DeepSpeed, but no `deepspeed_config_file`.
+        """
+        if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true" and not self.deepspeed:
+            path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+            if path == "none":
+                raise ValueError("The config of accelerate has DeepSpeed without a deepspeed_config_file: name one.")
+            self.deepspeed = path
+        self.fsdp |= os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true"
 
     def ema_decay_after(self, steps: int) -> float:
         """Return the decay of the average's next update, after `steps` updates."""
@@ -237,16 +285,6 @@ class LossHistory:
         raise FloatingPointError(f"Not finite in step {int(step)}: {', '.join(terms or culprits)}.")
 
 
-@dataclass
-class TrainedNetwork:
-    """A network, its optimizer and its schedule; `wrapped` is `module` prepared by accelerate, for training passes."""
-
-    module: nn.Module
-    wrapped: nn.Module
-    optimizer: AcceleratedOptimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
-
-
 class TokenizerTrainer:
     """The trainer of a `UniTokModel`.
 
@@ -307,27 +345,22 @@ class TokenizerTrainer:
         self._count_steps(samples_per_epoch)
         self._freeze_what_no_term_trains(model)
         if arguments.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        device = self.accelerator.device
-        self.perceptual = None if perceptual is None else perceptual.to(device)
+            checkpoint_blocks(model, arguments.gradient_checkpointing_share)
+        if arguments.compile:
+            for part in (model.vision_model.encoder, model.decoder, discriminator):
+                if part is not None:
+                    part.compile()
+        self.perceptual = None if perceptual is None else perceptual.to(self.accelerator.device)
         model.clamp_logit_scale()
-        from timm.utils import ModelEmaV3  # takes seconds, which `--help` should not
-
-        self.ema = ModelEmaV3(model, decay=arguments.ema_decay, exclude_buffers=True).to(device)
-        betas = arguments.adam_beta1, arguments.adam_beta2
-        optimizer = adamw(model, arguments.learning_rate, betas, arguments.weight_decay, arguments.adam_epsilon)
-        if arguments.codebook_learning_rate:
-            set_learning_rate(optimizer, model.vision_model.quantizer.codebooks, arguments.codebook_learning_rate)
-        self.tokenizer = self._prepare(model.train(), optimizer, arguments.warmup, self.total_steps)
-        model.vision_model.quantizer.rotation_trick = arguments.rotation_trick
-        self.dead_codes = DeadCodes(model.vision_model.quantizer)
-        self.discriminator = None
-        if discriminator is not None:
-            betas = arguments.discriminator_beta1, arguments.discriminator_beta2
-            rate, decay = arguments.discriminator_learning_rate, arguments.discriminator_weight_decay
-            optimizer = adamw(discriminator, rate, betas, decay, arguments.discriminator_adam_epsilon)
-            steps = self.total_steps - math.ceil(losses.gan_start * self.total_steps)
-            self.discriminator = self._prepare(discriminator, optimizer, arguments.discriminator_warmup, steps)
+        self.tokenizer = self._tokenizer_network(model.train())
+        quantizer = model.vision_model.quantizer
+        quantizer.rotation_trick = arguments.rotation_trick
+        self.dead_codes = DeadCodes(quantizer.usage)
+        quantizer.register_forward_pre_hook(self._keep_features, with_kwargs=True)
+        self._last_layer = model.decoder.up_conv4.conv2
+        self._last_layer.register_forward_pre_hook(self._keep_last_inputs)
+        self.ema = WeightAverage(self.tokenizer)
+        self.discriminator = None if discriminator is None else self._discriminator_network(discriminator)
         self.step = 0
         self.history = LossHistory(self.accelerator)
         set_seed(arguments.seed, device_specific=True)
@@ -373,16 +406,60 @@ class TokenizerTrainer:
             model.vision_model.fc_norm.requires_grad_(False)
             model.vision_model.projection.requires_grad_(False)
 
-    def _prepare(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, warmup: float, steps: int
-    ) -> TrainedNetwork:
-        schedule = get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer,
+    def _tokenizer_network(self, model: UniTokModel) -> TrainedNetwork:
+        arguments, accelerator = self.arguments, self.accelerator
+
+        def optimizer(model: UniTokModel) -> torch.optim.AdamW:
+            betas = arguments.adam_beta1, arguments.adam_beta2
+            optimizer = adamw(model, arguments.learning_rate, betas, arguments.weight_decay, arguments.adam_epsilon)
+            if arguments.codebook_learning_rate:
+                set_learning_rate(optimizer, model.vision_model.quantizer.codebooks, arguments.codebook_learning_rate)
+            return optimizer
+
+        parts = accelerator, model, optimizer, self._schedule(arguments.warmup, self.total_steps)
+        if arguments.fsdp:
+            return FSDPNetwork(*parts, arguments.max_grad_norm)
+        if not arguments.deepspeed:
+            return TrainedNetwork(*parts, arguments.max_grad_norm)
+        config = zero_config(
+            arguments.deepspeed,
+            arguments.per_device_train_batch_size,
+            arguments.gradient_accumulation_steps,
+            accelerator.num_processes,
+            arguments.max_grad_norm,
+        )
+        if arguments.compile and config["zero_optimization"]["stage"] == 3:
+            raise ValueError(f"compile is not supported with ZeRO-3, which {arguments.deepspeed} asks for.")
+        return ZeroNetwork(*parts, arguments.max_grad_norm, config=config)
+
+    def _discriminator_network(self, discriminator: FeatureDiscriminator) -> TrainedNetwork:
+        """Replicate the discriminator: its heads are too small to be worth sharding."""
+        arguments = self.arguments
+
+        def optimizer(discriminator: FeatureDiscriminator) -> torch.optim.AdamW:
+            betas = arguments.discriminator_beta1, arguments.discriminator_beta2
+            rate, decay = arguments.discriminator_learning_rate, arguments.discriminator_weight_decay
+            return adamw(discriminator, rate, betas, decay, arguments.discriminator_adam_epsilon)
+
+        steps = self.total_steps - math.ceil(self.losses.gan_start * self.total_steps)
+        schedule = self._schedule(arguments.discriminator_warmup, steps)
+        return TrainedNetwork(self.accelerator, discriminator, optimizer, schedule, arguments.max_grad_norm)
+
+    def _schedule(self, warmup: float, steps: int) -> Callable[[torch.optim.Optimizer], LambdaLR]:
+        return partial(
+            get_cosine_with_min_lr_schedule_with_warmup,
             num_warmup_steps=round(warmup * self.total_steps),
             num_training_steps=steps,
             min_lr_rate=self.arguments.final_learning_rate,
         )
-        return TrainedNetwork(module, *self.accelerator.prepare(module, optimizer), schedule)
+
+    def _keep_features(self, quantizer: nn.Module, args: tuple[torch.Tensor], kwargs: dict) -> None:
+        """Keep the features of images, but not of reconstructions, for codes to start from."""
+        if kwargs.get("track_usage", True):
+            self._features = args[0].detach()
+
+    def _keep_last_inputs(self, layer: nn.Module, args: tuple[torch.Tensor]) -> None:
+        self._last_inputs = args[0].detach()
 
     def train(self) -> None:
         """Train to the end, and write `<output_dir>/release`.
@@ -405,16 +482,13 @@ class TokenizerTrainer:
         with StopRequest(accelerator) as stopping:
             while self.step < self.total_steps:
                 weights = self.losses.weights(self.step / self.total_steps)
-                for batch in islice(batches, arguments.gradient_accumulation_steps):
-                    batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-                    self._train_on(batch, weights)
-                self.ema.decay = arguments.ema_decay_after(self.step)
-                self.ema.update(self.tokenizer.module)
+                self._train_on_step(list(islice(batches, arguments.gradient_accumulation_steps)), weights)
+                self.ema.update(arguments.ema_decay_after(self.step))
                 self.step += 1
                 bar.update()
                 expected_time(self.step)
                 if arguments.revive_dead_codes and self.step % arguments.revive_dead_codes == 0:
-                    self._revive_dead_codes(batch["pixel_values"])
+                    self._revive_dead_codes()
                 last, told = self.step == self.total_steps, stopping.is_due()
                 log, save = (last or self.step % steps == 0 for steps in (logging_steps, arguments.save_steps))
                 save = save or told
@@ -452,33 +526,35 @@ class TokenizerTrainer:
         accelerator.end_training()
 
     @torch.no_grad()
-    def _chunks(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Gather the chunks of pixels (B, 3, H, W) of all processes, see `gather_chunks`."""
-        vision = self.tokenizer.module.vision_model
-        with self.accelerator.autocast():
-            features = vision.encode_features(pixel_values.to(self.accelerator.device))
-        return gather_chunks(vision.quantizer, features)
-
     def _start_codebooks_from_data(self) -> None:
-        quantizer, chunks = self.tokenizer.module.vision_model.quantizer, []
+        module = self.tokenizer.module
+        quantizer, chunks = module.vision_model.quantizer, []
         stream = self.train_dataset if isinstance(self.train_dataset, ImageTextStream) else None
         position = stream and stream.state_dict()
         batches = self._batches()
+        module.eval()
         while sum(part.shape[1] for part in chunks) < FEATURES_PER_CODE * quantizer.codebook_size:
-            chunks.append(self._chunks(next(batches)["pixel_values"]))
-        start_from_data(quantizer, torch.cat(chunks, dim=1), self._generator("codebook_start"))
-        self.ema.set(self.tokenizer.module)
+            self.tokenizer.inference(next(batches)["pixel_values"].to(self.accelerator.device))
+            chunks.append(gather_chunks(quantizer, self._features))
+        module.train()
+        codebooks = start_from_data(
+            torch.cat(chunks, dim=1), quantizer.codebook_size, self._generator("codebook_start")
+        )
+        self.tokenizer.write(CODEBOOKS, codebooks)
+        self.ema.start()
         if stream is not None:
             stream.load_state_dict(position)  # the training begins with the same images
 
-    def _revive_dead_codes(self, pixel_values: torch.Tensor) -> None:
-        revived = self.dead_codes.revive(
-            self._chunks(pixel_values),
-            self._generator("revive_dead_codes"),
-            self.tokenizer.optimizer,
-            self.ema.module.vision_model.quantizer,
-        )
-        self.history.record(self.step, {"revived_codes": torch.tensor(revived, device=self.accelerator.device)})
+    @torch.no_grad()
+    def _revive_dead_codes(self) -> None:
+        network, quantizer = self.tokenizer, self.tokenizer.module.vision_model.quantizer
+        chunks = gather_chunks(quantizer, self._features)
+        is_moved, places = self.dead_codes.revive(chunks, self._generator("revive_dead_codes"))
+        network.write(CODEBOOKS, torch.where(is_moved, places, network.read(CODEBOOKS)))
+        for moment in MOMENTS:
+            network.write(CODEBOOKS, network.read(CODEBOOKS, moment) * ~is_moved, moment)
+        self.ema.write(CODEBOOKS, is_moved, places)
+        self.history.record(self.step, {"revived_codes": is_moved[..., 0].sum()})
 
     def _generator(self, purpose: str) -> torch.Generator:
         """Make a random generator that is the same on every process and after resuming."""
@@ -537,56 +613,144 @@ class TokenizerTrainer:
                 )
             was_resumed = False
 
-    def _train_on(self, batch: dict[str, torch.Tensor], weights: dict[str, float]) -> None:
-        """Run the forward and backward pass of one batch, and the optimizers' updates on the last one of a step."""
+    def _train_on_step(self, batches: list[dict[str, torch.Tensor]], weights: dict[str, float]) -> None:
+        """Run the passes and updates of a step on its accumulated batches."""
+        device, losses = self.accelerator.device, self.losses
+        batches = [{name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches]
+        draws = [None] * len(batches)
+        progress = self.step / self.total_steps
+        if losses.gan_weight > 0 and progress >= losses.gan_start:
+            draws = self._augmentations(len(batches))
+        cached = [None] * len(batches)
+        if self.arguments.whole_batch_negatives and losses.contrastive_weight:
+            cached = self._whole_batch_contrastive(batches)
+        for batch, augmentation, contrastive in zip(batches, draws, cached):
+            self._train_on(batch, weights, progress, augmentation, contrastive)
+
+    def _augmentations(self, num_batches: int) -> list[torch.Tensor]:
+        """Draw the discriminator's augmentations of a step, (B, 7) for each accumulated batch.
+
+        They are drawn for all images of the step in the order of its batches, so that they do not depend on the number
+        of processes.
+        """
+        accelerator = self.accelerator
+        draws = draw_augmentation(self.images_per_step, self._generator("augmentation"))
+        shares = draws.chunk(num_batches * accelerator.num_processes)
+        return [
+            share.to(accelerator.device) for share in shares[accelerator.process_index :: accelerator.num_processes]
+        ]
+
+    def _whole_batch_contrastive(
+        self, batches: list[dict[str, torch.Tensor]]
+    ) -> list[tuple[torch.Tensor, Callable[[UniTokOutput], torch.Tensor]]]:
+        """Compute the contrastive loss of all accumulated batches together, as GradCache does.
+
+        See https://arxiv.org/abs/2101.06983. A first pass without gradients embeds all batches; the loss's gradients at
+        these embeddings are then those to send back in each batch's own pass.
+
+        Returns:
+            For each batch, the state of the random numbers of its pass, and a function of the pass's output. It gives
+            the loss of the whole step, with the gradient of this batch's share.
+        """
+        network, device = self.tokenizer, self.accelerator.device
+        states, outputs = [], []
+        with torch.no_grad():
+            for batch in batches:
+                states.append(random_state(device))
+                outputs.append(network.wrapped(batch["pixel_values"], batch["input_ids"], with_reconstruction=False))
+        embeds = [torch.cat([output[name] for output in outputs]) for name in ("image_embeds", "text_embeds")]
+        inputs = [value.float().requires_grad_() for value in (*embeds, outputs[0].logit_scale)]
+        with torch.enable_grad():
+            loss = contrastive_loss(*inputs)
+            *gradients, of_scale = torch.autograd.grad(loss, inputs)
+        loss = loss.detach()
+
+        def share(index: int, output: UniTokOutput) -> torch.Tensor:
+            images, texts = (gradient.chunk(len(batches))[index] for gradient in gradients)
+            products = (images * output.image_embeds.float()).sum() + (texts * output.text_embeds.float()).sum()
+            product = len(batches) * products + (of_scale * output.logit_scale.float()).sum()
+            return loss + (product - product.detach())
+
+        return [(state, partial(share, index)) for index, state in enumerate(states)]
+
+    def _train_on(
+        self,
+        batch: dict[str, torch.Tensor],
+        weights: dict[str, float],
+        progress: float,
+        draws: torch.Tensor | None,
+        contrastive: tuple[torch.Tensor, Callable[[UniTokOutput], torch.Tensor]] | None,
+    ) -> None:
+        """Run the passes of one batch, and the updates if it is the last one of its step.
+
+        Args:
+            batch: of this process.
+            weights: of each term.
+            progress: share of the training.
+            draws: (B, 7), the discriminator's augmentations; None without a GAN.
+            contrastive: see `_whole_batch_contrastive`.
+        """
         accelerator, losses, pixels = self.accelerator, self.losses, batch["pixel_values"]
         tokenizer, judge = self.tokenizer, self.discriminator
-        progress = self.step / self.total_steps
-        gan_on = losses.gan_weight > 0 and progress >= losses.gan_start
-        with accelerator.accumulate(*([tokenizer.wrapped, judge.wrapped] if gan_on else [tokenizer.wrapped])):
+        gan_on = draws is not None
+        replicated = [network.wrapped for network in self._networks()[: 1 + gan_on] if type(network) is TrainedNetwork]
+        with accelerator.accumulate(*replicated):
+            if contrastive is not None:
+                set_random_state(contrastive[0], accelerator.device)
             output = tokenizer.wrapped(
                 pixels,
                 input_ids=batch["input_ids"] if losses.contrastive_weight else None,
                 with_entropy=losses.entropy_weight > 0,
                 with_reconstruction_embeds=losses.consistency_weight > 0,
             )
-            total, values = tokenizer_losses(output, pixels, weights, self.perceptual)
+            reconstruction = output.reconstruction
+            if gan_on:  # its gradients are balanced before they go on
+                output.reconstruction = reconstruction.detach().requires_grad_()
+            whole = None if contrastive is None else contrastive[1](output)
+            total, values = tokenizer_losses(output, pixels, weights, self.perceptual, whole)
+            values["loss"] = total.detach()
             if gan_on:
                 sigma = losses.blur_sigma(progress, pixels.shape[-1])
-                draws = draw_augmentation(len(pixels), pixels.device)
                 fake = blur(output.reconstruction, sigma)
-                judge.module.heads.requires_grad_(False)  # or DistributedDataParallel would see a backward pass
-                values["gan"] = -judge.module(diff_augment(fake, draws)).mean()
-                judge.module.heads.requires_grad_(True)
-                reconstruction_loss = sum(weights[n] * values[n] for n in RECONSTRUCTION_TERMS if n in values)
-                last_layer = tokenizer.module.decoder.up_conv4.conv2.weight
-                values["gan_adaptive_weight"] = adaptive_gan_weight(reconstruction_loss, values["gan"], last_layer)
-                total = total + weights["gan"] * values["gan_adaptive_weight"] * values["gan"]
-            values["loss"] = total
-            values["psnr"] = psnr(output.reconstruction.detach(), pixels).mean()
+                values["gan"] = -self._frozen_judge(diff_augment(fake, draws)).mean()
+                balanced = sum(weights[name] * values[name] for name in RECONSTRUCTION_TERMS if name in values)
+                gradient, gan_gradient = (
+                    torch.autograd.grad(loss, output.reconstruction)[0] for loss in (balanced, values["gan"])
+                )
+                adaptive = adaptive_gan_weight(gradient, gan_gradient, self._last_inputs, self._last_layer)
+                values["gan_adaptive_weight"] = adaptive
+                values["loss"] = values["loss"] + weights["gan"] * adaptive * values["gan"].detach()
+                others = values.keys() & set(TERMS).difference(RECONSTRUCTION_TERMS, ["gan"])
+                total = sum(weights[name] * values[name] for name in sorted(others))
+                total = total + ((gradient + weights["gan"] * adaptive * gan_gradient) * reconstruction).sum()
+            values["psnr"] = psnr(reconstruction.detach(), pixels).mean()
             values["running_codebook_usage"] = output.codebook_usage
             self.dead_codes.count(output.codes)
-            accelerator.backward(total)
-            if accelerator.sync_gradients:
-                values["grad_norm"] = self._update(tokenizer)
-                tokenizer.module.clamp_logit_scale()
+            tokenizer.backward(total)
+            if (norm := tokenizer.update()) is not None:
+                values["grad_norm"] = norm
+                self._clamp_logit_scale()
             if gan_on:
                 total, named = discriminator_losses(
                     judge.wrapped, blur(pixels, sigma), fake.detach(), draws, losses.gan_consistency_weight
                 )
                 values |= named
-                accelerator.backward(total)
-                if accelerator.sync_gradients:
-                    values["discriminator_grad_norm"] = self._update(judge)
+                judge.backward(total)
+                if (norm := judge.update()) is not None:
+                    values["discriminator_grad_norm"] = norm
         self.history.record(self.step, values)
 
-    def _update(self, network: TrainedNetwork) -> torch.Tensor:
-        """Clip and apply the gradients of a step. Returns their norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(network.module.parameters(), self.arguments.max_grad_norm)
-        network.optimizer.step()
-        network.optimizer.zero_grad()
-        network.schedule.step()
-        return norm
+    def _frozen_judge(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute the discriminator's logits, which train the tokenizer and not the discriminator."""
+        judge = self.discriminator.module
+        judge.heads.requires_grad_(False)
+        logits = judge(images)
+        judge.heads.requires_grad_(True)
+        return logits
+
+    def _clamp_logit_scale(self) -> None:
+        if self.tokenizer.module.logit_scale is not None:
+            self.tokenizer.clamp(LOGIT_SCALE, *LOGIT_SCALE_BOUNDS)
 
     def _note_on_card(self, values: dict[str, float]) -> None:
         self.run.losses |= {name: value for name, value in values.items() if name not in NOT_ON_CARD}
@@ -616,15 +780,16 @@ class TokenizerTrainer:
         if self.eval_dataset is None and self.eval_pixels is None:
             return {}
         accelerator = self.accelerator
-        counts = torch.zeros_like(self.ema.module.vision_model.quantizer.usage, dtype=torch.int64)  # (K, V)
+        counts = torch.zeros_like(self.dead_codes.chosen, dtype=torch.int64)  # (K, V)
         decibels, errors = [], []
-        for pixels in self._eval_batches():
-            pixels = pixels.to(accelerator.device)
-            reconstruction, codes = self._reconstruct(pixels)
-            decibels += psnr(reconstruction, pixels).tolist()
-            errors += (reconstruction - pixels).abs().mean(dim=(1, 2, 3)).tolist()
-            chosen = codes.transpose(0, 1).flatten(1)  # (K, B * L)
-            counts.scatter_add_(1, chosen, torch.ones_like(chosen))
+        with self._averaged_weights():
+            for pixels in self._eval_batches():
+                reconstruction, codes = self._reconstruct(pixels)
+                decibels += psnr(reconstruction, pixels).tolist()
+                errors += (reconstruction - pixels).abs().mean(dim=(1, 2, 3)).tolist()
+                chosen = codes.transpose(0, 1).flatten(1)  # (K, B * L)
+                counts.scatter_add_(1, chosen, torch.ones_like(chosen))
+            self._pass_along()
         counts = accelerator.reduce(counts, "sum")
         columns = gather_object([[math.fsum(decibels), math.fsum(errors), len(errors)]])
         decibels, errors, images = (math.fsum(column) for column in zip(*columns))
@@ -649,21 +814,48 @@ class TokenizerTrainer:
             generator=torch.Generator(),  # or it would draw from the training's own
         )
         for batch in loader:
-            yield batch[0] if self.eval_dataset is None else batch["pixel_values"]
+            pixels = batch[0] if self.eval_dataset is None else batch["pixel_values"]
+            yield pixels.to(accelerator.device)
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Put the averaged weights into the tokenizer, in eval mode."""
+        module = self.tokenizer.module
+        module.eval()
+        with self.ema:
+            yield
+        module.train()
 
     def _reconstruct(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute reconstructions (B, 3, H, W) by the averaged weights, float32 in [-1, 1], and codes (B, K, L)."""
-        with self.accelerator.autocast():
-            output = self.ema.module(pixels)
+        """Compute reconstructions (B, 3, H, W), float32 in [-1, 1], and codes (B, K, L)."""
+        if self.tokenizer.is_sharded:
+            self._count_passes(1)
+        output = self.tokenizer.inference(pixels)
         return output.reconstruction.float().clamp(-1, 1), output.codes
+
+    def _count_passes(self, own: int) -> bool:
+        """Return whether any process makes a pass now; every process must call it, before each of its passes."""
+        passes = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum")
+        return passes.item() > 0
+
+    def _pass_along(self) -> None:
+        """Take part in the others' passes, which need this process's part of the weights, until all are done."""
+        if not self.tokenizer.is_sharded:
+            return
+        size = self.tokenizer.module.config.vision_config.image_size
+        while self._count_passes(0):
+            self.tokenizer.inference(torch.zeros(1, 3, size, size, device=self.accelerator.device))
 
     @torch.no_grad()
     def _save_grid(self) -> None:
         """Save originals above reconstructions by the averaged weights, as PNG and to the trackers."""
-        if self.eval_pixels is None or not self.accelerator.is_main_process:
+        if self.eval_pixels is None:
             return
         pixels = self.eval_pixels.to(self.accelerator.device)
-        reconstruction, _ = self._reconstruct(pixels)
+        with self._averaged_weights():
+            reconstruction = self.tokenizer.inference(pixels).reconstruction.float().clamp(-1, 1)
+        if not self.accelerator.is_main_process:
+            return
         rows = torch.stack([pixels, reconstruction]).flatten(0, 1)
         grid = make_grid(rows, nrow=len(pixels), normalize=True, value_range=(-1, 1)).cpu()
         path = self.output_dir / "samples" / f"step-{self.step}.png"
@@ -676,10 +868,13 @@ class TokenizerTrainer:
         self.dead_codes.chosen = self.dead_codes.chosen_by_any()
         stream = self.train_dataset.state_dict() if isinstance(self.train_dataset, ImageTextStream) else None
         of_processes = gather_object([(random_state(self.accelerator.device), stream, self.history.state_dict())])
+        tensors = self._weights() | {
+            f"{name}_moments": network.moments() for name, network in self._named_networks().items()
+        }
         if self.accelerator.is_main_process:
             write_folder(
                 self.output_dir / f"checkpoint-{self.step}",
-                lambda folder: self._write_checkpoint(folder, *zip(*of_processes)),
+                lambda folder: self._write_checkpoint(folder, tensors, *zip(*of_processes)),
             )
             checkpoints = list(whole_checkpoints(self.output_dir, STATE).values())
             for checkpoint in checkpoints[: -self.arguments.save_total_limit]:
@@ -687,10 +882,15 @@ class TokenizerTrainer:
         self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(
-        self, folder: Path, random_states: tuple[dict], streams: tuple[dict | None], histories: tuple[dict]
+        self,
+        folder: Path,
+        tensors: dict[str, dict[str, torch.Tensor]],
+        random_states: tuple[dict],
+        streams: tuple[dict | None],
+        histories: tuple[dict],
     ) -> None:
-        for name, module in self._weights().items():
-            save_file(module.state_dict(), folder / f"{name}.safetensors")
+        for name, named in tensors.items():
+            save_file(named, folder / f"{name}.safetensors")
         state = {
             "step": self.step,  # and with it the data position, but of streams
             "images_per_step": self.images_per_step,
@@ -699,8 +899,8 @@ class TokenizerTrainer:
             "lanes": self._lanes,
             "histories": histories,
             "chosen_codes": self.dead_codes.chosen.cpu(),
-            "schedules": [network.schedule.state_dict() for network in self._networks()],
-            "optimizers": [network.optimizer.state_dict() for network in self._networks()],
+            "options": [optimizer_options(network.optimizer) for network in self._networks()],
+            "updates": [network.updates for network in self._networks()],
         }
         torch.save(state, folder / STATE)
 
@@ -713,15 +913,22 @@ class TokenizerTrainer:
             )
         if isinstance(self.train_dataset, ImageTextStream):
             self._load_stream(folder, state)
-        for name, module in self._weights().items():
-            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
-        networks = self._networks()
-        for network, optimizer, schedule in zip(networks, state["optimizers"], state["schedules"], strict=True):
-            given = optimizer_options(network.optimizer)
-            network.optimizer.load_state_dict(optimizer)
-            if (then := optimizer_options(network.optimizer)) != given:
+        for index, (name, network) in enumerate(self._named_networks().items()):
+            network.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            given = then = optimizer_options(network.optimizer)
+            if "updates" in state:
+                then = state["options"][index]
+                network.load_moments(load_file(folder / f"{name}_moments.safetensors"), state["updates"][index])
+            elif type(network) is TrainedNetwork:  # older checkpoints are for this kind alone
+                network.load_optimizer(state["optimizers"][index])
+                then = optimizer_options(network.optimizer)
+            else:
+                raise ValueError(f"{folder} is of an older version: it cannot go on with another sharding.")
+            if then != given:
                 raise ValueError(f"{folder} was trained with {then}, now there are {given}: resume with the same.")
-            network.schedule.load_state_dict(schedule)
+        average = load_file(folder / "ema.safetensors")
+        for name, part in self.ema.parts.items():
+            part.copy_(self.tokenizer.part_of(name, average[name]))
         self.dead_codes.chosen.copy_(state.get("chosen_codes", self.dead_codes.chosen))  # older ones lack it
         self.step = state["step"]
         if len(state["random_states"]) == self.accelerator.num_processes:
@@ -749,12 +956,18 @@ class TokenizerTrainer:
             )
         self.train_dataset.load_state_dict(state["streams"][self.accelerator.process_index])
 
-    def _networks(self) -> list[TrainedNetwork]:
-        return [self.tokenizer] if self.discriminator is None else [self.tokenizer, self.discriminator]
+    def _named_networks(self) -> dict[str, TrainedNetwork]:
+        networks = {"model": self.tokenizer, "discriminator": self.discriminator}
+        return {name: network for name, network in networks.items() if network is not None}
 
-    def _weights(self) -> dict[str, nn.Module]:
-        modules = {"model": self.tokenizer.module, "ema": self.ema.module}
-        return modules if self.discriminator is None else modules | {"discriminator": self.discriminator.module}
+    def _networks(self) -> list[TrainedNetwork]:
+        return list(self._named_networks().values())
+
+    def _weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Gather the weights of the networks, and the averaged ones, on the first process; all must call it."""
+        weights = {name: network.state_dict() for name, network in self._named_networks().items()}
+        with self.ema:
+            return weights | {"ema": self.tokenizer.state_dict()}
 
     def _save_release(self) -> None:
         lag = math.prod(map(self.arguments.ema_decay_after, range(self.total_steps)))
@@ -765,12 +978,14 @@ class TokenizerTrainer:
                 self.total_steps,
                 100 * lag,
             )
-
-        for name, value in self.ema.module.state_dict().items():
+        with self.ema:
+            weights = self.tokenizer.state_dict()
+        for name, value in weights.items():
             check_weight(name, value)
 
         def write(folder: Path) -> None:
-            for part in (self.ema.module, self.image_processor, self.text_tokenizer):
+            self.tokenizer.module.save_pretrained(folder, state_dict=weights)
+            for part in (self.image_processor, self.text_tokenizer):
                 if part is not None:
                     part.save_pretrained(folder)
             write_release_card(folder, self.output_dir / "release", self.run)
@@ -778,6 +993,19 @@ class TokenizerTrainer:
         if self.accelerator.is_main_process:
             write_folder(self.output_dir / "release", write)
         self.accelerator.wait_for_everyone()
+
+
+def checkpoint_blocks(model: UniTokModel, share: float) -> None:
+    """Compute the activations of a share of the model's blocks again in the backward pass.
+
+    Args:
+        model: its blocks, of transformers and convolutions alike, are changed in place.
+        share: of the blocks, which are spread evenly.
+    """
+    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    for index, block in enumerate(blocks):
+        if int((index + 1) * share) > int(index * share):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def adamw(
@@ -793,9 +1021,13 @@ def adamw(
 
 
 def optimizer_options(optimizer: torch.optim.Optimizer) -> list[dict]:
-    """Return the options of each group that come from the arguments, or from a loaded checkpoint."""
+    """Return the different options of the groups, which come from the arguments."""
     names = ("initial_lr", "betas", "eps", "weight_decay")
-    return [{name: group[name] for name in names} for group in optimizer.param_groups]
+    options = []
+    for group in optimizer.param_groups:
+        if (of_group := {name: group[name] for name in names}) not in options:
+            options.append(of_group)
+    return options
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, learning_rate: float) -> None:

@@ -2,10 +2,13 @@
 
 python -m training.train_tokenizer training/configs/tokenizer_tiny.yaml
 torchrun --nproc_per_node 8 -m training.train_tokenizer training/configs/tokenizer_large.yaml
+torchrun --nproc_per_node 8 -m training.train_tokenizer training/configs/tokenizer_large.yaml \
+    --deepspeed training/configs/deepspeed/zero2.json
 accelerate launch --num_machines 8 ... -m training.train_tokenizer training/configs/tokenizer_large.yaml
 
+`--deepspeed` shards the tokenizer by ZeRO, `--fsdp true` by FSDP2; so does the config file of `accelerate launch`.
 `--resume true` goes on from the newest checkpoint, and the following losses are those that the run would have had
-without a break. A webdataset stream goes on where it was with the same number of processes and workers; with another,
+without a break. The sharding and the number of processes may be others. A webdataset stream goes on where it was with the same number of processes and workers; with another,
 resuming is refused.
 """
 
@@ -240,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             f"codebook_start is {training.codebook_start}, but the codebooks come from {arguments.init_from}."
         )
+    training.take_launchers()
     logging.basicConfig(level=logging.INFO if PartialState(cpu=training.use_cpu).is_main_process else logging.ERROR)
     set_seed(training.seed)
     claim_folder(training.output_dir, int(os.environ.get("RANK", 0)) == 0)

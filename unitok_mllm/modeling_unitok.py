@@ -53,7 +53,7 @@ class UniTokOutput(ModelOutput):
     """Output of `UniTokModel.forward`: the inputs of all training losses.
 
     Attributes:
-        reconstruction: (B, 3, H, W), not clamped to [-1, 1].
+        reconstruction: (B, 3, H, W), not clamped to [-1, 1]; None without `with_reconstruction`.
         codes: (B, K, L), int64.
         vq_loss: scalar, float32.
         entropy_loss: scalar, float32; None without `with_entropy`.
@@ -784,6 +784,7 @@ class UniTokModel(UniTokPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         with_entropy: bool = False,
         with_reconstruction_embeds: bool = False,
+        with_reconstruction: bool = True,
         **kwargs,
     ) -> UniTokOutput:
         """Run the training pass: reconstruct and embed images, and embed captions.
@@ -794,13 +795,15 @@ class UniTokModel(UniTokPreTrainedModel):
             attention_mask: (B, T), 0 for padding.
             with_entropy: also compute the quantizer's entropy loss.
             with_reconstruction_embeds: also embed the reconstruction (for cross-task consistency).
+            with_reconstruction: False to compute only embeddings and codes, without counting the codes in `usage`.
             kwargs: arguments that the library passes to all models; ignored here.
 
         Returns:
             The inputs of all losses, by name.
 
         Raises:
-            ValueError: pixels of another shape, see `UniTokVisionModel.grid_size`; captions without a text tower.
+            ValueError: pixels of another shape, see `UniTokVisionModel.grid_size`; captions without a text tower; an
+                embedding of the reconstruction without one.
             TypeError: an argument that the library does not know.
         """
         refuse_unknown("UniTokModel.forward", kwargs, HANDED_DOWN)
@@ -808,9 +811,13 @@ class UniTokModel(UniTokPreTrainedModel):
         if logit_scale is not None and not self.training:  # clamped in training, its gradient would end at the bounds
             logit_scale = logit_scale.clamp(*LOGIT_SCALE_BOUNDS)
         grid_size = vision.grid_size(pixel_values)
-        quantized = vision.quantizer(vision.encode_features(pixel_values), with_entropy=with_entropy)
+        if with_reconstruction_embeds and not with_reconstruction:
+            raise ValueError("with_reconstruction_embeds needs with_reconstruction.")
+        quantized = vision.quantizer(
+            vision.encode_features(pixel_values), with_entropy=with_entropy, track_usage=with_reconstruction
+        )
         semantic_embeds = vision.post_quant_proj(quantized.features)
-        reconstruction = self.decoder(semantic_embeds, grid_size)
+        reconstruction = self.decoder(semantic_embeds, grid_size) if with_reconstruction else None
         text_embeds = reconstruction_embeds = None
         if input_ids is not None:
             text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output

@@ -157,11 +157,10 @@ def plan_tokenizer(
     Args:
         preset: of `UniTokConfig`, or a folder.
         perceptual: count LPIPS on VGG-16: two forward passes a sample, and one backward pass to the reconstruction.
-        gan: count the discriminator on DINOv2 ViT-S/14: one forward pass and two backward passes to the reconstruction
-            (one for the adaptive weight, for which LPIPS has another backward pass), and a training step of the heads
-            on four images: real and reconstructed, plain and augmented.
+        gan: count the discriminator on DINOv2 ViT-S/14: one forward and backward pass to the reconstruction, and a
+            training step of the heads on four images: real and reconstructed, plain and augmented.
         gan_start: share of the training before the GAN starts.
-        ema: count an average of the weights, in fp32 on every GPU.
+        ema: count an average of the weights, in fp32.
         vision_overrides: fields of the preset's vision config that differ.
 
     Raises:
@@ -175,28 +174,28 @@ def plan_tokenizer(
     batch, size = run.batch_per_gpu, config.vision_config.image_size
     model = without_values(lambda: UniTokModel(config).bfloat16()).train()
     if gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        from training.tokenizer_trainer import checkpoint_blocks  # takes seconds
+
+        checkpoint_blocks(model, 1.0)
     inputs = tokenizer_batch(config, batch)
     cost = measure(lambda: tokenizer_loss(model, inputs), model, batch)
     parts = list_parts(model, TOKENIZER_PARTS, cost)
     forward, step, activations = cost.forward, cost.forward + cost.backward, cost.activations
-    other = 4.0 * count_parameters(model)[0] if ema else 0.0
+    other = 0.0
     notes = [
-        f"EMA of the weights: {'4 bytes a parameter on every GPU' if ema else 'none'}.",
+        f"EMA of the weights: {'4 bytes a parameter, sharded as the weights are' if ema else 'none'}.",
         "Not counted: cross-task consistency (off by default), and similarities to other GPUs' samples (below 0.1%).",
         "LPIPS and the discriminator are counted as float32; GPUs work more slowly in it than in bf16.",
-        "training.train_tokenizer runs without DeepSpeed: its fp32 weights take 16 bytes a parameter, 20 in stage 0.",
+        "Weights stay float32 under every sharding; bf16 is autocast's.",
     ]
     images = torch.zeros(batch, 3, size, size)
 
     def through(module: nn.Module, *args: torch.Tensor) -> Cost:
         return measure(lambda: module(images.clone().requires_grad_(), *args).float().square().mean(), module, batch)
 
-    distance_backward = 0.0
     if perceptual:
         distance = without_values(lambda: perceptual_distance("lpips", size, pretrained=False))
         lpips = through(distance, images)
-        distance_backward = lpips.backward
         parts.append(Part("LPIPS, VGG-16", *count_parameters(distance), lpips.forward, lpips.forward + lpips.backward))
         step += lpips.forward + lpips.backward
         activations += lpips.activations
@@ -211,14 +210,14 @@ def plan_tokenizer(
         heads = measure(lambda: discriminator(images).float().square().mean(), discriminator, batch)
         discriminator.requires_grad_(False)
         judged = through(discriminator)
-        work = judged.forward + 2 * judged.backward + distance_backward + 4 * (heads.forward + heads.backward)
+        work = judged.forward + judged.backward + 4 * (heads.forward + heads.backward)
         parts.append(Part("discriminator, DINOv2 ViT-S/14", total, trainable, judged.forward, work))
         step += (1 - gan_start) * work
         activations += judged.activations
         other += 4 * (total - trainable) + 16 * trainable
         notes.append(f"The discriminator works in {1 - gan_start:.1%} of the steps; the step below is the mean.")
     title = f"UniTok tokenizer, {preset}: {run.samples:.3g} samples on {run.gpus} GPUs"
-    return make_plan(title, run, parts, notes, forward, step, plan_memory(model, run, activations, other))
+    return make_plan(title, run, parts, notes, forward, step, plan_memory(model, run, activations, other, ema))
 
 
 def plan_mllm(
