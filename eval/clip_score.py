@@ -28,6 +28,8 @@ def clip_scores(
 ) -> list[float]:
     """Compute 100 * max(cos(picture, text), 0) of each pair; texts are cut to CLIP's length.
 
+    torchmetrics' `clip_score` gives one number for all pairs, the maximum of their mean and 0, and none for each.
+
     Args:
         model: a folder or a name on the hub, such as openai/clip-vit-large-patch14.
 

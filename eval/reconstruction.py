@@ -241,9 +241,16 @@ def psnr_of_uint8(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor
 
 
 def ssim(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
-    """Structural similarity, mean over channels and over all places of the whole window (Wang et al., 2004).
+    """Compute the structural similarity, as a mean over channels and places of the whole window (Wang et al., 2004).
 
-    Both (B, C, H, W) uint8, at least 11 pixels a side -> (B,) float64.
+    torchmetrics pads the images by reflection and takes the mean over their borders too, which gives other values (up to
+    0.04 on noisy photographs).
+
+    Args:
+        images, originals: (B, C, H, W), uint8, at least 11 pixels a side.
+
+    Returns:
+        (B,), float64.
     """
     window = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=images.device).square() / (2 * 1.5**2))
     window /= window.sum()

@@ -200,8 +200,9 @@ class NearestRowLoss(torch.autograd.Function):
 def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
     """Compute CLIP's symmetric InfoNCE (https://arxiv.org/abs/2103.00020) over the batches of all processes.
 
-    Each process compares its own rows with those of all processes. Gradients flow back to the process of each row. The
-    similarities are computed in chunks, so memory grows with the rows, not with their square.
+    Each process compares its own rows with those of all processes. Gradients flow back to the process of each row.
+    Values and gradients are those of open_clip's `ClipLoss` with `local_loss` and `gather_with_grad`, to rounding. Here
+    the similarities are computed in chunks, so memory grows with the rows, not with their square.
 
     Args:
         image_embeds: (B, D), of unit length; the same B on every process.
