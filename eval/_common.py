@@ -1,4 +1,4 @@
-"""What the measurements share."""
+"""Helpers shared by the evaluation scripts: settings, model loading, batching, versions."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ Settings = TypeVar("Settings")
 
 
 def parse_settings(settings_class: type[Settings], argv: list[str] | None = None) -> Settings:
-    """The command line as an instance of a dataclass, see `Parser.parse`."""
+    """Parse the command line into an instance of a dataclass, see `Parser.parse`."""
     (settings,) = Parser(settings_class).parse(argv)
     return settings
 
@@ -33,7 +33,7 @@ DRAWING = {"guidance": "guidance_scale", "temperature": "temperature", "top_k": 
 
 @dataclass
 class DrawingSettings:
-    """How images are drawn, as options of a command line; what is left open is the model's own."""
+    """Command-line options for drawing. An option left out takes the model's own default."""
 
     guidance: float | None = field(
         default=None, metadata={"help": "guidance scale, 1: none; default: the model's own"}
@@ -48,10 +48,10 @@ class DrawingSettings:
     )
 
     def complete(self, folder: str) -> None:
-        """Fills in the options of the model in a folder, or those of new models where it has none.
+        """Fill in the missing options from the model in a folder, or from the defaults of new models if it has none.
 
         Raises:
-            ValueError: one is out of its range.
+            ValueError: an option is out of its range.
         """
         has_own = (Path(folder) / GENERATION_CONFIG_NAME).is_file()
         own = GenerationConfig.from_pretrained(folder) if has_own else GenerationConfig()
@@ -62,26 +62,26 @@ class DrawingSettings:
 
     @property
     def drawing(self) -> dict[str, float]:
-        """The options by the names of `generate`."""
+        """The options under the names that `generate` uses."""
         return {name: getattr(self, option) for option, name in DRAWING.items()}
 
     @property
     def sampling(self) -> str:
-        """How images are drawn, for the protocol."""
+        """Description of the sampling, for the protocol."""
         return ", ".join(f"{option.replace('_', '-')} {getattr(self, option):g}" for option in DRAWING)
 
 
 def load_model(folder: str, device: str = AUTO) -> tuple[UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor]:
-    """An MLLM on the device named, see `find_device`, and its processor."""
+    """Load an MLLM onto a device (see `find_device`), and its processor."""
     model = AutoModelForImageTextToText.from_pretrained(folder).to(find_device(device)).eval()
     return model, AutoProcessor.from_pretrained(folder)
 
 
 @contextmanager
 def weights_needed(metric: str, weights: str, remedy: str):
-    """Turns what loading raises where weights are missing or wrong into a ValueError that says what to do.
+    """Turn errors from loading missing or wrong weights into a ValueError that says what to do.
 
-    Network errors are OSErrors; what `torch.load` refuses is of many types.
+    Network errors are OSErrors; `torch.load` raises many types.
     """
     try:
         yield
@@ -93,12 +93,12 @@ def weights_needed(metric: str, weights: str, remedy: str):
 def in_batches(
     function: Callable, rows: torch.Tensor, batch_size: int, device: torch.device, title: str
 ) -> torch.Tensor:
-    """The function's value of all rows, computed on the device, gathered on the CPU, under a progress bar."""
+    """Apply the function to all rows in batches on the device, with a progress bar, and gather the results on the CPU."""
     return torch.cat([function(chunk.to(device)).cpu() for chunk in tqdm(rows.split(batch_size), desc=title)])
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that every number depends on."""
+    """Versions of the libraries that every number depends on."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

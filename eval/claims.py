@@ -88,7 +88,7 @@ WITHOUT_EFFECT = (
 
 @dataclass
 class ClaimsArguments:
-    """What is compared, and at which cost."""
+    """Options of the comparison: what is trained, and for how long."""
 
     steps: int = field(default=900, metadata={"help": "optimizer steps of each run of the comparison"})
     search_steps: int = field(default=300, metadata={"help": "optimizer steps of each run of the search"})
@@ -141,8 +141,8 @@ class Run:
         num_codebooks, codebook_size: K and V, K * V being the total.
         supervision: "joint", "reconstruction" or "captions".
         candidate: name of its setting.
-        settings: all that its result depends on; `training` is the config of `training.train_tokenizer`, without what
-            may differ from place to place (see `train`).
+        settings: everything the result depends on. `training` is the config of `training.train_tokenizer`, without the
+            options that differ between machines (see `train`).
     """
 
     stage: str
@@ -155,23 +155,23 @@ class Run:
 
     @property
     def name(self) -> str:
-        """That of its folder."""
+        """Name of its folder."""
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         return f"{self.stage}-k{self.num_codebooks}-{self.supervision}-seed{self.seed}-{digest[:10]}"
 
     @property
     def bits(self) -> float:
-        """What one image position can tell, in bits: log2 of the V^K groups of codes."""
+        """Capacity of one image position in bits: log2 of the V^K combinations of codes."""
         return self.num_codebooks * math.log2(self.codebook_size)
 
 
 def digest_of_files(paths: list[str]) -> dict[str, str]:
-    """SHA-256 of those paths that are files."""
+    """Return the SHA-256 of the paths that are files."""
     return {path: file_digest([Path(path)]) for path in paths if Path(path).is_file()}
 
 
 def check_geometry(preset: str, text_overrides: dict, vision_overrides: dict) -> None:
-    """Raises ValueError where the sizes do not fit, before anything is trained."""
+    """Raise a ValueError if the sizes do not fit, before any training."""
     try:
         UniTokConfig.preset(preset, text_overrides, **vision_overrides)
     except StrictDataclassError as error:
@@ -179,11 +179,11 @@ def check_geometry(preset: str, text_overrides: dict, vision_overrides: dict) ->
 
 
 class Plan:
-    """Which runs there are to be.
+    """The runs of a comparison.
 
     Raises:
-        ValueError: a setting that each run has to make itself, a source that is no folder, an option of a candidate that
-            no run has, or a geometry that cannot be.
+        ValueError: the config sets an option that each run sets itself, a source is not a folder, a candidate has an
+            unknown option, or a geometry is impossible.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class Plan:
         return Run(stage, k, claims.total_codes // k, supervision, candidate, seed, settings)
 
     def search(self) -> list[Run]:
-        """Every candidate for each K; nothing where there is only one."""
+        """Every candidate for each K; empty if there is only one candidate."""
         claims = self.claims
         if len(claims.candidates) == 1:
             return []
@@ -251,7 +251,7 @@ class Plan:
         ]
 
     def comparison(self, choice: dict[int, str]) -> list[Run]:
-        """Every run with the chosen candidate of each K, seed by seed, so that the first ones already compare all."""
+        """All runs with the chosen candidate of each K, seed by seed, so that the first seed already compares all K."""
         claims = self.claims
         return [
             self._run("comparison", k, supervision, choice[k], seed)
@@ -262,7 +262,7 @@ class Plan:
 
 
 def train(run: Run, folder: Path, claims: ClaimsArguments, training: TokenizerTrainingArguments) -> dict:
-    """Trains a run, or goes on with it, to `folder / "release"`.
+    """Train a run, or resume it, and write the tokenizer to `folder / "release"`.
 
     Raises:
         subprocess.CalledProcessError: one of several processes failed.
@@ -294,13 +294,13 @@ def train(run: Run, folder: Path, claims: ClaimsArguments, training: TokenizerTr
 
 
 def zero_shot(image_embeds: torch.Tensor, class_embeds: torch.Tensor, captions: list[str]) -> dict | None:
-    """The share of images whose own class has the nearest text, of those whose caption is one of CLASSES.
+    """Compute zero-shot accuracy over the images whose caption is one of CLASSES, as a share of 1.
 
     Args:
         image_embeds: (N, D); class_embeds: (24, D), in the order of CLASSES; all of unit length.
 
     Returns:
-        None where no caption is.
+        The accuracy; None if no caption is one of them.
     """
     rows = [i for i, caption in enumerate(captions) if caption in CLASSES]
     if not rows:
@@ -314,7 +314,7 @@ def zero_shot(image_embeds: torch.Tensor, class_embeds: torch.Tensor, captions: 
 def measure(
     folder: Path, sets: dict[str, str], limit: int, batch_size: int, device: torch.device, supervision: str
 ) -> dict:
-    """What a trained tokenizer does with images that it has not seen.
+    """Measure a trained tokenizer on held-out images.
 
     Args:
         folder: of the tokenizer, its image processor and text tokenizer.
@@ -357,7 +357,7 @@ def measure(
 
 @lru_cache
 def load_set(path: str, limit: int, processor: str) -> tuple[torch.Tensor, list[str | None]]:
-    """Pixels (N, 3, H, W) in [-1, 1] and captions of the first `limit` images (0: of all), read once.
+    """Load pixels (N, 3, H, W) in [-1, 1] and captions of the first `limit` images (0 for all); cached.
 
     Args:
         processor: the image processor as JSON.
@@ -373,7 +373,7 @@ def load_set(path: str, limit: int, processor: str) -> tuple[torch.Tensor, list[
 
 
 def load_named(source: ImageFiles, row: int) -> tuple[Image.Image, str | None]:
-    """An image and its caption; the error of one that cannot be read names it."""
+    """Load an image and its caption; the error names an image that cannot be read."""
     try:
         return source.load(row)
     except ValueError as error:
@@ -381,7 +381,7 @@ def load_named(source: ImageFiles, row: int) -> tuple[Image.Image, str | None]:
 
 
 def baselines(claims: ClaimsArguments, tokenizer: TokenizerArguments) -> dict[str, dict[str, float]]:
-    """PSNR (dB) of two reconstructions that need no tokenizer, on each held-out set.
+    """Compute the PSNR (dB) of two reconstructions that need no tokenizer, on each held-out set.
 
     Returns:
         For "mean colour", each image painted in its own mean colour, and "mean image", the mean of all training images
@@ -406,7 +406,7 @@ def baselines(claims: ClaimsArguments, tokenizer: TokenizerArguments) -> dict[st
 
 
 def validation_curve(folder: Path) -> list[dict[str, float]]:
-    """What the trainer measured on the validation images: `step`, `psnr_db`, `codes_used_percent`, in order."""
+    """Return the trainer's validation measurements in order: `step`, `psnr_db`, `codes_used_percent`."""
     lines = map(json.loads, (folder / HISTORY).read_text("utf-8").splitlines())
     by_step = {  # a step that was repeated after a break counts once
         line["step"]: {
@@ -421,7 +421,7 @@ def validation_curve(folder: Path) -> list[dict[str, float]]:
 
 
 def finish(run: Run, folder: Path, claims: ClaimsArguments, trained: dict, device: torch.device) -> None:
-    """Measures a trained run, writes its `result.json`, and removes its checkpoints."""
+    """Measure a trained run, write its `result.json`, and remove its checkpoints."""
     start, steps = time.perf_counter(), run.settings["training"]["max_steps"]
     measured = measure(
         folder / "release", run.settings["measured"], claims.limit, claims.batch_size, device, run.supervision
@@ -452,13 +452,13 @@ def finish(run: Run, folder: Path, claims: ClaimsArguments, trained: dict, devic
 
 
 def validation_psnr(result: dict) -> float:
-    """dB, the mean over all images of a search run's sets."""
+    """Return the mean PSNR (dB) over all images of a search run's sets."""
     sets = result["sets"].values()
     return sum(one["images"] * one["psnr_db"] for one in sets) / sum(one["images"] for one in sets)
 
 
 def choose(claims: ClaimsArguments, results: list[dict]) -> dict[int, str]:
-    """The candidate with the highest PSNR on the validation images, for each K; of equals the first one."""
+    """Choose, for each K, the candidate with the highest validation PSNR; on a tie, the first one."""
     if len(claims.candidates) == 1:
         return dict.fromkeys(claims.codebooks, *claims.candidates)
     by_k = {k: [result for result in results if result["codebooks"] == k] for k in claims.codebooks}
@@ -466,9 +466,9 @@ def choose(claims: ClaimsArguments, results: list[dict]) -> dict[int, str]:
 
 
 def metrics(result: dict) -> dict[str, float]:
-    """The numbers of one run that are averaged over seeds, by the names that tables and plots give them.
+    """Return the metrics of one run that are averaged over seeds, under the names that tables and plots use.
 
-    The time is that of a run that was never broken off.
+    The time is that of a run that was never interrupted.
     """
     sets, curve = result["sets"], result["validation_curve"]
     numbers = {f"PSNR (dB), {name}": one["psnr_db"] for name, one in sets.items() if one["psnr_db"] is not None}
@@ -483,7 +483,7 @@ def metrics(result: dict) -> dict[str, float]:
 
 
 def aggregate(results: list[dict]) -> list[dict]:
-    """Mean and sample standard deviation (None of a single seed) over the seeds of each setting.
+    """Compute mean and sample standard deviation over the seeds of each setting (None for a single seed).
 
     Returns:
         A row for each (codebooks, supervision), by codebooks: `metrics` has `mean`, `std` and the `values` by name;
@@ -522,20 +522,20 @@ def aggregate(results: list[dict]) -> list[dict]:
 
 
 def metric_names(rows: list[dict]) -> list[str]:
-    """All metrics of all rows, in the order of their first appearance, the cost last."""
+    """List the metrics of all rows in order of first appearance, the cost last."""
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     return sorted(names, key=lambda name: name == SECONDS)
 
 
 def markdown(cells: list[list[str]]) -> str:
-    """A table whose first row is its head, aligned for the screen."""
+    """Format an aligned Markdown table; the first row is the header."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     rows = [cells[0], ["-" * width for width in widths], *cells[1:]]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows)
 
 
 def table(rows: list[dict], without_tokenizer: dict[str, dict[str, float]]) -> str:
-    """Markdown: the baselines, then mean, and after ± the standard deviation over seeds where there is one.
+    """Format the results as Markdown: the baselines, then mean ± standard deviation over seeds.
 
     Args:
         without_tokenizer: see `baselines`.
@@ -559,7 +559,7 @@ def table(rows: list[dict], without_tokenizer: dict[str, dict[str, float]]) -> s
 
 
 def search_table(results: list[dict]) -> str:
-    """Markdown: validation PSNR (dB) and codes used of each candidate (row) and K (column)."""
+    """Format the search as Markdown: validation PSNR (dB) and used codes of each candidate (row) and K (column)."""
     shapes = {r["codebooks"]: f"{r['codebooks']} x {r['codebook_size']}" for r in results}
     shown = {
         (r["candidate"], r["codebooks"]): f"{validation_psnr(r):.2f} dB, "
@@ -612,7 +612,7 @@ def plot(rows: list[dict], without_tokenizer: dict[str, dict[str, float]], title
 
 
 def finished(output_dir: Path, runs: list[Run]) -> list[dict]:
-    """The results of those of the runs that have one."""
+    """Return the results of the finished runs."""
     paths = [output_dir / "runs" / run.name / "result.json" for run in runs]
     return [json.loads(path.read_text("utf-8")) for path in paths if path.is_file()]
 
@@ -620,7 +620,7 @@ def finished(output_dir: Path, runs: list[Run]) -> list[dict]:
 def summarize(
     output_dir: Path, searched: list[Run], compared: list[Run], claims: ClaimsArguments, without_tokenizer: dict
 ) -> dict:
-    """Writes `claims.json`, `claims.md` and `claims.png` of those of the runs that are finished."""
+    """Write `claims.json`, `claims.md` and `claims.png` for the finished runs."""
     search, results = finished(output_dir, searched), finished(output_dir, compared)
     rows = aggregate(results)
     report = {
@@ -658,10 +658,10 @@ def compare(
     losses: LossArguments,
     training: TokenizerTrainingArguments,
 ) -> dict:
-    """Trains and measures the runs that have no result yet, one after another; what `claims.json` then says.
+    """Train and measure the runs without a result, one after another. Returns the content of `claims.json`.
 
     Raises:
-        ValueError: see `Plan`; or it was itself started in several processes.
+        ValueError: see `Plan`; or this script was started in several processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("Start it once, without torchrun: --processes says how many each training has.")

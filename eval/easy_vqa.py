@@ -56,10 +56,10 @@ PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 
 @dataclass
 class Settings(DrawingSettings):
-    """The command line.
+    """Command-line options.
 
     Raises:
-        ValueError: a value out of its range, or a folder that is no model.
+        ValueError: a value is out of its range, or a folder holds no model.
     """
 
     model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder of model and processor"})
@@ -96,12 +96,12 @@ class Settings(DrawingSettings):
 
 
 def normalize_answer(text: str) -> str:
-    """An answer as it is compared: lower case, without white space around it or a period at its end."""
+    """Normalise an answer for comparison: lower case, without surrounding white space or a final period."""
     return text.strip().lower().removesuffix(".").rstrip()
 
 
 def batches(rows: list[int], size: int, title: str) -> Iterator[list[int]]:
-    """Cuts rows into batches, under a progress bar that counts rows."""
+    """Split rows into batches, with a progress bar that counts rows."""
     with tqdm(total=len(rows), desc=title) as bar:
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
@@ -121,7 +121,7 @@ def answer_questions(
     image_codes: torch.Tensor,
     batch_size: int = 64,
 ) -> list[str]:
-    """Greedy answers, as the model words them, to N questions about an image each.
+    """Answer N questions about an image each, greedily; the answers are the model's own words.
 
     Args:
         image_codes: (N, K, L), the codes of the questions' images.
@@ -151,7 +151,7 @@ def answer_questions(
 
 
 def count_right(answers: list[str], truths: list[str]) -> dict[str, dict[str, float | int]]:
-    """Accuracy, as a share of 1, over all questions and for each kind of question that there is."""
+    """Compute accuracy, as a share of 1, over all questions and for each kind of question."""
     asked, right = Counter(), Counter()
     for answer, truth in zip(answers, truths, strict=True):
         for kind in ("all", question_kind(truth)):
@@ -172,7 +172,7 @@ def draw(
     batch_size: int = 64,
     **options,
 ) -> torch.Tensor:
-    """One image for each caption, its seed deciding alone, whatever the batch: codes (N, K, L), on the CPU.
+    """Draw one image for each caption; it depends on its seed, not on the batch. Returns codes (N, K, L), on the CPU.
 
     Args:
         options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `top_p`.
@@ -185,9 +185,9 @@ def draw(
 
 
 def contact_sheet(pictures: list[Image.Image], is_right: list[bool], samples: int) -> Image.Image:
-    """All drawings: a row for each colour, `samples` columns for each shape; what the judge calls wrong is framed.
+    """Lay out all drawings: a row for each colour, `samples` columns for each shape; a frame marks what the judge rejects.
 
-    `pictures` and `is_right` go by PAIRS, then by sample.
+    `pictures` and `is_right` are ordered by PAIRS, then by sample.
     """
     cell, left, top = IMAGE_SIZE + 6, 60, 24
     sheet = Image.new("RGB", (left + cell * samples * len(SHAPES), top + cell * len(COLORS)), "white")
@@ -206,7 +206,7 @@ def contact_sheet(pictures: list[Image.Image], is_right: list[bool], samples: in
 
 
 class Evaluation:
-    """A loaded model, the test images, and one method for each part, which returns what the JSON says of it."""
+    """Evaluation of a loaded model on the test images. Each part has a method, which returns its entry in the JSON."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -215,7 +215,7 @@ class Evaluation:
 
     @cached_property
     def pixel_values(self) -> torch.Tensor:
-        """The test images as the model takes them, (N, 3, H, W) in [-1, 1]."""
+        """The preprocessed test images, (N, 3, H, W) in [-1, 1]."""
         return self.processor.image_processor([str(s.image) for s in self.samples])["pixel_values"]
 
     def in_batches(self, function: Callable, rows: torch.Tensor, title: str) -> torch.Tensor:
@@ -247,7 +247,7 @@ class Evaluation:
         return F.interpolate(pixels, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
 
     def reconstruction(self) -> dict:
-        """PSNR (dB, peak to peak 2) of the decoded codes, and the percentage of codes that the images use."""
+        """Measure PSNR (dB, peak to peak 2) of the decoded codes, and the percentage of codes in use."""
         image_psnr = psnr(self.decode(self.codes), self.pixel_values)
         mean_squared_error = (4 / 10 ** (image_psnr.double() / 10)).mean()
         codebook_size = self.model.config.visual_config.vision_config.codebook_size
@@ -266,7 +266,7 @@ class Evaluation:
         }
 
     def vqa(self) -> dict:
-        """Accuracy over all questions by exact match after `normalize_answer`; the prompt is recorded."""
+        """Measure accuracy over all questions by exact match after `normalize_answer`; the prompt is recorded."""
         rows = [(i, *pair) for i, sample in enumerate(self.samples) for pair in sample.questions]
         numbers, questions, truths = zip(*rows)
         answers = answer_questions(
@@ -286,7 +286,7 @@ class Evaluation:
         }
 
     def text_to_image(self) -> dict:
-        """The share of drawings in which the judge sees what was asked for, and how far the judge is to be trusted."""
+        """Measure the share of drawings in which the judge sees what was asked for, and the judge's own accuracy."""
         settings = self.settings
         drawings = [(pair, j) for pair in range(len(PAIRS)) for j in range(settings.samples)]
         captions = [f"a {' '.join(PAIRS[pair])}" for pair, _ in drawings]
@@ -322,9 +322,10 @@ class Evaluation:
         }
 
     def edit(self) -> dict:
-        """The share of test images that, asked for in another colour, the judge sees in it and in their old shape.
+        """Measure the share of recoloured test images in which the judge sees the new colour and the old shape.
 
-        Images whose colour and shape follow from their questions; a colour each, drawn by the image's place; greedy.
+        Only images whose colour and shape follow from their questions take part. The new colour depends on the image's
+        index. Drawing is greedy.
         """
         settings, labels = self.settings, load_labels(self.samples)
         rows = (labels != UNKNOWN).all(dim=1).nonzero().flatten().tolist()
@@ -354,9 +355,9 @@ PARTS = {
 
 
 def read_finished(output: str, wanted: dict[str, dict]) -> dict[str, dict]:
-    """The parts in an earlier output of the settings wanted now, and of these versions of the libraries.
+    """Read the finished parts of an earlier output that have the current settings and library versions.
 
-    It says on stderr which others are dropped.
+    The others are dropped, with a line on stderr.
     """
     if not Path(output).is_file():
         return {}
@@ -372,7 +373,7 @@ def read_finished(output: str, wanted: dict[str, dict]) -> dict[str, dict]:
 
 
 def evaluate(settings: Settings) -> dict:
-    """Runs the parts that are wanted and not there yet; writes and returns what is known after the last."""
+    """Run the selected parts that are missing. Writes and returns the complete report."""
     digest = folder_digest(settings.model)
     wanted = {
         name: {"model": settings.model, "model_sha256": digest, **{key: getattr(settings, key) for key in keys}}
@@ -403,7 +404,7 @@ def evaluate(settings: Settings) -> dict:
 
 
 def numbers(parts: dict[str, dict], settings: Settings, processor: UniTokMLLMProcessor) -> list[dict]:
-    """The parts' main numbers with their protocol (`eval.protocol`)."""
+    """Return the parts' main numbers with their protocol (`eval.protocol`)."""
     side = processor.image_processor.size
     images = f"{processor.image_processor.mode}, {side['width']}x{side['height']}"
     split = "test" if settings.limit is None else f"test, first {settings.limit} images"
@@ -448,7 +449,7 @@ def numbers(parts: dict[str, dict], settings: Settings, processor: UniTokMLLMPro
 
 
 def table(report: dict) -> str:
-    """The report in a few lines, for people."""
+    """Format the report as a few readable lines."""
     lines, parts = [], report["parts"]
     if part := parts.get("reconstruction"):
         lines += [

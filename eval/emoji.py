@@ -46,10 +46,10 @@ NOT_DECISIVE = ("output", "batch_size", "device", "resume")  # what numbers do n
 
 @dataclass
 class Settings(DrawingSettings):
-    """The command line.
+    """Command-line options.
 
     Raises:
-        ValueError: a value out of its range, or a folder that is not there.
+        ValueError: a value is out of its range, or a folder does not exist.
     """
 
     model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder of model and processor"})
@@ -72,7 +72,7 @@ class Settings(DrawingSettings):
 
 
 def retrieval(pictures: torch.Tensor, gallery: torch.Tensor, truths: torch.Tensor) -> dict[str, float]:
-    """How often a picture's own original is the nearest, and among the five nearest, of a gallery.
+    """Compute how often a picture's original is the nearest, and among the five nearest, of a gallery.
 
     Args:
         pictures: (N, 3, H, W); gallery: (M, 3, H, W); truths: (N,), the originals' numbers in the gallery.
@@ -83,7 +83,7 @@ def retrieval(pictures: torch.Tensor, gallery: torch.Tensor, truths: torch.Tenso
 
 
 class Evaluation:
-    """A loaded model and the emoji, and one method for each part."""
+    """Evaluation of a loaded model on the emoji, with one method for each part."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -103,7 +103,7 @@ class Evaluation:
         return in_batches(function, rows, self.settings.batch_size, self.model.device, title)
 
     def _retrieval(self, pictures: torch.Tensor, numbers: list[int]) -> dict[str, float]:
-        """Within each style, weighted by the pictures of it."""
+        """Retrieval within each style, averaged with the number of its pictures as weight."""
         total = {"top1": 0.0, "top5": 0.0}
         for style in STYLES:
             gallery = [i for i, e in enumerate(self.emoji) if e.style == style]
@@ -115,12 +115,12 @@ class Evaluation:
         return total
 
     def reconstruction(self, numbers: list[int]) -> dict:
-        """PSNR in dB, and how often the original is found again."""
+        """Measure PSNR (dB), and how often the original is retrieved by its reconstruction."""
         pixels = self._batched(self.model.decode_images, self.codes[numbers], "decoding").float()
         return {"psnr_db": psnr(pixels, self.pixels[numbers]).mean().item(), **self._retrieval(pixels, numbers)}
 
     def naming(self, numbers: list[int]) -> dict:
-        """Share of exact answers to "what is this?", and the first few that are not."""
+        """Measure the share of exact answers to "what is this?", and list the first mistakes."""
         names = [self.emoji[i].name for i in numbers]
         answers = answer_questions(
             self.model, self.processor, [QUESTION] * len(numbers), self.codes[numbers], self.settings.batch_size
@@ -130,7 +130,7 @@ class Evaluation:
         return {"accuracy": sum(right) / len(right), "first_mistakes": mistakes[:20]}
 
     def drawing(self, numbers: list[int]) -> dict:
-        """How often a drawing is nearest to the picture that was asked for."""
+        """Measure how often a drawing is nearest to the requested picture."""
         return self._retrieval(self._draw([self.emoji[i] for i in numbers]), numbers)
 
     def _draw(self, emoji: list[Emoji]) -> torch.Tensor:
@@ -146,7 +146,7 @@ class Evaluation:
         return self._batched(self.model.decode_images, codes, "decoding").float()
 
     def sheet(self, path: Path) -> None:
-        """Writes drawings of well-known emoji, both styles under each other's names."""
+        """Write a sheet of drawings of well-known emoji, in both styles."""
         by_name = {(e.name, e.style): e for e in self.emoji}
         shown = [by_name[name, style] for style in STYLES for name in SHOWN if (name, style) in by_name]
         pictures = self.processor.image_processor.post_process(self._draw(shown))
@@ -157,7 +157,7 @@ class Evaluation:
 def protocol_number(
     part: str, name: str, count: int, values: dict, settings: Settings, processor: UniTokMLLMProcessor
 ) -> dict:
-    """A part's main number with its protocol (`eval.protocol`)."""
+    """Return a part's main number with its protocol (`eval.protocol`)."""
     size, sampling = processor.image_processor.size, settings.sampling if part == "drawing" else None
     metric, value, unit, prompt, reference, tool = {
         "reconstruction": ("PSNR", values.get("psnr_db"), "dB", None, "the same pictures", "mean over pictures"),
@@ -187,7 +187,7 @@ def protocol_number(
 
 
 def read_finished(output: str, wanted: dict) -> dict[str, dict]:
-    """The parts in an earlier output of the settings wanted now; it says on stderr where they were others."""
+    """Read the finished parts of an earlier output. Parts with other settings are dropped, with a line on stderr."""
     if not Path(output).is_file():
         return {}
     report = json.loads(Path(output).read_text(encoding="utf-8"))
@@ -200,7 +200,7 @@ def read_finished(output: str, wanted: dict) -> dict[str, dict]:
 
 
 def evaluate(settings: Settings) -> dict:
-    """Measures what is not there yet; the JSON is written after each part."""
+    """Measure the missing parts; the JSON is written after each part."""
     evaluation = Evaluation(settings)
     pictures = [f"{e.image} {stamp(Path(settings.data) / e.image)}" for e in evaluation.emoji]
     digests = {
@@ -232,7 +232,7 @@ def evaluate(settings: Settings) -> dict:
 
 
 def table(report: dict) -> str:
-    """The report in a few lines, for people."""
+    """Format the report as a few readable lines."""
     lines = [f"{'':44}{'seen':>10}{'held out':>10}"]
     rows = (
         ("reconstruction", "psnr_db", "reconstruction, PSNR, dB", "{:.2f}"),

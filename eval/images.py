@@ -40,7 +40,7 @@ class UnreadableImage(ValueError):
 
 
 def stamp(path: str | os.PathLike) -> str:
-    """What changes when a file does: its size and its time of modification."""
+    """Return what identifies a version of a file: its size and modification time."""
     status = os.stat(path)
     return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -52,7 +52,7 @@ class EvalImages(ABC):
         names: of each image, unique, with `/` between parts.
         labels: class index of each image, or None where the layout has no classes.
         class_names: of each class index, or None where they have no names.
-        stamps: for each image, what changes when its file does.
+        stamps: for each image, a value that changes when its file does.
 
     Raises:
         ValueError: there are no images, or two of the same name.
@@ -74,7 +74,7 @@ class EvalImages(ABC):
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
-        """The picture, upright and in RGB; raises ValueError where it cannot be read."""
+        """Read the picture, upright and in RGB; raises ValueError if it cannot be read."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -91,14 +91,14 @@ class EvalImages(ABC):
             raise UnreadableImage(f"{self.names[index]}: {error}") from error
 
     def digest(self) -> str:
-        """SHA-256 over the names and stamps: tells whether these are the same images as before."""
+        """SHA-256 of names and stamps, to recognise the same set of images."""
         return hashlib.sha256("\n".join([*self.names, *self.stamps]).encode()).hexdigest()
 
 
 class FolderImages(EvalImages):
-    """All images below a folder, by their sorted paths; hidden files are left out.
+    """All images below a folder, sorted by path, without hidden files.
 
-    Where every image lies in some subfolder, the first folder of its path is its class.
+    If every image lies in a subfolder, the first folder of its path is its class.
     """
 
     def __init__(self, location: str):
@@ -119,7 +119,7 @@ class FolderImages(EvalImages):
 class ShardImages(EvalImages):
     """The images of webdataset's tar files, in the order of the shards and within them; named SHARD/KEY.SUFFIX.
 
-    Their tables of contents are read once, the images when they are asked for.
+    The tables of contents are read once, images when they are requested.
 
     Raises:
         FileNotFoundError: there is no such shard.
@@ -157,7 +157,7 @@ class ShardImages(EvalImages):
 
 
 def read_class(shard: str, member: str, offset: int, size: int) -> int:
-    """The number in a shard's `.cls` file; raises ValueError where it is none."""
+    """Read the number in a shard's `.cls` file; raises ValueError if it is not a number."""
     with open(shard, "rb") as file:
         file.seek(offset)
         text = file.read(size)
@@ -212,14 +212,14 @@ def open_images(
     image_column: str = "image",
     label_column: str = "label",
 ) -> EvalImages:
-    """The images at a location: a folder, shards, or a Hugging Face data set (the module's docstring has examples).
+    """Open the images at a location: a folder, shards, or a Hugging Face data set (examples in the module's docstring).
 
     Args:
         location: a pattern that ends in `.tar` with `*` or `{000..009}`; a folder; or a data set's name on the hub.
         split, config, image_column, label_column: of a Hugging Face data set.
 
     Raises:
-        FileNotFoundError, ValueError: there is nothing there, or no image in it.
+        FileNotFoundError, ValueError: the location does not exist, or holds no image.
     """
     if location.endswith(".tar"):
         return ShardImages(location)
@@ -230,19 +230,19 @@ def open_images(
 
 
 def choose(total: int, limit: int | None) -> list[int]:
-    """Indices of at most `limit` of `total` images, evenly spread, so that all classes have their share."""
+    """Choose at most `limit` of `total` indices, evenly spread, so that every class is represented."""
     count = min(limit or total, total)
     return [i * total // count for i in range(count)]
 
 
 def deal_out(indices: list[int], state: PartialState) -> list[int]:
-    """The share of this process: every n-th."""
+    """Return the share of this process: every n-th item."""
     return indices[state.process_index :: state.num_processes]
 
 
 @dataclass
 class ImageBatch:
-    """Images of a batch that could be read, and why the others could not.
+    """Readable images of a batch, and the errors of the others.
 
     Attributes:
         indices: of the B images in the sequence they come from.
@@ -256,7 +256,7 @@ class ImageBatch:
 
 
 class NamedImages(Protocol):
-    """What `load_batches` takes: pictures by number, with ValueError for those that cannot be read, and their names."""
+    """Protocol of the images that `load_batches` reads: indexable, with names; an unreadable one raises ValueError."""
 
     names: list[str]
 
@@ -267,7 +267,7 @@ Preprocess = Callable[[Image.Image], torch.Tensor]  # -> (3, H, W)
 
 
 def processed(image_processor: Callable, picture: Image.Image) -> torch.Tensor:
-    """What any image processor of transformers makes of a picture, (3, H, W); `partial` makes a `Preprocess` of it."""
+    """Preprocess a picture with any image processor of transformers: (3, H, W). Use `partial` to get a `Preprocess`."""
     return image_processor(picture, return_tensors="pt")["pixel_values"][0]
 
 
@@ -307,7 +307,7 @@ def load_batches(
     workers: int = 0,
     skip_broken: bool = False,
 ) -> Iterator[ImageBatch]:
-    """Preprocessed images in the order of `indices`.
+    """Load preprocessed images in batches, in the order of `indices`.
 
     Args:
         preprocess: makes pixels (3, H, W) of a picture, or raises ValueError.

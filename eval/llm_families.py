@@ -82,7 +82,7 @@ OVERRIDES = {
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """The default config of a family with all sizes that are known here shrunk, a layer of each kind."""
+    """Shrink the default config of a family: small sizes, and one layer of each kind."""
     config = AutoConfig.for_model(family).get_text_config(decoder=True)
     fields, depth = config.to_dict(), config.num_hidden_layers
     of_layers = {k: v for k, v in fields.items() if isinstance(v, (list, tuple)) and len(v) == depth > 4}
@@ -101,7 +101,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
 
 
 def tiny_llm(family: str) -> PreTrainedModel:
-    """A lively one of this family: its matrices are larger than fresh ones, so that outputs depend on all inputs."""
+    """Build a random LLM of this family, with larger matrices than usual, so that outputs depend on all inputs."""
     config = tiny_config(family)
     set_seed(0)
     llm = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])(config)
@@ -117,7 +117,7 @@ def enliven(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def join(llm: PreTrainedModel) -> UniTokMLLMForConditionalGeneration:
-    """The LLM with a fresh tokenizer for pictures of 48 pixels, embedder and depth transformer."""
+    """Join the LLM with a fresh tokenizer for pictures of 48 pixels, an embedder and a depth transformer."""
     vision = {"image_size": 48, "stem_width": 8, "stage_dims": (8, 16), "stage_depths": (1, 2), "hidden_size": 64}
     vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_codebooks": 4, "codebook_size": 32}
     visual = UniTokModel(UniTokConfig(vision_config={**vision, "quantizer_dim": 24, "projection_dim": 20}))
@@ -140,7 +140,7 @@ SHORT, LONG = [BOS, 17, 23, 8], [BOS, 41, 12, 250, 33, 99, 7, 64, 201, 15, 77]
 
 
 def padded(*rows: list[int]) -> dict[str, torch.Tensor]:
-    """Rows of ids, padded on the left."""
+    """Stack rows of ids, padded on the left."""
     length = max(map(len, rows))
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
@@ -148,7 +148,7 @@ def padded(*rows: list[int]) -> dict[str, torch.Tensor]:
 
 
 class Disagreement(Exception):
-    """Two ways of computing the same gave different results."""
+    """Two ways to compute the same value gave different results."""
 
 
 def same(what: str, one: torch.Tensor, other: torch.Tensor) -> None:

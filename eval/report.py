@@ -141,12 +141,12 @@ def is_number(value: Any) -> bool:
 
 
 def is_spread(value: Any) -> bool:
-    """Whether a value is a mean with its standard deviation, which takes one cell."""
+    """Return whether a value is a mean with its standard deviation, which takes one cell."""
     return isinstance(value, dict) and {"mean", "std"} <= value.keys() and is_number(value["mean"])
 
 
 def is_flat(value: Any) -> bool:
-    """Whether a value takes one cell."""
+    """Return whether a value takes one cell."""
     if isinstance(value, list):
         return all(not isinstance(item, dict | list) for item in value)
     return not isinstance(value, dict) or is_spread(value)
@@ -221,7 +221,7 @@ def to_blocks(value: Any, title: str = "") -> list[Block]:
 
 
 def are_alike(values: list) -> bool:
-    """Whether these are several dicts that share half of the names of their flat values."""
+    """Return whether these are several dicts that share half of the names of their flat values."""
     if len(values) < 2 or not all(isinstance(item, dict) and not is_spread(item) for item in values):
         return False
     names = [{name for name, item in flattened(row).items() if is_flat(item)} for row in values]
@@ -229,7 +229,7 @@ def are_alike(values: list) -> bool:
 
 
 def without(value: Any, is_apart: Callable[[str, Any], bool], apart: dict[str, Any], path: str = "") -> Any:
-    """The value less what is set apart by its name and value at any depth of dicts, which goes to `apart` by its path."""
+    """Remove the entries that a test selects, at any depth of nested dicts; they go to `apart` under their paths."""
     if not isinstance(value, dict):
         return value
     rest = {}
@@ -247,7 +247,7 @@ def is_digest(name: str, value: Any) -> bool:
 
 
 def is_numbers(name: str, value: Any) -> bool:
-    """Whether a value is a list of entries of `eval.protocol.number`."""
+    """Return whether a value is a list of entries of `eval.protocol.number`."""
     return (
         name == "numbers"
         and isinstance(value, list)
@@ -314,7 +314,7 @@ def strings(value: Any) -> list[str]:
 
 
 def pictures(result: Any, path: Path) -> list[tuple[str, str]]:
-    """The name and data URI of each PNG that the result names, or that lies beside it under its name.
+    """Return name and data URI of each PNG that the result names, or that lies beside it under the same name.
 
     Raises:
         ValueError: one of them is no PNG.

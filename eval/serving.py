@@ -71,7 +71,7 @@ def start_server(
 
 
 async def ask(client: httpx.AsyncClient, path: str, body: dict) -> tuple[float, float]:
-    """Seconds to the first event of a streamed response (a partial picture, or a token), and to its end."""
+    """Measure the seconds to the first event of a streamed response (a partial picture, or a token), and to its end."""
     start, first = time.perf_counter(), None
     async with client.stream("POST", path, json=body) as response:
         response.raise_for_status()
@@ -82,7 +82,7 @@ async def ask(client: httpx.AsyncClient, path: str, body: dict) -> tuple[float, 
 
 
 async def load_with(port: int, kind: str, num_clients: int, num_requests: int) -> dict:
-    """Requests of a kind (see `REQUESTS`) per second, and the percentiles of their times, in seconds."""
+    """Measure requests per second of a kind (see `REQUESTS`), and percentiles of their times, in seconds."""
     path, body = REQUESTS[kind]
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600, limits=limits) as client:
@@ -111,7 +111,7 @@ def percentiles(times: list[float]) -> dict[str, float]:
 
 
 def plain_times(model: Path, count: int = 10) -> dict[str, dict[str, float]]:
-    """The same drawing and answer by `generate`, one after another."""
+    """Time the same drawing and answer by `generate`, one after another, in seconds."""
     mllm, processor = load(model)
     inputs, times = processor(text=[PROMPT], generation_mode="image"), {"draw": [], "answer": []}
     text = processor(text=[PROMPT])
@@ -128,13 +128,13 @@ def plain_times(model: Path, count: int = 10) -> dict[str, dict[str, float]]:
 
 
 def memory_of(server: subprocess.Popen) -> int:
-    """Resident bytes, as Linux counts them."""
+    """Return the resident memory in bytes, from /proc."""
     status = Path(f"/proc/{server.pid}/status").read_text(encoding="utf-8")
     return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
 
 
 def table(results: dict) -> str:
-    """Markdown; times in milliseconds."""
+    """Format the results as Markdown, times in milliseconds."""
     lines = [
         "| | clients | requests a second | times one after another | p50 | p95 | p99 | first |",
         "|---|---|---|---|---|---|---|---|",

@@ -105,12 +105,12 @@ class Settings:
 
 
 class TaskError(ValueError):
-    """A task that cannot be run here."""
+    """Raised for a task that cannot be run here."""
 
 
 @functools.cache
 def task_manager() -> "TaskManager":
-    """lmms-eval's tasks and ours."""
+    """Build lmms-eval's task manager, with the tasks of this project added."""
     from lmms_eval.tasks import TaskManager  # takes many seconds, which `--help` should not
 
     folder = str(Path(__file__).parent / "lmms" / "tasks")
@@ -118,7 +118,7 @@ def task_manager() -> "TaskManager":
 
 
 def metrics(values: dict) -> dict[str, float]:
-    """The numbers among what lmms-eval says of a task, "accuracy,none" named "accuracy"."""
+    """Return the numbers in lmms-eval's results of a task; "accuracy,none" becomes "accuracy"."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
@@ -127,14 +127,14 @@ def metrics(values: dict) -> dict[str, float]:
 
 
 def prompt(config: dict) -> str:
-    """A task's prompt with {question} in the question's place."""
+    """Return a task's prompt, with {question} in place of the question."""
     options = config.get("lmms_eval_specific_kwargs") or {}
     tokens = "\nReference OCR token: {OCR tokens}" if options.get("ocr") else ""
     return f"{options.get('pre_prompt', '')}{{question}}{tokens}{options.get('post_prompt', '')}"
 
 
 def sampling(config: dict) -> str:
-    """How a task's answers are drawn."""
+    """Describe how a task's answers are sampled."""
     from eval.lmms.models.unitok_mllm import generation_options
 
     options, _ = generation_options(config.get("generation_kwargs") or {})
@@ -144,7 +144,7 @@ def sampling(config: dict) -> str:
 
 
 def numbers(results: dict, settings: Settings, model: "UniTokMLLM") -> list[dict]:
-    """Of what lmms-eval has measured, the benchmarks' scores with their protocol (`eval.protocol`)."""
+    """Return the scores that lmms-eval measured, with their protocol (`eval.protocol`)."""
     found, image_processor = [], model.processor.image_processor
     size = f"{image_processor.size['width']}x{image_processor.size['height']}"
     for task, values in results["results"].items():
@@ -175,7 +175,7 @@ def numbers(results: dict, settings: Settings, model: "UniTokMLLM") -> list[dict
 
 
 def run_task(name: str, settings: Settings, model: "UniTokMLLM") -> dict | None:
-    """One task or group, on all processes; what the JSON says of it, on the first.
+    """Run one task or group on all processes. Returns its entry in the JSON on the first process.
 
     Raises:
         TaskError: the task's data cannot be had, or it cannot be asked in this way.
@@ -223,10 +223,10 @@ def run_task(name: str, settings: Settings, model: "UniTokMLLM") -> dict | None:
 
 
 def read_finished(output: str, wanted: dict) -> dict[str, dict]:
-    """The tasks that an earlier run has finished.
+    """Read the tasks that an earlier run has finished.
 
     Raises:
-        TaskError: some were run with other settings than those wanted now.
+        TaskError: some have other settings than the current ones.
     """
     if not Path(output).is_file():
         return {}
@@ -242,7 +242,7 @@ def read_finished(output: str, wanted: dict) -> dict[str, dict]:
 
 
 def evaluate(settings: Settings) -> dict:
-    """Runs the tasks that are not in the output yet; returns what is known after the last.
+    """Run the tasks that are missing from the output. Returns the complete report.
 
     Raises:
         TaskError: see `run_task` and `read_finished`.
@@ -288,7 +288,7 @@ def evaluate(settings: Settings) -> dict:
 
 
 def table(report: dict) -> str:
-    """The report in a few lines, for people."""
+    """Format the report as a few readable lines."""
     lines = [f"{'task':28}{'questions':>10}  {'metric':32}{'value':>10}{'error':>10}"]
     for part in report["parts"].values():
         for task, values in part["metrics"].items():
