@@ -47,6 +47,7 @@ ATTRIBUTES = {
     "_fingerprint": lambda: Dataset.from_dict({"a": [1]}),
     "_forward_hooks": torch.nn.Module,
     "_forward_pre_hooks": torch.nn.Module,
+    "_foreach_lerp_": lambda: torch,
     "_from_config": lambda: PreTrainedModel,
     "_from_model_config": GenerationConfig,
     "_get_default_generation_params": lambda: GenerationConfig,

@@ -44,6 +44,7 @@ from training.sharding import MOMENTS
 from training.tokenizer_trainer import (
     CODEBOOKS,
     HISTORY,
+    SPEEDS,
     STATE,
     ResumableBatches,
     TokenizerTrainer,
@@ -97,13 +98,14 @@ class Recorder(TokenizerTrainer):
     """Keeps what is reported, by step, and can kill its own process."""
 
     die_at = math.inf
+    speeds: dict[str, float] = {}  # of the last log
 
     def __init__(self, *args, **kwargs):
         self.reports = {}
         super().__init__(*args, **kwargs)
 
     def _report(self, values: dict[str, float]) -> None:
-        values.pop("images_per_second", None)
+        self.speeds = {name: values.pop(name) for name in SPEEDS if name in values} or self.speeds
         self.reports[self.step] = self.reports.get(self.step, {}) | values
         if self.step == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -219,6 +221,25 @@ def test_the_released_weights_are_the_average_and_the_newest_buffers(tmp_path, c
     shown = psnr(released.eval()(pixels).reconstruction, pixels).mean().item()
     assert trainer.reports[1]["eval_psnr"] == pytest.approx(shown, rel=1e-4)
     assert Image.open(tmp_path / "samples" / "step-1.png").size == (2 * SIZE + 6, 2 * SIZE + 6)
+
+
+def test_waiting_for_data_is_told_from_decoding_and_computing(tmp_path, text_tokenizer):
+    class Slow(ImageTextTransform):
+        def __call__(self, *args):
+            time.sleep(0.05)
+            return super().__call__(*args)
+
+    stream = image_stream(tmp_path / "data", text_tokenizer, (6, 3, 5))
+    transform = stream.transform
+    stream.transform = Slow(transform.image_processor, transform.text_tokenizer, transform.max_text_length)
+    trainer = trainer_of(tmp_path, {}, dataset=stream, samples_per_epoch=12, max_steps=3)
+    trainer.train()
+    assert trainer.speeds.keys() == set(SPEEDS) and trainer.speeds["decode_ms"] > 50
+    seconds = 4 / trainer.speeds["images_per_second"]  # of the last step
+    assert 4 * 0.05 <= seconds * trainer.speeds["data_wait_share"] < seconds
+    quick = trainer_of(tmp_path / "quick", {}, max_steps=2)
+    quick.train()
+    assert quick.speeds.keys() == {"images_per_second", "data_wait_share"}
 
 
 def test_the_average_warms_up_and_forgets_the_first_weights(tmp_path, caplog):
@@ -1033,7 +1054,7 @@ def test_a_signal_ends_a_training_after_its_step_and_it_goes_on_the_same(tmp_pat
 
     def history(name: str) -> list[dict]:
         lines = map(json.loads, (tmp_path / name / HISTORY).read_text(encoding="utf-8").splitlines())
-        return [line | {"images_per_second": 0} for line in lines]
+        return [{name: value for name, value in line.items() if name not in SPEEDS} for line in lines]
 
     assert history("told") == history("whole")
     for end, other in zip(resumed._weights().values(), whole._weights().values()):

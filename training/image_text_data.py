@@ -48,6 +48,7 @@ from webdataset.utils import pytorch_worker_info
 from training.arguments import TRUST_CONFIG, TRUSTED
 from training.errors import check_keys
 from training.files import IMAGE_SUFFIXES, BrokenSamples, decode_image, read_rows
+from training.progress import SharedClock
 from training.shards import BROKEN_SHARD, shard_files
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor, load_image
 
@@ -285,10 +286,14 @@ class PreparedImages:
 
 
 class EpochDataset(Dataset):
-    """A data set that knows its epoch, in shared memory, so that persistent workers of a DataLoader see it change."""
+    """A data set that knows its epoch, in shared memory, so that persistent workers of a DataLoader see it change.
+
+    Attributes:
+        clock: of the decoding and preparing of samples.
+    """
 
     def __init__(self, seed: int):
-        self.seed = seed
+        self.seed, self.clock = seed, SharedClock()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
@@ -343,7 +348,8 @@ class ImageTextDataset(EpochDataset):
             source, transform = self.parts[part]
             row = place - self.ends[part] + len(source)
             try:
-                sample = transform(*source.load(row), generator)
+                with self.clock.measured():
+                    sample = transform(*source.load(row), generator)
             except ValueError as error:
                 self.broken.count_broken(source.name(row), error)
                 continue
@@ -512,7 +518,8 @@ class ImageTextStream(EpochDataset, IterableDataset):
                 if not images:
                     raise ValueError("no image")
                 caption = sample["txt"].decode() if "txt" in sample else None
-                transformed = self.transform(decode_image(images[0]), caption, generator)
+                with self.clock.measured():
+                    transformed = self.transform(decode_image(images[0]), caption, generator)
             except ValueError as error:
                 self.broken.count_broken(f"{sample['__key__']} of {sample['__url__']}", error)
                 continue

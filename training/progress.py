@@ -1,12 +1,41 @@
-"""What a training says of its own length."""
+"""What a training says of its own length and speed."""
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+
+import torch
 
 
 logger = logging.getLogger(__name__)
 MEASURED = 5  # steps
+
+
+class SharedClock:
+    """Add up the time of a piece of work in a process and in its DataLoader's workers.
+
+    Attributes:
+        totals: seconds and times so far, (2,), float64, in shared memory. Workers do not lock it: of two that end a
+            piece of work in the same instant, one may be lost.
+    """
+
+    def __init__(self):
+        self.totals = torch.zeros(2, dtype=torch.float64).share_memory_()
+        self._read = self.totals.clone()
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Count what is done within it as one piece of work."""
+        start = time.perf_counter()
+        yield
+        self.totals += torch.tensor([time.perf_counter() - start, 1.0], dtype=torch.float64)
+
+    def mean_since(self) -> float:
+        """Return the mean seconds of a piece of work since the last call; NaN if there was none."""
+        since, self._read = self.totals - self._read, self.totals.clone()
+        return (since[0] / since[1]).item()
 
 
 class ExpectedTime:

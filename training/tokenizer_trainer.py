@@ -39,7 +39,7 @@ from training.checkpoints import newest_checkpoint
 from training.codebooks import FEATURES_PER_CODE, DeadCodes, gather_chunks, start_from_data
 from training.discriminator import FeatureDiscriminator
 from training.files import log_broken, whole_checkpoints
-from training.image_text_data import ImageTextDataset, ImageTextStream, sample_seed
+from training.image_text_data import EpochDataset, ImageTextDataset, ImageTextStream, sample_seed
 from training.interrupts import StopRequest
 from training.losses import (
     DISCRIMINATOR_TERMS,
@@ -70,10 +70,11 @@ HISTORY = "history.jsonl"
 CODEBOOKS = "vision_model.quantizer.codebooks"
 LOGIT_SCALE = "logit_scale"
 CODEBOOK_STARTS = ("random", "data")
+SPEEDS = ("images_per_second", "data_wait_share", "decode_ms")
 NOT_ON_CARD = (
     "grad_norm",
     "discriminator_grad_norm",
-    "images_per_second",
+    *SPEEDS,
     "learning_rate",
     "revived_codes",
     "running_codebook_usage",
@@ -478,11 +479,14 @@ class TokenizerTrainer:
             self._start_codebooks_from_data()
         batches, logging_steps = self._batches(), arguments.logging_steps or -(-self.total_steps // 50)
         logged_at, logged_step = start, first_step = time.perf_counter(), self.step
-        expected_time = ExpectedTime(self.total_steps)
+        expected_time, waited = ExpectedTime(self.total_steps), 0.0
         with StopRequest(accelerator) as stopping:
             while self.step < self.total_steps:
                 weights = self.losses.weights(self.step / self.total_steps)
-                self._train_on_step(list(islice(batches, arguments.gradient_accumulation_steps)), weights)
+                asked_at = time.perf_counter()
+                step_batches = list(islice(batches, arguments.gradient_accumulation_steps))
+                waited += time.perf_counter() - asked_at
+                self._train_on_step(step_batches, weights)
                 self.ema.update(arguments.ema_decay_after(self.step))
                 self.step += 1
                 bar.update()
@@ -496,11 +500,11 @@ class TokenizerTrainer:
                     means = self.history.means()
                 if log:
                     now = time.perf_counter()
-                    means["images_per_second"] = (self.step - logged_step) * self.images_per_step / (now - logged_at)
+                    means |= self._speed((self.step - logged_step) * self.images_per_step, now - logged_at, waited)
                     means["learning_rate"] = self.tokenizer.schedule.get_last_lr()[0]
                     self._report(means)
                     self.history.clear()
-                    logged_at, logged_step = now, self.step
+                    waited, logged_at, logged_step = 0.0, now, self.step
                 if last or self.step % arguments.eval_steps == 0:
                     if means := self.evaluate():
                         self._report(means)
@@ -555,6 +559,26 @@ class TokenizerTrainer:
             network.write(CODEBOOKS, network.read(CODEBOOKS, moment) * ~is_moved, moment)
         self.ema.write(CODEBOOKS, is_moved, places)
         self.history.record(self.step, {"revived_codes": is_moved[..., 0].sum()})
+
+    def _speed(self, images: int, seconds: float, waited: float) -> dict[str, float]:
+        """Compute the figures that tell apart computing, waiting for data, and decoding it.
+
+        Args:
+            images: over all processes, since the last log.
+            seconds: since then.
+            waited: those in which this process waited for batches.
+
+        Returns:
+            `images_per_second`; `data_wait_share` of the time, the mean over processes; and `decode_ms`, the time of one
+            image in a worker of this process.
+        """
+        share = torch.tensor(waited / seconds, device=self.accelerator.device)
+        speed = {"images_per_second": images / seconds}
+        speed["data_wait_share"] = self.accelerator.reduce(share, "mean").item()
+        if isinstance(self.train_dataset, EpochDataset):
+            decode = 1000 * self.train_dataset.clock.mean_since()
+            speed |= {"decode_ms": decode} if math.isfinite(decode) else {}
+        return speed
 
     def _generator(self, purpose: str) -> torch.Generator:
         """Make a random generator that is the same on every process and after resuming."""
