@@ -239,7 +239,7 @@ def check_saving(model: UniTokMLLMForConditionalGeneration) -> None:
 
 
 def outcome(family: str) -> str:
-    """ "works", "refused: ..." with what the config is told, or which check fails and how."""
+    """Try a family. Returns "works", "refused: ..." with the config's error, or the check that fails and its error."""
     not_tried = "not tried: no tiny one runs on its own ({}: {:.90})"
     try:
         llm = tiny_llm(family)

@@ -565,7 +565,7 @@ def read_finished(settings: Settings, key: str, digest: str) -> dict | None:
 
 
 def read_parts(folder: Path, expected: torch.Tensor) -> list[Tally]:
-    """Iterate over the tallies that processes have saved, in this run or an interrupted one, each of other images.
+    """Read the tallies that processes have saved, in this run or an interrupted one, each of other images.
 
     A tally with an image that has changed since, by the `expected` fingerprints (N,), is left out.
     """

@@ -68,10 +68,10 @@ FIND_T2V = "import importlib.util, sys; sys.exit(importlib.util.find_spec('t2v_m
 
 @dataclass(kw_only=True)
 class Settings(DrawingSettings):
-    """The command line.
+    """Command-line options.
 
     Raises:
-        ValueError: a value out of its range, a file or folder that is not there, or a package that a metric needs.
+        ValueError: a value is out of its range, or a file, a folder or a metric's package is missing.
     """
 
     prompts: str = field(metadata={"help": "prompt file of a benchmark, or a prompt a line"})
@@ -124,7 +124,7 @@ class Settings(DrawingSettings):
 
 @dataclass(frozen=True)
 class Picture:
-    """One sample of a prompt: where it goes, the text it is drawn from, and its seed."""
+    """One sample of a prompt: its path, its text and its seed."""
 
     path: Path
     prompt: Prompt
@@ -133,7 +133,7 @@ class Picture:
 
 
 def fit_text(text: str, length: Callable[[str], int], room: int) -> str:
-    """The text, or where its length is above `room`, a beginning of it that fits."""
+    """Return the text, cut at the end if its length is above `room`."""
     if length(text) <= room:
         return text
     end = bisect_right(range(len(text)), room, key=lambda n: length(text[:n])) - 1
@@ -143,10 +143,10 @@ def fit_text(text: str, length: Callable[[str], int], room: int) -> str:
 def fit_prompts(
     prompts: list[Prompt], processor: UniTokMLLMProcessor, max_positions: int, num_image_positions: int, truncate: bool
 ) -> list[str]:
-    """The prompts' texts, which with an image's positions after them fit into the model's context.
+    """Return the prompts' texts; each fits into the model's context together with an image's positions.
 
     Raises:
-        ValueError: one that does not, if they are not to be truncated, or with no room for any text; names it.
+        ValueError: a prompt is too long and may not be truncated, or there is no room for any text; names it.
     """
     room = max_positions - num_image_positions
 
@@ -164,12 +164,12 @@ def fit_prompts(
 
 
 def picture_seed(seed: int, prompt: int, sample: int) -> int:
-    """Another one for each triple of numbers below 2^32."""
+    """Derive a seed that differs for each triple of numbers below 2^32."""
     return (seed << 64) + (prompt << 32) + sample
 
 
 def is_whole(path: Path) -> bool:
-    """Whether there is an image file that has all its parts."""
+    """Return whether there is a complete image file."""
     try:
         with Image.open(path) as image:
             image.verify()
@@ -181,7 +181,7 @@ def is_whole(path: Path) -> bool:
 def draw(
     model: UniTokMLLMForConditionalGeneration, processor: UniTokMLLMProcessor, pictures: list[Picture], **options
 ) -> list[Image.Image]:
-    """Draws a batch; its codes are decoded one by one, since in a batch a pixel may round to another grey level.
+    """Draw a batch. Codes are decoded one by one, since in a batch a pixel may round to another grey level.
 
     Args:
         options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `top_p`.
@@ -193,10 +193,10 @@ def draw(
 def vqa_scores(
     pictures: list[Path], texts: list[str], model: str, python: str, batch_size: int = 16, device: str = "cpu"
 ) -> list[float]:
-    """VQAScore of each pair, in [0, 1], by `eval.vqa_score` under another Python.
+    """Compute VQAScore of each pair, in [0, 1], by `eval.vqa_score` in another Python environment.
 
     Raises:
-        CalledProcessError: it failed; it has said why.
+        CalledProcessError: it failed; the reason is on stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         pairs, scores = Path(folder) / "pairs.json", Path(folder) / "scores.json"
@@ -209,7 +209,7 @@ def vqa_scores(
 
 
 def summarize(pictures: list[Picture], scores: list[float]) -> dict:
-    """Means over all pictures, over the prompts of each group, and of each prompt."""
+    """Compute means over all pictures, over the prompts of each group, and for each prompt."""
     by_prompt, by_group = defaultdict(list), defaultdict(list)
     for picture, score in zip(pictures, scores, strict=True):
         by_prompt[picture.prompt.name].append(score)
@@ -223,10 +223,10 @@ def summarize(pictures: list[Picture], scores: list[float]) -> dict:
 
 
 class Evaluation:
-    """A list of pictures to draw and to measure; everything is checked before the work begins.
+    """Pictures to draw and to measure. Everything is checked before the work begins.
 
     Raises:
-        ValueError: see `read_prompts` and `fit_prompts`; two pictures of one name; a folder that holds other pictures.
+        ValueError: see `read_prompts` and `fit_prompts`; two pictures have one name; the folder holds other pictures.
     """
 
     def __init__(self, settings: Settings):
@@ -292,7 +292,7 @@ class Evaluation:
             self._check_networks()
 
     def _check_folder(self) -> None:
-        """Refuses a folder of other pictures."""
+        """Refuse a folder of other pictures."""
         path = self.folder / "settings.json"
         if path.is_file():
             there = json.loads(path.read_text(encoding="utf-8"))
@@ -309,7 +309,7 @@ class Evaluation:
             raise ValueError(f"{self.folder} has images/ but no settings.json: give another --output")
 
     def _check_networks(self) -> None:
-        """Loads what the metrics need, since drawing takes long."""
+        """Load the networks of the metrics before drawing, which takes long."""
         settings, missing = self.settings, []
         for name, load in (
             ("clip_score", lambda: load_clip(settings.clip)),
@@ -324,7 +324,7 @@ class Evaluation:
             raise ValueError(" ".join(missing))
 
     def draw(self) -> dict:
-        """Draws what is missing, in all processes; returns what the JSON says of it."""
+        """Draw the missing pictures, in all processes. Returns the entry in the JSON."""
         state, size = self.state, self.settings.batch_size
         missing = {picture.path for picture in self.pictures if not is_whole(picture.path)}
         batches = [self.pictures[i : i + size] for i in range(0, len(self.pictures), size)]
@@ -360,16 +360,16 @@ class Evaluation:
         }
 
     def clip_score(self) -> dict:
-        """Means of `eval.clip_score`."""
+        """Compute means of `eval.clip_score`."""
         return summarize(self.pictures, clip_scores(*self._pairs(), self.settings.clip, **self._options()))
 
     def vqa_score(self) -> dict:
-        """Means of VQAScore."""
+        """Compute means of VQAScore."""
         model, python = self.settings.vqa_score, self.settings.vqa_python
         return summarize(self.pictures, vqa_scores(*self._pairs(), model, python, **self._options()))
 
     def fid(self) -> dict:
-        """FID to the reference folder."""
+        """Compute FID to the reference folder."""
         settings, pictures = self.settings, PictureFiles(self._pairs()[0], self.settings.fid_size)
         value = fid(pictures, self.reference, settings.fid_tool, settings.inception_weights, **self._options())
         return {
@@ -380,14 +380,14 @@ class Evaluation:
         }
 
     def _pairs(self) -> tuple[list[Path], list[str]]:
-        """All pictures, and what each was meant to show, whole where the model was given a part."""
+        """Return all pictures and their whole prompts, even if the model was given a cut one."""
         return [picture.path for picture in self.pictures], [picture.prompt.text for picture in self.pictures]
 
     def _options(self) -> dict:
         return {"batch_size": self.settings.batch_size, "device": self.device}
 
     def report(self, drawing: dict) -> dict:
-        """Measures what is not known yet, and writes `sheet.png` and, after each metric, `results.json`."""
+        """Compute the missing metrics; write `sheet.png`, and `results.json` after each metric."""
         report = {
             "benchmark": self.format,
             "settings": asdict(self.settings),
@@ -415,7 +415,7 @@ class Evaluation:
         return report
 
     def _numbers(self, metrics: dict) -> list[dict]:
-        """The metrics with their protocol (`eval.protocol`)."""
+        """Return the metrics with their protocol (`eval.protocol`)."""
         settings, numbers = self.settings, []
         count = len(self.prompts)
         shared = {
@@ -448,7 +448,7 @@ class Evaluation:
 
 
 def table(report: dict) -> str:
-    """The report in a few lines, for people."""
+    """Format the report as a few readable lines."""
     drawing = report["drawing"]
     lines = [
         f"{report['benchmark']}: {report['pictures']} pictures of {report['prompts']} prompts, "

@@ -78,10 +78,10 @@ DATASETS = ("easy-vqa", "emoji")
 
 @dataclass
 class Settings:
-    """The command line.
+    """Command-line options.
 
     Raises:
-        ValueError: a value out of its range, a folder that is not there, or not exactly one of `images` and `dataset`.
+        ValueError: a value is out of its range, a folder does not exist, or there is not exactly one of `images` and `dataset`.
     """
 
     model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder, hub name or open_clip name"})
@@ -134,12 +134,12 @@ class Settings:
 
 @dataclass
 class Benchmark:
-    """N images and what they may be.
+    """N images and their possible classes.
 
     Attributes:
-        classes: C names; templates: what makes a prompt of a name.
-        images: N paths; labels: each one's number among the classes; parts: what each is counted under.
-        totals: how many images each part has on disk, where only some of them are taken.
+        classes: C names; templates: functions from a name to a prompt.
+        images: N paths; labels: class index of each; parts: the part that each counts towards.
+        totals: number of images of each part on disk, if only some of them are used.
     """
 
     title: str
@@ -155,16 +155,16 @@ class Benchmark:
         return self.images
 
     def __getitem__(self, index: int) -> Image.Image:
-        """The picture; raises ValueError where it cannot be read."""
+        """Read the picture; raises ValueError if it cannot be read."""
         return load_image(self.images[index])
 
     def only(self, rows: list[int]) -> "Benchmark":
-        """With these of the images."""
+        """Return the benchmark with only these images."""
         images, labels, parts = ([values[i] for i in rows] for values in (self.images, self.labels, self.parts))
         return replace(self, images=images, labels=labels, parts=parts)
 
     def limited(self, limit: int | None) -> "Benchmark":
-        """With at most so many images of each part, evenly spread."""
+        """Return the benchmark with at most this number of images per part, evenly spread."""
         rows = []
         for part in dict.fromkeys(self.parts):
             own = [i for i, name in enumerate(self.parts) if name == part]
@@ -174,7 +174,7 @@ class Benchmark:
 
 
 def class_folders(folder: str, templates: str) -> Benchmark:
-    """Images in folders named after their classes, or ImageNet's, in folders named after its 1000 synsets.
+    """Find images in folders named after their classes, or after ImageNet's 1000 synsets.
 
     Raises:
         ValueError: no folder or no images, an image outside of the classes' folders, a class without images, fewer
@@ -214,7 +214,7 @@ def class_folders(folder: str, templates: str) -> Benchmark:
 
 
 def colored_shapes() -> Benchmark:
-    """easy-VQA's test images of which the questions tell colour and shape."""
+    """Load easy-VQA's test images whose questions reveal colour and shape."""
     classes = [f"{color} {shape}" for color in easy_vqa.COLORS for shape in easy_vqa.SHAPES]
     template = "a {}".format
     labels = {template(name): label for label, name in enumerate(classes)}
@@ -230,7 +230,7 @@ def colored_shapes() -> Benchmark:
 
 
 def emoji(folder: str) -> Benchmark:
-    """The emoji in both styles; "held_out" are those whose picture was never trained on.
+    """Load the emoji in both styles; the part "held_out" was never trained on.
 
     Raises:
         ValueError: the folder has no table of emoji.
@@ -251,7 +251,7 @@ def emoji(folder: str) -> Benchmark:
 
 
 def load_benchmark(settings: Settings) -> Benchmark:
-    """What the settings ask for; raises what `class_folders` and `emoji` raise."""
+    """Load the benchmark that the settings name; errors are those of `class_folders` and `emoji`."""
     if settings.images:
         whole = class_folders(settings.images, settings.templates)
     else:
@@ -295,10 +295,10 @@ class UniTokSystem:
 def text_encoder(
     settings: Settings, text_config: CLIPTextConfig, image_processor: UniTokImageProcessor
 ) -> Callable[[list[str]], torch.Tensor]:
-    """What makes B texts the ids (B, T) that a UniTok text tower was trained on.
+    """Make the function that turns B texts into ids (B, T), as a UniTok text tower was trained on.
 
-    Its tokenizer is the one that is given, or the model folder's own where that ends texts as the tower expects, or
-    CLIP's for a tower of CLIP's vocabulary (a converted one has none, and a converted MLLM's is the LLM's).
+    The tokenizer is the given one; or that of the model's folder, if it ends texts as the tower expects; or CLIP's, for
+    a tower of CLIP's vocabulary (a converted tower has none, and a converted MLLM has the LLM's).
 
     Raises:
         ValueError: there is none, or it ends texts with another token than the tower looks for.
@@ -391,7 +391,7 @@ System = UniTokSystem | CLIPSystem | OpenCLIPSystem
 def class_embeddings(
     system: System, classes: Sequence[str], templates: Sequence[Callable[[str], str]], batch_size: int
 ) -> torch.Tensor:
-    """Each class's mean over its prompts, (C, D), float32 of unit length; the processes share the work."""
+    """Embed each class as the mean over its prompts, (C, D), float32 of unit length; the processes share the work."""
     state, embeds = PartialState(), []
     with state.split_between_processes(list(classes)) as mine:
         texts = [template(name) for name in mine for template in templates]
@@ -403,7 +403,7 @@ def class_embeddings(
 
 
 def nearest_classes(image_embeds: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
-    """(B, D) of any length and (C, D) of unit length -> (B, min(5, C)), nearest first; of equals the earlier class."""
+    """(B, D) of any length and (C, D) of unit length -> (B, min(5, C)), nearest first; on a tie, the earlier class first."""
     similarity = F.normalize(image_embeds.float(), dim=-1) @ classifier.T
     return similarity.sort(dim=-1, descending=True, stable=True).indices[:, :TOP]
 
@@ -418,15 +418,16 @@ def classify(
     workers: int,
     max_broken_share: float,
 ) -> None:
-    """Fills the rows of `tensors["nearest"]` (N, min(5, C)) that are negative; the processes share the work.  Those of broken
-    images, which are named on stderr, stay so.
+    """Fill the negative rows of `tensors["nearest"]` (N, min(5, C)); the processes share the work.
+
+    Rows of broken images, which are named on stderr, stay negative.
 
     Args:
         tensors: with the `classifier` (C, D).
-        save: called whenever some batches are done.
+        save: called after every few batches.
 
     Raises:
-        ValueError: see `check_broken_share`; the others of the same batches are done and saved.
+        ValueError: see `check_broken_share`; the other images of the same batches are classified and saved.
     """
     state, nearest = PartialState(), tensors["nearest"]
     remaining = (nearest[:, 0] < 0).nonzero().flatten().tolist()
@@ -457,7 +458,7 @@ def classify(
 
 
 def accuracy(nearest: torch.Tensor, labels: torch.Tensor) -> dict[str, float | int]:
-    """Shares of 1.
+    """Compute accuracies, as shares of 1.
 
     Args:
         nearest: (N, 5) or fewer columns, the nearest class first; labels: (N,).
@@ -471,7 +472,7 @@ def accuracy(nearest: torch.Tensor, labels: torch.Tensor) -> dict[str, float | i
 
 
 def confusions(nearest: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[dict]:
-    """The most frequent pairs of a class and another that its images are taken for."""
+    """List the most frequent confusions: pairs of a class and the one predicted instead."""
     pairs = Counter((label, given) for label, given in zip(labels.tolist(), nearest[:, 0].tolist()) if label != given)
     return [
         {"class": classes[label], "taken_for": classes[given], "images": count}
@@ -480,7 +481,7 @@ def confusions(nearest: torch.Tensor, labels: torch.Tensor, classes: Sequence[st
 
 
 def mistakes_sheet(benchmark: Benchmark, nearest: torch.Tensor) -> bytes | None:
-    """A PNG of some wrongly named images, evenly spread: what each was taken for and, in brackets, what it is."""
+    """Make a PNG of some wrongly classified images, evenly spread: the prediction and, in brackets, the class."""
     given = nearest[:, 0].tolist()
     wrong = [i for i, label in enumerate(benchmark.labels) if given[i] != label]
     if not wrong:
@@ -491,7 +492,7 @@ def mistakes_sheet(benchmark: Benchmark, nearest: torch.Tensor) -> bytes | None:
 
 
 def digest(source: str) -> str | None:
-    """SHA-256 of a model's folder or file of weights; None for what lies elsewhere."""
+    """Compute the SHA-256 of a model's folder or weights file; None if the model is not on disk."""
     path = Path(source.removeprefix("local-dir:"))
     if source and path.is_dir():
         return folder_digest(str(path))
@@ -499,7 +500,7 @@ def digest(source: str) -> str | None:
 
 
 def what_is_measured(settings: Settings, benchmark: Benchmark) -> dict[str, str | None]:
-    """All that an image's nearest classes hang on, beside the image."""
+    """Collect every setting that an image's nearest classes depend on, except the image."""
     names = ("system", "model", "pretrained", "text_tokenizer", "image_mode", "images", "dataset")
     prompts = [template("{}") for template in benchmark.templates]
     return {
@@ -510,19 +511,19 @@ def what_is_measured(settings: Settings, benchmark: Benchmark) -> dict[str, str 
 
 
 def sha256(values: list) -> str:
-    """Of what JSON can hold."""
+    """Compute the SHA-256 of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def stamped(images: list[str]) -> list[str]:
-    """Paths with what changes when the file does."""
+    """Return each path with its file's stamp."""
     return [f"{image} {stamp(image) if Path(image).is_file() else 'missing'}" for image in images]
 
 
 def read_tensors(path: Path, measured: dict, images: list[str]) -> dict[str, torch.Tensor]:
-    """What an earlier run that measured the same has found, with a row of -1 in `nearest` for each image it lacks.
+    """Read the tensors of an earlier run with the same settings; `nearest` has a row of -1 for each missing image.
 
-    It says on stderr where that one measured something else.
+    A run with other settings is ignored, with a line on stderr.
 
     Args:
         images: as `stamped` names them.
@@ -543,7 +544,7 @@ def read_tensors(path: Path, measured: dict, images: list[str]) -> dict[str, tor
 
 
 def summary(settings: Settings, benchmark: Benchmark, nearest: torch.Tensor, preprocessing: str) -> dict:
-    """What the JSON says of N images, of which `nearest` (N, 5) are the nearest classes."""
+    """Summarise N images for the JSON, from their nearest classes (N, 5)."""
     labels, parts, numbers = torch.tensor(benchmark.labels), {}, []
     templates = [template("{}") for template in benchmark.templates]
     is_named = bool(settings.images) and settings.templates in TEMPLATES
@@ -582,7 +583,7 @@ def summary(settings: Settings, benchmark: Benchmark, nearest: torch.Tensor, pre
 
 
 def evaluate(settings: Settings) -> dict:
-    """Measures what is not known yet; the main process writes.
+    """Classify the remaining images; the main process writes the report.
 
     Raises:
         ValueError, OSError: see `load_benchmark`, the systems and `classify`.
@@ -637,7 +638,7 @@ def evaluate(settings: Settings) -> dict:
 
 
 def table(report: dict) -> str:
-    """The report in a few lines, for people."""
+    """Format the report as a few readable lines."""
     prompts = f"{report['classes']} classes, {len(report['prompts'])} prompts each"
     lines = [
         f"{report['benchmark']}: {prompts} ({report['seconds']} s)",

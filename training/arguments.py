@@ -26,7 +26,7 @@ def check_arguments(arguments: Any, **ranges: tuple[float, float]) -> None:
     """Check the fields of a dataclass of options: each is of its type, and those named lie in their inclusive ranges.
 
     Raises:
-        ValueError: one does not (NaN never does).
+        ValueError: a field does not (NaN never does).
     """
     for field in fields(arguments):
         value, kind = getattr(arguments, field.name), get_origin(field.type) or field.type
@@ -37,7 +37,8 @@ def check_arguments(arguments: Any, **ranges: tuple[float, float]) -> None:
 
 
 def check_datasets(datasets: list[dict]) -> None:
-    """
+    """Check that a config names data.
+
     Raises:
         ValueError: there are none.
     """
@@ -46,10 +47,10 @@ def check_datasets(datasets: list[dict]) -> None:
 
 
 def check_source(option: str, name: str | os.PathLike) -> None:
-    """Finds out in seconds whether there is a folder, or a model on the hub or in its cache; "" passes.
+    """Check, within seconds, that a folder or a model on the hub (or in its cache) exists; "" passes.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: neither exists.
     """
     name = str(name)
     if not name or Path(name).is_dir():
@@ -68,10 +69,10 @@ def check_source(option: str, name: str | os.PathLike) -> None:
 
 
 def mapping(text: str) -> dict:
-    """A dict on a command line, in YAML (of which JSON is a part).
+    """Parse a dict on a command line, in YAML or JSON.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: the text is not a mapping.
     """
     try:
         value = yaml.safe_load(text)
@@ -83,7 +84,7 @@ def mapping(text: str) -> dict:
 
 
 class Parser(HfArgumentParser, CommandLine):
-    """The library's, which also takes dicts, and says in one line what is wrong."""
+    """The library's parser of dataclasses, which also takes dicts; errors take one line."""
 
     def __init__(self, dataclass_types: Any, **kwargs: Any):
         super().__init__(dataclass_types, **kwargs)
@@ -92,11 +93,11 @@ class Parser(HfArgumentParser, CommandLine):
                 action.type = mapping
 
     def parse(self, argv: list[str] | None = None) -> tuple:
-        """An instance of each dataclass.
+        """Parse the command line into an instance of each dataclass.
 
         Raises:
             ScriptEnd: see `CommandLine.parse_args`.
-            ValueError: see there; or a dataclass refuses its value.
+            ValueError: see there; or a dataclass refuses a value.
         """
         given = self.parse_args(argv)
         deepspeed = vars(given).get("deepspeed")
@@ -106,14 +107,14 @@ class Parser(HfArgumentParser, CommandLine):
 
 
 def parse_yaml_and_command_line(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
-    """Reads `CONFIG.yaml [--name value ...]` into instances of the dataclasses; the command line wins.
+    """Read `CONFIG.yaml [--name value ...]` into instances of the dataclasses. The command line precedes the file.
 
-    `--device`, or a key of that name, is another word for the field `use_cpu` where a dataclass has it.  `--trust_config`
-    says that what the config names may be run: shards that are the output of commands.
+    `--device`, or a key of that name, sets the field `use_cpu` if a dataclass has it. `--trust_config` allows the config
+    to run commands: shards may be their output.
 
     Raises:
         SystemExit: no config was given, or see `Parser.parse`.
-        ValueError: it does not exist, is no YAML, or has a key that no dataclass knows; or see `Parser.parse`.
+        ValueError: the config does not exist, is not YAML, or has an unknown key; or see `Parser.parse`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if TRUST_CONFIG in argv:
@@ -147,7 +148,7 @@ def parse_yaml_and_command_line(dataclass_types: tuple, argv: list[str] | None =
 
 
 def use_cpu_of(device: str) -> list[str]:
-    """The options that say the same as `--device`.
+    """Translate `--device` into the option `--use_cpu`.
 
     Raises:
         ValueError: there is no such device, or it is one accelerator of several.
@@ -161,10 +162,10 @@ def use_cpu_of(device: str) -> list[str]:
 
 
 def read_yaml(path: str) -> dict:
-    """A config's values.
+    """Read the values of a config.
 
     Raises:
-        ValueError: it is no YAML, or no mapping.
+        ValueError: the file is not YAML, or not a mapping.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}

@@ -25,7 +25,7 @@ MENDABLE = (ValueError, OSError, FloatingPointError, StrictDataclassError, subpr
 
 
 class ScriptEnd(SystemExit):
-    """Ends a script with a code; `str` of it is the line that was printed."""
+    """Exit of a script with a code; `str` of it is the printed line."""
 
     def __init__(self, line: str, code: int):
         super().__init__(line)
@@ -33,7 +33,7 @@ class ScriptEnd(SystemExit):
 
 
 def end(line: str, code: int) -> NoReturn:
-    """Prints a line to stderr and ends the script."""
+    """Print a line to stderr and exit."""
     print(line, file=sys.stderr)
     raise ScriptEnd(line, code)
 
@@ -41,11 +41,10 @@ def end(line: str, code: int) -> NoReturn:
 def one_line_errors(
     on_interrupt: str = "Interrupted. The same command begins again.",
 ) -> Callable[[Callable], Callable]:
-    """A decorator of a script's `main`, or of its typer app.
+    """Decorate a script's `main`, or its typer app, so that errors of the user take one line.
 
     Args:
-        on_interrupt: how to go on, printed after Ctrl-C and the other signals unless the KeyboardInterrupt has a text
-            of its own.
+        on_interrupt: how to resume, printed after Ctrl-C and the other signals unless the KeyboardInterrupt has a text.
     """
 
     def decorate(main: Callable) -> Callable:
@@ -84,10 +83,10 @@ def one_line_errors(
 def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     """
     Args:
-        where: what the keys are of, for the message.
+        where: the place of the keys, for the message.
 
     Raises:
-        ValueError: one of the names given is not known; it gives the nearest one, or all where none is near.
+        ValueError: a name is unknown; the message gives the nearest known one, or all of them.
     """
     known = list(known)
     for name in given:
@@ -100,12 +99,12 @@ def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def underscored(option: str) -> str:
-    """A long option with underscores for dashes, as it is written in the help."""
+    """Write a long option with underscores instead of dashes, as in the help."""
     return f"--{option[2:].replace('-', '_')}" if option.startswith("--") else option
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse's parser; long options also take dashes for underscores, and what is wrong takes one line."""
+    """argparse's parser. Long options also take dashes for underscores, and errors take one line."""
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         spellings = {underscored(name) for name in names} | {
@@ -119,8 +118,8 @@ class CommandLine(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         """
         Raises:
-            ScriptEnd: an option has no value, or one that is none of its type.
-            ValueError: there is no such option, or a word belongs to none.
+            ScriptEnd: an option has no value, or a value of another type.
+            ValueError: there is no such option, or a word belongs to no option.
         """
         args = list(sys.argv[1:] if args is None else args)
         self.check_options(args)
@@ -132,7 +131,7 @@ class CommandLine(argparse.ArgumentParser):
     def check_options(self, args: Sequence[str]) -> None:
         """
         Raises:
-            ValueError: there is no such option; it gives the nearest one.
+            ValueError: there is no such option; the message gives the nearest one.
         """
         known = [underscored(action.option_strings[-1]) for action in self._actions if action.option_strings]
         given = [underscored(word.partition("=")[0]) for word in args if word.startswith("--") and len(word) > 2]
@@ -140,6 +139,6 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def script_app(**options: Any) -> typer.Typer:
-    """A typer app whose long options also take underscores for dashes; `one_line_errors` runs it."""
+    """Make a typer app whose long options also take underscores for dashes; `one_line_errors` runs it."""
     settings = {"token_normalize_func": lambda token: token.replace("_", "-")}
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=settings, **options)

@@ -48,7 +48,7 @@ Mode = Enum("Mode", {mode: mode for mode in MODES}, type=str)
 
 
 def image_keys(data: str, image_folder: str = "") -> tuple[list[str], ImageStore]:
-    """The images that some data names, each once, in the order of the data, and where they are.
+    """List the images that some data names, each once and in the order of the data, and find them.
 
     Args:
         data: a .json, .jsonl or .parquet file whose rows have an `image` (a path, or a list of them); or a folder of
@@ -83,7 +83,7 @@ def image_keys(data: str, image_folder: str = "") -> tuple[list[str], ImageStore
 
 
 def file_digest(paths: Iterable[str | os.PathLike]) -> str:
-    """SHA-256 over the contents of files."""
+    """Compute the SHA-256 over the contents of files."""
     paths = [Path(path) for path in paths]
     digest = hashlib.sha256()
     for path in paths:
@@ -94,7 +94,7 @@ def file_digest(paths: Iterable[str | os.PathLike]) -> str:
 
 
 class ImageVariants(Dataset):
-    """Images by number: their key, and `variants` views (variants, 3, H, W) in [-1, 1], or the error of a broken one.
+    """Images by index: the key, and `variants` views (variants, 3, H, W) in [-1, 1], or the error of a broken image.
 
     View 0 is the image itself; another one is changed by `augment` with numbers drawn from (seed, key, variant).
     """
@@ -126,7 +126,7 @@ class ImageVariants(Dataset):
 
 @dataclass
 class Batch:
-    """Images of `ImageVariants`: those that could be read, (B, variants, 3, H, W), and the errors of the others."""
+    """A batch of `ImageVariants`: the readable images, (B, variants, 3, H, W), and the errors of the others."""
 
     keys: list[str]
     pixel_values: torch.Tensor
@@ -134,7 +134,7 @@ class Batch:
 
 
 def collate(images: list[tuple[str, torch.Tensor | str]]) -> Batch:
-    """Joins images in the worker: one tensor at a time crosses to the process that encodes."""
+    """Stack images in the worker, so that a single tensor crosses to the process that encodes."""
     errors = {key: value for key, value in images if isinstance(value, str)}
     views = {key: value for key, value in images if key not in errors}
     pixel_values = torch.stack([*views.values()]) if views else torch.empty(0)
@@ -225,13 +225,13 @@ def write_shards(
     max_broken_share: float,
     show_progress: bool,
 ) -> BrokenSamples:
-    """Encodes the images whose numbers each shard takes, and writes it; a batch lies within a shard.
+    """Encode the images of each shard and write it. A batch lies within a shard.
 
     Returns:
-        How many images were seen, and how many of them were broken.
+        The number of images read, and the number of broken ones among them.
 
     Raises:
-        ValueError: too many are broken; the shard at hand is not written then.
+        ValueError: too many images are broken; the current shard is not written.
     """
     batches = {path: [of[i : i + batch_size] for i in range(0, len(of), batch_size)] for path, of in shards.items()}
     loader = DataLoader(
@@ -255,7 +255,7 @@ def write_shards(
 
 @torch.inference_mode()
 def encode(model: UniTokModel, batch: Batch, broken: BrokenSamples) -> dict[str, torch.Tensor]:
-    """Codes (variants, K, L) by key, on the CPU; broken images are counted and left out."""
+    """Encode images to codes (variants, K, L) by key, on the CPU; broken images are counted and left out."""
     for key, error in batch.errors.items():
         broken.count_broken(key, error)
     for _ in batch.keys:

@@ -18,7 +18,7 @@ CHILD = [number for number in signal.Signals if number.name == "SIGCHLD"]
 
 
 class Interrupted(KeyboardInterrupt):
-    """The signal `number` came."""
+    """Raised after the signal `number`."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -27,10 +27,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def ends_handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within it, `handler` is called at each of the three signals, but for those that are ignored, as under nohup.
+    """Context in which `handler` is called for each of the three signals that is not ignored (as SIGHUP under nohup).
 
-    Ctrl-C, which a terminal sends to a DataLoader's workers too, leaves them to this process, and the death of one is no
-    error any more after a signal. In another thread than the main one, where Python sets no handlers, it does nothing.
+    A terminal sends Ctrl-C to the workers of a DataLoader too: they ignore it, and this process ends them. After a
+    signal, the death of a worker is no error. Outside of the main thread, where Python sets no handlers, the context
+    does nothing.
     """
     owner = os.getpid()
 
@@ -57,7 +58,7 @@ def ends_handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterato
 
 
 class StopRequest:
-    """Within it, the first signal asks a training to stop after its step; the second interrupts at once.
+    """Context in which the first signal asks a training to stop after its step, and the second interrupts it at once.
 
     Args:
         accelerator: of the training, whose processes agree on the step.
@@ -85,9 +86,9 @@ class StopRequest:
         print("\nStopping after this step, with a checkpoint; once more: at once.", file=sys.stderr)
 
     def is_due(self) -> bool:
-        """Whether to save and stop here: every process must ask after each step, and all get the same answer.
+        """Return whether to save and stop here. Every process must ask after each step; all get the same answer.
 
-        Of several, one step later: then no step waits for what the others say.
+        With several processes the answer comes one step later, so that no step waits for the others.
         """
         if self.accelerator.num_processes == 1:
             return bool(self.number)
@@ -96,5 +97,5 @@ class StopRequest:
         return told is not None and told.item() > 0
 
     def stop(self) -> None:
-        """Raises Interrupted."""
+        """Raise Interrupted."""
         raise Interrupted(self.number or signal.SIGTERM)  # which another process was told

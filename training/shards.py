@@ -21,7 +21,7 @@ BROKEN_SHARD = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
 
 
 class _Counted(io.RawIOBase):
-    """A stream, and how many bytes of it were read."""
+    """A stream that counts the bytes read from it."""
 
     def __init__(self, stream: BinaryIO):
         self.stream, self.count = stream, 0
@@ -37,10 +37,10 @@ class _Counted(io.RawIOBase):
 
 
 class Expanded:
-    """The content of a stream, which may be compressed by gzip or bzip2.
+    """The content of a stream, decompressed if it is gzip or bzip2.
 
     Args:
-        stream: of bytes, of any kind that has `read`.
+        stream: any object with `read` that returns bytes.
     """
 
     def __init__(self, stream: BinaryIO):
@@ -53,7 +53,7 @@ class Expanded:
     def read(self, size: int) -> bytes:
         """
         Raises:
-            ValueError: it expands too much.
+            ValueError: the content expands too much.
         """
         data = self.content.read(size)
         self.count += len(data)
@@ -63,13 +63,13 @@ class Expanded:
 
 
 def shard_files(url: str) -> Iterator[dict]:
-    """The files of a tar file in its order, as `webdataset.tariterators.group_by_keys` takes them.
+    """Iterate over the files of a tar file in order, as `webdataset.tariterators.group_by_keys` takes them.
 
     Args:
-        url: a path, or what else webdataset opens.
+        url: a path, or another address that webdataset opens.
 
     Raises:
-        One of BROKEN_SHARD: it is missing or broken, or it expands too much.
+        One of BROKEN_SHARD: the shard is missing or broken, or expands too much.
     """
     with gopen(url) as stream, tarfile.open(fileobj=Expanded(stream), mode="r|") as archive:
         for member in archive:
@@ -80,10 +80,10 @@ def shard_files(url: str) -> Iterator[dict]:
 
 
 def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
-    """Where each file of a tar file, which is not compressed, lies: offset and size, in bytes, by name.
+    """Locate the files of an uncompressed tar file: offset and size in bytes, by name.
 
     Raises:
-        ValueError: it is broken, or has two files of one name; it is named.
+        ValueError: the tar file is broken, or has two files of one name; the message names it.
     """
     members: dict[str, tuple[int, int]] = {}
     try:
@@ -104,7 +104,7 @@ def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
 def check_whole(member: tarfile.TarInfo) -> None:
     """
     Raises:
-        ValueError: a file is sparse: it says to hold more than there is of it.
+        ValueError: a file is sparse: its stated size is larger than its data.
     """
     if member.issparse():
         raise ValueError(f"{member.name} is a sparse file, which says to hold {member.size} bytes")

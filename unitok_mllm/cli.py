@@ -45,10 +45,10 @@ def show_error(message: object) -> None:
 
 
 class OneLineErrors(TyperGroup):
-    """Runs a command; errors that a user can mend become one line on stderr and exit code 2, Ctrl-C one and 130."""
+    """Run a command. Errors that a user can correct print one line on stderr and exit with 2, Ctrl-C with 130."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
-        """typer's, which would print what is wrong with the command line in a box, and nothing after Ctrl-C."""
+        """Run typer without its boxed errors, and with a message after Ctrl-C."""
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **options)
         try:
@@ -74,7 +74,7 @@ class OneLineErrors(TyperGroup):
 
     @staticmethod
     def value_given(args: list[str], parameter: Any) -> str:
-        """What the command line has for an option, which typer's messages leave out; "" where it has none."""
+        """Return the option's value on the command line, which typer's messages leave out; "" if it has none."""
         for arg, following in zip(args, [*args[1:], ""]):
             name, equals, value = arg.partition("=")
             if parameter is not None and name.replace("_", "-") in parameter.opts:
@@ -109,14 +109,14 @@ OwnGuidance = Annotated[
 
 
 def check_finite(**options: float | None) -> None:
-    """Finds out before any work whether the options given are numbers that something can be computed with."""
+    """Check, before any work, that the given options are finite numbers."""
     for name, value in options.items():
         if value is not None and not math.isfinite(value):
             raise ValueError(f"{name.replace('_', '-')} must be a finite number, got {value}")
 
 
 def check_sampling(temperature: float | None, top_p: float | None) -> None:
-    """Finds out before any work whether codes can be drawn with these options, where they are given."""
+    """Check, before any work, that codes can be sampled with the given options."""
     if temperature is not None and temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}.")
     if top_p is not None and not 0 < top_p <= 1:
@@ -124,16 +124,16 @@ def check_sampling(temperature: float | None, top_p: float | None) -> None:
 
 
 def utf8(argument: str) -> str:
-    """An argument's text: in a locale that cannot decode it, its bytes are UTF-8.
+    """Decode an argument: in a locale that cannot decode its bytes, they are read as UTF-8.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are not UTF-8.
     """
     return os.fsencode(argument).decode() if any("\udc80" <= char <= "\udcff" for char in argument) else argument
 
 
 def check_output(path: Path) -> None:
-    """Finds out before any work whether `path` can become a PNG file."""
+    """Check, before any work, that a PNG file can be written to `path`."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"cannot write {path}: the name must end in .png")
     folder = next(parent for parent in path.parents if parent.exists())  # those below it are made
@@ -144,10 +144,10 @@ def check_output(path: Path) -> None:
 
 
 def save_new(picture: "Image.Image", path: Path, **notes: object) -> Path:
-    """Saves under `path`, or where that exists under the first free of `NAME-1.png`, `NAME-2.png`, ...
+    """Save to `path`, or if that exists to the first free one of `NAME-1.png`, `NAME-2.png`, ...
 
     Args:
-        path: the folders above it are made where they are missing.
+        path: missing parent folders are created.
         notes: text chunks of the PNG file, by name.
     """
     from PIL.PngImagePlugin import PngInfo
@@ -515,7 +515,7 @@ def env() -> None:
 
 
 def escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What stdout gets where its encoding cannot hold the text: the bytes of a path as they were, else an escape."""
+    """Encode what stdout's encoding cannot: a path's original bytes, or an escape."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:

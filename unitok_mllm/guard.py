@@ -30,7 +30,7 @@ HEADERS = (
 
 
 class Refused(Exception):
-    """A request that is not let through: the status and the text of the response."""
+    """Raised for a refused request, with the status and the text of the response."""
 
     def __init__(self, status: int, text: str):
         super().__init__(text)
@@ -38,10 +38,10 @@ class Refused(Exception):
 
 
 def own_hosts(host: str) -> set[str]:
-    """The names by which browsers reach a server that listens on `host`: of all addresses, any address of the machine.
+    """Return the names by which browsers reach a server that listens on `host`.
 
-    An address for all ("0.0.0.0", "::") adds the machine's name, and "*", which stands for every IP address: unlike a
-    name, an address cannot be made to lead elsewhere.
+    A wildcard address ("0.0.0.0", "::") adds the machine's name, and "*" for every IP address: unlike a name, an address
+    cannot be made to resolve elsewhere.
     """
     if host in ("0.0.0.0", "::"):
         return {"*", "localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
@@ -59,17 +59,17 @@ def _is_address(host: str) -> bool:
 
 
 def visitor_of(address: str) -> str:
-    """Whom an address stands for: itself, or its /64 network."""
+    """Return the visitor behind an address: the address itself, or its /64 network for IPv6."""
     if ":" not in address:
         return address
     return str(ipaddress.ip_network(f"{address.partition('%')[0]}/64", strict=False).network_address)
 
 
 class Guard:
-    """ASGI middleware; what it refuses gets a 4xx and a line of text, and `app` sees nothing of it.
+    """ASGI middleware. A refused request gets a 4xx with a line of text and never reaches `app`.
 
     Args:
-        app: what it guards.
+        app: the guarded application.
         hosts: names and addresses in `Host`, as of `own_hosts`; those of `further_hosts` also as `Origin` behind a
             proxy that puts another name in `Host`.
         routes: regular expressions of what is served, each of a method, a space and a path, such as "GET /file/.*".
@@ -127,7 +127,7 @@ class Guard:
                 del self._open[visitor]
 
     def _check(self, scope: dict, visitor: str) -> None:
-        """What is known before the body."""
+        """Check what is known before the body arrives."""
         if scope["type"] != "http":
             raise Refused(403, "only HTTP is served here")
         host, netloc = self._host(scope)
@@ -144,7 +144,7 @@ class Guard:
 
     @staticmethod
     def _host(scope: dict) -> tuple[str, str]:
-        """The name in `Host` without its port, and as it is."""
+        """Return the name in `Host` without its port, and unchanged."""
         values = _header(scope, b"host")
         if len(values) != 1:
             raise Refused(400, "a request has one Host")
@@ -154,7 +154,7 @@ class Guard:
             raise Refused(400, "no such Host can be") from error
 
     def _is_foreign(self, scope: dict, netloc: str) -> bool:
-        """Whether a page elsewhere sends this: it says so, or what it fetches or embeds is no page to look at."""
+        """Return whether another site's page sends the request, other than by navigating here."""
         for origin in _header(scope, b"origin"):
             try:
                 parts = urlsplit(origin)
@@ -166,7 +166,7 @@ class Guard:
         return is_cross_site and _header(scope, b"sec-fetch-mode") != ["navigate"]
 
     def _count_post(self, visitor: str) -> None:
-        """One POST less for this visitor, from a bucket that fills again with time."""
+        """Take one POST from this visitor's token bucket."""
         now = time.monotonic()
         left, then = self._posts.pop(visitor, (POSTS, now))
         left = min(POSTS, left + (now - then) * POSTS_A_SECOND)
@@ -195,7 +195,7 @@ class Guard:
 
 
 class _Body:
-    """The body of a request, which may take `BODY_SECONDS`; `length` is what it says itself."""
+    """The body of a request, which may take `BODY_SECONDS`; `length` is its declared length."""
 
     def __init__(self, scope: dict, receive: Callable):
         lengths = _header(scope, b"content-length")
@@ -213,7 +213,7 @@ class _Body:
             raise Refused(413, f"the request is longer than {limit} bytes")
 
     async def receive(self) -> dict:
-        """The next piece; a client that is too slow has gone."""
+        """Receive the next piece; a client that is too slow counts as disconnected."""
         if self._is_whole:
             return await self._receive()  # waits for the client to leave
         try:
@@ -240,14 +240,14 @@ class _Body:
         return body
 
     async def drain(self, limit: int) -> None:
-        """Reads on, up to a limit, so that a client that is still sending gets to read the refusal."""
+        """Read on, up to a limit, so that a client that is still sending can read the refusal."""
         num_bytes = 0
         while not self._is_whole and num_bytes <= limit:
             message = await self.receive()
             num_bytes += len(message.get("body", b""))
 
     def again(self, body: bytes) -> Callable:
-        """A `receive` that gives a body that has been read once more."""
+        """Make a `receive` that replays a body already read."""
         pending = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> dict:

@@ -80,11 +80,11 @@ CSS = """
 
 
 class Stopped(Exception):
-    """Ends a `generate` that nobody waits for any more."""
+    """Raised to end a `generate` whose visitor has left."""
 
 
 class AnswerStreamer(TextStreamer):
-    """What an interleaved `generate` says while it answers, in order; give it as `streamer` and in `image_options`.
+    """Streamer of text and drawings of an interleaved `generate`; pass it as `streamer` and in `image_options`.
 
     Iterates over pieces of text (str) and the codes of a drawing so far, (1, K, l).
     """
@@ -95,7 +95,7 @@ class AnswerStreamer(TextStreamer):
         self._is_stopped = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes token ids, (T,) or (1, T), or codes; called by `generate`.
+        """Take token ids, (T,) or (1, T), or codes; called by `generate`.
 
         Raises:
             Stopped: after `stop`.
@@ -114,11 +114,11 @@ class AnswerStreamer(TextStreamer):
         self._items.put(text)
 
     def finish(self) -> None:
-        """No more will come, whether there was an answer or not."""
+        """End the stream, whether there was an answer or not."""
         self._items.put(None)
 
     def stop(self) -> None:
-        """Ends the answer after the token or the position it is at; the model stays as it was."""
+        """End the answer after the current token or position."""
         self._is_stopped = True
 
     def __iter__(self) -> Iterator[str | torch.Tensor]:
@@ -126,7 +126,7 @@ class AnswerStreamer(TextStreamer):
 
 
 class SharedModel:
-    """A model that several visitors share: it works for one at a time, and stays usable after an error or a stop.
+    """A model shared by several visitors. It works for one at a time, and stays usable after an error or a stop.
 
     `answer` and `draw` are generators; closing one stops the work behind it.
 
@@ -169,16 +169,17 @@ class SharedModel:
             )
 
     def check_pictures(self, count: int, conversation: list[dict]) -> None:
-        """Finds out before any is read whether `count` more pictures have room in a conversation.
+        """Check, before any is read, that `count` more pictures fit into a conversation.
 
         Raises:
-            ValueError: they have not.
+            ValueError: they do not.
         """
         count += sum(part["type"] == "image" for turn in conversation for part in turn["content"])
         self._check_length(count * (self.num_positions + 2))
 
     def check_text(self, text: str) -> None:
-        """
+        """Check the length of a text.
+
         Raises:
             ValueError: it is too long.
         """
@@ -186,10 +187,10 @@ class SharedModel:
             raise ValueError(f"the text has {len(text)} characters, {MAX_TEXT} at most can be read")
 
     def chat_inputs(self, conversation: list[dict]) -> BatchFeature:
-        """What `answer` needs for the next answer in a conversation, which ends with a question.
+        """Prepare the inputs of `answer` from a conversation that ends with a question.
 
         Raises:
-            ValueError: a text or a picture that cannot be used, or a conversation longer than the model's memory.
+            ValueError: a text or a picture is unusable, or the conversation is longer than the model's context.
         """
         for turn in conversation:
             for part in turn["content"]:
@@ -206,9 +207,9 @@ class SharedModel:
         return inputs.to(self.model.device)
 
     def answer(self, inputs: BatchFeature, max_new_tokens: int, image_options: dict) -> Iterator[list[dict]]:
-        """An answer as it comes: what a turn's `content` holds so far; the last item is the whole answer.
+        """Stream an answer: each item is the turn's `content` so far, the last one the whole answer.
 
-        A drawing that is under way is of the type "unfinished" in place of "image", gray where nothing is drawn yet.
+        An incomplete drawing has the type "unfinished" instead of "image", and is gray where nothing is drawn yet.
 
         Args:
             inputs: of `chat_inputs`.
@@ -268,10 +269,10 @@ class SharedModel:
             yield list(parts)
 
     def draw(self, prompt: str, count: int, image_options: dict) -> Iterator[list[Image.Image]]:
-        """`count` drawings of a prompt as they are drawn, what is not drawn yet in gray; the last item is whole.
+        """Stream `count` drawings of a prompt, gray where nothing is drawn yet; the last item is complete.
 
         Raises:
-            ValueError: a prompt that is empty or too long, or an option or `count` out of its range.
+            ValueError: the prompt is empty or too long, or an option or `count` is out of its range.
         """
         if not (prompt or "").strip():
             raise ValueError("the prompt is empty")
@@ -296,7 +297,7 @@ class SharedModel:
 
     @torch.inference_mode()
     def tokenize(self, picture: Image.Image) -> tuple[Image.Image, Image.Image, torch.Tensor, tuple[int, int]]:
-        """The picture as the model sees it, its reconstruction, its codes (K, L), and their rows and columns.
+        """Return the picture as the model sees it, its reconstruction, its codes (K, L), and their grid (rows, columns).
 
         Raises:
             ValueError: it is too elongated.
@@ -311,12 +312,12 @@ class SharedModel:
 
     @property
     def knows_words(self) -> bool:
-        """Whether words can be compared with a picture, see `has_text_tower`."""
+        """Return whether words can be compared with a picture, see `has_text_tower`."""
         return has_text_tower(self.model, self.processor)
 
     @torch.inference_mode()
     def compare(self, picture: Image.Image, words: list[str]) -> dict[str, float]:
-        """How likely each of these words (or longer texts) is the picture's, of these alone: from 0 to 1, in all 1.
+        """Compute the probability that each of these texts describes the picture; the probabilities sum to 1.
 
         Raises:
             ValueError: no words, too many or too long, or the picture is too elongated.
@@ -336,11 +337,11 @@ class SharedModel:
 
 
 def code_maps(codes: torch.Tensor, grid_size: tuple[int, int], codebook_size: int) -> Image.Image:
-    """Codes as a picture: a map for each codebook, four in a row, a square for each position, a colour for each code.
+    """Draw codes as maps: one for each codebook, four in a row, a square for each position, a colour for each code.
 
     Args:
         codes: (K, L) integers in [0, codebook_size), L row-major.
-        grid_size: rows and columns that the positions make.
+        grid_size: rows and columns of positions.
         codebook_size: V. Code v has the hue v / golden ratio (mod 1), so that neighbouring codes look different.
     """
     rows, columns = grid_size
@@ -398,12 +399,12 @@ def _picture_errors(path: str) -> Iterator[None]:
 
 
 def drawing_options(guidance: float, temperature: float, top_k: int, top_p: float, seed: int) -> dict:
-    """The page's fields as options of `generate_image_codes`.
+    """Convert the page's fields to options of `generate_image_codes`.
 
-    Temperature 0 is the likeliest code each time, a seed below 0 a random one.
+    Temperature 0 means greedy drawing, a seed below 0 a random seed.
 
     Raises:
-        ValueError: one of them is empty.
+        ValueError: a field is empty.
     """
     fields = {"guidance": guidance, "temperature": temperature, "top-k": top_k, "top-p": top_p, "seed": seed}
     if empty := [name for name, value in fields.items() if value is None]:
@@ -415,7 +416,7 @@ def drawing_options(guidance: float, temperature: float, top_k: int, top_p: floa
 
 @contextmanager
 def shown_errors():
-    """What a visitor can mend, and a full GPU, become a message on the page."""
+    """Show errors that a visitor can correct, and a full GPU, as a message on the page."""
     try:
         yield
     except ValueError as error:
@@ -425,7 +426,7 @@ def shown_errors():
 
 
 def build_page(shared: SharedModel, title: str) -> gr.Blocks:
-    """The page: three tabs, one piece of work at a time; `title` says what the model is."""
+    """Build the page: three tabs, one request at a time; `title` describes the model."""
     one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
     with gr.Blocks(title="UniTok", analytics_enabled=False) as page:
         gr.Markdown("# UniTok: one model reads images and draws them")
@@ -440,7 +441,7 @@ def build_page(shared: SharedModel, title: str) -> gr.Blocks:
 
 
 def _drawing_fields(shared: SharedModel, **given: float) -> list[gr.components.Component]:
-    """The fields that `drawing_options` takes, in its order; where nothing is given, with the model's own values."""
+    """Build the fields of `drawing_options`, in its order; they start with the model's own values if none are given."""
     values = sampling_options(shared.model, **given)
     with gr.Row():
         return [
@@ -479,13 +480,13 @@ def _chat_tab(shared: SharedModel, event_options: dict) -> None:
         fields = _drawing_fields(shared, guidance_scale=1.0)
 
     def kept(part: dict) -> dict:
-        """A picture as a file, so that it can be shown, and read again in later turns."""
+        """Keep a picture as a file, to show it and to read it again in later turns."""
         if part["type"] == "text":
             return part
         return {"type": part["type"], "path": save_pil_to_cache(part["image"], chatbot.GRADIO_CACHE, format="png")}
 
     def shown_as_text(turns: list[dict]) -> list[dict]:
-        """The page takes texts for HTML."""
+        """Escape the texts of turns, since the page renders HTML."""
         return [
             turn
             | {
@@ -610,7 +611,7 @@ def _tokenizer_tab(shared: SharedModel, event_options: dict) -> None:
 
 
 def build_app(page: gr.Blocks, host: str, port: int, queue_size: int, max_upload_mb: int) -> FastAPI:
-    """The page as an application; not yet guarded. Arguments as of `serve`."""
+    """Build the page's application, without the guard. Arguments are those of `serve`."""
     page.queue(max_size=queue_size, api_open=False)
     page.state_session_capacity = MAX_SESSIONS
     fonts = ("system-ui", "sans-serif")
@@ -639,7 +640,7 @@ def build_app(page: gr.Blocks, host: str, port: int, queue_size: int, max_upload
 def guarded(
     app: FastAPI, page: gr.Blocks, files: KeptFiles, host: str, further_hosts: list[str], max_upload_mb: int
 ) -> Guard:
-    """The page's application behind a guard. Arguments as of `serve`."""
+    """Put the page's application behind a guard. Arguments are those of `serve`."""
 
     def num_jobs(visitor: str) -> int:
         queue = page._queue
@@ -667,7 +668,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def server_of(app: Guard, proxy: str | None = None) -> uvicorn.Server:
-    """What talks HTTP for an application; `proxy` as of `serve`."""
+    """Make the HTTP server of an application; for `proxy` see `serve`."""
     config = uvicorn.Config(
         app,
         ws="none",
@@ -694,16 +695,16 @@ def serve(
     further_hosts: list[str],
     proxy: str | None,
 ) -> None:
-    """Shows the page until a signal ends it.
+    """Serve the page until a signal ends it.
 
     Args:
         title: see `build_page`.
-        folder: the one that gradio keeps its files in.
+        folder: gradio's folder of files.
         host, port: where to listen.
-        queue_size: visitors that may wait; the next one is told that the queue is full.
-        max_upload_mb: the largest file that is taken, in MiB.
-        max_kept_mb: what uploads and drawings may take together, in MiB; the oldest go first.
-        further_hosts: names besides `host` by which browsers reach it.
+        queue_size: number of visitors that may wait; the next one is refused.
+        max_upload_mb: size limit of a file, in MiB.
+        max_kept_mb: size limit of all uploads and drawings together, in MiB; the oldest are deleted first.
+        further_hosts: other names by which browsers reach the server.
         proxy: the address of a reverse proxy whose `X-Forwarded-For` tells visitors apart.
 
     Raises:
