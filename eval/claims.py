@@ -93,10 +93,10 @@ class ClaimsArguments:
     steps: int = field(default=900, metadata={"help": "optimizer steps of each run of the comparison"})
     search_steps: int = field(default=300, metadata={"help": "optimizer steps of each run of the search"})
     batch_size: int = field(default=48, metadata={"help": "images of a step, over all processes"})
-    total_codes: int = field(default=4096, metadata={"help": "of all sub-codebooks together"})
+    total_codes: int = field(default=4096, metadata={"help": "total number of codes of all sub-codebooks"})
     codebooks: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "numbers of sub-codebooks"})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "one run for each"})
-    search_seed: int = field(default=100, metadata={"help": "of the search"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds, one run for each"})
+    search_seed: int = field(default=100, metadata={"help": "seed of the search"})
     candidates: dict = field(
         default_factory=dict,
         metadata={"help": "settings by name, each a dict of options that differ, tried for each K (YAML only)"},
@@ -107,8 +107,10 @@ class ClaimsArguments:
     held_out: dict = field(
         default_factory=dict, metadata={"help": "files or folders of captioned images by name (YAML only)"}
     )
-    limit: int = field(default=0, metadata={"help": "only the first so many images of each held-out set; 0: all"})
-    processes: int = field(default=1, metadata={"help": "that each training has on this machine"})
+    limit: int = field(
+        default=0, metadata={"help": "number of images of each held-out set, from the first on; 0: all"}
+    )
+    processes: int = field(default=1, metadata={"help": "processes of each training, on this machine"})
 
     def __post_init__(self):
         for name in ("steps", "search_steps", "batch_size", "total_codes", "processes"):

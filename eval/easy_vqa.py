@@ -63,14 +63,16 @@ class Settings(DrawingSettings):
     """
 
     model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder of model and processor"})
-    output: str = field(default="runs/easy_vqa.json", metadata={"help": "where the numbers go"})
+    output: str = field(default="runs/easy_vqa.json", metadata={"help": "JSON file for the results"})
     judge: str = field(default="runs/judge.safetensors", metadata={"help": "the judge's weights; made if missing"})
     batch_size: int = field(default=64, metadata={"help": "questions, or images, at a time"})
-    limit: int | None = field(default=None, metadata={"help": "only the first so many test images"})
+    limit: int | None = field(
+        default=None, metadata={"help": "number of test images, from the first on; default: all"}
+    )
     samples: int = field(default=8, metadata={"help": "drawings of each of the 24 pairs of colour and shape"})
     edit_guidance: float = field(default=1.0, metadata={"help": "edits' guidance by words; 1: none"})
     edit_image_guidance: float = field(default=1.0, metadata={"help": "edits' guidance by picture; 1: none"})
-    seed: int = field(default=0, metadata={"help": "of the first drawing; each has its own, counting up"})
+    seed: int = field(default=0, metadata={"help": "seed of the first drawing; the next ones count up"})
     skip: str = field(default="", metadata={"help": "parts to leave out: reconstruction,vqa,text_to_image,edit"})
     resume: bool = field(default=True, metadata={"help": "keep parts of the output that have the same settings"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})

@@ -53,11 +53,11 @@ class Settings(DrawingSettings):
     """
 
     model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder of model and processor"})
-    data: str = field(default="runs/data/emoji", metadata={"help": "folder made by training.prepare_data"})
-    output: str = field(default="runs/emoji.json", metadata={"help": "where the numbers go"})
+    data: str = field(default="runs/data/emoji", metadata={"help": "folder written by training.prepare_data"})
+    output: str = field(default="runs/emoji.json", metadata={"help": "JSON file for the results"})
     batch_size: int = field(default=64, metadata={"help": "pictures at a time"})
-    seen: int = field(default=400, metadata={"help": "how many of the pictures trained on to measure, evenly spread"})
-    seed: int = field(default=0, metadata={"help": "of the first drawing; each has its own, counting up"})
+    seen: int = field(default=400, metadata={"help": "number of training pictures to measure, evenly spread"})
+    seed: int = field(default=0, metadata={"help": "seed of the first drawing; the next ones count up"})
     resume: bool = field(default=True, metadata={"help": "keep parts of an output that has the same settings"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
 

@@ -172,9 +172,9 @@ def make_judge(path: str | Path, epochs: int = EPOCHS, seed: int = 0) -> Judge:
 
 @dataclass
 class JudgeArguments:
-    output: str = field(default="runs/judge.safetensors", metadata={"help": "where the weights go"})
+    output: str = field(default="runs/judge.safetensors", metadata={"help": "file for the weights"})
     epochs: int = field(default=EPOCHS, metadata={"help": "passes over the 4000 train images"})
-    seed: int = field(default=0, metadata={"help": "of initialisation, order and augmentation"})
+    seed: int = field(default=0, metadata={"help": "seed of initialisation, order and augmentation"})
 
     def __post_init__(self):
         if self.epochs < 1:

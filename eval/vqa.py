@@ -62,18 +62,22 @@ class Settings:
 
     model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder of model and processor"})
     tasks: str = field(default="easy_vqa", metadata={"help": "names of tasks or groups, with commas between"})
-    output: str = field(default="runs/vqa.json", metadata={"help": "where the numbers go"})
+    output: str = field(default="runs/vqa.json", metadata={"help": "JSON file for the results"})
     batch_size: int = field(default=8, metadata={"help": "questions at a time, in each process"})
-    limit: int | None = field(default=None, metadata={"help": "only the first so many questions of each task"})
-    gen_kwargs: str = field(default="", metadata={"help": "over the tasks' own: max_new_tokens=32,num_beams=3"})
+    limit: int | None = field(
+        default=None, metadata={"help": "number of questions of each task, from the first on; default: all"}
+    )
+    gen_kwargs: str = field(
+        default="", metadata={"help": "generation options that override the tasks' own: max_new_tokens=32,num_beams=3"}
+    )
     vqav2_questions: str = field(
         default="", metadata={"help": f"{TEST_DEV}: v2_OpenEnded_mscoco_test2015_questions.json, from visualqa.org"}
     )
     force_simple: bool = field(
         default=False, metadata={"help": "images, then text, whatever messages a task has; for multiple choice"}
     )
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, ...; auto: the folder's"})
-    seed: int = field(default=0, metadata={"help": "of sampled answers and of a task's own random choices"})
+    dtype: str = field(default="auto", metadata={"help": "dtype: float32, bfloat16, ...; auto: the folder's"})
+    seed: int = field(default=0, metadata={"help": "seed of sampled answers and of a task's own random choices"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
 
     def __post_init__(self):

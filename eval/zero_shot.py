@@ -86,28 +86,34 @@ class Settings:
 
     model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder, hub name or open_clip name"})
     system: str = field(default="unitok", metadata={"help": "unitok, clip (transformers) or open_clip"})
-    pretrained: str = field(default="", metadata={"help": "open_clip: a tag of the model's, or a file of weights"})
+    pretrained: str = field(
+        default="", metadata={"help": "open_clip: a pretrained tag of the model, or a file of weights"}
+    )
     text_tokenizer: str = field(
         default="", metadata={"help": "unitok: folder or hub name; empty: the model's own, or else CLIP's"}
     )
     image_mode: str = field(
         default="", metadata={"help": "unitok: preprocessing; empty: classify for --images, the model's own otherwise"}
     )
-    images: str = field(default="", metadata={"help": "a folder with a folder of images for each class"})
+    images: str = field(default="", metadata={"help": "folder with a subfolder of images for each class"})
     dataset: str = field(default="", metadata={"help": "in place of --images: easy-vqa or emoji"})
-    data: str = field(default="runs/data/emoji", metadata={"help": "the emoji, as training.prepare_data writes them"})
+    data: str = field(
+        default="runs/data/emoji", metadata={"help": "folder of the emoji, written by training.prepare_data"}
+    )
     templates: str = field(
         default="openai", metadata={"help": 'prompts for --images: openai (80), simple (7), or one such as "a {}"'}
     )
-    output: str = field(default="runs/zero_shot.json", metadata={"help": "where the numbers go"})
+    output: str = field(default="runs/zero_shot.json", metadata={"help": "JSON file for the results"})
     limit: int | None = field(
-        default=None, metadata={"help": "at most so many images of each part, evenly spread; default: all"}
+        default=None, metadata={"help": "number of images of each part at most, evenly spread; default: all"}
     )
     batch_size: int = field(default=64, metadata={"help": "images, or prompts, at a time in each process"})
-    workers: int = field(default=4, metadata={"help": "what reads images, in each process; 0: the process itself"})
+    workers: int = field(
+        default=4, metadata={"help": "processes that read images, for each process; 0: none besides itself"}
+    )
     max_broken_share: float = field(
         default=0.01,
-        metadata={"help": "share of broken images that are left out; more of them end it without a result"},
+        metadata={"help": "largest share of broken images, which are left out; above it there is no result"},
     )
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
     use_cpu: bool = field(default=False, metadata={"help": "the same as --device cpu"})

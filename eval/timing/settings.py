@@ -37,19 +37,25 @@ class Settings:
     model: str = field(default="", metadata={"help": "folder of an MLLM or a tokenizer, instead of a preset"})
     dtype: str = field(default="float32", metadata={"help": f"one of {', '.join(DTYPES)}"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
-    jobs: list[str] = field(default_factory=list, metadata={"help": "see above; all that the model has parts for"})
-    batches: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "images, prompts or questions"})
-    train_batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "samples of a step"})
-    runs: int = field(default=5, metadata={"help": "to take the median of"})
-    seconds: float = field(default=60.0, metadata={"help": "no further run of a row begins after so many seconds"})
+    jobs: list[str] = field(
+        default_factory=list, metadata={"help": "names of jobs; default: all that the model has parts for"}
+    )
+    batches: list[int] = field(
+        default_factory=lambda: [1, 4, 16], metadata={"help": "batch sizes: images, prompts or questions at once"}
+    )
+    train_batches: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "batch sizes of the training steps"}
+    )
+    runs: int = field(default=5, metadata={"help": "number of runs, of which the median is reported"})
+    seconds: float = field(default=60.0, metadata={"help": "time limit of a row: no further run begins after it"})
     positions: int = field(default=0, metadata={"help": "image positions to draw; 0: all"})
-    threads: int = field(default=0, metadata={"help": "of the CPU; 0: torch's choice"})
+    threads: int = field(default=0, metadata={"help": "number of CPU threads; 0: torch's choice"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the decoder, and the model that is trained"})
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "train with less memory and more arithmetic"}
+        default=False, metadata={"help": "recompute activations in training, which takes less memory"}
     )
-    naive: bool = field(default=False, metadata={"help": "also the naive way, as a yardstick"})
-    output: str = field(default="", metadata={"help": "JSON file for all of it"})
+    naive: bool = field(default=False, metadata={"help": "also time the naive implementation, for comparison"})
+    output: str = field(default="", metadata={"help": "JSON file for settings, versions and rows"})
 
     def __post_init__(self):
         for name, choices in (("preset", PRESETS), ("dtype", DTYPES)):
