@@ -1,4 +1,4 @@
-"""Measurements of a trained model, each one command; numbers are written down with the settings behind them."""
+"""Measurements of a trained model, one command each. Results are stored with the settings they depend on."""
 
 from training import quiet_libraries
 

@@ -7,26 +7,30 @@ The same tokenizer is trained with K = 1, 2, 4, 8 sub-codebooks of `total_codes`
 quantization, the data and their order, the steps and the batch are the same.
 
 1. Search: for each K, every setting in `candidates` (dead-code revival, learning rates, ...) is tried once for
-   `search_steps`. The one with the highest PSNR on the `validation` images is this K's setting, and the only thing that
-   differs between the K besides the split of the codes.
+   `search_steps`. The one with the highest PSNR on the `validation` images is this K's setting. Apart from it, only the
+   split of the codes differs between the K.
 2. Comparison: each K is trained with its setting for `steps`, once for each seed, and measured on the `held_out` images.
    The largest K is also trained for reconstruction alone (`contrastive_weight` 0) and for captions alone (no
    reconstruction term).
 
-Measured are the PSNR of reconstructions (beside that of painting each image in its own mean colour, and of the mean
-training image); zero-shot accuracy, where captions are easy-VQA's 24 pairs of colour and shape, an image counting as
-right if, of all 24 texts, "a red circle" is the nearest to that of a red circle; and the percentage of all codes that
-the held-out images are encoded with. PSNR on the validation images during training shows whether `steps` were enough.
+Each run is measured by three metrics:
 
-What the paper (https://arxiv.org/abs/2502.20321) reports of this at its size: with a total of 16384, each doubling of
+- PSNR of reconstructions, beside two baselines: each image painted in its own mean colour, and the mean training image.
+- Zero-shot accuracy, if captions are easy-VQA's 24 pairs of colour and shape: an image of a red circle counts as right
+  if "a red circle" is the nearest of the 24 texts.
+- The percentage of all codes that the held-out images are encoded with.
+
+PSNR on the validation images during training shows whether `steps` were enough.
+
+The paper (https://arxiv.org/abs/2502.20321) reports at its size: with a total of 16384, each doubling of
 the sub-codebooks from 1 to 8 improves rFID and ImageNet accuracy (Table 8), and joint training reconstructs slightly
 better than reconstruction alone, rFID 0.72 and 0.82 (Table 6). Its Table 8 trains each tokenizer for one of the two
 (rFID without captions, accuracy without reconstruction); here, with captions, one tokenizer is measured for both.
 
 A run lives in `<output_dir>/runs/<name>`: its config, checkpoints while it trains, the tokenizer, and `result.json`.
-Its name ends with a digest of all that its result depends on, so that the same command goes on where it was killed and
-another setting has runs of its own. After each run `claims.json`, `claims.md` and `claims.png` are those of this
-command's finished runs. `--processes 2` trains each tokenizer in two processes, which share out the batch.
+Its name ends with a digest of every setting its result depends on: the same command resumes a killed run, and other
+settings get runs of their own. After each run `claims.json`, `claims.md` and `claims.png` cover the finished runs of this
+command. `--processes 2` trains each tokenizer in two processes, which divide the batch.
 """
 
 import hashlib

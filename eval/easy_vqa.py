@@ -1,10 +1,10 @@
-"""Measures a model on easy-VQA's test split: what its codes keep, what it answers, draws, and recolours.
+"""Measure a model on easy-VQA's test split: reconstruction, answers, drawings and edits.
 
 python -m eval.easy_vqa --model unitok_mllm/checkpoints/tiny --output runs/easy_vqa.json
 
-Each part is written to the JSON as soon as it is done, with its settings; the same command goes on from there
-(`--no_resume` measures all anew). Drawings are
-judged by `eval.judge`, which is trained first where its weights are missing. The picture next to the JSON shows them.
+Each finished part is written to the JSON with its settings, and the same command resumes from there (`--no_resume`
+measures everything again). `eval.judge` classifies the drawings; it is trained first if its weights are missing. A
+picture next to the JSON shows the drawings.
 """
 
 import importlib.metadata

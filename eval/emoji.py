@@ -1,14 +1,14 @@
-"""Measures a model on emoji of two styles: what its codes keep, whether it names pictures, and draws what is named.
+"""Measure a model on emoji of two styles: reconstruction, naming, and drawing by name.
 
     python -m eval.emoji --model unitok_mllm/checkpoints/tiny --guidance 1 --top_k 1 --data runs/data/emoji
 
-Held-out pictures (a tenth of the names, in one style) were never trained on in that style. A drawing counts as right if,
-of all names' pictures in the style asked for, that of its own name is the nearest (or among the five nearest) in pixels:
-mean squared error at 32x32, after the mean colour over each cell. The same figure of reconstructions says how much of it
-the tokenizer allows for. The picture next to the JSON shows drawings.
+Held-out pictures (a tenth of the names, in one style) were never trained on in that style. A drawing counts as right if
+its own name's picture is the nearest (or among the five nearest) of all names in the requested style. The distance is
+the mean squared error at 32x32, after averaging the colour over each cell. The same figure for reconstructions is the
+limit that the tokenizer sets. A picture next to the JSON shows drawings.
 
-Each part is written to the JSON as soon as it is done; the same command goes on from there (`--no_resume` measures all
-anew).
+Each finished part is written to the JSON, and the same command resumes from there (`--no_resume` measures everything
+again).
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Images for evaluation, in one order and under stable names, whatever they are stored in.
+"""Images for evaluation, in a fixed order and with stable names, from any kind of storage.
 
     open_images("photos")                            # all images below a folder
     open_images("imagenet/val")                      # class folders: labels too, by the sorted names of the folders
@@ -6,8 +6,8 @@
     open_images("saved")                             # a Hugging Face data set written by `save_to_disk`
     open_images("owner/name", split="validation")    # one of the hub
 
-`images[i]` is a picture, `images.names[i]` its name and `images.labels[i]` its class, where there are classes.
-`load_batches` preprocesses them; `choose` and `deal_out` say which, in how many processes.
+`images[i]` is a picture, `images.names[i]` its name and `images.labels[i]` its class, if there are classes.
+`load_batches` preprocesses them. `choose` selects a subset; `deal_out` divides it among processes.
 """
 
 import glob

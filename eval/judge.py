@@ -1,7 +1,7 @@
 """The judge: an independent classifier, a small CNN that names colour and shape in an easy-VQA picture.
 
-It shares nothing with the models that it judges, and learns from the train split alone: what the questions and answers
-about an image leave open is not held against it.  Trains in about a minute on two CPU cores.
+It shares nothing with the models that it judges, and learns from the train split alone. Colours and shapes that the
+questions about an image leave open are not part of its loss. Training takes about a minute on two CPU cores.
 
 python -m eval.judge --output runs/judge.safetensors
 """

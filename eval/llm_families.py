@@ -2,10 +2,10 @@
 
     python -m eval.llm_families --output docs/llm_families.md
 
-Each family's config is its default one with the known sizes shrunk, one layer of each kind that it has.  What is held
-to: the text logits are the bare LLM's; a picture changes them; answers and drawings are the same with a cache and
-without, alone and in a padded batch; a drawing's codes are the likeliest of a teacher-forced pass over prompt and image;
-every parameter that shall learn gets a gradient; a saved folder loads and gives the same.
+Each family's config is its default one with small sizes and one layer of each kind. The checks: text logits equal the
+bare LLM's; a picture changes them; answers and drawings are the same with and without a cache, alone and in a padded
+batch; a drawing's codes are the likeliest of a teacher-forced pass over prompt and image; every trainable parameter gets
+a gradient; a saved folder loads and gives the same outputs.
 """
 
 import argparse

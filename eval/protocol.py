@@ -1,8 +1,8 @@
 """Protocols: how a number was measured, stored with every measured and published number.
 
-An evaluation's JSON has a list `numbers`, each made by `number`; `published.yaml` says of numbers that others published
-what they were measured on and how, and names the command that measures them so here. `eval.report` sets two numbers side
-by side only where every field agrees (`differences`).
+An evaluation's JSON has a list `numbers`, each made by `number`; `published.yaml` has the same for
+published numbers, and the command that measures each of them here. `eval.report` compares two numbers only if every field
+agrees (`differences`).
 """
 
 from dataclasses import dataclass

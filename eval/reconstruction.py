@@ -1,4 +1,4 @@
-"""Measures what an image tokenizer or autoencoder loses: rFID, PSNR, SSIM, LPIPS, and how it uses its codes.
+"""Measure the reconstructions of an image tokenizer or autoencoder: rFID, PSNR, SSIM, LPIPS, and code usage.
 
     python -m eval.reconstruction --model unitok-large --images imagenet/val --output runs/unitok.json
     torchrun --nproc_per_node 8 -m eval.reconstruction --model unitok-large --images imagenet/val

@@ -2,11 +2,11 @@
 
     python -m eval.report runs/easy_vqa.json runs/emoji.json runs/claims/claims.json --output report.html
 
-Any JSON, or JSON lines, will do: a result is known by its `benchmark` or by keys that only one tool writes, and what
-is in it is tabulated as it comes, so that a result of an unknown kind is shown too. The page begins with the numbers that
-an evaluation names as its results; digests stand at its end. Numbers are rounded, shares are shown as percent, and all
-stand in full in the tooltip. Pictures that a result names, or that lie beside it under its name (`easy_vqa.png`,
-`easy_vqa-*.png`; `sheet.png`), are part of the page, which needs no other file and prints well.
+It reads any JSON or JSON lines. A result is recognised by its `benchmark`, or by keys that only one tool writes; the
+content of an unknown kind is shown as tables too. The page begins with the `numbers` of each evaluation and ends with
+digests. Numbers are rounded and shares are shown as percent; the tooltip has the full value. Pictures that a result names,
+or that lie beside it under its name (`easy_vqa.png`, `easy_vqa-*.png`; `sheet.png`), are embedded: the page needs no
+other file.
 
 A published number (`published.yaml`) stands beside a result where it was measured on the same data in the same way, by
 the protocols of both (`eval.protocol`); where one of another procedure exists, the page says what differs.

@@ -1,4 +1,4 @@
-"""How many drawings and answers a server gives, and how long each waits, beside one that takes requests in turn.
+"""Throughput and latency of the API server, compared with one that takes requests in turn.
 
     python -m eval.serving
     python -m eval.serving --model FOLDER --clients 1 16 --requests 32

@@ -1,4 +1,4 @@
-"""Times the model's jobs on this machine, one JSON line each, beside what the machine could do at best.
+"""Time the model's jobs on this machine, one JSON line each, and compare them with the machine's peaks.
 
     python -m eval.speed                                              # the shipped tiny model
     python -m eval.speed --preset smollm2 --dtype bfloat16 --jobs draw answer

@@ -1,4 +1,4 @@
-"""Draws the prompts of a text-to-image benchmark, and measures the pictures.
+"""Draw the prompts of a text-to-image benchmark, and measure the pictures.
 
     python -m eval.text_to_image --model MODEL --prompts genai_image.json --output runs/genai --samples 4 --guidance 5
     torchrun --nproc_per_node 8 -m eval.text_to_image --model MODEL --prompts evaluation_metadata.jsonl ...

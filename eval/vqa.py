@@ -1,4 +1,4 @@
-"""Measures a model on the benchmarks of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), and on easy-VQA.
+"""Measure a model on the benchmarks of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), and on easy-VQA.
 
 python -m eval.vqa --model FOLDER --tasks easy_vqa,vqav2_val,gqa,textvqa_val,pope,mme --output runs/vqa.json
 python -m eval.vqa --model FOLDER --tasks llava_textvqa,llava_gqa,llava_pope,llava_mme,llava_mmvet --output runs/vqa.json

@@ -3,7 +3,7 @@
     PYTHON_OF_T2V_METRICS -m eval.vqa_score pairs.json scores.json --model clip-flant5-xxl
 
 `pairs.json` is a list of [picture's path, text]; `scores.json` becomes the list of their scores in [0, 1]. The package
-pins torch 2.5 and transformers 4.49 and so has an environment of its own: this file needs nothing but the package.
+pins torch 2.5 and transformers 4.49, so it needs an environment of its own. This file needs nothing but the package.
 `eval.text_to_image --vqa_python` runs it there.
 """
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification: how often an image's own class has the text embedding nearest to it, of all classes.
+"""Zero-shot classification: how often the text embedding nearest to an image is that of its class.
 
     python -m eval.zero_shot --model unitok-large --images imagenet/val --output runs/imagenet.json
     torchrun --nproc_per_node 8 -m eval.zero_shot --model unitok-large --images imagenet/val

@@ -1,4 +1,4 @@
-"""Command lines of the training scripts: one YAML file, then `--name value` for whatever should differ from it."""
+"""Command lines of the training scripts: a YAML file, and `--name value` to override its fields."""
 
 import argparse
 import os

@@ -1,5 +1,5 @@
-"""How every script ends: what a user can mend takes one line on stderr and exit code 2, and so do Ctrl-C with 130,
-SIGTERM with 143 and SIGHUP with 129.
+"""How scripts end. An error that the user can correct takes one line on stderr and exit code 2. So do signals: Ctrl-C
+with 130, SIGTERM with 143, SIGHUP with 129.
 
 Any other exception is a bug and shows its traceback.
 """

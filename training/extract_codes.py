@@ -1,10 +1,10 @@
-"""Encodes images once, with UniTok's visual tokenizer, for trainings that then need not open them.
+"""Encode images once with UniTok's visual tokenizer, so that trainings need not open them.
 
     python -m training.extract_codes data/train.json data/codes --visual-model runs/tokenizer/release
     torchrun --nproc_per_node 8 -m training.extract_codes "data/{00000..00099}.tar" data/codes --visual-model ...
 
-The images are divided into shards, and the shards among the processes.  The same command goes on after a run that broke
-off, with the shards that are missing, in any number of processes.  `training.codes.CodeStore` reads the result.
+The images are divided into shards, and the shards among the processes. After an interrupted run, the same command writes
+the missing shards, with any number of processes. `training.codes.CodeStore` reads the result.
 """
 
 import hashlib

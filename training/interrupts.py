@@ -1,4 +1,4 @@
-"""What ends a script from outside: SIGINT, SIGTERM and SIGHUP all end it as Ctrl-C does, and a training keeps its steps."""
+"""Signals that end a script: SIGINT, SIGTERM and SIGHUP act like Ctrl-C, and a training saves its finished steps."""
 
 import os
 import signal

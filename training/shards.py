@@ -1,4 +1,4 @@
-"""Tar files of samples from anywhere: what a compressed one says to hold takes memory in proportion to its own size."""
+"""Tar files of samples from untrusted sources: memory stays in proportion to the size of a compressed file."""
 
 import bz2
 import gzip

@@ -1,8 +1,8 @@
-"""The command line `unitok-mllm`: demo, reconstruct, ask, generate, edit, convert, serve, env.
+"""The command line `unitok-mllm`: demo, reconstruct, ask, generate, edit, convert, serve, api, env.
 
-Results go to stdout, progress to stderr.  What a user can get wrong ends in one line `error: ...` and exit code 2;
-any other exception is a bug and shows its traceback.  Heavy modules are imported where they are needed: help, usage
-errors and missing files need neither torch nor transformers, and tests hold them to it.
+Results go to stdout, progress to stderr. An error of the user takes one line `error: ...` and exit code 2; any other
+exception is a bug and shows its traceback. Heavy modules are imported where they are needed: help, usage errors and
+missing files need neither torch nor transformers, which tests check.
 """
 
 import codecs

@@ -1,10 +1,10 @@
-"""What stands in front of a server: an ASGI middleware that lets through what its own page asks for, within limits.
+"""ASGI middleware in front of a server. It passes the requests of the server's own page, within limits.
 
-A browser sends requests for every page that its user opens, so who may ask is a matter of the headers `Host` and
-`Origin`: a page elsewhere can neither send requests here nor read what is here under a name of its own (DNS rebinding).
-What a visitor may take (bytes, requests, jobs) is counted by address; IPv6 by its /64 network.
+Browsers send requests on behalf of any page that the user opens. The headers `Host` and `Origin` therefore decide: a
+foreign page can neither send requests nor read responses under a name of its own (DNS rebinding). Bytes, requests and
+jobs are limited by address, for IPv6 by /64 network.
 
-Knows nothing of what it guards: every server of this package can stand behind it.
+The guard knows nothing of the application: every server of this package can use it.
 """
 
 import asyncio

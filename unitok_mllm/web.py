@@ -1,12 +1,12 @@
 """The page of `unitok-mllm serve`: a chat with pictures, drawings, and the visual tokenizer; on gradio (extra `web`).
 
-`SharedModel` does the work and knows nothing of pages; `build_page` lays it out; `serve` shows it to browsers.  What a
-visitor can get wrong is a ValueError, shown on the page; any other exception is a bug and shows its traceback in the
-terminal alone.
+`SharedModel` does the work and knows nothing of pages; `build_page` lays out the page; `serve` runs the server. A
+visitor's error is a ValueError, shown on the page; any other exception is a bug, whose traceback appears only in the
+terminal.
 
-Only pictures and texts come from the browser.  The conversation stays on this side, so that no visitor can hand in
-another's, and everything uploaded or drawn lies in one folder, the only one that the page serves files from.  A `Guard`
-stands in front of it; docs/robustness.md says what against.
+The browser sends only pictures and texts. The conversation stays on the server, so that no visitor can submit
+another's. Uploads and drawings lie in one folder, the only one that the page serves files from. A `Guard` protects the
+server; docs/robustness.md lists the attacks.
 """
 
 import colorsys

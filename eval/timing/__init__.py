@@ -1,1 +1,1 @@
-"""The rooms of `eval.speed`: its settings, subjects, jobs and bounds, counting and measuring, and the naive yardstick."""
+"""The parts of `eval.speed`: settings, subjects, jobs, bounds, counting, measuring, and the naive implementation."""

@@ -11,14 +11,14 @@ def nbytes(*tensors: torch.Tensor) -> int:
 
 
 def weight_bytes(*modules: nn.Module) -> int:
-    """Of all parameters, shared ones once, but for embeddings: of these only the rows looked up are read."""
+    """Count the bytes of all parameters, shared ones once, without embeddings, of which only a few rows are read."""
     layers = [layer for module in modules for layer in module.modules() if not isinstance(layer, nn.Embedding)]
     return nbytes(*{id(p): p for layer in layers for p in layer.parameters(recurse=False)}.values())
 
 
 @torch.no_grad()
 def cache_bytes(mllm: UniTokMLLMForConditionalGeneration) -> int:
-    """Of one token's keys and values in all layers of the LLM."""
+    """Count the bytes of one token's keys and values in all layers of the LLM."""
     width = mllm.config.text_config.hidden_size
     embeds = torch.zeros(1, 1, width, dtype=mllm.dtype, device=mllm.device)
     cache = mllm.get_decoder()(inputs_embeds=embeds, use_cache=True).cache
@@ -35,7 +35,7 @@ def decode_bytes(tokenizer: UniTokModel, codes: torch.Tensor, pixels: torch.Tens
 
 
 def draw_bytes(mllm: UniTokMLLMForConditionalGeneration, rows: int, prompt_tokens: int, positions: int) -> int:
-    """Of drawing, `rows` being prompts times guidance branches."""
+    """Count the bytes of drawing; `rows` is prompts times guidance branches."""
     head = mllm.depth_head
     depth = weight_bytes(head.in_proj) + head.num_codebooks * weight_bytes(head.layers, head.norm, head.head)
     earlier = sum(prompt_tokens + position - 1 for position in range(1, positions))
@@ -47,7 +47,7 @@ def draw_bytes(mllm: UniTokMLLMForConditionalGeneration, rows: int, prompt_token
 
 
 def answer_bytes(mllm: UniTokMLLMForConditionalGeneration, rows: int, prompt_tokens: int, tokens: int) -> int:
-    """Of an answer's tokens after the first."""
+    """Count the bytes of an answer's tokens after the first."""
     earlier = sum(prompt_tokens + token - 1 for token in range(1, tokens))
     llm = weight_bytes(mllm.get_decoder(), mllm.get_output_embeddings())
     return (tokens - 1) * llm + rows * earlier * cache_bytes(mllm)

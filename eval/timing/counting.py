@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 
 class PeakMemory:
-    """Inside it, watches the memory in use: of the process, every millisecond, or what is allocated on CUDA.
+    """Context that records peak memory: of the process, sampled every millisecond, or the allocations on CUDA.
 
     Attributes:
         before, peak: bytes.
@@ -49,7 +49,7 @@ class PeakMemory:
 
 
 def flop_counter(trains: bool) -> FlopCounterMode:
-    """torch's, with the CPU's attention and oneDNN's linear layers, and with the groups of convolutions backward."""
+    """Make torch's counter, extended by the CPU's attention, oneDNN's linear layers and grouped convolutions' backward."""
     aten = torch.ops.aten
 
     def attention(query, key, value, *args, out_shape=None, **kwargs) -> int:

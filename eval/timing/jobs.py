@@ -1,4 +1,4 @@
-"""The jobs by name: peaks of the machine, coding, drawing, answering, imports; and those of `training_jobs`."""
+"""All jobs by name. Those without training are here: peaks of the machine, coding, drawing, answering, imports."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ NOT_AT_IMPORT = ("deepspeed", "diffusers", "lmms_eval", "gradio", "peft", "datas
 
 
 def peaks_jobs(settings: Settings) -> Iterator[Job]:
-    """The machine's own best."""
+    """Yield the machine's peaks: the best matrix product, and the best reading of memory."""
     size = 2048 if settings.device == "cpu" else 8192
     matrix = torch.rand(size, size, dtype=getattr(torch, settings.dtype), device=settings.device)
     linear = nn.Linear(size, size, bias=False, device=settings.device, dtype=matrix.dtype)
@@ -172,14 +172,14 @@ def first_answer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
 
 
 def import_in_fresh_process(line: str) -> list[str]:
-    """Which heavy libraries the line of Python brings along."""
+    """Run a line of Python in a fresh process. Returns the heavy libraries that it imports."""
     program = f"import sys; {line}; print(*sorted(set({NOT_AT_IMPORT}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     return done.stdout.split()
 
 
 def import_jobs(settings: Settings) -> Iterator[Job]:
-    """The package, and what it stands on: no import of it can be shorter."""
+    """Yield the imports of the package and, as lower bounds, of the libraries below it."""
     for detail, line in (
         ("", "from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor"),
         ("transformers alone", "from transformers import AutoImageProcessor, AutoProcessor, LlamaForCausalLM"),

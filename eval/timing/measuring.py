@@ -1,4 +1,4 @@
-"""A job, and its measurement: count a run, time others, compare outputs."""
+"""Jobs and their measurement: count one run, time the others, compare outputs."""
 
 import statistics
 import time
@@ -25,19 +25,19 @@ class Way:
 
 @dataclass
 class Job:
-    """What becomes a row, or two.
+    """A job, which gives one row, or two with the naive way.
 
     Attributes:
-        fast, naive: how it is computed; `naive` None where there is no other way.
-        amount, unit: what one run makes, for the throughput.
-        least_bytes: see the module's docstring; without activations.
+        fast, naive: the ways to compute it; `naive` is None if there is no other way.
+        amount, unit: output of one run, for the throughput.
+        least_bytes: see `eval.speed`; without activations.
         trained: the module whose parameters take gradients; None for inference.
         counted: False to time it alone, without a run before that counts FLOPs and memory.
-        first: what is timed is the very first run.
-        runs: instead of the settings'.
-        best: the fastest run instead of the median.
+        first: time the very first run.
+        runs: number of runs; None for that of the settings.
+        best: take the fastest run instead of the median.
         quality: further fields of the row.
-        describe: a note on the output.
+        describe: makes a note on the output.
     """
 
     fast: Way
@@ -58,7 +58,7 @@ class Job:
 
 @dataclass
 class Measurement:
-    """Of one way; None for what was not counted. `kept_bytes`: of what autograd keeps for the backward pass."""
+    """Measurement of one way; None if not counted. `kept_bytes` is what autograd keeps for the backward pass."""
 
     output: Any
     seconds: float
@@ -70,7 +70,7 @@ class Measurement:
 
 
 def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Wall time in seconds, and the output."""
+    """Run once. Returns wall time in seconds, and the output."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -81,7 +81,7 @@ def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 
 def count(way: Way, trained: nn.Module | None, settings: Settings) -> Measurement:
-    """FLOPs, memory and what autograd keeps, in a run that is not timed."""
+    """Count FLOPs, memory and the bytes that autograd keeps, in a run that is not timed."""
     parameters = {StorageWeakRef(p.untyped_storage()) for p in trained.parameters()} if trained is not None else set()
     kept: dict[StorageWeakRef, int] = {}
 
@@ -106,7 +106,7 @@ def count(way: Way, trained: nn.Module | None, settings: Settings) -> Measuremen
 
 
 def measure(job: Job, with_naive: bool, settings: Settings) -> list[Measurement]:
-    """Counts, then times the job's ways in turn, so that what else the machine does meets them alike."""
+    """Count, then time the job's ways in turn, so that other load on the machine affects them alike."""
     ways = [job.fast, job.naive] if with_naive and job.naive is not None else [job.fast]
     trains = job.trained is not None
     with torch.inference_mode(not trains), torch.set_grad_enabled(trains):
@@ -129,7 +129,7 @@ def measure(job: Job, with_naive: bool, settings: Settings) -> list[Measurement]
 
 
 def difference(output: torch.Tensor, other: torch.Tensor) -> float:
-    """Share of codes or tokens that differ, relative difference of losses, or largest difference of pixels."""
+    """Compute the share of differing codes or tokens, the relative difference of losses, or the largest of pixels."""
     if not output.is_floating_point():
         return (output != other).float().mean().item()
     largest = (output.float() - other.float()).abs().max()

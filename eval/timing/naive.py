@@ -1,9 +1,9 @@
-"""The jobs of `eval.speed` computed the plain way, by the same loaded weights: its yardstick, and a check of its results.
+"""Plain implementations of the jobs of `eval.speed` with the same weights, to compare time and results.
 
 No key/value caches (each image position, and each text token, reads the whole prefix anew; the depth transformer runs
 anew for each code, over the codes of that position so far), a loop over the sub-codebooks, and nearest upsampling
-followed by a 3x3 convolution. All of it takes the model's modules by the names that checkpoints
-know them by. Only `tokenizer_forward` is to be trained through.
+followed by a 3x3 convolution. The functions use the model's own
+modules. Only `tokenizer_forward` is differentiable.
 """
 
 import math

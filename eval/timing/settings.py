@@ -1,4 +1,4 @@
-"""What is timed, and how: the options of `eval.speed`."""
+"""The options of `eval.speed`, with its presets and their jobs."""
 
 from dataclasses import dataclass, field
 
@@ -26,11 +26,11 @@ PRESETS = {
 
 @dataclass
 class Settings:
-    """The command line.
+    """Command-line options.
 
     Raises:
-        ValueError: an unknown preset, dtype, device or job, a job that the model has no part for, a folder that is no
-            model, or a number out of its range.
+        ValueError: an unknown preset, dtype, device or job; a job that the model has no part for; a folder without a
+            model; or a number out of its range.
     """
 
     preset: str = field(default="tiny", metadata={"help": f"one of {', '.join(PRESETS)}"})
@@ -81,10 +81,10 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """Of the model."""
+        """Name of the model."""
         return self.model or self.preset
 
     @property
     def folder(self) -> str:
-        """That the model is loaded from; empty for random weights."""
+        """Folder to load the model from; empty for random weights."""
         return self.model or (str(SHIPPED_MODEL) if self.preset == "tiny" else "")

@@ -1,4 +1,4 @@
-"""The models that are timed, and what they are given: photographs and ids without meaning."""
+"""The models to time, and their inputs: photographs, and random token ids."""
 
 from dataclasses import dataclass
 
@@ -33,13 +33,13 @@ LLAMA_2_7B = LlamaConfig(
 
 @dataclass
 class Subject:
-    """The model that is timed.
+    """The model to time.
 
     Attributes:
         tokenizer: its visual tokenizer.
-        mllm: None where there is the tokenizer alone.
-        note: what to know of its weights.
-        has_visual: False where the visual tokenizer is a stand-in, to be kept out of what is timed.
+        mllm: None for a tokenizer alone.
+        note: remark on its weights.
+        has_visual: False if the visual tokenizer is a stand-in, which is not timed.
     """
 
     tokenizer: UniTokModel
@@ -49,14 +49,14 @@ class Subject:
 
 
 def smollm2_mllm() -> UniTokMLLMForConditionalGeneration:
-    """With an LLM of SmolLM2-135M's size, 8 codebooks of 4096 and 256 positions; the visual tokenizer is a stand-in."""
+    """Build an LLM of SmolLM2-135M's size with 8 codebooks of 4096 and 256 positions, and a small stand-in tokenizer."""
     visual = UniTokConfig.preset("tiny", image_size=256, codebook_size=4096)
     config = UniTokMLLMConfig(text_config=SMOLLM2, visual_config=visual, image_token_id=SMOLLM2.vocab_size)
     return UniTokMLLMForConditionalGeneration(config)
 
 
 def load_subject(settings: Settings) -> Subject:
-    """The model, float32 but for a 7B LLM's weights; see `encode_jobs` for what casts it."""
+    """Load or build the model, in float32 except for a 7B LLM's weights. The jobs cast it to the dtype of the settings."""
     torch.manual_seed(0)
     if settings.folder:
         is_tokenizer = isinstance(AutoConfig.from_pretrained(settings.folder), UniTokConfig)
@@ -75,7 +75,7 @@ def load_subject(settings: Settings) -> Subject:
 
 
 def photographs(image_size: int) -> torch.Tensor:
-    """Six photographs, (6, 3, H, W) in [-1, 1]."""
+    """Load six photographs, (6, 3, H, W) in [-1, 1]."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
@@ -85,10 +85,10 @@ def photographs(image_size: int) -> torch.Tensor:
 
 
 def repeat_to(rows: torch.Tensor, batch: int) -> torch.Tensor:
-    """The first `batch` rows, begun again where they end."""
+    """Repeat the rows cyclically, up to `batch` of them."""
     return rows[torch.arange(batch, device=rows.device) % len(rows)]
 
 
 def random_ids(config: UniTokMLLMConfig, *shape: int) -> torch.Tensor:
-    """Token ids without meaning, above the special ones."""
+    """Draw random token ids, above the special ones."""
     return torch.randint(10, min(1000, config.text_config.vocab_size), shape)

@@ -23,7 +23,7 @@ def training_step(
     max_grad_norm: float,
     settings: Settings,
 ) -> torch.Tensor:
-    """Forward, backward and update; returns the loss."""
+    """Run forward, backward and update. Returns the loss."""
     with torch.autocast(settings.device.split(":")[0], torch.bfloat16, enabled=settings.dtype == "bfloat16"):
         loss = loss_of()
     loss.backward()
@@ -34,8 +34,10 @@ def training_step(
 
 
 def made_trainable(module: PreTrainedModel, settings: Settings) -> tuple[PreTrainedModel, torch.optim.AdamW]:
-    """The model as the settings train it, and an optimizer that does all its work and, at a rate of 0, leaves the
-    weights as they are, so that every run computes the same."""
+    """Prepare a model for training, with an optimizer whose rate of 0 leaves the weights unchanged.
+
+    Every run then computes the same values, with the optimizer's full cost.
+    """
     module.requires_grad_(True).train()
     if settings.gradient_checkpointing:
         module.gradient_checkpointing_enable()
@@ -70,9 +72,9 @@ def train_tokenizer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
 
 
 def training_sample(config: UniTokMLLMConfig, writes: bool, text_tokens: int) -> dict:
-    """A sample that writes an image from `text_tokens` tokens, or reads one and learns the last 8 of them.
+    """Make a sample that writes an image from `text_tokens` tokens, or reads one and learns the last 8 of them.
 
-    Ids and codes have no meaning; the form is that of `training.data`.
+    Ids and codes are random; the format is that of `training.data`.
     """
     vision, positions = config.visual_config.vision_config, config.num_image_positions
     ids = random_ids(config, text_tokens + positions + 3)
@@ -90,8 +92,10 @@ def training_sample(config: UniTokMLLMConfig, writes: bool, text_tokens: int) ->
 
 
 def training_batch(config: UniTokMLLMConfig, batch: int, mix: str, packed: bool, device: str) -> dict:
-    """What the MLLM's trainer gets from its collator: `batch` samples of unequal lengths, of which those of the mix
-    (read, half, write) write an image. Packed rows hold at least two samples."""
+    """Make a batch as the MLLM trainer's collator does, of samples of unequal lengths.
+
+    The mix ("read", "half", "write") decides how many of them write an image. Packed rows hold at least two samples.
+    """
     from training.data import MLLMCollator
 
     writes = {"read": lambda i: False, "half": lambda i: i % 2 == 0, "write": lambda i: True}[mix]
@@ -102,7 +106,7 @@ def training_batch(config: UniTokMLLMConfig, batch: int, mix: str, packed: bool,
 
 
 def train_mllm_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
-    """Each batch with half of its samples writing (a single one writes), and one of them with all mixes and packed."""
+    """Yield a job for each batch size, half of whose samples write (a single one writes); one size has all mixes."""
     if settings.preset == "7b" and not settings.model:
         subject.mllm.to(getattr(torch, settings.dtype))
     mllm, optimizer = made_trainable(subject.mllm, settings)
