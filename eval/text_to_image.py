@@ -2,6 +2,7 @@
 
     python -m eval.text_to_image --model MODEL --prompts genai_image.json --output runs/genai --samples 4 --guidance 5
     torchrun --nproc_per_node 8 -m eval.text_to_image --model MODEL --prompts evaluation_metadata.jsonl ...
+    ... --ray_workers 16          # on a Ray cluster (extra `ray`), see docs/serving.md
     ... --clip openai/clip-vit-large-patch14 --vqa_score clip-flant5-xxl --vqa_python ~/t2v/bin/python
     ... --prompts meta_data.json --samples 1 --fid_reference mjhq30k_imgs --fid_tool clean-fid --fid_size 256
 
@@ -46,6 +47,7 @@ from eval.prompts import FORMATS, Prompt, read_prompts
 from eval.protocol import number
 from training.errors import one_line_errors
 from training.files import check_model_folder, folder_digest, write_atomically
+from training.ray_jobs import run_jobs
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, load_image
@@ -86,6 +88,7 @@ class Settings(DrawingSettings):
     )
     truncate: bool = field(default=False, metadata={"help": "cut prompts that are too long for the model"})
     batch_size: int = field(default=16, metadata={"help": "pictures at a time, in each process"})
+    ray_workers: int = field(default=0, metadata={"help": "draw with so many workers of Ray; 0: in this process"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
     clip: str = field(default="", metadata={"help": "CLIP score by this model: a folder, or a name on the hub"})
     fid_reference: str = field(default="", metadata={"help": "FID to the pictures in this folder and those below it"})
@@ -107,6 +110,8 @@ class Settings(DrawingSettings):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.complete(self.model)
+        if self.ray_workers < 0:
+            raise ValueError(f"ray_workers must be at least 0, got {self.ray_workers}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.format and self.format not in FORMATS:
@@ -185,15 +190,52 @@ def is_whole(path: Path) -> bool:
 
 
 def draw(
-    model: UniTokMLLMForConditionalGeneration, processor: UniTokMLLMProcessor, pictures: list[Picture], **options
+    model: UniTokMLLMForConditionalGeneration,
+    processor: UniTokMLLMProcessor,
+    texts: list[str],
+    seeds: list[int],
+    **options,
 ) -> list[Image.Image]:
     """Draw a batch. Codes are decoded one by one, since in a batch a pixel may round to another grey level.
 
     Args:
         options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `top_p`.
     """
-    codes = draw_codes(model, processor, [p.text for p in pictures], seed=[p.seed for p in pictures], **options)
+    codes = draw_codes(model, processor, texts, seed=seeds, **options)
     return [picture for row in codes.split(1) for picture in pictures_of(model, processor, row)]
+
+
+class Drawer:
+    """Draws batches of pictures, and writes those that are missing.
+
+    Args:
+        model: folder.
+        device: see `find_device`.
+        image_format: of the files.
+        options: of `draw`.
+    """
+
+    def __init__(self, model: str, device: str, image_format: str, options: dict):
+        self.model, self.processor = load_model(model, device)
+        self.image_format, self.options = image_format, options
+
+    def __call__(self, batch: list[tuple[str, str, int]]) -> dict:
+        """Draw a batch, whole, if some of it is missing.
+
+        Args:
+            batch: the path, text and seed of each picture.
+
+        Returns:
+            The number of pictures that it has drawn and written, and where.
+        """
+        missing = {path for path, *_ in batch if not is_whole(Path(path))}
+        if missing:
+            _, texts, seeds = map(list, zip(*batch))
+            images = draw(self.model, self.processor, texts, seeds, **self.options)
+            for (path, *_), image in zip(batch, images):
+                if path in missing:
+                    write_atomically(path, picture_bytes(image, IMAGE_FORMATS[self.image_format]))
+        return {"drawn": len(missing), "device": str(self.model.device), "dtype": str(self.model.dtype)}
 
 
 def vqa_scores(
@@ -238,6 +280,8 @@ class Evaluation:
     def __init__(self, settings: Settings):
         self.settings, self.folder = settings, Path(settings.output)
         self.state = PartialState(cpu=settings.device == "cpu", timeout=WAIT)
+        if settings.ray_workers and self.state.num_processes > 1:
+            raise ValueError("--ray_workers starts its own processes: no torchrun beside it")
         self.device = str(find_device(settings.device, self.state.device))
         self.format, prompts = read_prompts(settings.prompts, settings.format)
         self.prompts, self.num_prompts = prompts[: settings.limit], len(prompts)
@@ -344,25 +388,33 @@ class Evaluation:
                     write_atomically(path, json.dumps(prompt.metadata).encode())
         if not batches:
             return self.earlier.get("drawing", {"drawn": 0, "seconds": 0.0})
-        start, own = time.perf_counter(), batches[state.process_index :: state.num_processes]
-        model, _ = load_model(self.settings.model, self.device)
-        title = f"drawing, 1 of {state.num_processes} processes" if state.num_processes > 1 else "drawing"
-        total = sum(picture.path in missing for batch in own for picture in batch)
+        start = time.perf_counter()
+        jobs = [[(str(p.path.absolute()), p.text, p.seed) for p in batch] for batch in batches]
+        arguments = {
+            "model": str(Path(self.settings.model).absolute()),
+            "image_format": self.settings.image_format,
+            "options": self.settings.drawing,
+        }
+        num_workers = self.settings.ray_workers
+        if num_workers:
+            own, title = jobs, f"drawing, {num_workers} workers"
+            arguments["device"] = self.settings.device  # found by each worker
+            reports = run_jobs("eval.text_to_image:Drawer", arguments, jobs, num_workers)
+        else:
+            own = jobs[state.process_index :: state.num_processes]
+            title = f"drawing, 1 of {state.num_processes} processes" if state.num_processes > 1 else "drawing"
+            reports = map(Drawer(device=self.device, **arguments), own)
+        total, report = sum(Path(path) in missing for job in own for path, *_ in job), {}
         with tqdm(total=total, desc=title, unit="picture", disable=not state.is_main_process) as bar:
-            for batch in own:
-                images = draw(model, self.processor, batch, **self.settings.drawing)
-                for picture, image in zip(batch, images):
-                    if picture.path in missing:
-                        data = picture_bytes(image, IMAGE_FORMATS[self.settings.image_format])
-                        write_atomically(picture.path, data)
-                        bar.update()
+            for report in reports:
+                bar.update(report["drawn"])
         state.wait_for_everyone()
         return {
             "drawn": len(missing),
             "seconds": round(time.perf_counter() - start, 1),
-            "processes": state.num_processes,
-            "device": str(model.device),
-            "dtype": str(model.dtype),
+            "processes": num_workers or state.num_processes,
+            "device": report.get("device", self.device),
+            "dtype": report.get("dtype"),
         }
 
     def clip_score(self) -> dict:

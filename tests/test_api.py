@@ -94,7 +94,7 @@ def expected_answer(model, processor, **options) -> str:
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
     )
     ids = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
-    return processor.tokenizer.decode(ids, skip_special_tokens=True)
+    return processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
 
 
 def test_chats_whole_and_streamed_are_those_of_generate(client, lively_mllm, processor):

@@ -2,6 +2,7 @@
 
     python -m training.extract_codes data/train.json data/codes --visual-model runs/tokenizer/release
     torchrun --nproc_per_node 8 -m training.extract_codes "data/{00000..00099}.tar" data/codes --visual-model ...
+    ... --ray-workers 16          # on a Ray cluster (extra `ray`), see docs/serving.md
 
 The images are divided into shards, and the shards among the processes. After an interrupted run, the same command writes
 the missing shards, with any number of processes. `training.codes.CodeStore` reads the result.
@@ -29,8 +30,9 @@ from training.codes import shard_path, write_metadata, write_shard
 from training.errors import one_line_errors, script_app
 from training.files import IMAGE_SUFFIXES, BrokenSamples, ImageStore, read_rows
 from training.image_text_data import augmentation, random_numbers, sample_seed
+from training.ray_jobs import run_jobs
 from training.run_folder import claim_folder
-from unitok_mllm import UniTokModel
+from unitok_mllm import UniTokConfig, UniTokModel
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, MODES, UniTokImageProcessor
 from unitok_mllm.packing_unitok import pack_linears
@@ -162,21 +164,22 @@ def main(
     bf16: Annotated[bool, typer.Option(help="encode in bfloat16; the search for codes stays float32")] = False,
     seed: Annotated[int, typer.Option(help="of mirroring and shifts")] = 0,
     max_broken_share: Annotated[float, typer.Option(help="of a process's images; more of them stop it")] = 0.01,
+    ray_workers: Annotated[int, typer.Option(min=0, help="workers of Ray; 0: the process itself")] = 0,
 ) -> None:
     """Writes the codes of the images that DATA names to OUT."""
     if variants > 1 and not mirror and not max_shift:
         raise ValueError(f"{variants} variants would be the same: mirror them, or give a max_shift.")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    automatic = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
-    device = find_device(device, automatic)
+    if ray_workers and world_size > 1:
+        raise ValueError("--ray-workers starts its own processes: no torchrun beside it")
+    if not ray_workers:
+        find_device(device)
     weights = sorted(visual_model.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"There is no model in {visual_model}: it has no .safetensors file.")
     claim_folder(out, rank == 0)
     keys, store = image_keys(data, image_folder)
-    model = UniTokModel.from_pretrained(visual_model, dtype=torch.bfloat16 if bf16 else torch.float32)
-    model = pack_linears(model.to(device).eval())
-    config = model.config.vision_config
+    config = UniTokConfig.from_pretrained(visual_model).vision_config
     num_shards = -(-len(keys) // shard_size)
     metadata = {
         "visual_model": visual_model.resolve().name,
@@ -199,21 +202,79 @@ def main(
     }
     write_metadata(out, metadata)
 
-    size = {"height": config.image_size, "width": config.image_size}
-    image_processor = UniTokImageProcessor(mode=mode.value, size=size)
-    augment = augmentation(image_processor, mirror, max_shift)
-    images = ImageVariants(keys, store, image_processor, augment, variants, seed)
-    todo = {}
+    todo = []
     for shard in range(rank, num_shards, world_size):
-        path = shard_path(out, shard, metadata)
+        path = shard_path(out, shard, metadata).absolute()
         if not path.is_file():
-            todo[path] = range(shard * shard_size, min((shard + 1) * shard_size, len(keys)))
-    start = time.perf_counter()
-    broken = write_shards(model, images, todo, batch_size, workers, max_broken_share, show_progress=rank == 0)
-    rate = broken.seen / (time.perf_counter() - start)
-    print(
-        f"process {rank}: {broken.seen} images, {broken.broken} of them broken, {rate:.1f} images/s; the rest was there"
-    )
+            todo.append((str(path), shard * shard_size, min((shard + 1) * shard_size, len(keys))))
+    arguments = {
+        "visual_model": str(visual_model.absolute()),
+        "data": str(Path(data).absolute()),
+        "image_folder": str(Path(image_folder).absolute()) if image_folder else "",
+        "device": device,
+        "augmentations": {"horizontal_flip": mirror, "max_shift": max_shift},
+        **{"mode": mode.value, "variants": variants, "seed": seed, "bf16": bf16},
+        **{"batch_size": batch_size, "workers": workers, "max_broken_share": max_broken_share},
+    }
+    start, title = time.perf_counter(), f"{ray_workers} workers" if ray_workers else f"process {rank}"
+    if ray_workers:
+        seen = broken = 0
+        with tqdm(total=sum(stop - first for _, first, stop in todo), unit="image") as bar:
+            for one in run_jobs("training.extract_codes:Extractor", arguments, todo, ray_workers):
+                seen, broken = seen + one["seen"], broken + one["broken"]
+                bar.update(one["seen"])
+    else:
+        counts = Extractor(**arguments, named=(keys, store)).write(todo, show_progress=rank == 0)
+        seen, broken = counts.seen, counts.broken
+    rate = seen / (time.perf_counter() - start)
+    print(f"{title}: {seen} images, {broken} of them broken, {rate:.1f} images/s; the rest was there")
+
+
+class Extractor:
+    """A visual tokenizer and the images that it encodes, in one process.
+
+    Arguments are those of the command line, and `named`, what `image_keys` gave, if that is known.
+
+    Raises:
+        ValueError: see `image_keys` and `find_device`.
+    """
+
+    def __init__(
+        self,
+        visual_model: str,
+        data: str,
+        image_folder: str,
+        device: str,
+        bf16: bool,
+        mode: str,
+        augmentations: dict,
+        variants: int,
+        seed: int,
+        batch_size: int,
+        workers: int,
+        max_broken_share: float,
+        named: tuple[list[str], ImageStore] | None = None,
+    ):
+        automatic = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+        model = UniTokModel.from_pretrained(visual_model, dtype=torch.bfloat16 if bf16 else torch.float32)
+        self.model = pack_linears(model.to(find_device(device, automatic)).eval())
+        side = model.config.vision_config.image_size
+        image_processor = UniTokImageProcessor(mode=mode, size={"height": side, "width": side})
+        augment = augmentation(image_processor, **augmentations)
+        keys, store = named or image_keys(data, image_folder)
+        self.images = ImageVariants(keys, store, image_processor, augment, variants, seed)
+        self.batch_size, self.workers, self.max_broken_share = batch_size, workers, max_broken_share
+
+    def write(self, shards: list[tuple[str, int, int]], show_progress: bool = False) -> BrokenSamples:
+        """Write shards, each a path and the numbers of its first image and of the one after its last."""
+        ranges = {Path(path): range(start, stop) for path, start, stop in shards}
+        sizes = self.batch_size, self.workers, self.max_broken_share
+        return write_shards(self.model, self.images, ranges, *sizes, show_progress=show_progress)
+
+    def __call__(self, shard: tuple[str, int, int]) -> dict:
+        """Write a shard, unless it is there, as a job of Ray; returns how many images it has seen."""
+        counts = self.write([] if Path(shard[0]).is_file() else [shard])
+        return {"seen": counts.seen, "broken": counts.broken}
 
 
 def write_shards(

@@ -8,12 +8,14 @@ import asyncio
 import base64
 import hmac
 import logging
+import os
 import threading
 import time
 from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from fastapi import FastAPI, Request
@@ -251,6 +253,19 @@ class Front:
             self.metrics.observe("response", time.monotonic() - start)
             with self.metrics.lock:
                 self.metrics.requests["/".join(scope["path"].split("/")[2:4]), status] += 1
+
+
+def read_key(file: str | os.PathLike | None) -> str | None:
+    """The API key in a file, or without one in `UNITOK_API_KEY`; None if there is none.
+
+    Raises:
+        ValueError: the file or the variable is empty.
+        OSError: the file cannot be read.
+    """
+    key = os.environ.get("UNITOK_API_KEY") if file is None else Path(file).read_text(encoding="utf-8").strip()
+    if key == "":
+        raise ValueError(f"{file or 'UNITOK_API_KEY'} holds no key.")
+    return key
 
 
 def serve(engine: UniTokEngine, processor, name: str, host: str, port: int, **options) -> None:

@@ -172,10 +172,13 @@ class Events(StreamingResponse):
 
 
 class TextPieces:
-    """The text of tokens as they come: whole characters, up to the first of the stop texts."""
+    """The text of tokens as they come: whole characters, up to the first of the stop texts.
 
-    def __init__(self, tokenizer, stops: list[str]):
-        self.tokenizer, self.stops = tokenizer, stops
+    An answer of a chat begins without the space that tokenizers put before its first word.
+    """
+
+    def __init__(self, tokenizer, stops: list[str], is_chat: bool):
+        self.tokenizer, self.stops, self.is_chat = tokenizer, stops, is_chat
         self.ids: list[int] = []
         self.sent, self.is_over = "", False
 
@@ -184,6 +187,7 @@ class TextPieces:
         if token is not None:
             self.ids.append(token)
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = text.lstrip() if self.is_chat else text
         if places := [place for stop in self.stops if (place := text.find(stop)) >= 0]:
             text, self.is_over = text[: min(places)], True
         elif token is not None:
@@ -250,7 +254,7 @@ class Answers:
         return JSONResponse(answer)
 
     async def _message(self, ids: torch.Tensor, images) -> tuple[dict, str]:
-        pieces = TextPieces(self.service.processor.tokenizer, self.body.stops)
+        pieces = TextPieces(self.service.processor.tokenizer, self.body.stops, self.is_chat)
         pieces.ids = [token for token in ids.tolist() if token != self.service.model.config.image_token_id]
         text = pieces.add(None)
         reason = self._reason(ids, pieces)
@@ -269,7 +273,7 @@ class Answers:
     async def _events(self, stream: Stream, futures: list[Future], num_prompt: int) -> AsyncIterator[dict]:
         """The chunks of all answers, in the order in which they come."""
         model = self.service.model
-        pieces = [TextPieces(self.service.processor.tokenizer, self.body.stops) for _ in futures]
+        pieces = [TextPieces(self.service.processor.tokenizer, self.body.stops, self.is_chat) for _ in futures]
         groups: list[list[torch.Tensor]] = [[] for _ in futures]
         num_tokens = num_done = 0
 

@@ -471,14 +471,10 @@ def api(
     for package in ("fastapi", "uvicorn", "multipart"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"api needs {package}: pip install 'unitok_mllm[serve]'")
-    key = (
-        os.environ.get("UNITOK_API_KEY") if api_key_file is None else api_key_file.read_text(encoding="utf-8").strip()
-    )
-    if key == "":
-        raise ValueError(f"{api_key_file or 'UNITOK_API_KEY'} holds no key.")
     from . import api as server
     from .serving import UniTokEngine
 
+    key = server.read_key(api_key_file)
     mllm, processor = load(model)
     engine = UniTokEngine(mllm, max_rows=max_rows, max_length=max_length, max_queue=queue_size)
     limits = {
