@@ -2,7 +2,10 @@
 
 import logging
 import os
+import signal
+import sys
 import warnings
+from types import FrameType
 
 
 OF_NO_USE = (  # what libraries say at import or once for each worker, and no user can act on
@@ -31,4 +34,14 @@ def quiet_libraries() -> None:
     os.environ.setdefault("LOGURU_LEVEL", "INFO")  # lmms-eval's debug lines
 
 
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """What a signal does before a script begins: while libraries are imported there is nothing to clean up."""
+    os.write(2, b"\nInterrupted. The same command begins again.\n")
+    os._exit(128 + number)
+
+
 quiet_libraries()
+if (
+    sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):  # `python -m` starts a script
+    signal.signal(signal.SIGINT, end_at_once)

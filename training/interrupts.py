@@ -17,6 +17,22 @@ ENDS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTER
 CHILD = [number for number in signal.Signals if number.name == "SIGCHLD"]
 
 
+def _leave_broken_connections_unsaid() -> None:
+    """In a forked process, a DataLoader's worker: its thread that hands tensors on calls sys.excepthook where the main
+    process, told to end, has closed the connection."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not issubclass(kind, (EOFError, ConnectionError)):
+            before(kind, error, traceback)
+
+    sys.excepthook = hook
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_leave_broken_connections_unsaid)
+
+
 class Interrupted(KeyboardInterrupt):
     """Raised after the signal `number`."""
 

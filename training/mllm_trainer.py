@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from torchvision.transforms.functional import to_tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
@@ -150,8 +150,14 @@ class MLLMTrainer(Trainer):
             if self.is_world_process_zero():
                 self._since_log[:4] = since_log[:4]  # throughput is that since the start of the process
             self._since_start += since_start.to(self._since_start)
-        with StopRequest(self.accelerator) as self._stopping:
-            return super().train(resume_from_checkpoint, **kwargs)
+        try:
+            with StopRequest(self.accelerator) as self._stopping:
+                return super().train(resume_from_checkpoint, **kwargs)
+        except KeyboardInterrupt:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    callback.on_train_end(self.args, self.state, self.control)  # else its bar follows the last words
+            raise
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)

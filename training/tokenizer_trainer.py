@@ -480,7 +480,7 @@ class TokenizerTrainer:
         batches, logging_steps = self._batches(), arguments.logging_steps or -(-self.total_steps // 50)
         logged_at, logged_step = start, first_step = time.perf_counter(), self.step
         expected_time, waited = ExpectedTime(self.total_steps), 0.0
-        with StopRequest(accelerator) as stopping:
+        with StopRequest(accelerator) as stopping, bar:
             while self.step < self.total_steps:
                 weights = self.losses.weights(self.step / self.total_steps)
                 asked_at = time.perf_counter()
@@ -513,7 +513,6 @@ class TokenizerTrainer:
                     self._save_checkpoint()
                 if told:
                     stopping.stop()
-        bar.close()
         self.run.facts = training_facts(
             self.total_steps,
             first_step,
