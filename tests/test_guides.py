@@ -24,7 +24,7 @@ pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
-SLOW = ("train_a_tokenizer.md", "own_llm.md")  # train for minutes
+SLOW = ("train_a_tokenizer.md", "own_llm.md", "finetune_on_questions.md")  # train for minutes
 BLOCK = re.compile(r"```(python|bash|text)\n(.*?)```", re.DOTALL)
 
 

@@ -4,18 +4,26 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 from test_train_tokenizer import ALL_TERMS, Noise, Recorder, small_model, trainer_of
 from torch import multiprocessing
+from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 
+from training.files import whole_checkpoints
 from training.losses import TERMS
-from training.sharding import zero_config
-from training.tokenizer_trainer import TokenizerTrainingArguments
+from training.planning.memory import float32_state_bytes
+from training.sharding import ZeroNetwork, zero_config
+from training.tokenizer_trainer import HISTORY, STATE, TokenizerTrainingArguments
 
 
 ZERO = Path(__file__).parents[1] / "training/configs/deepspeed"
@@ -41,11 +49,23 @@ def train(folder: Path, num_processes: int, sharding: str = "ddp", resume: bool 
     return trainer
 
 
+def bytes_held(trainer: Recorder) -> int:
+    """The bytes of the tokenizer's weights, moments, ZeRO's copies and the average in this process."""
+    network = trainer.tokenizer
+    states = [value for state in network.optimizer.state.values() for value in state.values() if value.ndim]
+    held = [*network.parts().values(), *states, *trainer.ema.parts.values()]
+    if isinstance(network, ZeroNetwork):
+        zero = network.zero
+        held += zero.fp32_partitioned_groups_flat if network.stage == 3 else zero.single_partition_of_fp32_groups
+    return sum((part.to_local() if isinstance(part, DTensor) else part).nbytes for part in held)
+
+
 def _process(rank: int, folder: str, port: int, sharding: str, resume: bool) -> None:
     torch.set_num_threads(1)
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "localhost"}
     trainer = train(Path(folder), 2, sharding, resume)
+    (Path(folder) / f"bytes-{rank}.json").write_text(json.dumps(bytes_held(trainer)), encoding="utf-8")
     if not rank:
         (Path(folder) / "reports.json").write_text(json.dumps(trainer.reports), encoding="utf-8")
 
@@ -101,6 +121,15 @@ def one(tmp_path_factory) -> tuple[Path, dict[int, dict[str, float]]]:
 )
 def test_two_processes_train_like_one_which_goes_on_from_their_checkpoint(tmp_path, one, sharding):
     check_equal(tmp_path / "two", train_two(tmp_path / "two", sharding), *one, range(1, STEPS + 1))
+    count = sum(parameter.numel() for parameter in small_model().parameters())
+    stage = {"ddp": "0", "fsdp": "FSDP2", "zero3_offload": "3"}.get(sharding, sharding[-1])
+    whole, _ = float32_state_bytes(stage, count, 0, gpus=2, gpus_per_node=2, average=True)
+    not_held = {"0": 2 * 4 * count, "1": 4 * count}.get(
+        stage, 4 * count / 2
+    )  # gradients, and buckets without sharding
+    for rank in range(2):
+        held = json.loads((tmp_path / "two" / f"bytes-{rank}.json").read_text(encoding="utf-8"))
+        assert held + not_held == pytest.approx(whole, rel=0.03)  # parts are padded, and not all of one size
     folder = as_of_step_10(tmp_path / "two", tmp_path / "resumed")
     check_equal(folder, train(folder, 1, resume=True).reports, *one, range(11, STEPS + 1))
 
@@ -110,6 +139,66 @@ def test_two_processes_train_like_one_which_goes_on_from_their_checkpoint(tmp_pa
 def test_two_processes_go_on_from_the_checkpoint_of_one(tmp_path, one, sharding):
     folder = as_of_step_10(one[0], tmp_path / "resumed")
     check_equal(folder, train_two(folder, sharding, resume=True), *one, range(11, STEPS + 1))
+
+
+@pytest.mark.slow  # compiles for a minute
+def test_compiled_parts_give_the_same_losses(tmp_path):
+    reports = []
+    for compiled in (False, True):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        options = OPTIONS | {"max_steps": 4, "compile": compiled}
+        trainer = trainer_of(tmp_path / str(compiled), ALL_TERMS, **options)
+        trainer.train()
+        reports.append(trainer.reports)
+    assert type(trainer.tokenizer.module.decoder)._compiled_call_impl is None
+    assert trainer.tokenizer.module.decoder._compiled_call_impl is not None
+    for step, expected in reports[0].items():
+        assert reports[1][step] == pytest.approx(expected, rel=1e-3, abs=1e-4), step
+    assert weights_of(tmp_path / "True").keys() == weights_of(tmp_path / "False").keys()
+
+
+ELASTIC = """
+vision_overrides: {image_size: 32, hidden_size: 32, num_attention_heads: 2, num_hidden_layers: 1}
+text_tokenizer: FOLDER/text
+datasets: [{kind: folder, path: FOLDER/captions.jsonl, horizontal_flip: true}]
+output_dir: FOLDER/run
+max_steps: 40
+per_device_train_batch_size: 4
+save_steps: 5
+logging_steps: 1
+use_cpu: true
+bf16: false
+resume: true
+"""
+
+
+@pytest.mark.slow  # starts torchrun twice: a minute
+def test_a_run_whose_worker_is_killed_ends_with_the_losses_of_one_left_alone(tmp_path, text_tokenizer):
+    histories = []
+    for killed in (False, True):
+        folder = tmp_path / str(killed)
+        text_tokenizer.save_pretrained(folder / "text")
+        rows = [{"image": f"{i}.png", "caption": f"a circle {i}"} for i in range(16)]
+        (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        for i in range(16):
+            Image.new("RGB", (40, 40), (16 * i, 255 - 16 * i, 90)).save(folder / f"{i}.png")
+        (folder / "config.yaml").write_text(ELASTIC.replace("FOLDER", str(folder)), encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1"]
+        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        command += ["-m", "training.train_tokenizer", str(folder / "config.yaml")]
+        with (folder / "log").open("w", encoding="utf-8") as log, subprocess.Popen(command, stderr=log) as launcher:
+            while killed and launcher.poll() is None:
+                if whole_checkpoints(folder / "run", STATE):
+                    psutil.Process(launcher.pid).children()[1].kill()
+                    break
+                time.sleep(0.05)
+            assert launcher.wait(300) == 0, (folder / "log").read_text(encoding="utf-8")
+        assert ("resumed from" in (folder / "log").read_text(encoding="utf-8")) <= killed
+        lines = [json.loads(line) for line in (folder / "run" / HISTORY).read_text(encoding="utf-8").splitlines()]
+        histories.append({line["step"]: line["loss"] for line in lines if "loss" in line})
+    assert list(histories[0]) == list(range(1, 41)) and histories[1] == histories[0]
+    a, b = weights_of(tmp_path / "False/run"), weights_of(tmp_path / "True/run")
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 @pytest.mark.parametrize(
