@@ -54,7 +54,9 @@ def known_options(command: list[str]) -> tuple[set[str], list[str]]:
     if hasattr(parsed, "params"):
         known = {option.lstrip("-") for parameter in parsed.params for option in parameter.opts}
     else:
-        classes = [module.Settings] if hasattr(module, "Settings") else [module.MLLMArguments, TrainingArguments]
+        names = ("Settings", "MLLMArguments", "TokenizerArguments", "LossArguments", "TokenizerTrainingArguments")
+        classes = [vars(module)[name] for name in names if name in vars(module)]
+        classes += [TrainingArguments] if "MLLMArguments" in vars(module) else []
         known = {field.name for settings in classes for field in fields(settings)}
     return known, [word.removeprefix("--") for word in given if word.startswith("--")]
 
