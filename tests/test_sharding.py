@@ -4,26 +4,20 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from PIL import Image
 from test_train_tokenizer import ALL_TERMS, Noise, Recorder, small_model, trainer_of
 from torch import multiprocessing
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 
-from training.files import whole_checkpoints
 from training.losses import TERMS
 from training.planning.memory import float32_state_bytes
 from training.sharding import ZeroNetwork, zero_config
-from training.tokenizer_trainer import HISTORY, STATE, TokenizerTrainingArguments
+from training.tokenizer_trainer import TokenizerTrainingArguments
 
 
 ZERO = Path(__file__).parents[1] / "training/configs/deepspeed"
@@ -155,50 +149,6 @@ def test_compiled_parts_give_the_same_losses(tmp_path):
     for step, expected in reports[0].items():
         assert reports[1][step] == pytest.approx(expected, rel=1e-3, abs=1e-4), step
     assert weights_of(tmp_path / "True").keys() == weights_of(tmp_path / "False").keys()
-
-
-ELASTIC = """
-vision_overrides: {image_size: 32, hidden_size: 32, num_attention_heads: 2, num_hidden_layers: 1}
-text_tokenizer: FOLDER/text
-datasets: [{kind: folder, path: FOLDER/captions.jsonl, horizontal_flip: true}]
-output_dir: FOLDER/run
-max_steps: 40
-per_device_train_batch_size: 4
-save_steps: 5
-logging_steps: 1
-use_cpu: true
-bf16: false
-resume: true
-"""
-
-
-@pytest.mark.slow  # starts torchrun twice: a minute
-def test_a_run_whose_worker_is_killed_ends_with_the_losses_of_one_left_alone(tmp_path, text_tokenizer):
-    histories = []
-    for killed in (False, True):
-        folder = tmp_path / str(killed)
-        text_tokenizer.save_pretrained(folder / "text")
-        rows = [{"image": f"{i}.png", "caption": f"a circle {i}"} for i in range(16)]
-        (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-        for i in range(16):
-            Image.new("RGB", (40, 40), (16 * i, 255 - 16 * i, 90)).save(folder / f"{i}.png")
-        (folder / "config.yaml").write_text(ELASTIC.replace("FOLDER", str(folder)), encoding="utf-8")
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1"]
-        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        command += ["-m", "training.train_tokenizer", str(folder / "config.yaml")]
-        with (folder / "log").open("w", encoding="utf-8") as log, subprocess.Popen(command, stderr=log) as launcher:
-            while killed and launcher.poll() is None:
-                if whole_checkpoints(folder / "run", STATE):
-                    psutil.Process(launcher.pid).children()[1].kill()
-                    break
-                time.sleep(0.05)
-            assert launcher.wait(300) == 0, (folder / "log").read_text(encoding="utf-8")
-        assert ("resumed from" in (folder / "log").read_text(encoding="utf-8")) <= killed
-        lines = [json.loads(line) for line in (folder / "run" / HISTORY).read_text(encoding="utf-8").splitlines()]
-        histories.append({line["step"]: line["loss"] for line in lines if "loss" in line})
-    assert list(histories[0]) == list(range(1, 41)) and histories[1] == histories[0]
-    a, b = weights_of(tmp_path / "False/run"), weights_of(tmp_path / "True/run")
-    assert all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 @pytest.mark.parametrize(
