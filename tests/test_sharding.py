@@ -23,7 +23,7 @@ from training.tokenizer_trainer import TokenizerTrainingArguments
 ZERO = Path(__file__).parents[1] / "training/configs/deepspeed"
 SHARDINGS = {"ddp": {}, "fsdp": {"fsdp": True}}
 SHARDINGS |= {path.stem: {"deepspeed": str(path)} for path in sorted(ZERO.glob("*.json"))}
-QUICK = ("fsdp", "zero3")
+QUICK = ("fsdp",)
 STEPS = 20
 # a small rate, since the nearest code and the sign of an error jump: rounding errors do not stay small for long
 OPTIONS = {"learning_rate": 1e-4, "adam_epsilon": 1e-4, "codebook_start": "data", "revive_dead_codes": 7}
