@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -309,9 +310,8 @@ class FSDPNetwork(TrainedNetwork):
         give_scalars_a_dim(self.module)
         self.wrapped = self.inference = self.accelerator.prepare_model(self.module, evaluation_mode=True)  # autocast
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
-        for part in list(self.module.modules()):
-            if type(part).__name__ in self.module._no_split_modules:
-                fully_shard(part, mesh=mesh)
+        for block in blocks_of(self.module):
+            fully_shard(block, mesh=mesh)
         fully_shard(self.module, mesh=mesh)
         self._units = [part for part in self.module.modules() if isinstance(part, FSDPModule)]
         self.optimizer = self._adamw = build_optimizer(self.module)
@@ -407,6 +407,11 @@ class WeightAverage:
             weights = part.clone()
             part.copy_(self.parts[name])
             self.parts[name].copy_(weights)
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """List a model's blocks, of transformers and convolutions alike, which are sharded and recomputed as units."""
+    return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
 
 
 def give_scalars_a_dim(module: nn.Module) -> None:

@@ -55,7 +55,15 @@ from training.losses import (
 from training.model_card import TrainingRun, training_facts, write_release_card
 from training.progress import ExpectedTime
 from training.release import check_weight, write_folder
-from training.sharding import MOMENTS, FSDPNetwork, TrainedNetwork, WeightAverage, ZeroNetwork, zero_config
+from training.sharding import (
+    MOMENTS,
+    FSDPNetwork,
+    TrainedNetwork,
+    WeightAverage,
+    ZeroNetwork,
+    blocks_of,
+    zero_config,
+)
 from unitok_mllm import UniTokModel
 from unitok_mllm.configuration_unitok import ABOVE_ZERO, SHARE, WEIGHT
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor
@@ -358,10 +366,12 @@ class TokenizerTrainer:
         quantizer.rotation_trick = arguments.rotation_trick
         self.dead_codes = DeadCodes(quantizer.usage)
         quantizer.register_forward_pre_hook(self._keep_features, with_kwargs=True)
-        self._last_layer = model.decoder.up_conv4.conv2
-        self._last_layer.register_forward_pre_hook(self._keep_last_inputs)
         self.ema = WeightAverage(self.tokenizer)
-        self.discriminator = None if discriminator is None else self._discriminator_network(discriminator)
+        self.discriminator = None
+        if discriminator is not None:
+            self._last_layer = model.decoder.up_conv4.conv2
+            self._last_layer.register_forward_pre_hook(self._keep_last_inputs)
+            self.discriminator = self._discriminator_network(discriminator)
         self.step = 0
         self.history = LossHistory(self.accelerator)
         set_seed(arguments.seed, device_specific=True)
@@ -741,6 +751,7 @@ class TokenizerTrainer:
                     torch.autograd.grad(loss, output.reconstruction)[0] for loss in (balanced, values["gan"])
                 )
                 adaptive = adaptive_gan_weight(gradient, gan_gradient, self._last_inputs, self._last_layer)
+                del self._last_inputs  # as large as many images
                 values["gan_adaptive_weight"] = adaptive
                 values["loss"] = values["loss"] + weights["gan"] * adaptive * values["gan"].detach()
                 others = values.keys() & set(TERMS).difference(RECONSTRUCTION_TERMS, ["gan"])
@@ -1025,8 +1036,7 @@ def checkpoint_blocks(model: UniTokModel, share: float) -> None:
         model: its blocks, of transformers and convolutions alike, are changed in place.
         share: of the blocks, which are spread evenly.
     """
-    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(blocks_of(model)):
         if int((index + 1) * share) > int(index * share):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
