@@ -64,7 +64,8 @@ from training.extract_codes import file_digest
 from training.files import whole_checkpoints, write_atomically
 from training.image_text_data import ImageFiles, ImageTextTransform
 from training.losses import RECONSTRUCTION_TERMS, LossArguments, psnr
-from training.tokenizer_trainer import HISTORY, STATE, TokenizerTrainingArguments
+from training.tokenizer_arguments import TokenizerTrainingArguments
+from training.tokenizer_trainer import HISTORY, STATE
 from training.train_tokenizer import TokenizerArguments
 from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
 

@@ -35,7 +35,7 @@ from eval.claims import (
 from training.arguments import parse_yaml_and_command_line
 from training.easy_vqa import load
 from training.losses import LossArguments
-from training.tokenizer_trainer import TokenizerTrainingArguments
+from training.tokenizer_arguments import TokenizerTrainingArguments
 from training.train_tokenizer import TokenizerArguments
 from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
 

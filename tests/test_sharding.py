@@ -17,7 +17,7 @@ from transformers import AutoModel
 from training.losses import TERMS
 from training.planning.memory import float32_state_bytes
 from training.sharding import ZeroNetwork, zero_config
-from training.tokenizer_trainer import TokenizerTrainingArguments
+from training.tokenizer_arguments import TokenizerTrainingArguments
 
 
 ZERO = Path(__file__).parents[1] / "training/configs/deepspeed"

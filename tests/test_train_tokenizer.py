@@ -31,6 +31,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from training import text_tokenizer
 from training.arguments import parse_yaml_and_command_line
+from training.checkpoints import set_random_state
 from training.codebooks import gather_chunks, start_from_data
 from training.discriminator import FeatureDiscriminator
 from training.errors import one_line_errors
@@ -40,17 +41,10 @@ from training.interrupts import Interrupted
 from training.losses import TERMS, LossArguments, psnr
 from training.perceptual import FrozenFeatures, perceptual_distance
 from training.progress import ExpectedTime
+from training.resumable_batches import ResumableBatches
 from training.sharding import MOMENTS
-from training.tokenizer_trainer import (
-    CODEBOOKS,
-    HISTORY,
-    SPEEDS,
-    STATE,
-    ResumableBatches,
-    TokenizerTrainer,
-    TokenizerTrainingArguments,
-    set_random_state,
-)
+from training.tokenizer_arguments import TokenizerTrainingArguments
+from training.tokenizer_trainer import CODEBOOKS, HISTORY, SPEEDS, STATE, TokenizerTrainer
 from training.train_tokenizer import (
     TokenizerArguments,
     build_datasets,

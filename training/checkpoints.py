@@ -1,4 +1,4 @@
-"""Checkpoints of a run: find the newest whose files are whole."""
+"""Checkpoints of a run: find the newest whose files are whole; take and restore the state of random numbers."""
 
 import json
 import logging
@@ -6,6 +6,7 @@ import os
 import zipfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from training.files import whole_checkpoints
@@ -59,3 +60,16 @@ def newest_checkpoint(output_dir: str | Path, last_file: str) -> Path | None:
     if newest_error:
         raise ValueError(f"none of the {len(checkpoints)} checkpoints in {output_dir} is whole: {newest_error}")
     return None
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the state of torch's random numbers in this process (no others are used here)."""
+    state = {"cpu": torch.get_rng_state()}
+    return state if device.type == "cpu" else state | {"device": torch.get_device_module(device).get_rng_state(device)}
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Restore a state of `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"], device)

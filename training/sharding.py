@@ -14,6 +14,7 @@ average could not resolve its small steps.
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 
@@ -412,6 +414,18 @@ class WeightAverage:
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     """List a model's blocks, of transformers and convolutions alike, which are sharded and recomputed as units."""
     return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+
+
+def checkpoint_blocks(model: PreTrainedModel, share: float) -> None:
+    """Compute the activations of a share of the model's blocks again in the backward pass.
+
+    Args:
+        model: its blocks, of transformers and convolutions alike, are changed in place.
+        share: of the blocks, which are spread evenly.
+    """
+    for index, block in enumerate(blocks_of(model)):
+        if int((index + 1) * share) > int(index * share):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def give_scalars_a_dim(module: nn.Module) -> None:

@@ -8,13 +8,11 @@ of the weights, which is released.
 import json
 import logging
 import math
-import os
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -26,23 +24,21 @@ from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
-from training.arguments import BELOW_ONE, check_arguments
 from training.augment import blur, diff_augment, draw_augmentation
-from training.checkpoints import newest_checkpoint
+from training.checkpoints import newest_checkpoint, random_state, set_random_state
 from training.codebooks import FEATURES_PER_CODE, DeadCodes, gather_chunks, start_from_data
 from training.discriminator import FeatureDiscriminator
 from training.files import log_broken, whole_checkpoints
 from training.image_text_data import EpochDataset, ImageTextDataset, ImageTextStream, sample_seed
 from training.interrupts import StopRequest
+from training.loss_history import LossHistory
 from training.losses import (
-    DISCRIMINATOR_TERMS,
     RECONSTRUCTION_TERMS,
     TERMS,
     LossArguments,
@@ -53,31 +49,31 @@ from training.losses import (
     tokenizer_losses,
 )
 from training.model_card import TrainingRun, training_facts, write_release_card
+from training.optimizers import adamw, optimizer_options, set_learning_rate
 from training.progress import ExpectedTime
 from training.release import check_weight, write_folder
+from training.resumable_batches import ResumableBatches
 from training.sharding import (
     MOMENTS,
     FSDPNetwork,
     TrainedNetwork,
     WeightAverage,
     ZeroNetwork,
-    blocks_of,
+    checkpoint_blocks,
     zero_config,
 )
+from training.tokenizer_arguments import TokenizerTrainingArguments
 from unitok_mllm import UniTokModel
-from unitok_mllm.configuration_unitok import ABOVE_ZERO, SHARE, WEIGHT
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor
 from unitok_mllm.modeling_unitok import LOGIT_SCALE_BOUNDS, UniTokOutput
 
 
 logger = logging.getLogger(__name__)
-TRACKERS = ("tensorboard", "wandb")
 STATE = "state.pt"  # the last file of a checkpoint
 LAG = 0.01  # share of the first weights in the released average, above which there is a warning
 HISTORY = "history.jsonl"
 CODEBOOKS = "vision_model.quantizer.codebooks"
 LOGIT_SCALE = "logit_scale"
-CODEBOOK_STARTS = ("random", "data")
 SPEEDS = ("images_per_second", "data_wait_share", "decode_ms")
 NOT_ON_CARD = (
     "grad_norm",
@@ -87,211 +83,6 @@ NOT_ON_CARD = (
     "revived_codes",
     "running_codebook_usage",
 )
-
-
-@dataclass
-class TokenizerTrainingArguments:
-    """Options of the training loop: its length, its rates, its outputs. The fields' help texts explain them."""
-
-    output_dir: str = field(
-        default="runs/tokenizer", metadata={"help": "for checkpoints, samples, trackers' files and the release"}
-    )
-    num_train_epochs: int = field(default=1, metadata={"help": "passes over the data"})
-    max_steps: int = field(default=0, metadata={"help": "optimizer steps; above 0 it replaces num_train_epochs"})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "images of a process in a forward pass"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes of an optimizer step"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "of the tokenizer, at the warm-up's end"})
-    adam_beta1: float = field(default=0.9, metadata={"help": "of the tokenizer's AdamW"})
-    adam_beta2: float = field(default=0.95, metadata={"help": "of the tokenizer's AdamW"})
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "of the tokenizer's AdamW"})
-    weight_decay: float = field(default=0.02, metadata={"help": "of parameters with 2 or more dims"})
-    warmup: float = field(default=0.01, metadata={"help": "share of the steps, linear"})
-    final_learning_rate: float = field(default=0.1, metadata={"help": "share of the rate where the cosine ends"})
-    max_grad_norm: float = field(default=10.0, metadata={"help": "longer gradients are cut to this norm"})
-    ema_decay: float = field(default=0.9999, metadata={"help": "of the average of the weights, which is released"})
-    ema_warmup: bool = field(
-        default=True,
-        metadata={"help": "a decay of at most (1 + n) / (10 + n) after n steps; false: the same all along"},
-    )
-    discriminator_learning_rate: float = field(
-        default=2e-5, metadata={"help": "of the discriminator, at its warm-up's end"}
-    )
-    discriminator_warmup: float = field(default=0.03, metadata={"help": "share of all steps, from the GAN's start on"})
-    discriminator_beta1: float = field(default=0.5, metadata={"help": "of its AdamW"})
-    discriminator_beta2: float = field(default=0.9, metadata={"help": "of its AdamW"})
-    discriminator_adam_epsilon: float = field(default=1e-6, metadata={"help": "of its AdamW"})
-    discriminator_weight_decay: float = field(default=0.2, metadata={"help": "of its parameters with 2 or more dims"})
-    codebook_start: str = field(
-        default="random", metadata={"help": "random, or data: k-means of the first batches' features"}
-    )
-    revive_dead_codes: int = field(
-        default=0, metadata={"help": "steps after which codes that none chose move to features; 0: never"}
-    )
-    rotation_trick: bool = field(
-        default=False, metadata={"help": "rotate the gradient through the quantizer instead of copying it"}
-    )
-    codebook_learning_rate: float = field(
-        default=0.0, metadata={"help": "of the codebooks, which then have no weight decay; 0: as everything else"}
-    )
-    bf16: bool = field(default=True, metadata={"help": "autocast; weights, quantizer and losses stay float32"})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "compute the blocks' activations again in the backward pass: less memory"}
-    )
-    gradient_checkpointing_share: float = field(
-        default=1.0, metadata={"help": "share of the blocks that gradient_checkpointing computes again"}
-    )
-    compile: bool = field(
-        default=False,
-        metadata={"help": "torch.compile of encoder, decoder and discriminator; not with ZeRO-3 or FSDP"},
-    )
-    deepspeed: str = field(
-        default="",
-        metadata={"help": "shard the tokenizer by ZeRO: a JSON file, such as training/configs/deepspeed/zero2.json"},
-    )
-    fsdp: bool = field(default=False, metadata={"help": "shard the tokenizer by FSDP2"})
-    whole_batch_negatives: bool = field(
-        default=False,
-        metadata={
-            "help": "contrastive loss over all accumulated batches of a step, instead of each by itself; costs one more "
-            "forward pass of the two towers"
-        },
-    )
-    use_cpu: bool = field(
-        default=False,
-        metadata={"help": "train on the CPU even where there is an accelerator; on by default where there is none"},
-    )
-    dataloader_num_workers: int = field(
-        default=0, metadata={"help": "processes that read images, for each that trains"}
-    )
-    seed: int = field(default=0, metadata={"help": "of weights, order and augmentation"})
-    logging_steps: int = field(default=0, metadata={"help": "steps between lines of losses; 0: fifty lines in all"})
-    eval_steps: int = field(
-        default=1000, metadata={"help": "steps between evaluations, with grids of reconstructions"}
-    )
-    save_steps: int = field(default=1000, metadata={"help": "steps between checkpoints"})
-    save_total_limit: int = field(default=2, metadata={"help": "newest checkpoints that are kept"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint, if there is one"})
-    report_to: list[str] = field(default_factory=list, metadata={"help": "tensorboard, wandb"})
-
-    def __post_init__(self):
-        rates = {"learning_rate": ABOVE_ZERO, "beta1": BELOW_ONE, "beta2": BELOW_ONE, "adam_epsilon": (1e-30, 1)}
-        rates |= {"weight_decay": WEIGHT, "warmup": SHARE}
-        ranges = {f"discriminator_{name}": limits for name, limits in rates.items()}
-        ranges |= {name.replace("beta", "adam_beta"): limits for name, limits in rates.items()}
-        ranges |= {"final_learning_rate": SHARE, "max_grad_norm": ABOVE_ZERO, "ema_decay": BELOW_ONE}
-        ranges |= {"codebook_learning_rate": WEIGHT, "revive_dead_codes": (0, 2**40)}
-        ranges |= {"gradient_checkpointing_share": SHARE}
-        ranges |= {
-            "max_steps": (0, 2**40),
-            "logging_steps": (0, 2**40),
-            "dataloader_num_workers": (0, 1024),
-            "seed": (0, 2**31),
-        }
-        check_arguments(self, **ranges)
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps")
-        for name in (*counts, "save_steps", "save_total_limit", "num_train_epochs"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
-        if self.codebook_start not in CODEBOOK_STARTS:
-            raise ValueError(f"codebook_start is {' or '.join(CODEBOOK_STARTS)}, got {self.codebook_start!r}.")
-        if unknown := set(self.report_to) - set(TRACKERS):
-            raise ValueError(f"report_to may name {' and '.join(TRACKERS)}, got {', '.join(sorted(unknown))}.")
-        if self.deepspeed and self.fsdp:
-            raise ValueError(f"deepspeed ({self.deepspeed}) and fsdp are two ways of sharding: choose one.")
-        if self.fsdp and self.compile:
-            raise ValueError("compile is not supported with fsdp.")
-
-    def take_launchers(self) -> None:
-        """Take the sharding from the environment that `accelerate launch` sets for its config file.
-
-        Raises:
-            ValueError: its config has DeepSpeed, but no `deepspeed_config_file`.
-        """
-        if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true" and not self.deepspeed:
-            path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-            if path == "none":
-                raise ValueError("The config of accelerate has DeepSpeed without a deepspeed_config_file: name one.")
-            self.deepspeed = path
-        self.fsdp |= os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true"
-
-    def ema_decay_after(self, steps: int) -> float:
-        """Return the decay of the average's next update, after `steps` updates."""
-        return min(self.ema_decay, (1 + steps) / (10 + steps)) if self.ema_warmup else self.ema_decay
-
-
-class ResumableBatches(Sampler):
-    """The batches of one process from a position on, as lists of (epoch, index) pairs.
-
-    Each epoch is a permutation by (seed, epoch), cut into equal batches, which go to the processes in turn. Samples
-    that do not fill an optimizer step of all processes are left out. Any position is reached without loading earlier
-    samples.
-    """
-
-    def __init__(self, per_epoch: int, length: int, batch_size: int, rank: int, world: int, seed: int, first: int):
-        self.per_epoch, self.length, self.batch_size = per_epoch, length, batch_size
-        self.rank, self.world, self.seed, self.first = rank, world, seed, first
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, position = divmod(self.first, self.per_epoch)
-        while True:
-            generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch))
-            order = torch.randperm(self.length, generator=generator).tolist()
-            for batch in range(position, self.per_epoch):
-                start = (batch * self.world + self.rank) * self.batch_size
-                yield [(epoch, index) for index in order[start : start + self.batch_size]]
-            epoch, position = epoch + 1, 0
-
-
-class LossHistory:
-    """Named scalars of every step since the last log, kept on the device to avoid synchronisation."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self.steps: dict[str, list[int]] = defaultdict(list)
-
-    def record(self, step: int, values: dict[str, torch.Tensor]) -> None:
-        for name, value in values.items():
-            self.values[name].append(value.detach().float())
-            self.steps[name].append(step)
-
-    def means(self) -> dict[str, float]:
-        """Compute the means over steps and processes; every process must call it.
-
-        Raises:
-            FloatingPointError: a value was not finite, on any process. Every process raises it; the message names the
-                first such step, and its values that were not finite.
-        """
-        names = sorted(self.values)
-        means = torch.stack([torch.stack(self.values[name]).mean() for name in names])
-        means = self.accelerator.reduce(means, "mean").tolist()  # NaN and infinity reach every process
-        if not all(map(math.isfinite, means)):
-            self._raise_culprit(names)
-        return dict(zip(names, means, strict=True))
-
-    def state_dict(self) -> dict[str, tuple[list[int], list[float]]]:
-        return {name: (self.steps[name], [value.item() for value in values]) for name, values in self.values.items()}
-
-    def load_state_dict(self, state: dict[str, tuple[list[int], list[float]]]) -> None:
-        for name, (steps, values) in state.items():
-            self.steps[name] = list(steps)
-            self.values[name] = list(torch.tensor(values, device=self.accelerator.device))
-
-    def clear(self) -> None:
-        self.values.clear()
-        self.steps.clear()
-
-    def _raise_culprit(self, names: list[str]) -> None:
-        first_steps = []
-        for name in names:
-            bad = (step for step, value in zip(self.steps[name], self.values[name]) if not value.isfinite())
-            first_steps.append(next(bad, math.inf))
-        per_process = self.accelerator.gather(torch.tensor([first_steps], device=self.accelerator.device))
-        first_steps = per_process.amin(dim=0).tolist()
-        step = min(first_steps)
-        culprits = [name for name, first in zip(names, first_steps) if first == step]
-        terms = [name for name in culprits if name in (*TERMS, *DISCRIMINATOR_TERMS)]  # others follow from these
-        raise FloatingPointError(f"Not finite in step {int(step)}: {', '.join(terms or culprits)}.")
 
 
 class TokenizerTrainer:
@@ -1027,57 +818,3 @@ class TokenizerTrainer:
         if self.accelerator.is_main_process:
             write_folder(self.output_dir / "release", write)
         self.accelerator.wait_for_everyone()
-
-
-def checkpoint_blocks(model: UniTokModel, share: float) -> None:
-    """Compute the activations of a share of the model's blocks again in the backward pass.
-
-    Args:
-        model: its blocks, of transformers and convolutions alike, are changed in place.
-        share: of the blocks, which are spread evenly.
-    """
-    for index, block in enumerate(blocks_of(model)):
-        if int((index + 1) * share) > int(index * share):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def adamw(
-    model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float, eps: float
-) -> torch.optim.AdamW:
-    """Build AdamW over the parameters that are not frozen, without decay for those of fewer than two dims."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps)
-
-
-def optimizer_options(optimizer: torch.optim.Optimizer) -> list[dict]:
-    """Return the different options of the groups, which come from the arguments."""
-    names = ("initial_lr", "betas", "eps", "weight_decay")
-    options = []
-    for group in optimizer.param_groups:
-        if (of_group := {name: group[name] for name in names}) not in options:
-            options.append(of_group)
-    return options
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, learning_rate: float) -> None:
-    """Move a parameter into its own group, with this learning rate and without weight decay."""
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if p is not parameter]
-    optimizer.add_param_group({"params": [parameter], "lr": learning_rate, "weight_decay": 0.0})
-
-
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the state of torch's random numbers in this process (no others are used here)."""
-    state = {"cpu": torch.get_rng_state()}
-    return state if device.type == "cpu" else state | {"device": torch.get_device_module(device).get_rng_state(device)}
-
-
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Restore a state of `random_state`."""
-    torch.set_rng_state(state["cpu"])
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state["device"], device)

@@ -34,7 +34,8 @@ from training.losses import LossArguments
 from training.model_card import TrainingRun, check_metadata, push_release
 from training.perceptual import FrozenFeatures, perceptual_distance
 from training.run_folder import claim_folder
-from training.tokenizer_trainer import STATE, TokenizerTrainer, TokenizerTrainingArguments
+from training.tokenizer_arguments import TokenizerTrainingArguments
+from training.tokenizer_trainer import STATE, TokenizerTrainer
 from unitok_mllm import UniTokConfig, UniTokModel
 from unitok_mllm.configuration_unitok import SHARE, UniTokVisionConfig
 from unitok_mllm.convert_unitok import TOKENIZER_KEYS, ConversionReport

@@ -174,7 +174,7 @@ def plan_tokenizer(
     batch, size = run.batch_per_gpu, config.vision_config.image_size
     model = without_values(lambda: UniTokModel(config).bfloat16()).train()
     if gradient_checkpointing:
-        from training.tokenizer_trainer import checkpoint_blocks  # takes seconds
+        from training.sharding import checkpoint_blocks  # takes seconds
 
         checkpoint_blocks(model, 1.0)
     inputs = tokenizer_batch(config, batch)

@@ -1,0 +1,31 @@
+"""Shuffled batches of a map-style data set that start at any position of a run."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from training.image_text_data import sample_seed
+
+
+class ResumableBatches(Sampler):
+    """The batches of one process from a position on, as lists of (epoch, index) pairs.
+
+    Each epoch is a permutation by (seed, epoch), cut into equal batches, which go to the processes in turn. Samples
+    that do not fill an optimizer step of all processes are left out. Any position is reached without loading earlier
+    samples.
+    """
+
+    def __init__(self, per_epoch: int, length: int, batch_size: int, rank: int, world: int, seed: int, first: int):
+        self.per_epoch, self.length, self.batch_size = per_epoch, length, batch_size
+        self.rank, self.world, self.seed, self.first = rank, world, seed, first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, position = divmod(self.first, self.per_epoch)
+        while True:
+            generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch))
+            order = torch.randperm(self.length, generator=generator).tolist()
+            for batch in range(position, self.per_epoch):
+                start = (batch * self.world + self.rank) * self.batch_size
+                yield [(epoch, index) for index in order[start : start + self.batch_size]]
+            epoch, position = epoch + 1, 0

@@ -1,0 +1,141 @@
+"""Options of the visual tokenizer's training loop: its length, rates, sharding and outputs."""
+
+import os
+from dataclasses import dataclass, field
+
+from training.arguments import BELOW_ONE, check_arguments
+from unitok_mllm.configuration_unitok import ABOVE_ZERO, SHARE, WEIGHT
+
+
+TRACKERS = ("tensorboard", "wandb")
+CODEBOOK_STARTS = ("random", "data")
+
+
+@dataclass
+class TokenizerTrainingArguments:
+    """Options of the training loop: its length, its rates, its outputs. The fields' help texts explain them."""
+
+    output_dir: str = field(
+        default="runs/tokenizer", metadata={"help": "for checkpoints, samples, trackers' files and the release"}
+    )
+    num_train_epochs: int = field(default=1, metadata={"help": "passes over the data"})
+    max_steps: int = field(default=0, metadata={"help": "optimizer steps; above 0 it replaces num_train_epochs"})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "images of a process in a forward pass"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes of an optimizer step"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "of the tokenizer, at the warm-up's end"})
+    adam_beta1: float = field(default=0.9, metadata={"help": "of the tokenizer's AdamW"})
+    adam_beta2: float = field(default=0.95, metadata={"help": "of the tokenizer's AdamW"})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "of the tokenizer's AdamW"})
+    weight_decay: float = field(default=0.02, metadata={"help": "of parameters with 2 or more dims"})
+    warmup: float = field(default=0.01, metadata={"help": "share of the steps, linear"})
+    final_learning_rate: float = field(default=0.1, metadata={"help": "share of the rate where the cosine ends"})
+    max_grad_norm: float = field(default=10.0, metadata={"help": "longer gradients are cut to this norm"})
+    ema_decay: float = field(default=0.9999, metadata={"help": "of the average of the weights, which is released"})
+    ema_warmup: bool = field(
+        default=True,
+        metadata={"help": "a decay of at most (1 + n) / (10 + n) after n steps; false: the same all along"},
+    )
+    discriminator_learning_rate: float = field(
+        default=2e-5, metadata={"help": "of the discriminator, at its warm-up's end"}
+    )
+    discriminator_warmup: float = field(default=0.03, metadata={"help": "share of all steps, from the GAN's start on"})
+    discriminator_beta1: float = field(default=0.5, metadata={"help": "of its AdamW"})
+    discriminator_beta2: float = field(default=0.9, metadata={"help": "of its AdamW"})
+    discriminator_adam_epsilon: float = field(default=1e-6, metadata={"help": "of its AdamW"})
+    discriminator_weight_decay: float = field(default=0.2, metadata={"help": "of its parameters with 2 or more dims"})
+    codebook_start: str = field(
+        default="random", metadata={"help": "random, or data: k-means of the first batches' features"}
+    )
+    revive_dead_codes: int = field(
+        default=0, metadata={"help": "steps after which codes that none chose move to features; 0: never"}
+    )
+    rotation_trick: bool = field(
+        default=False, metadata={"help": "rotate the gradient through the quantizer instead of copying it"}
+    )
+    codebook_learning_rate: float = field(
+        default=0.0, metadata={"help": "of the codebooks, which then have no weight decay; 0: as everything else"}
+    )
+    bf16: bool = field(default=True, metadata={"help": "autocast; weights, quantizer and losses stay float32"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "compute the blocks' activations again in the backward pass: less memory"}
+    )
+    gradient_checkpointing_share: float = field(
+        default=1.0, metadata={"help": "share of the blocks that gradient_checkpointing computes again"}
+    )
+    compile: bool = field(
+        default=False,
+        metadata={"help": "torch.compile of encoder, decoder and discriminator; not with ZeRO-3 or FSDP"},
+    )
+    deepspeed: str = field(
+        default="",
+        metadata={"help": "shard the tokenizer by ZeRO: a JSON file, such as training/configs/deepspeed/zero2.json"},
+    )
+    fsdp: bool = field(default=False, metadata={"help": "shard the tokenizer by FSDP2"})
+    whole_batch_negatives: bool = field(
+        default=False,
+        metadata={
+            "help": "contrastive loss over all accumulated batches of a step, instead of each by itself; costs one more "
+            "forward pass of the two towers"
+        },
+    )
+    use_cpu: bool = field(
+        default=False,
+        metadata={"help": "train on the CPU even where there is an accelerator; on by default where there is none"},
+    )
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "processes that read images, for each that trains"}
+    )
+    seed: int = field(default=0, metadata={"help": "of weights, order and augmentation"})
+    logging_steps: int = field(default=0, metadata={"help": "steps between lines of losses; 0: fifty lines in all"})
+    eval_steps: int = field(
+        default=1000, metadata={"help": "steps between evaluations, with grids of reconstructions"}
+    )
+    save_steps: int = field(default=1000, metadata={"help": "steps between checkpoints"})
+    save_total_limit: int = field(default=2, metadata={"help": "newest checkpoints that are kept"})
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint, if there is one"})
+    report_to: list[str] = field(default_factory=list, metadata={"help": "tensorboard, wandb"})
+
+    def __post_init__(self):
+        rates = {"learning_rate": ABOVE_ZERO, "beta1": BELOW_ONE, "beta2": BELOW_ONE, "adam_epsilon": (1e-30, 1)}
+        rates |= {"weight_decay": WEIGHT, "warmup": SHARE}
+        ranges = {f"discriminator_{name}": limits for name, limits in rates.items()}
+        ranges |= {name.replace("beta", "adam_beta"): limits for name, limits in rates.items()}
+        ranges |= {"final_learning_rate": SHARE, "max_grad_norm": ABOVE_ZERO, "ema_decay": BELOW_ONE}
+        ranges |= {"codebook_learning_rate": WEIGHT, "revive_dead_codes": (0, 2**40)}
+        ranges |= {"gradient_checkpointing_share": SHARE}
+        ranges |= {
+            "max_steps": (0, 2**40),
+            "logging_steps": (0, 2**40),
+            "dataloader_num_workers": (0, 1024),
+            "seed": (0, 2**31),
+        }
+        check_arguments(self, **ranges)
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps")
+        for name in (*counts, "save_steps", "save_total_limit", "num_train_epochs"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
+        if self.codebook_start not in CODEBOOK_STARTS:
+            raise ValueError(f"codebook_start is {' or '.join(CODEBOOK_STARTS)}, got {self.codebook_start!r}.")
+        if unknown := set(self.report_to) - set(TRACKERS):
+            raise ValueError(f"report_to may name {' and '.join(TRACKERS)}, got {', '.join(sorted(unknown))}.")
+        if self.deepspeed and self.fsdp:
+            raise ValueError(f"deepspeed ({self.deepspeed}) and fsdp are two ways of sharding: choose one.")
+        if self.fsdp and self.compile:
+            raise ValueError("compile is not supported with fsdp.")
+
+    def take_launchers(self) -> None:
+        """Take the sharding from the environment that `accelerate launch` sets for its config file.
+
+        Raises:
+            ValueError: its config has DeepSpeed, but no `deepspeed_config_file`.
+        """
+        if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true" and not self.deepspeed:
+            path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+            if path == "none":
+                raise ValueError("The config of accelerate has DeepSpeed without a deepspeed_config_file: name one.")
+            self.deepspeed = path
+        self.fsdp |= os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true"
+
+    def ema_decay_after(self, steps: int) -> float:
+        """Return the decay of the average's next update, after `steps` updates."""
+        return min(self.ema_decay, (1 + steps) / (10 + steps)) if self.ema_warmup else self.ema_decay
