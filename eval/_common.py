@@ -22,9 +22,11 @@ from unitok_mllm.drawing_unitok import IMAGE_GENERATION, UniTokDrawingOptions, i
 Settings = TypeVar("Settings")
 
 
-def parse_settings(settings_class: type[Settings], argv: list[str] | None = None) -> Settings:
-    """Parse the command line into an instance of a dataclass, see `Parser.parse`."""
-    (settings,) = Parser(settings_class).parse(argv)
+def parse_settings(
+    settings_class: type[Settings], argv: list[str] | None = None, docstring: str | None = None
+) -> Settings:
+    """Parse the command line into an instance of a dataclass, see `Parser`; the docstring is the script's."""
+    (settings,) = Parser(settings_class, docstring).parse(argv)
     return settings
 
 

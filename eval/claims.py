@@ -702,7 +702,7 @@ def compare(
 @one_line_errors("Interrupted. Finished runs are kept; the same command goes on from there.")
 def main(argv: list[str] | None = None) -> None:
     types = (ClaimsArguments, TokenizerArguments, LossArguments, TokenizerTrainingArguments)
-    report = compare(*parse_yaml_and_command_line(types, argv))
+    report = compare(*parse_yaml_and_command_line(types, argv, __doc__))
     print(table(report["rows"], report["baselines_psnr_db"]))
 
 

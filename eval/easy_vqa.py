@@ -482,7 +482,7 @@ def table(report: dict) -> str:
 
 @one_line_errors("Interrupted. Finished parts are kept; the same command goes on from there.")
 def main(argv: list[str] | None = None) -> None:
-    print(table(evaluate(parse_settings(Settings, argv))))
+    print(table(evaluate(parse_settings(Settings, argv, __doc__))))
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def table(report: dict) -> str:
 
 @one_line_errors("Interrupted. Finished parts are kept; the same command goes on from there.")
 def main(argv: list[str] | None = None) -> None:
-    settings = parse_settings(Settings, argv)
+    settings = parse_settings(Settings, argv, __doc__)
     print(table(evaluate(settings)))
 
 

@@ -183,7 +183,7 @@ class JudgeArguments:
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_settings(JudgeArguments, argv)
+    arguments = parse_settings(JudgeArguments, argv, __doc__)
     make_judge(arguments.output, arguments.epochs, arguments.seed)
 
 

@@ -733,7 +733,7 @@ def table(report: dict) -> str:
 
 @one_line_errors("Interrupted. What is measured is kept; the same command goes on from there.")
 def main(argv: list[str] | None = None) -> None:
-    report = evaluate(parse_settings(Settings, argv))
+    report = evaluate(parse_settings(Settings, argv, __doc__))
     PartialState().destroy_process_group()
     if report is not None:
         print(table(report))

@@ -182,7 +182,7 @@ def show(rows: list[dict]) -> None:
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    settings = parse_settings(Settings, argv)
+    settings = parse_settings(Settings, argv, __doc__)
     rows, unfinished = in_own_process(settings, "peaks", {}), []
     gemm, bandwidth = rows
     peaks = {

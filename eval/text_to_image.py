@@ -521,7 +521,7 @@ def table(report: dict) -> str:
 
 @one_line_errors("Interrupted. Finished pictures and metrics are kept; the same command goes on from there.")
 def main(argv: list[str] | None = None) -> None:
-    evaluation = Evaluation(parse_settings(Settings, argv))
+    evaluation = Evaluation(parse_settings(Settings, argv, __doc__))
     drawing = evaluation.draw()
     is_main_process = evaluation.state.is_main_process
     evaluation.state.destroy_process_group()  # the others need not wait for the metrics

@@ -307,7 +307,7 @@ def table(report: dict) -> str:
 
 @one_line_errors("Interrupted. The same command goes on from here.")
 def main(argv: list[str] | None = None) -> None:
-    report = evaluate(parse_settings(Settings, argv))
+    report = evaluate(parse_settings(Settings, argv, __doc__))
     if PartialState().is_main_process:
         print(table(report))
     PartialState().destroy_process_group()

@@ -137,6 +137,27 @@ def test_typer_errors_take_one_line_too(capsys):
     assert end.value.code == 130 and capsys.readouterr().err == "\nInterrupted. The same command begins again.\n"
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        *(
+            f"eval.{name}"
+            for name in "claims easy_vqa emoji judge reconstruction speed text_to_image vqa zero_shot".split()
+        ),
+        "training.train_mllm",
+        "training.train_tokenizer",
+    ],
+)
+def test_a_help_says_what_the_script_does_and_gives_a_command(script, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and f"\n\n{module.__doc__.splitlines()[0]}\n\n" in printed
+    (command,) = printed.rpartition("\nexample:\n")[2].strip().splitlines()
+    assert command.startswith(f"python -m {script}") and command in module.__doc__
+
+
 @pytest.mark.parametrize("name", ["easy_vqa", "emoji", "reconstruction", "speed", "text_to_image", "vqa", "zero_shot"])
 def test_every_evaluation_refuses_a_missing_model_a_device_and_a_batch_of_none(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -83,11 +83,28 @@ def mapping(text: str) -> dict:
     return value
 
 
-class Parser(HfArgumentParser, CommandLine):
-    """The library's parser of dataclasses, which also takes dicts; errors take one line."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show each option's default, and do not break the lines of an example command."""
 
-    def __init__(self, dataclass_types: Any, **kwargs: Any):
-        super().__init__(dataclass_types, **kwargs)
+
+class Parser(HfArgumentParser, CommandLine):
+    """The library's parser of dataclasses, which also takes dicts; errors take one line.
+
+    Args:
+        dataclass_types: one or several, whose fields are the options.
+        docstring: of the script. The help begins with its first line and ends with its first command.
+    """
+
+    def __init__(self, dataclass_types: Any, docstring: str | None = None, **kwargs: Any):
+        lines = (docstring or "").splitlines()
+        command = next((line.strip() for line in lines if line.lstrip().startswith("python -m ")), None)
+        super().__init__(
+            dataclass_types,
+            description=lines[0] if lines else None,
+            epilog=command and f"example:\n  {command.partition('  #')[0].rstrip()}",
+            formatter_class=HelpFormatter,
+            **kwargs,
+        )
         for action in self._actions:
             if action.type is dict:
                 action.type = mapping
@@ -106,11 +123,13 @@ class Parser(HfArgumentParser, CommandLine):
         return self.parse_args_into_dataclasses(args=argv)
 
 
-def parse_yaml_and_command_line(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
+def parse_yaml_and_command_line(
+    dataclass_types: tuple, argv: list[str] | None = None, docstring: str | None = None
+) -> tuple:
     """Read `CONFIG.yaml [--name value ...]` into instances of the dataclasses. The command line precedes the file.
 
     `--device`, or a key of that name, sets the field `use_cpu` if a dataclass has it. `--trust_config` allows the config
-    to run commands: shards may be their output.
+    to run commands: shards may be their output. The help takes its description and example from the `docstring`.
 
     Raises:
         SystemExit: no config was given, or see `Parser.parse`.
@@ -120,7 +139,7 @@ def parse_yaml_and_command_line(dataclass_types: tuple, argv: list[str] | None =
     if TRUST_CONFIG in argv:
         argv.remove(TRUST_CONFIG)
         os.environ[TRUSTED] = "1"  # for the data's workers too
-    parser = Parser(dataclass_types)
+    parser = Parser(dataclass_types, docstring)
     if any(action.dest == "use_cpu" for action in parser._actions):
         parser.add_argument("--device", default=AUTO, help="auto (accelerators where there are some), cpu or cuda")
     if not argv or argv[0] in ("-h", "--help"):

@@ -12,13 +12,10 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from unitok_mllm import UniTokMultiCodebookQuantizer
+from unitok_mllm.quantization_unitok import num_processes
 
 
 FEATURES_PER_CODE = 4  # of k-means
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def gather_chunks(quantizer: UniTokMultiCodebookQuantizer, features: torch.Tensor) -> torch.Tensor:
@@ -34,10 +31,10 @@ def gather_chunks(quantizer: UniTokMultiCodebookQuantizer, features: torch.Tenso
         (K, N, dim / K), float32, of unit length, equal on every process.
     """
     tokens = features.detach().float().reshape(-1, quantizer.dim)
-    count = len(tokens) * (dist.get_world_size() if _is_distributed() else 1)
+    count = len(tokens) * num_processes()
     tokens = tokens[:: max(1, count // (FEATURES_PER_CODE * quantizer.codebook_size))]
-    if _is_distributed():
-        parts = [torch.empty_like(tokens) for _ in range(dist.get_world_size())]
+    if num_processes() > 1:
+        parts = [torch.empty_like(tokens) for _ in range(num_processes())]
         dist.all_gather(parts, tokens.contiguous())
         tokens = torch.cat(parts)
     return F.normalize(tokens.unflatten(1, (quantizer.num_codebooks, -1)), dim=-1).transpose(0, 1)
@@ -75,7 +72,7 @@ def start_from_data(
             centres = torch.where(is_chosen, F.normalize(sums, dim=-1), centres)
         codebooks.append(centres)
     codebooks = torch.stack(codebooks)
-    if _is_distributed():
+    if num_processes() > 1:
         dist.broadcast(codebooks, src=0)  # sums on a GPU differ in their last bits
     return codebooks
 
@@ -100,7 +97,7 @@ class DeadCodes:
     def chosen_by_any(self) -> torch.Tensor:
         """Return which codes any process chose, (K, V), bool; every process must call it."""
         chosen = self.chosen.int()
-        if _is_distributed():
+        if num_processes() > 1:
             dist.all_reduce(chosen)
         return chosen > 0
 

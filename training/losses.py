@@ -17,6 +17,7 @@ from training.augment import diff_augment
 from unitok_mllm.configuration_unitok import SHARE, WEIGHT
 from unitok_mllm.inference import image_psnr
 from unitok_mllm.modeling_unitok import UniTokOutput
+from unitok_mllm.quantization_unitok import num_processes
 
 
 TERMS = ("l1", "l2", "perceptual", "vq", "entropy", "contrastive", "consistency", "gan")
@@ -140,10 +141,6 @@ def psnr(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     return image_psnr(reconstruction, pixels).clamp_max(MOST_PSNR)
 
 
-def _num_processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 class GatherRows(torch.autograd.Function):
     """Gather the rows of all processes, in order: (N, D) -> (processes * N, D).
 
@@ -152,7 +149,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
-        gathered = rows.new_empty(_num_processes() * len(rows), rows.shape[1])
+        gathered = rows.new_empty(num_processes() * len(rows), rows.shape[1])
         dist.all_gather_single(gathered, rows.contiguous())
         return gathered
 
@@ -160,7 +157,7 @@ class GatherRows(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
-        return gradient.chunk(_num_processes())[dist.get_rank()]
+        return gradient.chunk(num_processes())[dist.get_rank()]
 
 
 class NearestRowLoss(torch.autograd.Function):
@@ -214,7 +211,7 @@ def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logi
     """
     images, texts = image_embeds.float(), text_embeds.float()
     all_images, all_texts, first = images, texts, 0
-    if _num_processes() > 1:
+    if num_processes() > 1:
         all_images, all_texts = GatherRows.apply(images), GatherRows.apply(texts)
         first = len(images) * dist.get_rank()
     scale = logit_scale.float().reshape(())
@@ -301,9 +298,9 @@ def adaptive_gan_weight(
                 for gradient in (reconstruction_gradient, gan_gradient)
             ]
         )
-    if _num_processes() > 1:
+    if num_processes() > 1:
         dist.all_reduce(gradients)
-        gradients /= _num_processes()
+        gradients /= num_processes()
     reconstruction_norm, gan_norm = gradients.flatten(1).norm(dim=1)
     return (reconstruction_norm / (gan_norm + 1e-6)).clamp(0.015, 1e4)
 

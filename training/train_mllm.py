@@ -520,7 +520,7 @@ def save_results(
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments, training_arguments = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), argv)
+    arguments, training_arguments = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), argv, __doc__)
     check_trainer_options(training_arguments, evaluates=bool(arguments.eval_datasets))
     logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.ERROR)
     logger.info("training on %s, %d processes", training_arguments.device, training_arguments.world_size)

@@ -236,7 +236,7 @@ def first_images(dataset: Dataset, count: int) -> torch.Tensor:
 
 def main(argv: list[str] | None = None) -> None:
     arguments, losses, training = parse_yaml_and_command_line(
-        (TokenizerArguments, LossArguments, TokenizerTrainingArguments), argv
+        (TokenizerArguments, LossArguments, TokenizerTrainingArguments), argv, __doc__
     )
     if not arguments.text_tokenizer:
         raise ValueError("text_tokenizer is empty: name the folder of a text tokenizer, or its name on the hub.")

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def num_processes() -> int:
+    """Return the number of processes in the process group, or 1 if there is no group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def loads_weights(method: Callable) -> Callable:
@@ -240,10 +241,10 @@ class UniTokMultiCodebookQuantizer(nn.Module):
         log_probs = F.log_softmax(-squared_distance / self.entropy_temperature, dim=-1)
         probs = log_probs.exp()
         mean = probs.mean(dim=1)
-        if self.training and _is_distributed():
+        if self.training and num_processes() > 1:
             of_all = mean.detach().clone()
             dist.all_reduce(of_all)
-            mean = mean + (of_all / dist.get_world_size() - mean).detach()
+            mean = mean + (of_all / num_processes() - mean).detach()
         token_entropy = -(probs * log_probs).sum(dim=-1).mean()
         mean_entropy = -(mean * mean.clamp_min(1e-10).log()).sum(dim=-1).mean()
         return token_entropy - mean_entropy
@@ -252,7 +253,7 @@ class UniTokMultiCodebookQuantizer(nn.Module):
     def _update_usage(self, indices: torch.Tensor) -> None:
         counts = torch.zeros_like(self.usage, dtype=torch.float32)
         counts.scatter_add_(1, indices, torch.ones_like(indices, dtype=torch.float32))
-        if _is_distributed():
+        if num_processes() > 1:
             dist.all_reduce(counts)
         share = counts / counts.sum(dim=1, keepdim=True)
         self.usage.copy_(self.USAGE_DECAY * self.usage + (1 - self.USAGE_DECAY) * share)
