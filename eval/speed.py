@@ -16,6 +16,7 @@ random weights. Jobs:
     train_tokenizer     one step: forward, the losses that need no other network, backward, AdamW
     train_mllm          one step on samples that read or write an image each, padded as the collator does, or packed
     first_answer        what the first question to a loaded model costs, with all that surrounds the model
+    load                JPEGs to training samples of 256 pixels, in one thread
     import              the package's classes in a fresh process
 
 Each job runs in a process of its own, in which memory is the job's. A row's

@@ -18,7 +18,7 @@ from eval.speed import run_job
 from eval.timing import bounds, jobs, measuring, naive
 from eval.timing.measuring import Job, Way, count, difference
 from eval.timing.settings import Settings
-from eval.timing.subjects import Subject, photographs
+from eval.timing.subjects import Subject, pixels_of_photographs
 from eval.timing.training_jobs import training_batch
 from training.losses import psnr
 from unitok_mllm import UniTokModel
@@ -186,7 +186,7 @@ def test_least_bytes_of_training_hold_what_autograd_keeps(folder):
 def test_bfloat16_is_compared_with_float32_on_photographs(folder):
     settings = Settings(model=folder, device="cpu", batches=[1], runs=1, dtype="bfloat16")
     tokenizer = UniTokModel.from_pretrained(folder).eval()
-    pixel_values = photographs(48)
+    pixel_values = pixels_of_photographs(48)
     assert pixel_values.shape == (6, 3, 48, 48) and -1 <= pixel_values.min() < -0.9 and 0.9 < pixel_values.max() <= 1
     with torch.no_grad():
         codes = tokenizer.encode(pixel_values)
@@ -245,7 +245,10 @@ def test_the_two_ways_are_timed_in_turn(monkeypatch):
         ("--preset huge", "preset is one of tiny, smollm2, large, 7b, got 'huge'"),
         ("--dtype float8", "dtype is one of float32, bfloat16, got 'float8'"),
         ("--jobs encode sing", "no job sing for tiny: its jobs are encode, decode, train_tokenizer, draw, "),
-        ("--preset large --jobs draw", "no job draw for large: its jobs are encode, decode, train_tokenizer, import"),
+        (
+            "--preset large --jobs draw",
+            "no job draw for large: its jobs are encode, decode, train_tokenizer, load, import",
+        ),
         ("--preset smollm2 --jobs encode", "no job encode for smollm2: its jobs are draw, draw_sampled, answer, "),
         ("--model nowhere", "there is no model folder nowhere"),
         ("--device tpu", "there is no device 'tpu' here; there is auto, cpu"),

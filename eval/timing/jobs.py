@@ -4,21 +4,24 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import BytesIO
 
 import torch
 from PIL import Image, ImageDraw
 from torch import nn
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
 from eval.timing import naive
 from eval.timing.bounds import answer_bytes, decode_bytes, draw_bytes, encode_bytes, nbytes, weight_bytes
 from eval.timing.measuring import Job, Way
 from eval.timing.settings import Settings
-from eval.timing.subjects import Subject, photographs, random_ids, repeat_to
+from eval.timing.subjects import Subject, photographs, pixels_of_photographs, random_ids, repeat_to
 from eval.timing.training_jobs import train_mllm_jobs, train_tokenizer_jobs
+from training.image_text_data import ImageTextTransform
 from training.losses import psnr
-from unitok_mllm import UniTokModel
-from unitok_mllm.inference import answer_questions
+from unitok_mllm import UniTokImageProcessor, UniTokModel
+from unitok_mllm.image_processing_unitok import load_image
+from unitok_mllm.inference import SHIPPED_MODEL, answer_questions
 from unitok_mllm.packing_unitok import pack_linears
 
 
@@ -67,7 +70,7 @@ def coding_jobs(
 
 def encode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
     tokenizer = subject.tokenizer
-    pixels = photographs(tokenizer.config.vision_config.image_size).to(settings.device)
+    pixels = pixels_of_photographs(tokenizer.config.vision_config.image_size).to(settings.device)
     quality = {}
     if settings.dtype != "float32":
         true_codes = tokenizer.encode(pixels)
@@ -78,7 +81,7 @@ def encode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
 
 def decode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
     tokenizer = subject.tokenizer
-    pixels = photographs(tokenizer.config.vision_config.image_size).to(settings.device)
+    pixels = pixels_of_photographs(tokenizer.config.vision_config.image_size).to(settings.device)
     all_codes, quality = tokenizer.encode(pixels), {}
     if settings.dtype != "float32":
         true_pixels = tokenizer.decode(all_codes)
@@ -113,7 +116,7 @@ def draw_jobs(subject: Subject, settings: Settings, sampled: bool = False) -> It
 
 def answer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
     config = subject.mllm.config
-    images = photographs(config.visual_config.vision_config.image_size).to(settings.device)
+    images = pixels_of_photographs(config.visual_config.vision_config.image_size).to(settings.device)
     codes = subject.tokenizer.encode(images)
     mllm = subject.mllm.to(getattr(torch, settings.dtype))
     ends = mllm.generation_config.eos_token_id
@@ -196,6 +199,28 @@ def import_jobs(settings: Settings) -> Iterator[Job]:
         )
 
 
+def load_jobs(settings: Settings) -> Iterator[Job]:
+    """Yield what makes a JPEG a training sample: decoding, random crop, tensor. Pillow does it in one thread."""
+    processor = UniTokImageProcessor(size={"height": 256, "width": 256})
+    transform = ImageTextTransform(
+        processor, AutoTokenizer.from_pretrained(SHIPPED_MODEL), 77, random_crop=True, horizontal_flip=True
+    )
+    for width, height in ((512, 384), (1024, 768)):
+        files = []
+        for photograph in photographs():
+            file = BytesIO()
+            photograph.resize((width, height)).save(file, "JPEG", quality=90)
+            files.append(file.getvalue())
+
+        def load(files=files) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(0)
+            samples = [transform(load_image(file), "a photograph", generator) for file in files]
+            return torch.stack([sample["pixel_values"] for sample in samples])
+
+        detail = f"JPEG of {width} x {height}, {sum(map(len, files)) / len(files) / 1000:.0f} kB"
+        yield Job(Way(load), 1, len(files), "images/s", detail=detail, counted=False)
+
+
 JOBS = {
     "encode": encode_jobs,
     "decode": decode_jobs,
@@ -207,4 +232,4 @@ JOBS = {
     "first_answer": first_answer_jobs,
 }
 
-WITHOUT_MODEL = {"peaks": peaks_jobs, "import": import_jobs}
+WITHOUT_MODEL = {"peaks": peaks_jobs, "load": load_jobs, "import": import_jobs}

@@ -17,10 +17,10 @@ TOKENIZER_JOBS = ("encode", "decode", "train_tokenizer")
 MLLM_JOBS = ("draw", "draw_sampled", "answer", "train_mllm")
 
 PRESETS = {
-    "tiny": (*TOKENIZER_JOBS, *MLLM_JOBS, "first_answer", "import"),
-    "smollm2": (*MLLM_JOBS, "import"),
-    "large": (*TOKENIZER_JOBS, "import"),
-    "7b": (*TOKENIZER_JOBS, *MLLM_JOBS, "import"),
+    "tiny": (*TOKENIZER_JOBS, *MLLM_JOBS, "first_answer", "load", "import"),
+    "smollm2": (*MLLM_JOBS, "load", "import"),
+    "large": (*TOKENIZER_JOBS, "load", "import"),
+    "7b": (*TOKENIZER_JOBS, *MLLM_JOBS, "load", "import"),
 }
 
 

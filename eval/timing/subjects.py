@@ -74,14 +74,19 @@ def load_subject(settings: Settings) -> Subject:
     return Subject(mllm.visual, mllm.eval(), "random weights", has_visual=settings.preset != "smollm2")
 
 
-def photographs(image_size: int) -> torch.Tensor:
-    """Load six photographs, (6, 3, H, W) in [-1, 1]."""
+def photographs() -> list[Image.Image]:
+    """Load six photographs that scikit-image and scikit-learn ship."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
     arrays = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket(), *load_sample_images().images]
+    return [Image.fromarray(array) for array in arrays]
+
+
+def pixels_of_photographs(image_size: int) -> torch.Tensor:
+    """Load the photographs as pixels (6, 3, H, W) in [-1, 1]."""
     processor = UniTokImageProcessorPil(size={"height": image_size, "width": image_size})
-    return processor([Image.fromarray(array) for array in arrays], mode="reconstruct")["pixel_values"]
+    return processor(photographs(), mode="reconstruct")["pixel_values"]
 
 
 def repeat_to(rows: torch.Tensor, batch: int) -> torch.Tensor:

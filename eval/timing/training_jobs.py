@@ -11,7 +11,7 @@ from eval.timing import naive
 from eval.timing.bounds import train_bytes
 from eval.timing.measuring import Job, Way
 from eval.timing.settings import Settings
-from eval.timing.subjects import Subject, photographs, random_ids, repeat_to
+from eval.timing.subjects import Subject, pixels_of_photographs, random_ids, repeat_to
 from training.losses import LossArguments, tokenizer_losses
 from unitok_mllm import UniTokMLLMConfig
 
@@ -48,7 +48,7 @@ def made_trainable(module: PreTrainedModel, settings: Settings) -> tuple[PreTrai
 
 def train_tokenizer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
     tokenizer, optimizer = made_trainable(subject.tokenizer, settings)
-    pixels = photographs(tokenizer.config.vision_config.image_size).to(settings.device)
+    pixels = pixels_of_photographs(tokenizer.config.vision_config.image_size).to(settings.device)
     text, weights = tokenizer.config.text_config, LossArguments().weights(1.0)
     for batch in settings.train_batches:
         images, ids = repeat_to(pixels, batch), None
