@@ -3,7 +3,10 @@ import io
 import json
 import logging
 import tarfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count, islice
+from threading import Thread
 
 import datasets
 import numpy as np
@@ -483,6 +486,18 @@ def test_a_shard_that_breaks_off_is_skipped_and_a_missing_one_stops_the_run(stre
     (shards / "3.tar").unlink()
     with pytest.raises(FileNotFoundError, match="3.tar"):
         list(stream())
+
+
+def test_shards_of_a_web_address_give_the_same_samples_and_missing_ones_are_skipped(stream, shards, caplog):
+    handler = partial(SimpleHTTPRequestHandler, directory=shards)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert numbers(stream(shards=f"{address}/{{0..4}}.tar")) == numbers(stream())
+        dataset = stream(shards=f"{address}/{{4..5}}.tar", max_broken_share=0.3)
+        assert sorted(numbers(dataset)) == [*range(16, 20)] and dataset.broken.broken == 1
+        server.shutdown()
+    assert "skipping the rest of a shard" in caplog.text and f"{address}/5.tar" in caplog.text
 
 
 def test_compressed_shards_are_read_and_bombs_among_them_skipped(stream, shards, caplog, monkeypatch):

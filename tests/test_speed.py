@@ -301,3 +301,9 @@ def test_the_whole_program(processes, folder, tmp_path, capfd, monkeypatch):
     peak = gemm["flops"] / gemm["seconds"]
     assert encode["of_gemm"] == pytest.approx(encode["flops"] / encode["seconds"] / peak, rel=1e-2)
     assert "of bandwidth" in printed.err and "encode" in printed.err
+
+
+def test_photographs_are_loaded_as_the_tokenizers_training_loads_them(settings):
+    for job in jobs.load_jobs(settings):
+        pixels = job.fast.run()
+        assert pixels.shape == (job.amount, 3, 256, 256) and pixels.std() > 0.3
