@@ -455,6 +455,6 @@ def test_slurm_script_starts_torchrun_on_every_node(tmp_path):
         check=True,
     )
     assert result.stdout.split("\n")[0] == (
-        "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_id 42 --rdzv_backend c10d --rdzv_endpoint n7:29500 "
+        "torchrun --max-restarts 3 --nnodes 2 --nproc_per_node 8 --rdzv_id 42 --rdzv_backend c10d --rdzv_endpoint n7:29500 "
         "-m training.train_mllm a b.yaml"
     )

@@ -10,7 +10,9 @@
 
 set -euo pipefail
 read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarted processes would find addresses of those before them
 srun torchrun \
+    --max-restarts 3 \
     --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc_per_node "$SLURM_GPUS_ON_NODE" \
     --rdzv_id "$SLURM_JOB_ID" \
