@@ -70,6 +70,10 @@ class Settings(DrawingSettings):
         default=None, metadata={"help": "number of test images, from the first on; default: all"}
     )
     samples: int = field(default=8, metadata={"help": "drawings of each of the 24 pairs of colour and shape"})
+    candidates: int = field(
+        default=1,
+        metadata={"help": "samples for each drawing, of which the best by the tokenizer's embeddings counts; 1: none"},
+    )
     edit_guidance: float = field(default=1.0, metadata={"help": "edits' guidance by words; 1: none"})
     edit_image_guidance: float = field(default=1.0, metadata={"help": "edits' guidance by picture; 1: none"})
     seed: int = field(default=0, metadata={"help": "seed of the first drawing; the next ones count up"})
@@ -80,7 +84,7 @@ class Settings(DrawingSettings):
     def __post_init__(self):
         find_device(self.device)
         check_model_folder(self.model)
-        for name in ("batch_size", "limit", "samples"):
+        for name in ("batch_size", "limit", "samples", "candidates"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -166,24 +170,42 @@ def count_right(answers: list[str], truths: list[str]) -> dict[str, dict[str, fl
     }
 
 
-def draw(
+def draw(*args, **options) -> torch.Tensor:
+    """Draw one image for each caption, see `draw_candidates`. Returns codes (N, K, L), on the CPU."""
+    codes, _ = draw_candidates(*args, **options)
+    return codes[:, 0]
+
+
+def draw_candidates(
     model: UniTokMLLMForConditionalGeneration,
     processor: UniTokMLLMProcessor,
     captions: list[str],
     seeds: list[int],
     batch_size: int = 64,
+    candidates: int = 1,
     **options,
-) -> torch.Tensor:
-    """Draw one image for each caption; it depends on its seed, not on the batch. Returns codes (N, K, L), on the CPU.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Draw images for each caption; they depend on its seed, not on the batch.
 
     Args:
         options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `top_p`.
+
+    Returns:
+        Codes (N, candidates, K, L), and for more than one candidate their scores (N, candidates), on the CPU.
     """
-    codes = []
-    for rows in batches(list(range(len(captions))), batch_size, "drawing"):
+    codes, scores = [], []
+    for rows in batches(list(range(len(captions))), max(1, batch_size // candidates), "drawing"):
         texts, own_seeds = [captions[i] for i in rows], [seeds[i] for i in rows]
-        codes.append(draw_codes(model, processor, texts, seed=own_seeds, **options).cpu())
-    return torch.cat(codes)
+        options |= {"candidates": candidates, "return_dict_in_generate": True}
+        output = draw_codes(model, processor, texts, seed=own_seeds, **options)
+        codes.append((output.codes[:, None] if candidates == 1 else output.candidate_codes).cpu())
+        scores.append(None if candidates == 1 else output.candidate_scores.cpu())
+    return torch.cat(codes), None if candidates == 1 else torch.cat(scores)
+
+
+def best_of(scores: torch.Tensor | None, count: int) -> torch.Tensor | int:
+    """Return the index of the best of the first `count` candidates, (N,), for scores (N, candidates); 0 for None."""
+    return 0 if scores is None else scores[:, :count].argmax(dim=1)
 
 
 def contact_sheet(pictures: list[Image.Image], is_right: list[bool], samples: int) -> Image.Image:
@@ -288,22 +310,33 @@ class Evaluation:
         }
 
     def text_to_image(self) -> dict:
-        """Measure the share of drawings in which the judge sees what was asked for, and the judge's own accuracy."""
+        """Measure the share of drawings in which the judge sees what was asked for, and the judge's own accuracy.
+
+        Candidates count as well: the best of the first 1, 2, 4 ... of them.
+        """
         settings = self.settings
         drawings = [(pair, j) for pair in range(len(PAIRS)) for j in range(settings.samples)]
         captions = [f"a {' '.join(PAIRS[pair])}" for pair, _ in drawings]
-        codes = draw(
+        start = time.perf_counter()
+        codes, scores = draw_candidates(
             self.model,
             self.processor,
             captions,
             seeds=[settings.seed + j * len(PAIRS) + pair for pair, j in drawings],
             batch_size=settings.batch_size,
+            candidates=settings.candidates,
             **settings.drawing,
         )
-        pixels = self.decode(codes)
+        seconds = time.perf_counter() - start
+        all_pixels = self.decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
         labels = torch.tensor([divmod(pair, len(SHAPES)) for pair, _ in drawings])
-        verdicts = torch.stack(judge_images(self.judge, self.for_judge(pixels)), dim=1)
-        is_right = (verdicts == labels).all(dim=1)
+        verdicts = torch.stack(judge_images(self.judge, self.for_judge(all_pixels.flatten(0, 1))), dim=1)
+        all_right = (verdicts.unflatten(0, codes.shape[:2]) == labels[:, None]).all(dim=2)
+        numbers = torch.arange(len(drawings))
+        is_right = all_right[numbers, best_of(scores, settings.candidates)]
+        pixels = all_pixels[numbers, best_of(scores, settings.candidates)]
+        counts = [2**i for i in range(settings.candidates.bit_length()) if settings.candidates > 1]
+        by_candidates = {n: all_right[numbers, best_of(scores, n)].float().mean().item() for n in counts}
         sheet_path = Path(settings.output).with_suffix(".png")
         pictures = self.processor.image_processor.post_process(pixels)
         write_atomically(sheet_path, picture_bytes(contact_sheet(pictures, is_right.tolist(), settings.samples)))
@@ -321,6 +354,8 @@ class Evaluation:
                 self.judge, self.for_judge(self.decode(self.codes)), test_labels
             ),
             "sheet": str(sheet_path),
+            "drawing_seconds": round(seconds, 1),
+            "both_by_candidates": by_candidates,
         }
 
     def edit(self) -> dict:
@@ -351,7 +386,7 @@ class Evaluation:
 PARTS = {
     "reconstruction": ("limit",),
     "vqa": ("limit",),
-    "text_to_image": ("limit", "samples", "guidance", "temperature", "top_k", "top_p", "seed", "judge"),
+    "text_to_image": ("limit", "samples", "candidates", "guidance", "temperature", "top_k", "top_p", "seed", "judge"),
     "edit": ("limit", "edit_guidance", "edit_image_guidance", "judge"),
 }
 
@@ -434,7 +469,7 @@ def numbers(parts: dict[str, dict], settings: Settings, processor: UniTokMLLMPro
         own = {
             "split": f"24 pairs of colour and shape, {used['samples']} drawings each",
             "prompt": part["prompt"].removesuffix(processor.boi_token),
-            "sampling": settings.sampling,
+            "sampling": settings.sampling + f", best of {used['candidates']}" * (used["candidates"] > 1),
         }
         own |= {"images": images, "reference": "colour and shape asked for", "tool": "the judge (eval.judge)"}
         found.append(number("easy-VQA", "drawings right", 100 * part["both"], "%", **own))
@@ -472,6 +507,8 @@ def table(report: dict) -> str:
             ("judge, reconstructions", part["judge_on_reconstructions"]),
         ):
             lines.append(f"  {name:23}  {value['both']:6.2%}  {value['color']:6.2%}  {value['shape']:6.2%}")
+        for count, both in part["both_by_candidates"].items():
+            lines.append(f"  {f'best of the first {count}':23}  {both:6.2%}")
     if part := parts.get("edit"):
         lines.append(f"{part['images']} recoloured images ({part['seconds']} s)")
         lines.append(

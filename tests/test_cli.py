@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -171,7 +172,7 @@ def test_ctrl_c_takes_one_line(models, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "draw_images", interrupted)
+    monkeypatch.setattr(cli, "draw_codes", interrupted)
     result = run("generate", "a circle", "--top_k", "3", "--model", models / "mllm")
     assert result.exit_code == 130
     assert result.stderr.endswith("\nInterrupted. The same command begins again.\n")
@@ -283,6 +284,28 @@ def test_generate_passes_every_option_on(workplace, models, monkeypatch):
     succeed("generate", "a red circle", *flags, "--model", models / "mllm")
     expected = {"guidance_scale": 2.5, "temperature": 0.5, "top_k": 9, "top_p": 0.75, "seed": 3}
     assert {name: seen[name] for name in expected} == expected
+
+
+def test_generate_keeps_the_best_candidates_and_shows_all(workplace, models, saved_mllm):
+    options = ("--candidates", 4, "--count", 2, "--seed", 7, "--sheet", "all.png", "--model", saved_mllm)
+    result = run("generate", "a red circle", *options)
+    assert result.exit_code == 0, result.stderr
+    lines = re.findall(r"sample (\d): (-?[\d.]+)", result.stderr)
+    scores = [float(score) for _, score in lines]
+    assert sorted(number for number, _ in lines) == list("1234") and scores == sorted(scores, reverse=True)
+    kept = [Image.open(path).info for path in result.stdout.split()]
+    assert [(info["sample"], info["score"]) for info in kept] == [(f"{n} of 4", score) for n, score in lines[:2]]
+    assert Image.open("all.png").width > 4 * 128
+    every = ("--count", 4, "--seed", 7, "--model", saved_mllm, "--output", "every.png")
+    plain = [np.asarray(Image.open(path), int) for path in succeed("generate", "a red circle", *every).split()]
+    for path, (number, _) in zip(result.stdout.split(), lines):
+        assert np.abs(np.asarray(Image.open(path), int) - plain[int(number) - 1]).max() <= 1
+    few = ("--candidates", 2, "--count", 3, "--model", saved_mllm)
+    assert fail("generate", "a red circle", *few) == "2 candidates are too few to keep 3 of them"
+    message = fail("generate", "a red circle", "--sheet", "all.png", "--model", saved_mllm)
+    assert message == "--sheet shows candidates: give --candidates, at least 2"
+    message = fail("generate", "a circle", "--candidates", 2, "--model", models / "mllm")
+    assert "the model's visual tokenizer has no text tower" in message
 
 
 def test_generate_draws_anew_without_a_seed(workplace, models):

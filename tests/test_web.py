@@ -35,7 +35,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from transformers import LogitsProcessorList
 from typer.testing import CliRunner
 
-from unitok_mllm import cli, web
+from unitok_mllm import cli, inference, web
 from unitok_mllm.kept_files import KeptFiles
 
 
@@ -475,7 +475,7 @@ def test_draw_from_a_prompt(page):
     draw(page, "a red circle")
     expect(page.get_by_text("Seed 1")).to_be_visible()
     options = {"guidance_scale": 3.0, "temperature": 0.7, "top_k": 20, "seed": 1}
-    expected = cli.draw_images(*cli.load(cli.SHIPPED_MODEL), ["a red circle"], 4, **options)
+    expected = inference.draw_images(*cli.load(cli.SHIPPED_MODEL), ["a red circle"], 4, **options)
     expect(page.locator(".drawings img")).to_have_count(4)
 
     def shown() -> list:

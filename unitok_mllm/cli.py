@@ -25,10 +25,11 @@ from .inference import (
     SHIPPED_MODEL,
     answer_questions,
     check_model,
-    draw_images,
+    draw_codes,
     edit_images,
     load,
     picture_area,
+    pictures_of,
     psnr,
     reconstruct_images,
     sampling_options,
@@ -267,7 +268,19 @@ def generate(
     output: Annotated[Path, typer.Option(help="PNG file, numbered on where it exists; its folder is made.")] = Path(
         "unitok-drawing.png"
     ),
-    count: Annotated[int, typer.Option(min=1, help="How many samples to draw.")] = 1,
+    count: Annotated[int, typer.Option(min=1, help="How many samples to draw, or of candidates to keep.")] = 1,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many samples to draw and rank by the tokenizer's text and image embeddings: the best are kept.",
+            show_default="the model's own, or no ranking",
+        ),
+    ] = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(help="PNG file for all candidates with their scores, best first.", show_default="none"),
+    ] = None,
     guidance: OwnGuidance = None,
     temperature: Annotated[
         float | None, typer.Option(help="Above 0; less is more predictable.", show_default="the model's own")
@@ -288,20 +301,40 @@ def generate(
     model: ModelFolder = SHIPPED_MODEL,
     device: Device = AUTO,
 ) -> None:
-    """Draw images from a prompt; the paths of the files go to stdout."""
+    """Draw images from a prompt; the paths of the files go to stdout, and to stderr the scores of candidates."""
     if not prompt.strip():
         raise ValueError("the prompt is empty")
+    if candidates is not None and 1 < candidates < count:
+        raise ValueError(f"{candidates} candidates are too few to keep {count} of them")
     check_finite(guidance=guidance, temperature=temperature, top_p=top_p)
     check_sampling(temperature, top_p)
     check_output(output)
+    if sheet is not None:
+        check_output(sheet)
     mllm, processor = load(model, device=device)
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
     typer.echo(f"seed {seed}", err=True)
     given = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    options = sampling_options(mllm, **given)
-    for number, picture in enumerate(draw_images(mllm, processor, [prompt], count, **options), start=1):
-        typer.echo(save_new(picture, output, prompt=prompt, sample=f"{number} of {count}", **options))
+    options = sampling_options(mllm, **given, candidates=candidates)
+    if sheet is not None and options.get("candidates", 1) == 1:
+        raise ValueError("--sheet shows candidates: give --candidates, at least 2")
+    asked = {"num_return_sequences": count, "progress": True, "return_dict_in_generate": True}
+    drawn = draw_codes(mllm, processor, [prompt], **asked, **options)
+    notes = [{"sample": f"{number} of {count}"} for number in range(1, count + 1)]
+    if drawn.scores is not None:
+        scores, samples = drawn.candidate_scores[0], len(drawn.candidate_scores[0])
+        order = scores.argsort(descending=True, stable=True).tolist()
+        captions = [f"sample {i + 1}: {scores[i]:.4f}" for i in order]
+        typer.echo("\n".join(captions), err=True)
+        notes = [{"sample": f"{i + 1} of {samples}", "score": f"{scores[i]:.4f}"} for i in order[:count]]
+        if sheet is not None:
+            from .sheet import contact_sheet
+
+            ranked = pictures_of(mllm, processor, drawn.candidate_codes[0, order])
+            typer.echo(f"all candidates: {save_new(contact_sheet(ranked, captions), sheet)}", err=True)
+    for picture, note in zip(pictures_of(mllm, processor, drawn.codes), notes):
+        typer.echo(save_new(picture, output, prompt=prompt, **note, **options))
 
 
 @app.command()

@@ -10,7 +10,7 @@ prompts, then `step` from one position to the next.
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from numbers import Real
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 # The `image_generation` in the generation config of new models (chosen with the shipped model).
 IMAGE_GENERATION = {"guidance_scale": 3.0, "temperature": 0.7, "top_k": 20}
 # The options that `image_generation` may have.
-SAMPLING = ("guidance_scale", "image_guidance_scale", "do_sample", "temperature", "top_k", "top_p")
+SAMPLING = ("guidance_scale", "image_guidance_scale", "do_sample", "temperature", "top_k", "top_p", "candidates")
 # Options of text that the library's pipelines pass for drawings too, or that it writes into every config.
 TEXT_OPTIONS = {"max_new_tokens", "max_length", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"}
 MAX_GUIDANCE = 1e6  # keeps guided logits finite in float32
@@ -44,7 +44,7 @@ MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
 class UniTokDrawingOptions:
     """Options of a drawing.
 
-    All are arguments of `generate_image_codes`. A model's defaults of the first six are in its generation config, in
+    All are arguments of `generate_image_codes`. A model's defaults of the first seven are in its generation config, in
     the dict `image_generation`, separate from the options of text.
 
     Attributes:
@@ -55,7 +55,9 @@ class UniTokDrawingOptions:
         temperature: as in transformers; above 0.
         top_k: as in transformers; 0 keeps all codes.
         top_p: as in transformers; above 0 and at most 1.
-        num_return_sequences: samples for each prompt.
+        candidates: samples to draw for each prompt, of which the `num_return_sequences` best are returned, see
+            `ranking_unitok`; at least as many. 1 to draw only what is returned, without ranking.
+        num_return_sequences: drawings to return for each prompt.
         num_positions: positions to draw; None for a whole image (L).
         seed: one for all prompts or one for each; None to take it from torch's generator. Sample j of a prompt depends
             only on its seed and on j, not on other rows of the batch.
@@ -73,6 +75,7 @@ class UniTokDrawingOptions:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    candidates: int = 1
     num_return_sequences: int = 1
     num_positions: int | None = None
     seed: int | list[int] | None = None
@@ -88,12 +91,26 @@ class UniTokDrawingOptions:
             ("temperature", lambda value: MIN_TEMPERATURE <= value < float("inf"), temperatures),
             ("top_k", lambda value: value >= 0, "at least 0 (0: all codes)"),
             ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            ("candidates", lambda value: isinstance(value, Integral) and value >= 1, "an integer of at least 1"),
             ("num_return_sequences", lambda value: value >= 1, "at least 1"),
             ("num_positions", lambda value: value is None or value >= 1, "at least 1"),
         ):
             value = getattr(self, name)
             if not isinstance(value, Real | None) or not is_valid(value):
                 raise ValueError(f"{name} must be {expected}, got {value!r}.")
+        if 1 < self.candidates < self.num_return_sequences:
+            raise ValueError(
+                f"candidates must be at least num_return_sequences ({self.num_return_sequences}), got {self.candidates}."
+            )
+        if self.candidates > 1 and self.num_positions is not None:
+            raise ValueError(
+                f"candidates are ranked as whole images: num_positions {self.num_positions} does not go with it."
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples drawn for each prompt."""
+        return max(self.candidates, self.num_return_sequences)
 
     @classmethod
     def resolve(
@@ -113,8 +130,8 @@ class UniTokDrawingOptions:
         Args:
             model_config: the model's generation config.
             config: the call's `generation_config`.
-            without: guidance scales for which there is no null prompt: the model's own value is ignored, with a
-                warning.
+            without: guidance scales for which there is no null prompt, and `candidates` if there is no text to rank
+                by: the model's own value is ignored, with a warning.
             options: the call's arguments; None means not given.
 
         Raises:

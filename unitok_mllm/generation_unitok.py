@@ -32,6 +32,7 @@ from .drawing_unitok import (
 from .fast_drawing_unitok import UniTokDrawingParts, prepare_drawing
 from .interleaved_unitok import UniTokAnswerEnd, UniTokAnswerStream, check_options
 from .modeling_unitok import UniTokImageFeatures
+from .ranking_unitok import UniTokDrawingOutput, check_ranking, choose_drawings, score_drawings
 from .streaming_unitok import UniTokImageStreamer, streamers_told
 
 
@@ -91,8 +92,8 @@ class UniTokGenerationMixin(GenerationMixin):
             kwargs: of the mode's method.
 
         Returns:
-            "text": as transformers. "image": codes (B * num_return_sequences, K, L), int64. "interleaved": a
-            `UniTokInterleavedOutput`.
+            "text": as transformers. "image": codes (B * num_return_sequences, K, L), int64, or a `UniTokDrawingOutput`
+            with `return_dict_in_generate=True`. "interleaved": a `UniTokInterleavedOutput`.
 
         Raises:
             ValueError: another mode; see the mode's method.
@@ -176,7 +177,7 @@ class UniTokGenerationMixin(GenerationMixin):
         """Set the model's defaults of drawing, in the generation config that is saved with it.
 
         Args:
-            options: any of the first six of `UniTokDrawingOptions`.
+            options: any of the first seven of `UniTokDrawingOptions`.
 
         Raises:
             ValueError: another option, or one outside its range.
@@ -197,17 +198,19 @@ class UniTokGenerationMixin(GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         image_codes: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
+        ranking_input_ids: torch.Tensor | None = None,
         **options,
     ) -> tuple[UniTokDrawingOptions, UniTokGuidance, torch.Tensor]:
         """Prepare a drawing. Arguments and errors are those of `generate_image_codes`.
 
         Args:
-            input_ids, attention_mask, pixel_values, image_codes, generation_config: see `generate_image_codes`.
+            input_ids, attention_mask, pixel_values, image_codes: see `generate_image_codes`.
+            generation_config, ranking_input_ids: see `generate_image_codes`.
             options: its options, and its null prompts by name (`unconditional_input_ids` ...).
 
         Returns:
-            Its options, its prompts as one batch, and the noise that chooses its codes,
-            (B * num_return_sequences, positions, K).
+            Its options, its prompts as one batch, and the noise that chooses its codes, (B * num_samples, positions,
+            K).
         """
         others = {"guidance_scale": ["unconditional"], "image_guidance_scale": ["text_alone"]}
         for prompt in others.values():
@@ -215,12 +218,15 @@ class UniTokGenerationMixin(GenerationMixin):
         if others["guidance_scale"][1] is None and self.config.unconditional_prompt_ids is not None:
             others["guidance_scale"][1] = input_ids.new_tensor([self.config.unconditional_prompt_ids])
         missing = [scale for scale, (_, ids, _) in others.items() if ids is None]
+        missing += ["candidates"] if ranking_input_ids is None else []
         options = UniTokDrawingOptions.resolve(self.generation_config, generation_config, missing, **options)
+        if options.candidates > 1:
+            self._check_ranking_texts(ranking_input_ids, len(input_ids))
         num_positions = options.num_positions or self.config.num_image_positions
         input_ids, attention_mask = self._image_prompt(input_ids, attention_mask, num_positions)
         branches = {name: (getattr(options, scale), *prompt) for scale, (name, *prompt) in others.items()}
         guidance = self._guidance(
-            *self.embed(input_ids, pixel_values, image_codes), attention_mask, branches, options.num_return_sequences
+            *self.embed(input_ids, pixel_values, image_codes), attention_mask, branches, options.num_samples
         )
         noise = self._noise(options, len(input_ids), num_positions).to(input_ids.device)
         return options, guidance, noise
@@ -242,9 +248,16 @@ class UniTokGenerationMixin(GenerationMixin):
         streamer: UniTokImageStreamer | None = None,
         progress: bool = False,
         parts: UniTokDrawingParts | None = None,
+        ranking_input_ids: torch.Tensor | None = None,
+        ranking_attention_mask: torch.Tensor | None = None,
+        return_dict_in_generate: bool | None = None,
         **options,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | UniTokDrawingOutput:
         """Draw one image, or `num_return_sequences` images, for each prompt.
+
+        With `candidates` above `num_return_sequences`, that many are drawn in one batch, and the best are returned:
+        those whose embeddings by the visual tokenizer are nearest to that of the prompt's text. Candidate j is sample
+        j of its prompt, the same as row j with `num_return_sequences` alone, so candidate 0 is the plain drawing.
 
         Args:
             input_ids: (B, T), prompts that end with the token that opens an image, padded on the left.
@@ -262,21 +275,29 @@ class UniTokGenerationMixin(GenerationMixin):
             generation_config: options of the drawing, see `UniTokDrawingOptions.resolve`.
             logits_processor: processors of the logits of each code, see `UniTokCodeSampler`. With any, no step is
                 recorded as a CUDA graph.
-            stopping_criteria: called after each position with the codes so far, (B * num_return_sequences, l * K), and
-                None for scores. The drawing ends early when all its rows have been stopped.
-            streamer: gets the codes so far after each position, and may stop the drawing.
+            stopping_criteria: called after each position with the codes so far, (B * samples, l * K), and None for
+                scores; samples is the larger of `candidates` and `num_return_sequences`. The drawing ends early when all its rows have been stopped.
+            streamer: gets the codes so far of all samples after each position, and may stop the drawing.
             progress: show a progress bar.
             parts: `prepare_drawing(model)`, made once for several drawings; None to make them for this one.
+            ranking_input_ids: (B, T'), the texts that `candidates` are ranked by, see `score_drawings`. The processor
+                makes them from descriptions; prompts with images, as of edits, have none of their own, see its
+                `ranking_text`. Without them the model's own `candidates` are ignored, and those that the call asks
+                for are an error.
+            ranking_attention_mask: (B, T').
+            return_dict_in_generate: True to return all candidates and the scores, too.
             options: those of `UniTokDrawingOptions`: `guidance_scale`, `temperature`, `seed` ... Options left out (or
                 None) come from `generation_config`, then from `image_generation` in the model's own generation config.
 
         Returns:
-            (B * num_return_sequences, K, L), int64, the samples of a prompt next to each other. A drawing that the
-            streamer or the criteria stopped has fewer than L positions; `decode_images` refuses it.
+            (B * num_return_sequences, K, L), int64, the drawings of a prompt next to each other; with `candidates` the
+            best first. A drawing that the streamer or the criteria stopped has fewer than L positions; `decode_images`
+            refuses it, and of candidates the first ones are returned, without scores. With `return_dict_in_generate`,
+            a `UniTokDrawingOutput`.
 
         Raises:
-            ValueError: an option outside its range, a prompt that does not end with the token that opens an image, or
-                guidance without a null prompt.
+            ValueError: an option outside its range, a prompt that does not end with the token that opens an image,
+                guidance without a null prompt, or candidates without a text, or without a text tower that reads it.
             TypeError: an option that drawing does not know.
         """
         options, guidance, noise = self.drawing_inputs(
@@ -285,6 +306,7 @@ class UniTokGenerationMixin(GenerationMixin):
             pixel_values,
             image_codes,
             generation_config,
+            ranking_input_ids,
             unconditional_input_ids=unconditional_input_ids,
             unconditional_attention_mask=unconditional_attention_mask,
             text_alone_input_ids=text_alone_input_ids,
@@ -312,8 +334,32 @@ class UniTokGenerationMixin(GenerationMixin):
                 if criteria:
                     is_over |= criteria(torch.stack(groups, dim=1).flatten(1), None).cpu()
                 if is_stopped or is_over.all() or len(groups) == num_positions:
-                    return torch.stack(groups, dim=2)
+                    break
                 groups.append(drawing.step(groups, noise[:, len(groups)]))
+        output = UniTokDrawingOutput(torch.stack(groups, dim=2))
+        if options.candidates > 1:
+            candidates = output.codes.unflatten(0, (-1, options.candidates))
+            if len(groups) == num_positions:
+                scores = score_drawings(self.visual, candidates, ranking_input_ids, ranking_attention_mask)
+                output = choose_drawings(candidates, scores, options.num_return_sequences)
+            else:
+                output.codes = candidates[:, : options.num_return_sequences].flatten(0, 1)
+        return output if return_dict_in_generate else output.codes
+
+    def _check_ranking_texts(self, input_ids: torch.Tensor | None, num_prompts: int) -> None:
+        """Check the texts (B, T) that candidates are ranked by.
+
+        Raises:
+            ValueError: there are none, or another number than of prompts; see `check_ranking`.
+        """
+        if self.visual.config.text_config is not None and input_ids is None:
+            raise ValueError(
+                "candidates above 1 needs ranking_input_ids, the texts to rank by: make prompts with processor(text=..., "
+                "generation_mode='image'). For prompts with images, such as edits, describe the result in ranking_text."
+            )
+        if input_ids is not None and len(input_ids) != num_prompts:
+            raise ValueError(f"Got {len(input_ids)} texts to rank by for {num_prompts} prompts.")
+        check_ranking(self.visual, input_ids)
 
     @torch.no_grad()
     def generate_interleaved(
@@ -468,11 +514,11 @@ class UniTokGenerationMixin(GenerationMixin):
         return sequence, drawn
 
     def _noise(self, options: UniTokDrawingOptions, num_prompts: int, num_positions: int) -> torch.Tensor:
-        """Draw the noise of the codes, (prompts * num_return_sequences, positions, K); zeros for greedy drawings."""
+        """Draw the noise of the codes, (prompts * num_samples, positions, K); zeros for greedy drawings."""
         shape = (num_positions, self.depth_head.num_codebooks)
         if not options.do_sample:
-            return torch.zeros(num_prompts * options.num_return_sequences, *shape)
-        return uniform_noise(self._seeds(options.seed, num_prompts), options.num_return_sequences, shape)
+            return torch.zeros(num_prompts * options.num_samples, *shape)
+        return uniform_noise(self._seeds(options.seed, num_prompts), options.num_samples, shape)
 
     @staticmethod
     def _seeds(seed: int | list[int] | None, num_prompts: int) -> list[int]:

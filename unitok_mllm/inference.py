@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .modeling_unitok import UniTokModel
+    from .ranking_unitok import UniTokDrawingOutput
 
 MAX_SEQUENCES = 100  # beams or answers that a folder's generation config may ask for
 TEMPLATE_SECONDS = 10
@@ -231,7 +232,7 @@ def sampling_options(model: Any, **given: Any) -> dict[str, Any]:
     return standard | own | {name: value for name, value in given.items() if value is not None}
 
 
-def draw_codes(model: Any, processor: Any, prompts: list[str], **options: Any) -> "torch.Tensor":
+def draw_codes(model: Any, processor: Any, prompts: list[str], **options: Any) -> "torch.Tensor | UniTokDrawingOutput":
     """Draw the codes of one image or several for each prompt, in one batch.
 
     Args:
@@ -241,7 +242,7 @@ def draw_codes(model: Any, processor: Any, prompts: list[str], **options: Any) -
         options: those of `UniTokGenerationMixin.generate_image_codes`.
 
     Returns:
-        (prompts * num_return_sequences, K, L), int64.
+        (prompts * num_return_sequences, K, L), int64; with `return_dict_in_generate` a `UniTokDrawingOutput`.
     """
     inputs = processor(text=prompts, generation_mode="image").to(model.device)
     return model.generate(**inputs, generation_mode="image", **options)
@@ -309,13 +310,12 @@ def text_tower_inputs(model: Any, processor: Any, texts: list[str], truncate: bo
         ValueError: a text is too long.
     """
     tokenizer, length = processor.tokenizer, model.visual.config.text_config.max_position_embeddings
-    end, rows = tokenizer.eos_token_id, tokenizer(texts, split_special_tokens=True)["input_ids"]
-    rows = [row if row[-1:] == [end] else [*row, end] for row in rows]
+    rows = processor.text_ids(texts)
     for index, row in enumerate(rows):
         if len(row) > length:
             if not truncate:
                 raise ValueError(f"text {index} has {len(row)} tokens; the text tower reads {length}")
-            rows[index] = [*row[: length - 1], end]
+            rows[index] = [*row[: length - 1], tokenizer.eos_token_id]
     return tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(model.visual.device)
 
 

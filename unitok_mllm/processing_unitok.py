@@ -226,6 +226,10 @@ class UniTokMLLMProcessor(ProcessorMixin):
             raise ValueError("sanitize_control_tokens needs tokenize=True: a text cannot say which tokens it spells.")
         options = {name: value for name, value in (processor_kwargs or {}).items() if name != "add_special_tokens"}
         conversations, is_batched = self._normalize_conversations(conversation)
+        parts = [part for messages in conversations for turn in messages for part in turn.get("content") or []]
+        has_images = any(isinstance(part, dict) and part.get("type") == "image" for part in parts)
+        if tokenize and options.get("generation_mode") == "image" and not has_images:
+            options.setdefault("ranking_text", [self._last_request(messages) for messages in conversations])
         if tokenize and sanitize_control_tokens is not False:
             options["sanitize_control_tokens"] = True
             conversations = [self.mark_conversation(messages) for messages in conversations]
@@ -253,6 +257,16 @@ class UniTokMLLMProcessor(ProcessorMixin):
                 if isinstance(message.get("content"), (list, tuple)):
                     message["content"] = [self._known_part(part, place) for part in message["content"]]
         return conversations, is_batched
+
+    @staticmethod
+    def _last_request(messages: list[dict]) -> str:
+        """Return the text of a normalised conversation's last turn of a user; "" if there is none."""
+        for message in reversed(messages):
+            if message.get("role") == "user":
+                content = message.get("content")
+                parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+                return "".join(part["text"] for part in parts if part["type"] == "text")
+        return ""
 
     @staticmethod
     def _known_part(part: dict, place: str) -> dict:
@@ -373,6 +387,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
         generation_mode: str | None = None,
+        ranking_text: str | list[str] | None = None,
         **kwargs,
     ) -> BatchFeature:
         """Make model inputs.
@@ -384,6 +399,9 @@ class UniTokMLLMProcessor(ProcessorMixin):
                 in edit mode, an instruction.
             generation_mode: "text" or None for an answer, "image" for a drawing, "interleaved" for an answer with
                 images, "edit" for a changed image.
+            ranking_text: in image and edit mode, what is to be seen in each drawing, for ranking `candidates`. None for
+                the descriptions themselves if there are no images; then instructions do not describe the result, and
+                nothing is ranked. Of a conversation it is the last turn of the user.
             sanitize_control_tokens: encode special tokens that a description or an instruction spells as plain text.
                 None for yes; but in image mode with images, "<image>" is the place of an image. The other two modes
                 take prompts, whose special tokens are tokens. There it means that `apply_chat_template` has marked the
@@ -394,13 +412,18 @@ class UniTokMLLMProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` (B, T), and with images `pixel_values` (N, 3, H, W). In image and edit
             mode the prompts end where the image begins. All modes but "text" add `unconditional_input_ids` and
             `unconditional_attention_mask`, the null prompts of guidance; in edit mode these have the images. Edit mode
-            also adds `text_alone_input_ids` and `text_alone_attention_mask`, the instructions without images.
+            also adds `text_alone_input_ids` and `text_alone_attention_mask`, the instructions without images. Where
+            there is a text to rank drawings by, image and edit mode add `ranking_input_ids` and
+            `ranking_attention_mask`, see `ranking_inputs`.
 
         Raises:
             ValueError: another mode, no text (in image mode), an empty list of texts, images and placeholders that do
-                not match, or a `max_length` that would cut through an image.
+                not match, a `max_length` that would cut through an image, or a `ranking_text` in another mode or of
+                another number than the texts.
         """
         sanitize_control_tokens = kwargs.pop("sanitize_control_tokens", None)
+        if ranking_text is not None and generation_mode not in ("image", "edit"):
+            raise ValueError(f"ranking_text is for drawings and edits, not for generation_mode={generation_mode!r}.")
         if generation_mode in (None, "text"):
             return self._encode(images, text, sanitize_control_tokens, **kwargs)
         if generation_mode not in ("image", "interleaved", "edit"):
@@ -408,18 +431,53 @@ class UniTokMLLMProcessor(ProcessorMixin):
         if text is None:
             raise ValueError(f"generation_mode={generation_mode!r} needs a text.")
         texts = [text] if isinstance(text, str) else list(text)
+        ranking = self._ranking(texts, ranking_text, generation_mode == "image" and self._is_empty(images))
         if generation_mode != "interleaved" and sanitize_control_tokens is not False:
             has_places = generation_mode == "image" and not (sanitize_control_tokens or self._is_empty(images))
             texts = [self.mark_plain(one, placeholders=has_places) for one in texts]
             sanitize_control_tokens = True
         if generation_mode == "edit":
-            return self._edit_inputs(images, texts, sanitize_control_tokens, **kwargs)
+            edit = self._edit_inputs(images, texts, sanitize_control_tokens, **kwargs)
+            return BatchFeature({**edit, **ranking})
         if generation_mode == "image":
             texts = [self.image_prompt(t) for t in texts]
         inputs = self._encode(images, texts, sanitize_control_tokens, **kwargs)
         unconditional = self._encode(None, [UNCONDITIONAL_PROMPT + self.boi_token], **kwargs)
         return BatchFeature(
             {**inputs, **{f"unconditional_{name}": unconditional[name] for name in ("input_ids", "attention_mask")}}
+            | ranking
+        )
+
+    def _ranking(self, texts: list[str], ranking_text: str | list[str] | None, has_descriptions: bool) -> dict:
+        """Return the inputs by which drawings are ranked, or nothing if no text says what is to be seen in them."""
+        if ranking_text is None:
+            if not (texts and has_descriptions) or self.tokenizer.eos_token_id is None:
+                return {}
+            ranking_text = texts
+        ranking_text = [ranking_text] if isinstance(ranking_text, str) else list(ranking_text)
+        if len(ranking_text) != len(texts):
+            raise ValueError(f"Got {len(ranking_text)} texts to rank by for {len(texts)} prompts.")
+        return {f"ranking_{name}": value for name, value in self.ranking_inputs(ranking_text).items()}
+
+    def text_ids(self, texts: list[str]) -> list[list[int]]:
+        """Encode texts for the visual tokenizer's text tower, each with the end-of-text token; any length.
+
+        Special tokens that a text spells are plain text.
+        """
+        end, rows = self.tokenizer.eos_token_id, self.tokenizer(texts, split_special_tokens=True)["input_ids"]
+        return [row if row[-1:] == [end] else [*row, end] for row in rows]
+
+    def ranking_inputs(self, texts: list[str]) -> BatchFeature:
+        """Make the inputs by which drawings are ranked.
+
+        Args:
+            texts: B descriptions of what is to be seen.
+
+        Returns:
+            `input_ids` and `attention_mask`, (B, T), padded on the right, with the end-of-text token.
+        """
+        return BatchFeature(
+            dict(self.tokenizer.pad({"input_ids": self.text_ids(texts)}, padding_side="right", return_tensors="pt"))
         )
 
     def _encode(self, images, text, is_marked: bool | None = False, **kwargs) -> BatchFeature:

@@ -246,13 +246,13 @@ class UniTokEngine:
             tell: called in the engine's thread with the codes of each position, (K,).
             sample: index of the sample for this seed: sample j is row j of
                 `generate_image_codes(num_return_sequences=...)`.
-            options: of `generate_image_codes`.
+            options: of `generate_image_codes`, but for `candidates`: submit samples, and rank their codes.
 
         Returns:
             The future of the codes, (K, L).
 
         Raises:
-            ValueError: see `generate_image_codes`; the request needs more rows or positions than the engine has.
+            ValueError: see `generate_image_codes`; `candidates` above 1; the request needs more rows or positions than the engine has.
             QueueFull: too many requests are waiting.
         """
         return self._submit(self._drawing(inputs, tell, sample, **options))
@@ -383,9 +383,12 @@ class UniTokEngine:
     def _drawing(self, inputs: dict, tell: Callable | None, sample: int = 0, **options) -> _Drawing:
         if options.get("seed") is None:
             options["seed"] = next(self._seeds)
+        if (options.get("candidates") or 1) > 1:
+            raise ValueError("The engine draws one image: submit each candidate as a sample, and rank their codes.")
+        inputs = {name: value for name, value in inputs.items() if not name.startswith("ranking_")}
         with torch.no_grad():
             chosen, guidance, noise = self.model.drawing_inputs(
-                **inputs, **options | {"num_return_sequences": sample + 1}
+                **inputs, **options | {"num_return_sequences": sample + 1, "candidates": 1}
             )
         masks = guidance.attention_mask[sample :: sample + 1].bool()
         embeds = guidance.inputs_embeds[sample :: sample + 1]

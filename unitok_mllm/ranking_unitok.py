@@ -1,0 +1,103 @@
+"""Rank several drawings of a prompt by how well they fit its text, as the visual tokenizer's two embeddings see it.
+
+The score of a drawing is the cosine of its image embedding and the text's embedding. CLIP (https://arxiv.org/abs/2103.00020)
+trains both for that, and DALL-E (https://arxiv.org/abs/2102.12092, section 2.6) chooses its samples so.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .modeling_unitok import UniTokModel
+
+
+@dataclass
+class UniTokDrawingOutput:
+    """Output of `generate_image_codes` with `return_dict_in_generate=True`, for B prompts.
+
+    Attributes:
+        codes: (B * num_return_sequences, K, L), int64, the drawings of a prompt next to each other, best first.
+        scores: (B * num_return_sequences,), float32 in [-1, 1], their scores; None if nothing was ranked.
+        chosen: (B, num_return_sequences), int64, their indices among the candidates; None if nothing was ranked.
+        candidate_codes: (B, candidates, K, L), all drawings in the order of their samples; None if nothing was ranked.
+        candidate_scores: (B, candidates), float32, their scores; None if nothing was ranked.
+    """
+
+    codes: torch.Tensor
+    scores: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
+    candidate_codes: torch.Tensor | None = None
+    candidate_scores: torch.Tensor | None = None
+
+
+def check_ranking(visual: UniTokModel, input_ids: torch.Tensor) -> None:
+    """Check that the text tower can read the texts that drawings are ranked by.
+
+    Args:
+        visual: the visual tokenizer.
+        input_ids: (B, T), see `score_drawings`.
+
+    Raises:
+        ValueError: there is no text tower, or it is one for the ids of another text tokenizer.
+    """
+    config = visual.config.text_config
+    if config is None:
+        raise ValueError(
+            "candidates cannot be ranked: the model's visual tokenizer has no text tower (its text_config is None)."
+        )
+    has_end = (input_ids == config.eos_token_id).any(dim=1).all()
+    if not has_end or input_ids.max() >= config.vocab_size:
+        raise ValueError(
+            "candidates cannot be ranked: the visual tokenizer's text tower reads the ids of another text tokenizer "
+            f"({config.vocab_size} ids, {config.eos_token_id} ends a text) than the LLM's."
+        )
+
+
+@torch.no_grad()
+def score_drawings(
+    visual: UniTokModel, codes: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute the cosine of drawings and the texts that they were drawn from.
+
+    Args:
+        visual: the visual tokenizer.
+        codes: (B, N, K, L), N drawings for each text.
+        input_ids: (B, T), the texts with the end-of-text token, padded on the right. A text that is longer than the
+            text tower's positions is cut there, before its end-of-text token.
+        attention_mask: (B, T), 0 for padding.
+
+    Returns:
+        (B, N), float32 in [-1, 1].
+
+    Raises:
+        ValueError: see `check_ranking`.
+    """
+    check_ranking(visual, input_ids)
+    config, tower = visual.config.text_config, visual.vision_model
+    length = config.max_position_embeddings
+    if input_ids.shape[1] > length:
+        is_cut = ~(input_ids[:, :length] == config.eos_token_id).any(dim=1)
+        input_ids = input_ids[:, :length].clone()
+        input_ids[is_cut, -1] = config.eos_token_id
+        attention_mask = None if attention_mask is None else attention_mask[:, :length]
+    texts = visual.get_text_features(input_ids, attention_mask).pooler_output.float()
+    images = tower.pool(tower.embed_codes(codes.flatten(0, 1))).float()
+    return torch.einsum("bnd,bd->bn", images.unflatten(0, codes.shape[:2]), texts)
+
+
+def choose_drawings(codes: torch.Tensor, scores: torch.Tensor, count: int) -> UniTokDrawingOutput:
+    """Choose the best drawings of each prompt; of equal scores the earlier sample.
+
+    Args:
+        codes: (B, N, K, L).
+        scores: (B, N).
+        count: drawings to keep for each prompt, at most N.
+    """
+    chosen = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+    rows = torch.arange(len(codes), device=codes.device)[:, None]
+    return UniTokDrawingOutput(
+        codes[rows, chosen].flatten(0, 1), scores.gather(1, chosen).flatten(), chosen, codes, scores
+    )
+
+
+__all__ = ["UniTokDrawingOutput", "check_ranking", "choose_drawings", "score_drawings"]
