@@ -656,6 +656,7 @@ def summarize(
 
 
 def is_finished(output_dir: Path, run: Run) -> bool:
+    """Return whether a run has its result."""
     return (output_dir / "runs" / run.name / "result.json").is_file()
 
 

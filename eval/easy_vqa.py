@@ -382,7 +382,7 @@ class Evaluation:
         }
 
 
-# Each part and the settings, beside the model's weights, that its numbers hang on.
+# Each part with the settings that its numbers depend on, in addition to the model's weights.
 PARTS = {
     "reconstruction": ("limit",),
     "vqa": ("limit",),

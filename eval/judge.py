@@ -172,6 +172,8 @@ def make_judge(path: str | Path, epochs: int = EPOCHS, seed: int = 0) -> Judge:
 
 @dataclass
 class JudgeArguments:
+    """Options of the judge's training."""
+
     output: str = field(default="runs/judge.safetensors", metadata={"help": "file for the weights"})
     epochs: int = field(default=EPOCHS, metadata={"help": "passes over the 4000 train images"})
     seed: int = field(default=0, metadata={"help": "seed of initialisation, order and augmentation"})

@@ -110,6 +110,7 @@ def tiny_llm(family: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def enliven(module: torch.nn.Module) -> torch.nn.Module:
+    """Enlarge the freshly initialised matrices, so that outputs depend visibly on every input."""
     for parameter in module.parameters():
         if parameter.ndim == 2:
             parameter.mul_(5)
@@ -152,6 +153,11 @@ class Disagreement(Exception):
 
 
 def same(what: str, one: torch.Tensor, other: torch.Tensor) -> None:
+    """Check that two results are equal: floats within 1e-3 of the largest, integers exactly.
+
+    Raises:
+        Disagreement: they are not; the message begins with `what`.
+    """
     if one.shape != other.shape or not torch.isfinite(one.float()).all():
         raise Disagreement(f"{what}: {tuple(one.shape)}, {tuple(other.shape)}, or not finite")
     if one.is_floating_point():
@@ -164,6 +170,7 @@ def same(what: str, one: torch.Tensor, other: torch.Tensor) -> None:
 
 @torch.no_grad()
 def check_reading(llm: PreTrainedModel, model: UniTokMLLMForConditionalGeneration) -> None:
+    """Check that text logits equal the LLM's, that a picture changes them, and that answers do not depend on cache or batch."""
     codes = torch.randint(32, (3, K, L))
     text = {"input_ids": torch.tensor([LONG])}
     same("text logits against the bare LLM", model(**text).logits, llm(**text).logits)
@@ -185,6 +192,7 @@ def check_reading(llm: PreTrainedModel, model: UniTokMLLMForConditionalGeneratio
 
 @torch.no_grad()
 def check_drawing(model: UniTokMLLMForConditionalGeneration) -> None:
+    """Check that drawings do not depend on cache or batch, and are the likeliest codes of a teacher-forced pass."""
     history = torch.randint(32, (1, K, L))
     prompts = [[BOS, 8, BOI, *[IMAGE] * L, EOI, 30, BOI], [*SHORT, BOI]]
     unconditional = padded([BOS, 9, BOI])
@@ -205,6 +213,7 @@ def check_drawing(model: UniTokMLLMForConditionalGeneration) -> None:
 
 
 def check_training(model: UniTokMLLMForConditionalGeneration) -> None:
+    """Check that a few steps lower the loss, and change every trainable parameter outside the LLM."""
     image = [BOI, *[IMAGE] * L, EOI]
     batch = padded([BOS, *image, 40, 61, EOS], [*LONG, *image, EOS])
     batch |= {"image_codes": torch.randint(32, (2, K, L)), "image_targets": torch.tensor([False, True])}
@@ -228,6 +237,7 @@ def check_training(model: UniTokMLLMForConditionalGeneration) -> None:
 
 @torch.no_grad()
 def check_saving(model: UniTokMLLMForConditionalGeneration) -> None:
+    """Check that a saved model loads and gives the same logits."""
     inputs = {
         "input_ids": torch.tensor([[*SHORT, BOI, *[IMAGE] * L, EOI]]),
         "image_codes": torch.randint(32, (1, K, L)),

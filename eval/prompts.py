@@ -24,7 +24,8 @@ SKILLS = "genai_skills.json"  # {"counting": [3, 17, ...], ...}, beside GenAI-Be
 
 @dataclass(frozen=True)
 class Prompt:
-    """
+    """One prompt of a benchmark.
+
     Args:
         text: what to draw.
         name: where its pictures go in the picture folder, without sample number and suffix.

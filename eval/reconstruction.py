@@ -81,7 +81,7 @@ NOT_IN_KEY = (
     "device",
     "skip_broken",
     "max_broken_share",
-)  # numbers do not hang on these
+)  # settings that do not change the numbers
 
 
 @dataclass
@@ -217,6 +217,7 @@ class DiffusersSystem:
 
 
 def load_system(settings: Settings, device: torch.device) -> UniTokSystem | DiffusersSystem:
+    """Load the system that the settings name, onto the device."""
     dtype = getattr(torch, settings.dtype)
     if settings.system == "unitok":
         return UniTokSystem(settings.model, dtype, device)
@@ -578,6 +579,7 @@ def read_parts(folder: Path, expected: torch.Tensor) -> list[Tally]:
 
 
 def write_part(tally: Tally, path: Path) -> None:
+    """Save a tally; an interruption leaves the old file or the new one."""
     data = io.BytesIO()
     torch.save(tally, data)
     write_atomically(path, data.getvalue())

@@ -137,6 +137,7 @@ class Section:
 
 
 def is_number(value: Any) -> bool:
+    """Return whether a value of a result is a number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -243,6 +244,7 @@ def without(value: Any, is_apart: Callable[[str, Any], bool], apart: dict[str, A
 
 
 def is_digest(name: str, value: Any) -> bool:
+    """Return whether a value of a result is a digest, by its name."""
     return isinstance(value, str) and bool(DIGEST.fullmatch(name))
 
 

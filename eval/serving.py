@@ -48,7 +48,8 @@ PROGRAM = (sys.executable, "-m", "unitok_mllm.cli")
 def start_server(
     model: Path, port: int, *options: str, program: tuple[str, ...] = PROGRAM, **kwargs
 ) -> subprocess.Popen:
-    """
+    """Start the API server, and wait until it answers.
+
     Args:
         program: `unitok-mllm`.
         kwargs: of `subprocess.Popen`.
@@ -106,6 +107,7 @@ async def load_with(port: int, kind: str, num_clients: int, num_requests: int) -
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
+    """Return the 50th, 95th and 99th percentile of some times."""
     ordered = sorted(times)
     return {f"p{share}": ordered[min(len(ordered) - 1, share * len(ordered) // 100)] for share in (50, 95, 99)}
 

@@ -70,6 +70,7 @@ FIELDS = (
 
 
 def rounded(value: float | None, digits: int = 4) -> float | None:
+    """Round to significant digits; None passes."""
     return None if value is None else float(f"{value:.{digits}g}")
 
 

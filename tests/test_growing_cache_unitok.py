@@ -1,4 +1,4 @@
-"""The cache for drawing gives what the library's cache gives, in memory taken once."""
+"""The preallocated cache for drawing gives the same results as the library's cache."""
 
 import pytest
 import torch

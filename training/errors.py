@@ -81,7 +81,8 @@ def one_line_errors(
 
 
 def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """
+    """Check that all names are known.
+
     Args:
         where: the place of the keys, for the message.
 

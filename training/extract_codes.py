@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 
 class Format(StrEnum):
+    """Kinds of shards that codes are written to."""
+
     parquet = "parquet"
     webdataset = "webdataset"
 

@@ -268,7 +268,8 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def check_model_folder(folder: str) -> None:
-    """
+    """Check that a folder holds a model.
+
     Raises:
         ValueError: the folder is no model.
     """

@@ -315,6 +315,8 @@ def _pick(values: dict, *names: str) -> dict:
 
 
 def easy_vqa_results(result: dict) -> Iterator[EvalResult]:
+    """Yield the entries of a result of `eval.easy_vqa` for the card's metadata."""
+
     def one(task: str, metric: str, value: float, name: str, **args) -> EvalResult:
         names = {"dataset_type": "easy-vqa", "dataset_name": "easy-VQA", "dataset_split": "test"}
         return EvalResult(task, metric_type=metric, metric_value=value, metric_name=name, metric_args=args, **names)
@@ -345,6 +347,7 @@ EMOJI_METRICS = (
 
 
 def emoji_results(result: dict) -> Iterator[EvalResult]:
+    """Yield the entries of a result of `eval.emoji` for the card's metadata."""
     for part, key, task, metric, name in EMOJI_METRICS:
         for split, values in result["parts"].get(part, {}).items():
             args = _pick(values, "pictures")
@@ -355,6 +358,7 @@ def emoji_results(result: dict) -> Iterator[EvalResult]:
 
 
 def reconstruction_results(result: dict) -> Iterator[EvalResult]:
+    """Yield the entries of a result of `eval.reconstruction` for the card's metadata."""
     data, args = Path(result["settings"]["images"]).name, _pick(result, "images", "image_size")
     for name, value in result["metrics"].items():
         if not isinstance(value, list):  # of each sub-codebook
@@ -362,6 +366,7 @@ def reconstruction_results(result: dict) -> Iterator[EvalResult]:
 
 
 def zero_shot_results(result: dict) -> Iterator[EvalResult]:
+    """Yield the entries of a result of `eval.zero_shot` for the card's metadata."""
     title = result["benchmark"].removeprefix(ZERO_SHOT)
     data = result["settings"]["dataset"] or "imagenet-1k"
     for split, part in result["parts"].items():
@@ -371,6 +376,7 @@ def zero_shot_results(result: dict) -> Iterator[EvalResult]:
 
 
 def text_to_image_results(result: dict) -> Iterator[EvalResult]:
+    """Yield the entries of a result of `eval.text_to_image` for the card's metadata."""
     args = _pick(result, "prompts", "samples") | _pick(
         result["drawn_with"], "guidance", "temperature", "top_k", "top_p", "seed"
     )

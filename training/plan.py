@@ -32,6 +32,7 @@ from unitok_mllm.configuration_unitok import UniTokVisionConfig
 
 
 def markdown_table(*columns: str) -> Table:
+    """Make an empty table in Markdown whose columns are right-aligned, except for the first."""
     table = Table(box=box.MARKDOWN)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)

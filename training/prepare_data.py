@@ -38,6 +38,7 @@ def conversation(images: list[str], *turns: str) -> dict:
 
 
 def write_captions(path: str | os.PathLike, captions: list[tuple[str, str]]) -> None:
+    """Write (image, caption) pairs as JSON lines."""
     path = Path(path)
     path.write_text(
         "".join(json.dumps({"image": image, "caption": caption}) + "\n" for image, caption in captions),
@@ -52,6 +53,7 @@ def asked_about(questions: list[tuple[str, str]], rng: random.Random) -> list[st
 
 
 def prepare_easy_vqa(folder: str | os.PathLike) -> None:
+    """Write easy-VQA's pictures, captions, conversations, dialogues and edits to a folder."""
     folder = Path(folder)
     for split in ("train", "test"):
         captions, questions, edits, dialogues = [], [], [], []
@@ -85,6 +87,13 @@ def prepare_easy_vqa(folder: str | os.PathLike) -> None:
 
 
 def prepare_emoji(folder: str | os.PathLike, packages: str | os.PathLike, categories: list[str]) -> None:
+    """Write the emoji's pictures, captions, conversations and dialogues to a folder.
+
+    Args:
+        folder: for the files.
+        packages: folder of the npm packages, which are downloaded if they are missing.
+        categories: only emoji of these categories; all if it is empty.
+    """
     folder, packages = Path(folder), Path(packages)
     pictures = emoji.load(packages, categories)
     emoji.write_images(pictures, packages, folder)

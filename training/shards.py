@@ -102,7 +102,8 @@ def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
 
 
 def check_whole(member: tarfile.TarInfo) -> None:
-    """
+    """Check that a file in an archive is not sparse.
+
     Raises:
         ValueError: a file is sparse: its stated size is larger than its data.
     """

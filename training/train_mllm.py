@@ -255,6 +255,12 @@ def choose_image_tokens(arguments: MLLMArguments, text_tokenizer: PreTrainedToke
 
 
 def build_processor(arguments: MLLMArguments, image_size: int) -> UniTokMLLMProcessor:
+    """Load the processor of the model to go on from, or make one of the LLM's text tokenizer.
+
+    Args:
+        arguments: name the model, or the LLM.
+        image_size: pixels of a side, for a new processor.
+    """
     if arguments.model:
         return UniTokMLLMProcessor.from_pretrained(arguments.model)
     gguf = {"gguf_file": arguments.llm_gguf_file} if arguments.llm_gguf_file and not arguments.text_tokenizer else {}
@@ -270,6 +276,7 @@ def build_processor(arguments: MLLMArguments, image_size: int) -> UniTokMLLMProc
 
 
 def loading_options(arguments: MLLMArguments) -> dict:
+    """Return the arguments of `from_pretrained` and `from_config` for the LLM."""
     options = {"dtype": getattr(torch, arguments.llm_dtype), "attn_implementation": arguments.attn_implementation}
     if arguments.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -282,6 +289,7 @@ def loading_options(arguments: MLLMArguments) -> dict:
 
 
 def build_language_model(arguments: MLLMArguments) -> PreTrainedModel:
+    """Load the LLM, or initialise one from `llm_config`."""
     if not arguments.llm:
         config = AutoConfig.for_model(**arguments.llm_config)
         return AutoModelForCausalLM.from_config(config, **loading_options(arguments))

@@ -126,6 +126,7 @@ async def submit(calls: Iterable[Callable[[], Future]]) -> list[Future]:
 
 
 def cancel(futures: list[Future]) -> None:
+    """Cancel requests; those that are done stay as they are."""
     for future in futures:
         future.cancel()
 
@@ -355,4 +356,5 @@ def image_part(png: str) -> dict:
 
 
 def usage(num_prompt: int, num_tokens: int) -> dict:
+    """Build the `usage` object of a response, in numbers of tokens."""
     return {"prompt_tokens": num_prompt, "completion_tokens": num_tokens, "total_tokens": num_prompt + num_tokens}

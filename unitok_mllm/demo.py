@@ -76,7 +76,7 @@ def _drawings(
         drawn = draw_images(model, processor, prompts, count, **options)
         return list(zip(drawn[::2], drawn[1::2]))
 
-    greedy = {"do_sample": False, "guidance_scale": 1.0}  # what it knows by heart, guidance leads away from
+    greedy = {"do_sample": False, "guidance_scale": 1.0}  # guidance degrades pictures that the model has memorised
     shapes = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
     shape_pairs = draw(shapes, 2, **sampling_options(model, guidance_scale=guidance, seed=seed))
     named = [f"{name} emoji, {style} style" for name in EMOJI for style in EMOJI_STYLES]

@@ -7,6 +7,7 @@ from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokModel
 
 
 def nbytes(*tensors: torch.Tensor) -> int:
+    """Return the size of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -26,11 +27,13 @@ def cache_bytes(mllm: UniTokMLLMForConditionalGeneration) -> int:
 
 
 def encode_bytes(tokenizer: UniTokModel, pixel_values: torch.Tensor, codes: torch.Tensor) -> int:
+    """Return the least bytes of encoding: weights, pixels and codes."""
     vision = tokenizer.vision_model
     return weight_bytes(vision.encoder, vision.quant_proj) + nbytes(vision.quantizer.codebooks, pixel_values, codes)
 
 
 def decode_bytes(tokenizer: UniTokModel, codes: torch.Tensor, pixels: torch.Tensor) -> int:
+    """Return the least bytes of decoding: weights, codes and pixels."""
     return weight_bytes(tokenizer.vision_model.post_quant_proj, tokenizer.decoder) + nbytes(codes, pixels)
 
 

@@ -69,6 +69,7 @@ def coding_jobs(
 
 
 def encode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
+    """Yield the jobs that encode photographs."""
     tokenizer = subject.tokenizer
     pixels = pixels_of_photographs(tokenizer.config.vision_config.image_size).to(settings.device)
     quality = {}
@@ -80,6 +81,7 @@ def encode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
 
 
 def decode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
+    """Yield the jobs that decode the codes of photographs."""
     tokenizer = subject.tokenizer
     pixels = pixels_of_photographs(tokenizer.config.vision_config.image_size).to(settings.device)
     all_codes, quality = tokenizer.encode(pixels), {}
@@ -93,6 +95,7 @@ def decode_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
 
 
 def draw_jobs(subject: Subject, settings: Settings, sampled: bool = False) -> Iterator[Job]:
+    """Yield the jobs that draw an image from a prompt, greedily or from the 20 likeliest codes."""
     mllm = subject.mllm.to(getattr(torch, settings.dtype))
     positions = settings.positions or mllm.config.num_image_positions
     depth = naive.depth_llama(mllm) if settings.naive and not sampled else None
@@ -115,6 +118,7 @@ def draw_jobs(subject: Subject, settings: Settings, sampled: bool = False) -> It
 
 
 def answer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
+    """Yield the jobs that answer a question about a picture."""
     config = subject.mllm.config
     images = pixels_of_photographs(config.visual_config.vision_config.image_size).to(settings.device)
     codes = subject.tokenizer.encode(images)
@@ -162,6 +166,7 @@ def answer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
 
 
 def first_answer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
+    """Yield the first answer of a loaded model, and a later one."""
     mllm, processor = subject.mllm.to(getattr(torch, settings.dtype)), AutoProcessor.from_pretrained(settings.folder)
     picture = Image.new("RGB", (64, 64), "lavender")
     ImageDraw.Draw(picture).ellipse((20, 16, 44, 40), fill="red")

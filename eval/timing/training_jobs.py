@@ -47,6 +47,7 @@ def made_trainable(module: PreTrainedModel, settings: Settings) -> tuple[PreTrai
 
 
 def train_tokenizer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
+    """Yield the jobs of one training step of the tokenizer."""
     tokenizer, optimizer = made_trainable(subject.tokenizer, settings)
     pixels = pixels_of_photographs(tokenizer.config.vision_config.image_size).to(settings.device)
     text, weights = tokenizer.config.text_config, LossArguments().weights(1.0)

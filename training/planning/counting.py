@@ -68,6 +68,7 @@ def convolution_backward_flops(grad_shape, x_shape, w_shape, *args, out_shape=No
 
 
 def flop_counter() -> FlopCounterMode:
+    """Make torch's counter, with the corrected formula for the backward pass of convolutions."""
     return FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward_flops}
     )

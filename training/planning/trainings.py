@@ -65,6 +65,7 @@ class Plan:
 def make_plan(
     title: str, run: Run, parts: list[Part], notes: list[str], forward: float, step: float, memory: list[StageMemory]
 ) -> Plan:
+    """Complete a plan with the first stage that fits and with the days that the run takes."""
     stage = next((row.stage for row in memory if row.fits), None)
     return Plan(title, run, parts, notes, forward, step, memory, stage, run.days(step))
 

@@ -19,10 +19,12 @@ from training.files import write_atomically
 
 
 def image(doc: dict) -> list[Image.Image]:
+    """Return the image of a row as a list, which is empty if there is none."""
     return [doc["image"].convert("RGB")] if doc["image"] else []
 
 
 def question(doc: dict, lmms_eval_specific_kwargs: dict) -> str:
+    """Return the question of a row, followed by the task's instruction."""
     return doc["question"].strip() + lmms_eval_specific_kwargs["post_prompt"]
 
 
@@ -32,6 +34,7 @@ def textvqa_question(doc: dict, lmms_eval_specific_kwargs: dict) -> str:
 
 
 def textvqa_accuracy(doc: dict, results: list[str]) -> dict[str, float]:
+    """Compute TextVQA's accuracy of an answer by lmms-eval's own function."""
     return {"exact_match": textvqa_process_results(doc, results)["exact_match"]}
 
 
@@ -43,6 +46,7 @@ def gqa_images() -> tuple[datasets.Dataset, dict[str, int]]:
 
 
 def gqa_image(doc: dict) -> list[Image.Image]:
+    """Return the image of a question of GQA."""
     rows, numbers = gqa_images()
     return image(rows[numbers[doc["imageId"]]])
 
@@ -70,6 +74,7 @@ def pope_f1(pairs: list[tuple[bool, bool]]) -> float:
 
 
 def vqav2_row(doc: dict, results: list[str]) -> dict[str, dict]:
+    """Return the row of an answer in the file for VQAv2's server."""
     return {"answers_in_file": {"question_id": doc["question_id"], "answer": EvalAIAnswerProcessor()(results[0])}}
 
 
@@ -93,6 +98,7 @@ def write_vqav2(rows: list[dict], args: Namespace) -> int:
 
 
 def mmvet_row(doc: dict, results: list[str]) -> dict[str, dict]:
+    """Return the row of an answer in the file for MM-Vet's evaluator."""
     return {"answers_in_file": {"question_id": str(doc["question_id"]), "answer": results[0].strip()}}
 
 
