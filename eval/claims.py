@@ -284,7 +284,7 @@ def train(run: Run, folder: Path, claims: ClaimsArguments, training: TokenizerTr
         try:
             train_tokenizer.main([str(path)])
         except KeyboardInterrupt as interrupt:
-            interrupt.args = ()  # how this script goes on is another matter
+            interrupt.args = ()  # its message is about resuming the other script
             raise
     else:
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(claims.processes)]
@@ -415,7 +415,7 @@ def baselines(claims: ClaimsArguments, tokenizer: TokenizerArguments) -> dict[st
 def validation_curve(folder: Path) -> list[dict[str, float]]:
     """Return the trainer's validation measurements in order: `step`, `psnr_db`, `codes_used_percent`."""
     lines = map(json.loads, (folder / HISTORY).read_text("utf-8").splitlines())
-    by_step = {  # a step that was repeated after a break counts once
+    by_step = {  # a step repeated after a resumption counts once
         line["step"]: {
             "step": line["step"],
             "psnr_db": line["eval_psnr"],

@@ -253,7 +253,7 @@ def outcome(family: str) -> str:
     not_tried = "not tried: no tiny one runs on its own ({}: {:.90})"
     try:
         llm = tiny_llm(family)
-    except Exception as error:  # of the library's own, by a config that only this command has made
+    except Exception as error:  # the library's own, caused by the tiny config made here
         return not_tried.format(type(error).__name__, " ".join(str(error).split()))
     try:
         check_llm(llm.config)
@@ -272,7 +272,7 @@ def outcome(family: str) -> str:
     ):
         try:
             check()
-        except Exception as error:  # whatever a family does, the others are tried too
+        except Exception as error:  # of any kind: the other families are still tried
             return f"fails at {name}: {' '.join(str(error).split())[:120]}"
     return "works"
 

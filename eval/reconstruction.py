@@ -404,7 +404,7 @@ class Evaluation:
         self.settings, self.images, self.state = settings, images, state
         self.place = {index: place for place, index in enumerate(chosen)}
         self.device = state.device if state.num_processes > 1 else find_device(settings.device, state.device)
-        with state.local_main_process_first():  # who downloads
+        with state.local_main_process_first():  # which downloads weights
             self.metrics, self.networks = load_metrics(settings, self.device)
             self.system = load_system(settings, self.device)
         self.image_size = settings.image_size or self.system.image_size

@@ -8,7 +8,7 @@ import warnings
 from types import FrameType
 
 
-OF_NO_USE = (  # what libraries say at import or once for each worker, and no user can act on
+OF_NO_USE = (  # messages at import or from each worker on which no user can act
     "is an Enum subclass and is now natively supported",  # torch, of torchao's
     "Setting accelerator to CPU. If you have GPU",  # DeepSpeed
     "Detected no triton, on systems without Triton certain kernels will not work",  # torchao

@@ -72,7 +72,7 @@ def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
     """
     if sigma <= 0:
         return images
-    size = 2 * math.ceil(4 * sigma) + 1  # 3 sigmas to either side would leave a hundredth of the spread out
-    for kernel in ((size, 1), (1, size)):  # one after the other, or the cost would grow with the square
+    size = 2 * math.ceil(4 * sigma) + 1  # cutting off at 3 sigmas would lose 1% of the spread
+    for kernel in ((size, 1), (1, size)):  # separable: the cost grows with the size, not its square
         images = gaussian_blur(images, kernel_size=kernel, sigma=sigma)
     return images

@@ -27,7 +27,7 @@ SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 CODE_TYPE = np.dtype("<u2")
 SCHEMA = pa.schema({"key": pa.string(), "codes": pa.binary()})
 MOST = 2**24  # of any number in the metadata
-READ_ROWS = 1024  # at a time; left to itself, the library stumbles over a shard whose images were all broken
+READ_ROWS = 1024  # at a time; the library's default fails on a shard without rows, whose images were all broken
 
 
 def shard_path(folder: str | os.PathLike, number: int, metadata: dict) -> Path:

@@ -450,7 +450,7 @@ class MLLMCollator:
         if self.pack_to or self.one_row:
             for sample in samples:
                 sample["labels"] = sample["labels"].clone()
-                sample["labels"][0] = IGNORE  # nothing in its own sample predicts it
+                sample["labels"][0] = IGNORE  # the first token of a sample has no context
             positions = [[*(torch.arange(len(s["input_ids"])) for s in row)] for row in rows]
             filled = [torch.cat([*p, torch.arange(width - n)]) for p, n in zip(positions, lengths.tolist())]
             batch["position_ids"] = torch.stack(filled)

@@ -53,7 +53,11 @@ from training.shards import BROKEN_SHARD, shard_files
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor, load_image
 
 
-SCHEMES = ("file", "http", "https")  # of shards that no command is run for; a letter is a Windows drive
+SCHEMES = (
+    "file",
+    "http",
+    "https",
+)  # of shards that are read without running a command; a single letter is a Windows drive
 CROP_SCALE = (0.9, 1.0)  # share of the picture's area that a random crop keeps; its caption tells of all of it
 CHANGES = ("random_crop", "horizontal_flip", "max_shift")  # of the transform, by a source
 OPTIONS = {  # of each kind; True: required
@@ -421,7 +425,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
         self.broken = BrokenSamples(max_broken_share)
         self.positions: dict[
             int, list[int]
-        ] = {}  # by lane: epoch, shard and sample where a block begins, samples of it
+        ] = {}  # by lane: epoch, shard and sample where a block begins, and samples taken from it
         self.next_lane = 0
 
     def record(self, position: torch.Tensor) -> None:

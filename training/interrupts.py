@@ -57,7 +57,7 @@ def ends_handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterato
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        for child in CHILD:  # for good: a DataLoader asks after its workers until the process ends
+        for child in CHILD:  # never undone: a DataLoader checks its workers until the process ends
             signal.signal(child, lambda *args: None)
         handler(number, frame)
 
@@ -83,7 +83,7 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.number = 0  # of the signal that came; 0: none
-        self._told: torch.Tensor | None = None  # how many processes knew of one after the step before
+        self._told: torch.Tensor | None = None  # number of processes that had a signal after the last step
         self._handling = ends_handled_by(self._note)
 
     def __enter__(self) -> "StopRequest":
@@ -93,7 +93,7 @@ class StopRequest:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._handling.__exit__(kind, error, traceback)
         if self.number and isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-            raise Interrupted(self.number) from error  # which ended the workers too: there is no step to finish
+            raise Interrupted(self.number) from error  # the signal also ended the workers, so no step can be finished
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number:
@@ -114,4 +114,4 @@ class StopRequest:
 
     def stop(self) -> None:
         """Raise Interrupted."""
-        raise Interrupted(self.number or signal.SIGTERM)  # which another process was told
+        raise Interrupted(self.number or signal.SIGTERM)  # another process received it

@@ -156,13 +156,15 @@ class MLLMTrainer(Trainer):
         except KeyboardInterrupt:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                    callback.on_train_end(self.args, self.state, self.control)  # else its bar follows the last words
+                    callback.on_train_end(
+                        self.args, self.state, self.control
+                    )  # otherwise the bar is printed after the last message
             raise
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         saves, is_done = self.args.save_strategy != SaveStrategy.NO, self.state.global_step == self.state.max_steps
-        if self._stopping.is_due() and (saves or not is_done):  # else the release is all that there will be
+        if self._stopping.is_due() and (saves or not is_done):  # otherwise the release follows at once
             if saves and self._saved_step != self.state.global_step:
                 self._save_checkpoint(model, trial)
             self._stopping.stop()
@@ -235,7 +237,7 @@ class MLLMTrainer(Trainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         start = time.perf_counter()
         metrics = super().evaluate(*args, **kwargs)
-        self._last_log += time.perf_counter() - start  # training stood still
+        self._last_log += time.perf_counter() - start  # exclude evaluation from the throughput
         return metrics
 
     # --- logging ---

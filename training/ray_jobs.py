@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-BLOCKS = 64  # for each worker: what a worker that dies had at hand is done again
+BLOCKS = 64  # for each worker; when a worker dies, only its current block is done again
 
 
 class _Worker:

@@ -717,7 +717,7 @@ class TokenizerTrainer:
         for name, named in tensors.items():
             save_file(named, folder / f"{name}.safetensors")
         state = {
-            "step": self.step,  # and with it the data position, but of streams
+            "step": self.step,  # also gives the data position, except for streams
             "images_per_step": self.images_per_step,
             "random_states": random_states,
             "streams": streams,
@@ -744,7 +744,7 @@ class TokenizerTrainer:
             if "updates" in state:
                 then = state["options"][index]
                 network.load_moments(load_file(folder / f"{name}_moments.safetensors"), state["updates"][index])
-            elif type(network) is TrainedNetwork:  # older checkpoints are for this kind alone
+            elif type(network) is TrainedNetwork:  # older checkpoints exist only for this kind
                 network.load_optimizer(state["optimizers"][index])
                 then = optimizer_options(network.optimizer)
             else:

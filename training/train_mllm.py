@@ -85,7 +85,7 @@ OF_PARTS = (
     *("text_tokenizer", "depth_config", "embedder_dim", "embedder_heads", "system_line", "boi_token", "eoi_token"),
     *("add_image_tokens", "llm_gguf_file"),
 )
-# that open and close an image: in this project's text tokenizers, Gemma 3's, Qwen's and (bytes that no text has) Llama's
+# Tokens that open and close an image: this project's, Gemma 3's, Qwen's, and Llama's (bytes that no text contains).
 IMAGE_TOKENS = (
     ("<boi>", "<eoi>"),
     ("<start_of_image>", "<end_of_image>"),
@@ -308,14 +308,14 @@ def build_model(
     """Build the initial model, with its tokenizer unsharded and set aside, and its processor."""
     with whole_weights(training_arguments):
         visual = UniTokModel.from_pretrained(arguments.visual_model or arguments.model).eval()
-        if arguments.model:  # what the folder's own tokenizer is loaded into, or ZeRO-3 would shard it; then dropped
+        if arguments.model:  # a place for the folder's own tokenizer, which ZeRO-3 would shard; dropped below
             own_visual = UniTokModel(UniTokMLLMConfig.from_pretrained(arguments.model).visual_config)
     processor = build_processor(arguments, visual.config.vision_config.image_size)
     if arguments.model:
         model = UniTokMLLMForConditionalGeneration.from_pretrained(
             arguments.model, visual=own_visual, **loading_options(arguments)
         )
-        # ZeRO-3's loader notes changes of prefixes that it did not make, and saving would take them back
+        # ZeRO-3's loader records prefix changes that it did not make, and saving would revert them
         model._weight_conversions = [c for c in model._weight_conversions if not isinstance(c, PrefixChange)]
         model.visual = visual.requires_grad_(False)
         model.config.visual_config = visual.config
@@ -350,7 +350,7 @@ def check_numbers(training_arguments: TrainingArguments) -> None:
         ValueError: a number is NaN, infinite or negative.
     """
     check_ranges(training_arguments, **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), WEIGHT))
-    if training_arguments.max_steps < 1 and training_arguments.max_steps != -1:  # its own "not given"
+    if training_arguments.max_steps < 1 and training_arguments.max_steps != -1:  # the library's value for "not given"
         raise ValueError(f"max_steps must be at least 1, got {training_arguments.max_steps}.")
 
 
@@ -391,7 +391,7 @@ def whole_modules(model: torch.nn.Module, prefixes: list[str]) -> list[str]:
     for prefix in prefixes:
         modules = dict(model.named_modules())
         name = prefix if prefix in modules else prefix.rpartition(".")[0]  # a parameter's module
-        if isinstance(modules[name], torch.nn.ModuleList | torch.nn.ModuleDict):  # never called themselves
+        if isinstance(modules[name], torch.nn.ModuleList | torch.nn.ModuleDict):  # containers have no forward
             names.update(whole_modules(model, [f"{name}.{child}" for child, _ in modules[name].named_children()]))
         else:
             names.add(name)

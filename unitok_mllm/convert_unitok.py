@@ -158,7 +158,7 @@ def read_pickle(path: str | os.PathLike, allow_pickle: bool = False) -> object:
                 f"{path} is no torch checkpoint of plain tensors. If you trust it, allow its pickle to be executed "
                 f"with --allow-pickle. ({_first_line(error)})"
             ) from error
-    except Exception as error:  # whatever the bytes of another kind of file make the unpickler do
+    except Exception as error:  # the unpickler may raise anything on other kinds of files
         raise ConversionError(f"{path} is no torch checkpoint: {_first_line(error)}") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=False)

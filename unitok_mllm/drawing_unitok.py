@@ -349,7 +349,7 @@ class UniTokDrawing:
         end = self.guidance.inputs_embeds.shape[1] + len(groups)
         mask = self.attention_mask if self.caches.is_fixed else self.attention_mask[:, :end]
         if not has_keys(self.caches.llm_cache):
-            mask = None  # padding is behind a state
+            mask = None  # a recurrent state already excludes the padding
         return self._advance(groups[-1], mask, self.position_ids[:, end - 1 : end], noise)
 
     def _after(self, inputs_embeds: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

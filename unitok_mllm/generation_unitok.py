@@ -107,7 +107,7 @@ class UniTokGenerationMixin(GenerationMixin):
         with streamers_told(kwargs.get("streamer"), error_only=True):
             if generation_mode != "text":
                 raise ValueError(f"generation_mode is 'text', 'image' or 'interleaved', got {generation_mode!r}.")
-            if "image_generation" in kwargs:  # the library would take it into the config, where text passes it over
+            if "image_generation" in kwargs:  # as an option it would be ignored
                 raise ValueError("image_generation is for a generation_config; give a drawing its options themselves.")
             input_ids = kwargs.get("input_ids", inputs)
             if input_ids is not None:
@@ -148,7 +148,7 @@ class UniTokGenerationMixin(GenerationMixin):
             input_ids, is_first_iteration=is_first_iteration, cache=cache, **kwargs
         )
         if isinstance(cache, Cache) and not has_keys(cache) and is_used(cache):
-            model_inputs["attention_mask"] = None  # padding is behind a state
+            model_inputs["attention_mask"] = None  # a recurrent state already excludes the padding
         return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
@@ -187,7 +187,7 @@ class UniTokGenerationMixin(GenerationMixin):
         """
         config = copy.deepcopy(self.generation_config)
         config.image_generation = options
-        config._from_model_config = False  # or the library would leave the entry out where it loads the config
+        config._from_model_config = False  # otherwise loading the config drops the entry
         image_generation(config)
         self.generation_config = config
 

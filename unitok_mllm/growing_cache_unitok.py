@@ -92,7 +92,7 @@ def _attending_in_cache_dtype(module: nn.Module) -> nn.Module:
         return module
     module = copy.copy(module)
     module.config = copy.copy(config)
-    module.config._attn_implementation = {"": CACHE_DTYPE_ATTENTION}  # not those of configs in it, which are shared
+    module.config._attn_implementation = {"": CACHE_DTYPE_ATTENTION}  # but not in sub-configs, which are shared
     return module
 
 

@@ -64,7 +64,7 @@ class KeptFiles:
             while not is_over.wait(every):
                 try:
                     self.tidy()
-                except Exception:  # whatever it is, the next time it may be gone
+                except Exception:  # of any kind: try again next time
                     traceback.print_exc()
 
         thread = Thread(target=work, daemon=True, name="tidy")

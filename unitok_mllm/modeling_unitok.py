@@ -141,7 +141,7 @@ def in_chunks(
     Returns:
         The results, concatenated: (B, ...).
     """
-    if torch.compiler.is_compiling():  # a graph has the batch as a whole
+    if torch.compiler.is_compiling():  # one graph takes the whole batch
         return function(batch)
     chunks = batch.split(max(1, max_pixels // image_pixels))
     return torch.cat([function(chunk) for chunk in chunks]) if len(chunks) > 1 else function(batch)
@@ -514,7 +514,7 @@ class UniTokPreTrainedModel(PreTrainedModel):
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
         if prefix:
-            model._weight_conversions = own_mapping  # it is saved as itself
+            model._weight_conversions = own_mapping  # saved under its own names, not those of the source
             info.unexpected_keys -= {name for name in names if not name.startswith(prefix)}
         return info, offload_index
 

@@ -447,7 +447,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin)
             **config_kwargs,
         )
         for part, implementation in attention.items():
-            part.config._attn_implementation = implementation  # becoming part of a config resets it
+            part.config._attn_implementation = implementation  # composing the config has reset it
         model = cls(config, language_model, visual.eval())
         generation_config = copy.deepcopy(language_model.generation_config)
         suppressed = generation_config.suppress_tokens or []

@@ -14,7 +14,7 @@ from torch import nn
 
 # torch's own, and private: without one of them weights stay as they are
 ONEDNN_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
-MIN_WEIGHTS = 2**16  # reading fewer takes less time than calling anything
+MIN_WEIGHTS = 2**16  # for smaller layers, the call costs more than reading the weights
 
 
 class UniTokPackedLinear(nn.Linear):

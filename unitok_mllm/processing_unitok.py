@@ -145,7 +145,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
                 raise ValueError(
                     f"{name} {token!r} is not in the tokenizer's vocabulary; add it to tokenizer and LLM."
                 )
-        # ids of known tokens stay; as special tokens they are found in a text, which Llama's byte tokens are not
+        # known tokens keep their ids; marked as special they are found in texts, unlike Llama's byte tokens before
         tokenizer.add_tokens([boi_token, eoi_token, image_token], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -179,7 +179,7 @@ class UniTokMultiCodebookQuantizer(nn.Module):
         indices = codes.long().transpose(0, 1).flatten(1)  # (K, B * L)
         if (
             codes.device.type == "cpu"
-            and not torch.compiler.is_compiling()  # the values are not known
+            and not torch.compiler.is_compiling()  # values are unknown while compiling
             and codes.numel()
             and not 0 <= indices.min() <= indices.max() < self.codebook_size
         ):

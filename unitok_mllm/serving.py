@@ -404,7 +404,7 @@ class UniTokEngine:
             prepared.update(kwargs, input_ids=input_ids, processors=logits_processor, criteria=stopping_criteria)
             return generation_config
 
-        # the library prepares all that it prepares for its own loop, and hands it over (but loses the tokenizer)
+        # the library prepares everything as for its own loop, except that it drops the tokenizer
         stops, tokenizer = options.pop("stop_strings", None), options.pop("tokenizer", None)
         if stops:
             criteria = [*(options.pop("stopping_criteria", None) or []), StopStringCriteria(tokenizer, stops)]

@@ -52,7 +52,7 @@ MAP_GAP = 8
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 UPLOADS_KEPT = 3600  # seconds
 TIDY_EVERY = 60  # seconds
-PICTURE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "AVIF")  # each decoder more is one to attack
+PICTURE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "AVIF")  # few, since each decoder can be attacked
 MAX_PICTURES = 8  # in one message
 MAX_PIXELS = 50_000_000  # of all pictures in one message
 MAX_SIDE = 1024  # pixels; a larger picture is shrunk while it is read
@@ -633,7 +633,7 @@ def build_app(page: gr.Blocks, host: str, port: int, queue_size: int, max_upload
         theme=gr.themes.Soft(font=fonts, font_mono=("ui-monospace", "monospace")),
         css=CSS,
     )
-    page.has_launched = True  # or gradio would not look whether a path is one of its own
+    page.has_launched = True  # otherwise gradio skips its check that a path is its own
     return app
 
 

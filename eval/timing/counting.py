@@ -26,7 +26,7 @@ class PeakMemory:
             self.before = torch.cuda.memory_allocated()
         else:
             if platform.libc_ver()[0] == "glibc":
-                ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what is taken now
+                ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier would hide what is allocated now
             self.before = self.peak = self.process.memory_info().rss
             self.thread = threading.Thread(target=self._watch, daemon=True)
             self.thread.start()

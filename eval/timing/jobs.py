@@ -53,7 +53,7 @@ def coding_jobs(
     settings: Settings,
 ) -> Iterator[Job]:
     """The tokenizer's "encode" or "decode", by itself and, where its layers can have it, in oneDNN's blocked layout."""
-    models = dict.fromkeys((tokenizer, pack_linears(tokenizer)))  # one, where nothing can have it
+    models = dict.fromkeys((tokenizer, pack_linears(tokenizer)))  # a single one if no layer can be packed
     for batch in settings.batches:
         rows = repeat_to(inputs, batch)
         least = bytes_of(tokenizer, rows, getattr(tokenizer, name)(rows))
@@ -113,7 +113,7 @@ def draw_jobs(subject: Subject, settings: Settings, sampled: bool = False) -> It
             draw_bytes(mllm, 2 * batch, PROMPT_TOKENS, positions),
             detail="" if positions == mllm.config.num_image_positions else f"{positions} positions",
             naive=None if sampled else Way(partial(naive.draw, mllm, depth, **prompts, **options)),
-            counted=settings.device == "cpu",  # replays of a CUDA graph cannot be seen
+            counted=settings.device == "cpu",  # operations in a replayed CUDA graph are not seen
         )
 
 

@@ -91,7 +91,7 @@ def count(way: Way, trained: nn.Module | None, settings: Settings) -> Measuremen
             kept[key] = storage.nbytes()
         return tensor
 
-    # what is compiled would hide its operations
+    # compiled code would hide its operations
     eager = torch.compiler.set_stance("force_eager") if settings.compile else nullcontext()
     counter = flop_counter(trained is not None)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
@@ -111,7 +111,9 @@ def measure(job: Job, with_naive: bool, settings: Settings) -> list[Measurement]
     trains = job.trained is not None
     with torch.inference_mode(not trains), torch.set_grad_enabled(trains):
         measured = [count(way, job.trained, settings) if job.counted else Measurement(None, 0.0, 0) for way in ways]
-        if settings.compile or (settings.device != "cpu" and not job.first):  # what compiles or loads at its first run
+        if settings.compile or (
+            settings.device != "cpu" and not job.first
+        ):  # a first run that compiles or loads is not timed
             for way in ways:
                 way.run()
         times: list[list[float]] = [[] for _ in ways]

@@ -43,13 +43,13 @@ class Part:
 def without_values(build: Callable[[], nn.Module]) -> nn.Module:
     """Build a module whose tensors have a shape and a dtype, but no values."""
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights that are loaded and have nowhere to go
+        warnings.simplefilter("ignore")  # about loading weights onto the meta device
         module = build()
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     abstract = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         for name, tensor in tensors:
-            if tensor not in abstract:  # what is shared stays shared
+            if tensor not in abstract:  # shared tensors stay shared
                 empty = torch.empty_like(tensor, device="cpu")
                 is_parameter = isinstance(tensor, nn.Parameter)
                 abstract[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
@@ -82,7 +82,7 @@ def measure(step: Callable[[], torch.Tensor], module: nn.Module, batch: int) -> 
         module: its parameters are not counted as activations.
         batch: samples.
     """
-    # Every attention written out: fused kernels differ from device to device, and torch does not count the CPU's.
+    # Unfused attention, since fused kernels differ between devices and torch does not count the CPU's.
     with sdpa_kernel(SDPBackend.MATH):
         with flop_counter() as forward:
             loss = step()

@@ -138,7 +138,7 @@ def mllm_loss(model: UniTokMLLMForConditionalGeneration, inputs: dict) -> torch.
         targets = codes[inputs["image_targets"]].transpose(1, 2).flatten(0, 1)  # (N * L, K)
     else:
         targets = torch.zeros(1, model.depth_head.num_codebooks, dtype=torch.long)  # as the model does
-    states = output.hidden_states[-1].flatten(0, 1)[: len(targets)]  # as many as are needed, from wherever
+    states = output.hidden_states[-1].flatten(0, 1)[: len(targets)]  # any states will do, in the right number
     logits = model.depth_head(states, targets)
     return loss + F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 

@@ -256,6 +256,6 @@ class UniTokMLLMChat(UniTokMLLM):
         conversation = messages.to_hf_messages()
         for message in conversation:
             for part in message["content"]:
-                if part["type"] == "text":  # where images go is said by the parts
+                if part["type"] == "text":  # the parts, not placeholders, say where images go
                     part["text"] = part["text"].replace(self.processor.image_token, "")
         return conversation
