@@ -45,12 +45,14 @@ from training.losses import psnr
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor, inference
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import MODES
-from unitok_mllm.inference import draw_codes, edit_codes, generate_answers, picture_bytes
+from unitok_mllm.inference import answer_ids, draw_codes, edit_codes, generate_answers, picture_bytes
+from unitok_mllm.scoring_unitok import UniTokScores
 
 
 MAX_ANSWER_TOKENS = 16
 MISTAKES_KEPT = 20
 EDIT = "make it {color}"
+ANSWERS = ["yes", "no", *COLORS, *SHAPES]
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 
 
@@ -73,6 +75,9 @@ class Settings(DrawingSettings):
     candidates: int = field(
         default=1,
         metadata={"help": "samples for each drawing, of which the best by the tokenizer's embeddings counts; 1: none"},
+    )
+    choices: bool = field(
+        default=False, metadata={"help": "also choose the likeliest of the benchmark's 13 answers to each question"}
     )
     edit_guidance: float = field(default=1.0, metadata={"help": "edits' guidance by words; 1: none"})
     edit_image_guidance: float = field(default=1.0, metadata={"help": "edits' guidance by picture; 1: none"})
@@ -119,6 +124,42 @@ def conversation(question: str) -> list[dict]:
     return inference.conversation(question, Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE)))
 
 
+def question_batches(
+    model: UniTokMLLMForConditionalGeneration,
+    processor: UniTokMLLMProcessor,
+    questions: list[str],
+    image_codes: torch.Tensor,
+    batch_size: int,
+    title: str,
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Yield the prompts of N questions about an image each: indices of the questions, and the model's inputs.
+
+    Args:
+        image_codes: (N, K, L), the codes of the questions' images.
+        batch_size: how many at a time; questions of like length go together.
+        title: of the progress bar.
+    """
+    prompts = {
+        question: processor.apply_chat_template(
+            conversation(question), add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"][0]
+        for question in dict.fromkeys(questions)
+    }
+    order = sorted(range(len(questions)), key=lambda i: len(prompts[questions[i]]))
+    for rows in batches(order, batch_size, title):
+        ids = [prompts[questions[i]] for i in rows]
+        pad = {"batch_first": True, "padding_side": "left"}
+        input_ids = pad_sequence(ids, padding_value=processor.tokenizer.pad_token_id, **pad)
+        yield (
+            rows,
+            {
+                "input_ids": input_ids.to(model.device),
+                "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], **pad).to(model.device),
+                "image_codes": image_codes[rows].to(model.device),
+            },
+        )
+
+
 @torch.no_grad()
 def answer_questions(
     model: UniTokMLLMForConditionalGeneration,
@@ -131,29 +172,31 @@ def answer_questions(
 
     Args:
         image_codes: (N, K, L), the codes of the questions' images.
-        batch_size: how many at a time; questions of like length go together.
+        batch_size: how many at a time.
     """
-    prompts = {
-        question: processor.apply_chat_template(
-            conversation(question), add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"][0]
-        for question in dict.fromkeys(questions)
-    }
     answers = [""] * len(questions)
-    order = sorted(range(len(questions)), key=lambda i: len(prompts[questions[i]]))
-    for rows in batches(order, batch_size, "answering"):
-        ids = [prompts[questions[i]] for i in rows]
-        pad = {"batch_first": True, "padding_side": "left"}
-        input_ids = pad_sequence(ids, padding_value=processor.tokenizer.pad_token_id, **pad)
-        inputs = {
-            "input_ids": input_ids.to(model.device),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], **pad).to(model.device),
-            "image_codes": image_codes[rows].to(model.device),
-            "pad_token_id": processor.tokenizer.pad_token_id,
-        }
+    for rows, inputs in question_batches(model, processor, questions, image_codes, batch_size, "answering"):
+        inputs["pad_token_id"] = processor.tokenizer.pad_token_id
         for i, text in zip(rows, generate_answers(model, processor, inputs, MAX_ANSWER_TOKENS)):
             answers[i] = text
     return answers
+
+
+def score_choices(
+    model: UniTokMLLMForConditionalGeneration,
+    processor: UniTokMLLMProcessor,
+    questions: list[str],
+    image_codes: torch.Tensor,
+    choices: list[str],
+    batch_size: int = 64,
+) -> UniTokScores:
+    """Score C answers to N questions about an image each, (N, C), on the CPU; arguments as in `answer_questions`."""
+    targets, shape = answer_ids(processor, choices).to(model.device), (len(questions), len(choices))
+    scores = UniTokScores(torch.zeros(shape), torch.zeros(shape, dtype=torch.long))
+    for rows, inputs in question_batches(model, processor, questions, image_codes, batch_size, "scoring choices"):
+        part = model.score(**inputs, target_ids=targets.expand(len(rows), -1, -1))
+        scores.log_likelihoods[rows], scores.num_targets[rows] = part.log_likelihoods.cpu(), part.num_targets.cpu()
+    return scores
 
 
 def count_right(answers: list[str], truths: list[str]) -> dict[str, dict[str, float | int]]:
@@ -290,7 +333,10 @@ class Evaluation:
         }
 
     def vqa(self) -> dict:
-        """Measure accuracy over all questions by exact match after `normalize_answer`; the prompt is recorded."""
+        """Measure accuracy over all questions by exact match after `normalize_answer`; the prompt is recorded.
+
+        With `choices`, also that of the likeliest of all answers, by their log-likelihood and by its mean over tokens.
+        """
         rows = [(i, *pair) for i, sample in enumerate(self.samples) for pair in sample.questions]
         numbers, questions, truths = zip(*rows)
         answers = answer_questions(
@@ -302,9 +348,19 @@ class Evaluation:
             if normalize_answer(answer) != normalize_answer(truth)
         ]
         prompt = self.processor.apply_chat_template(conversation("{question}"), add_generation_prompt=True)
+        chosen = {}
+        if self.settings.choices:
+            codes = self.codes[list(numbers)]
+            scores = score_choices(
+                self.model, self.processor, list(questions), codes, ANSWERS, self.settings.batch_size
+            )
+            for name, values in (("choices", scores.log_likelihoods), ("choices_by_length", scores.means)):
+                likeliest = [ANSWERS[i] for i in values.argmax(dim=1).tolist()]
+                chosen[f"accuracy_of_{name}"] = count_right(likeliest, truths)
         return {
             "images": len(self.samples),
             "accuracy": count_right(answers, truths),
+            **chosen,
             "prompt": prompt,
             "first_mistakes": mistakes[:MISTAKES_KEPT],
         }
@@ -385,7 +441,7 @@ class Evaluation:
 # Each part with the settings that its numbers depend on, in addition to the model's weights.
 PARTS = {
     "reconstruction": ("limit",),
-    "vqa": ("limit",),
+    "vqa": ("limit", "choices"),
     "text_to_image": ("limit", "samples", "candidates", "guidance", "temperature", "top_k", "top_p", "seed", "judge"),
     "edit": ("limit", "edit_guidance", "edit_image_guidance", "judge"),
 }
@@ -499,6 +555,10 @@ def table(report: dict) -> str:
         lines.append(f"answers about {part['images']} images ({part['seconds']} s)")
         for kind, value in part["accuracy"].items():
             lines.append(f"  {kind:23}  {value['accuracy']:6.2%}   {value['right']} of {value['questions']}")
+        for name in ("choices", "choices_by_length"):
+            for kind, value in part.get(f"accuracy_of_{name}", {}).items():
+                title = f"{name.replace('_', ' ')}, {kind}"
+                lines.append(f"  {title:27}{value['accuracy']:6.2%}   {value['right']} of {value['questions']}")
     if part := parts.get("text_to_image"):
         lines.append(f"{part['images']} drawings, {part['sheet']} ({part['seconds']} s)  both   color   shape")
         for name, value in (

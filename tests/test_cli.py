@@ -255,6 +255,17 @@ def test_ask_takes_any_image(workplace, models, name, mode):
     assert succeed("ask", name, "what is it?", "--model", models / "mllm", "--max-new-tokens", 2).strip()
 
 
+def test_ask_chooses_among_answers(models, picture):
+    options = ("--choices", "red, a blue circle,no", "--model", models / "mllm")
+    result = run("ask", picture, "what color?", *options)
+    assert result.exit_code == 0, result.stderr
+    scores = {name: float(score) for name, score in re.findall(r"(.+): (-[\d.]+)", result.stderr)}
+    assert list(scores) == ["red", "a blue circle", "no"]
+    assert result.stdout == f"{max(scores, key=scores.get)}\n"
+    assert fail("ask", picture, "what?", "--choices", "red,,blue") == "one of the choices is empty: 'red,,blue'"
+    assert fail("ask", picture, "what?", "--by-length") == "--by-length goes with --choices alone"
+
+
 # generate
 
 

@@ -25,6 +25,7 @@ from .inference import (
     SHIPPED_MODEL,
     answer_questions,
     check_model,
+    choose_answers,
     draw_codes,
     edit_images,
     load,
@@ -247,17 +248,37 @@ def ask(
     ],
     model: ModelFolder = SHIPPED_MODEL,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            parser=utf8, help="Choose the likeliest of these answers: red,blue.", show_default="a free answer"
+        ),
+    ] = None,
+    by_length: Annotated[
+        bool, typer.Option("--by-length", help="Choose by the mean log-likelihood of a token, not by the sum.")
+    ] = False,
     device: Device = AUTO,
 ) -> None:
-    """Ask a question about an image; the answer alone goes to stdout."""
+    """Ask a question about an image; the answer alone goes to stdout, and to stderr the log-likelihoods of choices."""
     if not question.strip():
         raise ValueError("the question is empty")
+    if by_length and choices is None:
+        raise ValueError("--by-length goes with --choices alone")
+    answers = [] if choices is None else [choice.strip() for choice in choices.split(",")]
+    if not all(answers):
+        raise ValueError(f"one of the choices is empty: {choices!r}")
     check_model(model)
     from .image_processing_unitok import load_image
 
     picture = load_image(image)
     mllm, processor = load(model, device=device)
-    typer.echo(answer_questions(mllm, processor, [(picture, question)], max_new_tokens)[0])
+    if not answers:
+        typer.echo(answer_questions(mllm, processor, [(picture, question)], max_new_tokens)[0])
+        return
+    (chosen,), scores = choose_answers(mllm, processor, [(picture, question)], answers, by_length)
+    for answer, score in zip(answers, scores[0].tolist()):
+        typer.echo(f"{answer}: {score:.4f}", err=True)
+    typer.echo(chosen)
 
 
 @app.command()

@@ -218,6 +218,61 @@ def answer_questions(
     return [answer.strip() for answer in answers]
 
 
+def answer_ids(processor: Any, answers: list[str]) -> "torch.Tensor":
+    """Encode answers as the chat template continues a question, with the token that ends an answer.
+
+    Returns:
+        (C, T), int64, padded on the right with -100.
+
+    Raises:
+        ValueError: there are no answers, one is empty, or the template does not continue a question by its answer.
+    """
+    import torch
+
+    if not answers or not all(answer.strip() for answer in answers):
+        raise ValueError(f"there must be answers to choose from, and none empty, got {answers}")
+    options, rows = {"tokenize": True, "return_dict": True}, []
+    question = {"role": "user", "content": "?"}
+    (prompt,) = processor.apply_chat_template([question], add_generation_prompt=True, **options)["input_ids"]
+    for answer in answers:
+        turns = [question, {"role": "assistant", "content": answer}]
+        (whole,) = processor.apply_chat_template(turns, **options)["input_ids"]
+        if not torch.equal(whole[: len(prompt)], prompt):
+            raise ValueError(f"the chat template does not continue a question by the answer {answer!r}")
+        rows.append(whole[len(prompt) :])
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+
+
+def choose_answers(
+    model: Any,
+    processor: Any,
+    questions: list[tuple["Image.Image", str]],
+    choices: list[str],
+    by_length: bool = False,
+) -> tuple[list[str], "torch.Tensor"]:
+    """Choose the likeliest of some answers to each (image, question), in one batch.
+
+    Args:
+        model: an MLLM.
+        processor: its processor.
+        questions: N questions about an image each.
+        choices: C answers.
+        by_length: choose by the mean log-likelihood of a token, so that long answers are not at a disadvantage.
+
+    Returns:
+        The answers chosen, and the scores of all, (N, C), float32: log-likelihoods, or their means.
+
+    Raises:
+        ValueError: see `answer_ids` and `UniTokScoringMixin.score`.
+    """
+    chats = [conversation(question, image) for image, question in questions]
+    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
+    targets = answer_ids(processor, choices).to(model.device)
+    scores = model.score(**inputs.to(model.device), target_ids=targets.expand(len(questions), -1, -1))
+    values = scores.means if by_length else scores.log_likelihoods
+    return [choices[i] for i in values.argmax(dim=1).tolist()], values
+
+
 def sampling_options(model: Any, **given: Any) -> dict[str, Any]:
     """Return all sampling options of a drawing.
 

@@ -40,6 +40,7 @@ from .modeling_unitok import (
     selected,
 )
 from .quantization_unitok import UniTokMultiCodebookQuantizer
+from .scoring_unitok import UniTokScoringMixin
 
 
 @dataclass
@@ -368,7 +369,7 @@ class UniTokMLLMModel(UniTokPreTrainedModel):
         return {**kwargs, **wanted, "return_dict": True}
 
 
-class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin):
+class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin, UniTokScoringMixin):
     """The unified MLLM: the backbone with the LLM's output layer and the depth transformer. It answers and draws.
 
     `generate` takes `generation_mode`: "image" draws, "interleaved" answers with text and images; without it, text.
