@@ -1,4 +1,4 @@
-"""Configs of trainings: what is none is named, and what may run commands needs trust."""
+"""Configs of trainings: malformed ones are refused by name, and those that may run commands need trust."""
 
 import dataclasses
 import os

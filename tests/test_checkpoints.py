@@ -1,4 +1,4 @@
-"""The newest checkpoint that is whole."""
+"""The search for the newest intact checkpoint."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The commands that head the configs are ones that their scripts take."""
+"""The commands at the head of each config have options that their scripts accept."""
 
 import importlib
 import re

@@ -1,3 +1,5 @@
+"""Configurations: presets, ranges and geometry checks, and what is refused by name."""
+
 import dataclasses
 import itertools
 import json

@@ -1,3 +1,5 @@
+"""Conversion of original checkpoints, compared with outputs of the original program; bad files are refused."""
+
 import math
 import os
 import pickle

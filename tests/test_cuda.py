@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: the recorded steps of drawing, and that the model computes there what a CPU does."""
+"""Tests that need a CUDA device: recorded drawing steps, and agreement with the CPU's results."""
 
 import numpy as np
 import pytest

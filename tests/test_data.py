@@ -1,3 +1,5 @@
+"""The MLLM's training data: samples of every type, their mixture and packing, and broken samples."""
+
 import json
 import tarfile
 from collections import Counter

@@ -1,3 +1,5 @@
+"""The depth transformer: stepwise decoding equals the full pass."""
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError

@@ -1,3 +1,5 @@
+"""The discriminator of the tokenizer's training: its features, its heads, and what is refused."""
+
 import pytest
 import torch
 

@@ -1,4 +1,4 @@
-"""The evaluation on emoji goes on where it was ended, with the same settings alone."""
+"""The evaluation on emoji resumes where it was stopped, but only with the same settings."""
 
 import json
 import os

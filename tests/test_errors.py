@@ -1,4 +1,4 @@
-"""What users get wrong, in any script: one line that names it, and exit code 2."""
+"""Users' mistakes in any script: one line that names the mistake, and exit code 2."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""More tokens for a model: what it had learned stays."""
+"""New tokens for a model, which keeps what it had learned."""
 
 import json
 

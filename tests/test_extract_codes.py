@@ -1,3 +1,5 @@
+"""The extraction of codes: its output, its options, and interrupted runs that resume."""
+
 import json
 import os
 import signal

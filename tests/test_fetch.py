@@ -1,3 +1,5 @@
+"""Fetching pictures for a server: only from allowed hosts, within limits of size and time."""
+
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

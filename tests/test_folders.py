@@ -1,4 +1,4 @@
-"""Every public class on every kind of folder: it gives what that folder holds, or an error that says why not."""
+"""Every public class on every kind of folder: it loads what the folder holds, or raises an error that says why not."""
 
 import pytest
 import torch

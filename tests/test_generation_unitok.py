@@ -1,3 +1,5 @@
+"""Generation of text, images and edits: guidance, sampling, caches, batches and streaming."""
+
 import inspect
 import json
 import math

@@ -1,4 +1,4 @@
-"""The guard before a toy application that answers with what it has read."""
+"""The guard in front of a toy application that echoes what it has read."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,3 +1,5 @@
+"""The image processors: both backends, every mode, hostile pictures."""
+
 import base64
 import io
 import json

@@ -1,3 +1,5 @@
+"""Images and captions for the tokenizer's training: folders, data sets and streams that resume."""
+
 import gzip
 import io
 import json

@@ -1,4 +1,4 @@
-"""Loading a damaged or hostile folder: the model is refused by name, before memory is taken and nothing is executed."""
+"""Loading a damaged or hostile folder: refused by name, before memory is allocated, and without executing anything."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Real processes, ended by real signals as a terminal, a scheduler or a shutdown sends them; the same command goes on."""
+"""Real processes, ended by real signals as a terminal, a scheduler or a shutdown sends them; the same command resumes."""
 
 import json
 import os

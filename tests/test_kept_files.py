@@ -1,3 +1,5 @@
+"""The folder of kept files: its limits of age and size."""
+
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor

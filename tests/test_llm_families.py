@@ -1,3 +1,5 @@
+"""Families of LLMs: which can be the LLM, and why others are refused."""
+
 import importlib.util
 from importlib.metadata import files
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""The terms of the tokenizer's loss: values, gradients, and sums over processes."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""The visual tokenizer: encoding, decoding, embeddings, saving and loading."""
+
 import copy
 import logging
 import math

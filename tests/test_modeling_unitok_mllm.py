@@ -1,3 +1,5 @@
+"""The unified MLLM: losses, embeddings, masks, saving and loading."""
+
 import copy
 import subprocess
 import sys

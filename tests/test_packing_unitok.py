@@ -1,4 +1,4 @@
-"""Packed linear layers give what the layers give, and leave the module alone."""
+"""Linear layers in oneDNN's layout give the same results as before, and the original module is unchanged."""
 
 import peft
 import pytest

@@ -1,4 +1,4 @@
-"""What is used of other libraries although they call it private: an upgrade may remove any of it. This names what it was."""
+"""Private names of other libraries that are used here: after an upgrade, a test names those that are gone."""
 
 import argparse
 import ast

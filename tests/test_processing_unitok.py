@@ -1,3 +1,5 @@
+"""The processor: prompts, conversations and pictures to inputs, and outputs back."""
+
 import base64
 import copy
 from io import BytesIO

@@ -1,3 +1,5 @@
+"""The multi-codebook quantizer: nearest codes, losses, gradients and usage."""
+
 import socket
 
 import pytest

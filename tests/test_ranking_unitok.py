@@ -1,3 +1,5 @@
+"""The ranking of drawings by the tokenizer's text and image embeddings."""
+
 import pytest
 import torch
 

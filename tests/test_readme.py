@@ -1,3 +1,5 @@
+"""The README: its examples run, its outline and its citation hold."""
+
 import os
 import re
 import shutil

@@ -1,3 +1,5 @@
+"""The lock on an output folder, and folders that cannot be written."""
+
 import os
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""The engine: each request gets what it gets alone, whatever runs beside it."""
+"""The engine: each request gets the same results as alone, whatever runs at the same time."""
 
 import random
 from concurrent.futures import CancelledError

@@ -1,4 +1,4 @@
-"""Tar files that are compressed, or say to hold more than there is of them."""
+"""Tar files that are compressed, or whose headers claim more data than they have."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""The benchmark: the naive way gives what the model gives, counts are those of hand computations, rows are whole.
+"""The speed benchmark: the naive implementation agrees with the model, and counts agree with hand computations.
 
 Nothing here is timed.
 """

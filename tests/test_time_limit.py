@@ -1,3 +1,5 @@
+"""The time limit for Python code that may loop."""
+
 import time
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,3 +1,5 @@
+"""The tokenizer's training: its loop, its data, its checkpoints, and its script."""
+
 import copy
 import json
 import math
