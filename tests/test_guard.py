@@ -26,9 +26,9 @@ async def toy(scope, receive, send):
 
 
 def guarded(
-    app=toy, hosts=frozenset({"here"}), further=(), make_room=lambda size: None, admit=lambda *_: None
+    app=toy, hosts=frozenset({"here"}), further=(), make_room=lambda size: None, admit=lambda *_: None, **options
 ) -> Guard:
-    return Guard(app, {*hosts}, {*further}, ROUTES, 1000, make_room, admit)
+    return Guard(app, {*hosts}, {*further}, ROUTES, 1000, make_room, admit, **options)
 
 
 def ask(app: Guard, method="GET", path="/", address="10.0.0.1", **options) -> httpx.Response:
@@ -203,8 +203,7 @@ def test_no_more_visitors_are_remembered_than_there_is_room_for(monkeypatch):
     assert [*app._posts] == [f"10.0.0.{number}" for number in range(20, 30)] and not app._open
 
 
-def test_a_visitor_holds_so_many_requests_open(monkeypatch):
-    monkeypatch.setattr(guard, "MAX_OPEN", 3)
+def test_a_visitor_holds_so_many_requests_open():
 
     async def held() -> tuple[list[int], int]:
         release = asyncio.Event()
@@ -213,7 +212,7 @@ def test_a_visitor_holds_so_many_requests_open(monkeypatch):
             await release.wait()
             await toy(scope, receive, send)
 
-        app = guarded(holding)
+        app = guarded(holding, max_open=3)
         transport = httpx.ASGITransport(app=app, client=("10.0.0.1", 1))
         async with httpx.AsyncClient(transport=transport, base_url="http://here:70") as client:
             waiting = [asyncio.create_task(client.get("/")) for _ in range(5)]

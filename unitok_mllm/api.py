@@ -36,7 +36,7 @@ from .api_requests import (
     Pictures,
 )
 from .api_responses import Answers, Events, Service, Stream, image_events, of_engine, results, submit
-from .guard import Guard, Refused, own_hosts
+from .guard import MAX_OPEN, Guard, Refused, own_hosts
 from .serving import UniTokEngine
 
 
@@ -57,6 +57,7 @@ def create_app(
     max_body: int = 32 * 2**20,
     timeout: float = 600,
     url_hosts: Collection[str] = (),
+    max_open: int = MAX_OPEN,
 ) -> Guard:
     """The ASGI application.
 
@@ -68,6 +69,7 @@ def create_app(
         max_body: bytes of a request.
         timeout: seconds that a request may take.
         url_hosts: where pictures may be fetched from, see `fetch`.
+        max_open: requests of one address at the same time.
     """
     service = Service(engine, processor, name, url_hosts)
     thread = threading.Thread(target=engine.run, name="engine", daemon=True)
@@ -212,7 +214,7 @@ def create_app(
 
     hosts = own_hosts("127.0.0.1") if hosts is None else hosts
     front = Front(app, service.metrics, api_key, timeout)
-    return Guard(front, hosts, set(further_hosts), ROUTES, max_body, None, None, refusal)
+    return Guard(front, hosts, set(further_hosts), ROUTES, max_body, None, None, refusal, max_open)
 
 
 def refusal(refused: Refused) -> tuple[str, str]:
@@ -268,10 +270,27 @@ def read_key(file: str | os.PathLike | None) -> str | None:
     return key
 
 
-def serve(engine: UniTokEngine, processor, name: str, host: str, port: int, **options) -> None:
-    """Serves until SIGINT or SIGTERM, then finishes what is under way."""
+def serve(
+    engine: UniTokEngine, processor, name: str, host: str, port: int, proxy: str | None = None, **options
+) -> None:
+    """Serves until SIGINT or SIGTERM, then finishes what is under way.
+
+    Args:
+        engine, processor, name: see `create_app`, as for the further `options`.
+        host, port: to listen on.
+        proxy: the address of a reverse proxy whose `X-Forwarded-For` tells clients apart.
+    """
     import uvicorn
 
     app = create_app(engine, processor, name, hosts=own_hosts(host), **options)
     logging.getLogger("uvicorn.access").disabled = True
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=60)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=60,
+        proxy_headers=proxy is not None,
+        forwarded_allow_ips=proxy,
+    )

@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from .devices import AUTO, DEVICE_HELP
+from .guard import MAX_OPEN
 from .inference import (
     SHIPPED_MODEL,
     answer_questions,
@@ -100,6 +101,10 @@ Guidance = Annotated[
     float, typer.Option(min=1, help="Classifier-free guidance scale: how closely to follow the prompt; 1 is none.")
 ]
 Device = Annotated[str, typer.Option(help=f"Where the model runs: {DEVICE_HELP}.")]
+Proxy = Annotated[
+    str | None,
+    typer.Option(help="Address of a reverse proxy whose X-Forwarded-For tells visitors apart.", show_default="none"),
+]
 OwnGuidance = Annotated[
     float | None,
     typer.Option(
@@ -451,12 +456,7 @@ def serve(
     allow_host: Annotated[
         list[str], typer.Option(help="A further name by which browsers reach the page; may be given again.")
     ] = [],  # noqa: B006
-    proxy: Annotated[
-        str | None,
-        typer.Option(
-            help="Address of a reverse proxy whose X-Forwarded-For tells visitors apart.", show_default="none"
-        ),
-    ] = None,
+    proxy: Proxy = None,
     device: Device = AUTO,
 ) -> None:
     """Show a web page: chat about pictures, draw, look into the tokenizer. Ctrl-C ends it.
@@ -505,6 +505,9 @@ def api(
     queue_size: Annotated[int, typer.Option(min=1, help="How many requests may wait; then clients get a 429.")] = 256,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest request to take, in MiB.")] = 32,
+    max_open: Annotated[
+        int, typer.Option(min=1, help="Requests of one address at the same time; more get a 429.")
+    ] = MAX_OPEN,
     api_key_file: Annotated[
         Path | None,
         typer.Option(help="A file with the key that clients must send.", show_default="$UNITOK_API_KEY, or no key"),
@@ -516,6 +519,8 @@ def api(
         list[str],
         typer.Option(help="A host that pictures may be fetched from, of a public address; may be given again."),
     ] = [],  # noqa: B006
+    proxy: Proxy = None,
+    device: Device = AUTO,
 ) -> None:
     """Serve OpenAI's API: chat about pictures, images, edits, many at once. Ctrl-C ends it when all are answered.
 
@@ -529,13 +534,15 @@ def api(
     from .serving import UniTokEngine
 
     key = server.read_key(api_key_file)
-    mllm, processor = load(model)
+    mllm, processor = load(model, device=device)
     engine = UniTokEngine(mllm, max_rows=max_rows, max_length=max_length, max_queue=queue_size)
     limits = {
         "max_body": max_body_mb * 2**20,
         "timeout": timeout,
         "further_hosts": set(allow_host),
         "url_hosts": allow_url,
+        "max_open": max_open,
+        "proxy": proxy,
     }
     typer.echo(f"http://{host}:{port}/v1", err=True)
     server.serve(engine, processor, name or model.resolve().name, host, port, api_key=key, **limits)

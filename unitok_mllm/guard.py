@@ -79,6 +79,7 @@ class Guard:
             answered it; raises `Refused`. None where `app` limits its visitors itself: then `max_upload` is the limit of
             every body, and POSTs are not counted.
         refusal: makes the content type and the body of a refusal.
+        max_open: requests of one visitor at the same time.
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class Guard:
         make_room: Callable[[int], None] | None,
         admit: Callable[[str, str, bytes], None] | None,
         refusal: Callable[[Refused], tuple[str, str]] = lambda refused: ("text/plain; charset=utf-8", str(refused)),
+        max_open: int = MAX_OPEN,
     ):
         self.app = app
         self.further_hosts = {host.lower() for host in further_hosts}
         self.hosts = hosts | self.further_hosts
         self.routes = re.compile("|".join(f"(?:{route})" for route in routes))
         self.max_upload, self.make_room, self.admit, self.refusal = max_upload, make_room, admit, refusal
+        self.max_open = max_open
         self._open: Counter[str] = Counter()
         self._posts: OrderedDict[str, tuple[float, float]] = OrderedDict()  # visitor -> what is left, and when
         self._admission = asyncio.Lock()
@@ -137,8 +140,8 @@ class Guard:
             raise Refused(403, "requests of other sites are not served here")
         if not self.routes.fullmatch(f"{scope['method']} {scope['path']}"):
             raise Refused(404, "not found")
-        if self._open[visitor] > MAX_OPEN:
-            raise Refused(429, f"{MAX_OPEN} requests at once are the most for one visitor")
+        if self._open[visitor] > self.max_open:
+            raise Refused(429, f"{self.max_open} requests at once are the most for one visitor")
         if scope["method"] == "POST" and self.admit is not None:
             self._count_post(visitor)
 

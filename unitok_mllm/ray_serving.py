@@ -14,12 +14,14 @@ from ray import serve
 from ray.serve import Application
 
 from .api import create_app, read_key
+from .devices import AUTO
+from .guard import MAX_OPEN
 from .inference import SHIPPED_MODEL, load
 from .serving import UniTokEngine
 
 
 class Arguments(BaseModel):
-    """What `build` takes: the options of `unitok-mllm api`, and `max_replicas`, the most replicas."""
+    """What `build` takes: the options of `unitok-mllm api` but address and proxy, and `max_replicas`, the most replicas."""
 
     model_config = ConfigDict(extra="forbid")
     model: str = str(SHIPPED_MODEL)
@@ -29,6 +31,8 @@ class Arguments(BaseModel):
     queue_size: int = 256
     timeout: float = 600
     max_body_mb: int = 32
+    max_open: int = MAX_OPEN
+    device: str = AUTO
     api_key_file: str | None = None
     allow_host: list[str] = []
     allow_url: list[str] = []
@@ -42,7 +46,7 @@ class UniTokServer:
 
     def __init__(self, arguments: Arguments):
         self.arguments = arguments
-        model, self.processor = load(arguments.model)
+        model, self.processor = load(arguments.model, device=arguments.device)
         sizes = {"max_rows": arguments.max_rows, "max_length": arguments.max_length}
         self.engine = UniTokEngine(model, max_queue=arguments.queue_size, **sizes)
 
@@ -58,6 +62,7 @@ class UniTokServer:
             max_body=arguments.max_body_mb * 2**20,
             timeout=arguments.timeout,
             url_hosts=arguments.allow_url,
+            max_open=arguments.max_open,
         )
 
 
