@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
-LIGHT = ("cli", "devices", "guard", "inference", "sheet")  # modules that need neither torch nor transformers to be imported
+LIGHT = ("cli", "devices", "guard", "inference", "sheet")  # modules that import neither torch nor transformers
 
 __all__ = [
     "UniTokConfig",
