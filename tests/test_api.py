@@ -146,6 +146,31 @@ def test_an_answer_may_hold_images(lively_mllm, processor):
         assert client.chat.completions.create(**more).choices[0].message.content is not None
 
 
+def test_the_best_candidates_are_those_of_generate(client, lively_mllm, processor):
+    extra = {"guidance": 2.0, "seed": 5, "candidates": 4}
+    drawn = client.images.generate(prompt="a red circle", n=2, extra_body=extra)
+    inputs = processor(text=["a red circle"], generation_mode="image")
+    options = {"guidance_scale": 2.0, "seed": 5, "candidates": 4, "num_return_sequences": 2}
+    output = lively_mllm.generate_image_codes(**inputs, **options, return_dict_in_generate=True)
+    pixels = torch.cat([lively_mllm.decode_images(codes[None]) for codes in output.codes])  # not in one batch there
+    expected = processor.post_process_multimodal_output(pixels, generation_mode="image")
+    assert [opened(one.b64_json) for one in drawn.data] == [image.tobytes() for image in expected]
+    assert [one.score for one in drawn.data] == pytest.approx(output.scores.tolist(), abs=1e-5)
+    assert drawn.candidate_scores == pytest.approx(output.candidate_scores[0].tolist(), abs=1e-5)
+    for options, message in (
+        ({"stream": True}, "goes without stream alone"),
+        ({"n": 5}, "4 are too few for n 5"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.images.generate(prompt="red", extra_body={"candidates": 4}, **options)
+    with pytest.raises(openai.BadRequestError, match="an instruction does not say what is to be seen"):
+        picture = base64.b64decode(drawn.data[0].b64_json)
+        client.images.edit(image=picture, prompt="make it blue", extra_body={"candidates": 4})
+    lively_mllm.visual.config.text_config = None
+    with pytest.raises(openai.BadRequestError, match="has no text tower"):
+        client.images.generate(prompt="a red circle", extra_body={"candidates": 4})
+
+
 def test_drawings_whole_and_streamed_are_those_of_generate(client, lively_mllm, processor):
     extra = {"guidance": 2.0, "temperature": 0.8, "top_k": 10, "seed": 5}
     drawn = client.images.generate(prompt="a red circle", n=2, extra_body=extra)

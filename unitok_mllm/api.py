@@ -177,19 +177,25 @@ def create_app(
         if pictures is not None:
             options["images"] = [pictures]
         inputs = await of_engine(service.processor, text=[body.prompt], **options)
-        drawing, stream = body.drawing(), Stream()
-        if body.n > 1 and "seed" not in drawing:
+        candidates = await of_engine(service.num_candidates, body, inputs)
+        drawing, stream, num_drawn = body.drawing(), Stream(), max(body.n, candidates)
+        if num_drawn > 1 and "seed" not in drawing:
             drawing["seed"] = int(torch.randint(2**31, ()))
 
         def drawn(j: int) -> Future:
             tell = (lambda codes: stream.tell((j, codes))) if body.stream else None
             return engine.draw(inputs, tell, sample=j, **drawing)
 
-        futures = await submit(partial(drawn, j) for j in range(body.n))
+        futures = await submit(partial(drawn, j) for j in range(num_drawn))
         if not body.stream:
-            data = [{"b64_json": await of_engine(service.picture, codes)} for codes in await results(request, futures)]
+            all_codes, scores = await results(request, futures), {}
             head = {"created": int(time.time()), "size": service.size, "output_format": "png"}
-            return JSONResponse(head | {"data": data})
+            if candidates > 1:
+                ranked = await of_engine(service.rank, torch.stack(all_codes), inputs, body.n)
+                all_codes, scores = [*ranked.codes], [{"score": score} for score in ranked.scores.tolist()]
+                head["candidate_scores"] = ranked.candidate_scores[0].tolist()
+            data = [{"b64_json": await of_engine(service.picture, codes)} for codes in all_codes]
+            return JSONResponse(head | {"data": [one | score for one, score in zip(data, scores or [{}] * body.n)]})
         for future in futures:
             stream.end_with(future)
         prefix = "image_generation" if pictures is None else "image_edit"

@@ -26,6 +26,13 @@ def needs_stream(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+def needs_no_stream(value: int | None, info: ValidationInfo) -> int | None:
+    """Check candidates, of which the best is known when all are drawn; `stream` stands before them."""
+    if (value or 1) > 1 and info.data.get("stream"):
+        raise ValueError("goes without stream alone: which drawing is the best is known at the end")
+    return value
+
+
 Temperature = Annotated[float | None, Field(ge=0, le=100)]
 Share = Annotated[float | None, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=64)]
@@ -117,6 +124,7 @@ class ImageRequest(Strict):
     output_format: Literal["png"] | None = None
     stream: bool = False
     partial_images: Annotated[int, Field(ge=0, le=64), AfterValidator(needs_stream)] = 0
+    candidates: Annotated[int | None, Field(ge=1, le=64), AfterValidator(needs_no_stream)] = None
     seed: Seed = None
     guidance: float | None = None
     image_guidance: float | None = None

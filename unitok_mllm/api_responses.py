@@ -14,8 +14,10 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from .api_metrics import Metrics
-from .api_requests import APIError, Pictures, TextOptions
+from .api_requests import APIError, ImageRequest, Pictures, TextOptions
+from .drawing_unitok import image_generation
 from .inference import has_text_tower, picture_bytes, text_tower_inputs
+from .ranking_unitok import UniTokDrawingOutput, check_ranking, choose_drawings, score_drawings
 from .serving import QueueFull, UniTokEngine
 from .streaming_unitok import UniTokImageStreamer
 
@@ -69,6 +71,37 @@ class Service:
         pixels = self._decoder.decode(codes[None])
         (image,) = self.processor.post_process_multimodal_output(pixels, generation_mode="image")
         return base64.b64encode(picture_bytes(image)).decode()
+
+    def num_candidates(self, body: ImageRequest, inputs: dict) -> int:
+        """Return the number of candidates that a request asks for, or else the model's own; 1 for no ranking.
+
+        Args:
+            body: the request.
+            inputs: the processor's, of a description; those of an edit have no text to rank by.
+
+        Raises:
+            APIError: fewer candidates than drawings, or candidates of an edit.
+            ValueError: the model cannot rank, see `check_ranking`.
+        """
+        ids, count = inputs.get("ranking_input_ids"), body.candidates
+        if count is None and ids is not None and not body.stream:
+            count = image_generation(self.model.generation_config).get("candidates")
+        if (count or 1) == 1:
+            return 1
+        if ids is None:
+            raise APIError(400, "candidates: an instruction does not say what is to be seen, to rank by", "candidates")
+        if count < body.n:
+            raise APIError(400, f"candidates: {count} are too few for n {body.n}", "candidates")
+        check_ranking(self.model.visual, ids)
+        return count
+
+    @torch.inference_mode()
+    def rank(self, codes: torch.Tensor, inputs: dict, count: int) -> UniTokDrawingOutput:
+        """Choose the best `count` of the drawings of one prompt, codes (N, K, L), by the processor's inputs for it."""
+        ids, mask = inputs["ranking_input_ids"], inputs["ranking_attention_mask"]
+        visual, codes = self.model.visual, codes[None]
+        scores = score_drawings(visual, codes, ids.to(visual.device), mask.to(visual.device))
+        return choose_drawings(codes, scores, count)
 
     @torch.inference_mode()
     def embed(self, texts: list[str]) -> tuple[torch.Tensor, int]:
