@@ -1,5 +1,7 @@
 """Helpers shared by the evaluation scripts: settings, model loading, batching, versions."""
 
+import json
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 import unitok_mllm
 from training.arguments import Parser
+from training.checkpoints import check_file
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.devices import AUTO, find_device
 from unitok_mllm.drawing_unitok import IMAGE_GENERATION, UniTokDrawingOptions, image_generation
@@ -77,6 +80,38 @@ def load_model(folder: str, device: str = AUTO) -> tuple[UniTokMLLMForConditiona
     """Load an MLLM onto a device (see `find_device`), and its processor."""
     model = AutoModelForImageTextToText.from_pretrained(folder).to(find_device(device)).eval()
     return model, AutoProcessor.from_pretrained(folder)
+
+
+def check_finished(path: str | os.PathLike) -> None:
+    """Check that a file of an earlier run can be read, see `training.checkpoints.check_file`.
+
+    Raises:
+        ValueError: it is broken; the message names it, and what to do.
+    """
+    try:
+        check_file(path)
+    except ValueError as error:
+        raise ValueError(f"{error}. Remove it, or choose another output") from error
+
+
+def read_result(path: str | os.PathLike, *keys: str) -> dict:
+    """Read the JSON that an earlier run of the same evaluation has written; empty if there is none.
+
+    Args:
+        path: of the JSON.
+        keys: names that it has.
+
+    Raises:
+        ValueError: it is broken, or of something else; the message names it, and what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    check_finished(path)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(result, dict) or not result.keys() >= set(keys):
+        raise ValueError(f"{path} is no result of this evaluation. Remove it, or choose another output")
+    return result
 
 
 @contextmanager

@@ -55,7 +55,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from eval._common import versions
+from eval._common import read_result, versions
 from eval.easy_vqa import PAIRS
 from training import train_tokenizer
 from training.arguments import parse_yaml_and_command_line
@@ -64,6 +64,7 @@ from training.extract_codes import file_digest
 from training.files import whole_checkpoints, write_atomically
 from training.image_text_data import ImageFiles, ImageTextTransform
 from training.losses import RECONSTRUCTION_TERMS, LossArguments, psnr
+from training.run_folder import claim_folder
 from training.tokenizer_arguments import TokenizerTrainingArguments
 from training.tokenizer_trainer import HISTORY, STATE
 from training.train_tokenizer import TokenizerArguments
@@ -619,9 +620,9 @@ def plot(rows: list[dict], without_tokenizer: dict[str, dict[str, float]], title
 
 
 def finished(output_dir: Path, runs: list[Run]) -> list[dict]:
-    """Return the results of the finished runs."""
-    paths = [output_dir / "runs" / run.name / "result.json" for run in runs]
-    return [json.loads(path.read_text("utf-8")) for path in paths if path.is_file()]
+    """Return the results of the finished runs; errors are those of `read_result`."""
+    results = (read_result(output_dir / "runs" / run.name / "result.json") for run in runs)
+    return [result for result in results if result]
 
 
 def summarize(
@@ -674,6 +675,7 @@ def compare(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("Start it once, without torchrun: --processes says how many each training has.")
     plan, output_dir = Plan(claims, tokenizer, losses, training), Path(training.output_dir)
+    claim_folder(output_dir)
     accelerator = None if training.use_cpu else torch.accelerator.current_accelerator(check_available=True)
 
     earlier = {path.parent.name for path in (output_dir / "runs").glob("*/config.yaml")}

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.image_utils import PILImageResampling
 
-from eval._common import DrawingSettings, in_batches, load_model, parse_settings, versions
+from eval._common import DrawingSettings, in_batches, load_model, parse_settings, read_result, versions
 from eval.judge import (
     IMAGE_SIZE,
     UNKNOWN,
@@ -46,6 +46,7 @@ from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor,
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import MODES
 from unitok_mllm.inference import answer_ids, draw_codes, edit_codes, generate_answers, picture_bytes
+from unitok_mllm.outputs import check_output_file
 from unitok_mllm.scoring_unitok import UniTokScores
 
 
@@ -89,6 +90,8 @@ class Settings(DrawingSettings):
     def __post_init__(self):
         find_device(self.device)
         check_model_folder(self.model)
+        for path in (self.output, self.judge):
+            check_output_file(path)
         for name in ("batch_size", "limit", "samples", "candidates"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -452,9 +455,7 @@ def read_finished(output: str, wanted: dict[str, dict]) -> dict[str, dict]:
 
     The others are dropped, with a line on stderr.
     """
-    if not Path(output).is_file():
-        return {}
-    parts = json.loads(Path(output).read_text(encoding="utf-8"))["parts"]
+    parts = read_result(output, "parts").get("parts", {})
     finished = {
         name: part
         for name, part in parts.items()

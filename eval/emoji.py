@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from eval._common import DrawingSettings, in_batches, load_model, parse_settings, versions
+from eval._common import DrawingSettings, in_batches, load_model, parse_settings, read_result, versions
 from eval.easy_vqa import answer_questions, draw, normalize_answer
 from eval.images import stamp
 from eval.protocol import number
@@ -32,6 +32,7 @@ from training.losses import psnr
 from unitok_mllm import UniTokMLLMProcessor
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.inference import picture_bytes
+from unitok_mllm.outputs import check_output_file
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -64,6 +65,7 @@ class Settings(DrawingSettings):
     def __post_init__(self):
         find_device(self.device)
         check_model_folder(self.model)
+        check_output_file(self.output)
         if not (Path(self.data) / TABLE).is_file():
             raise ValueError(f"{self.data} has no emoji: python -m training.prepare_data emoji {self.data}")
         if self.batch_size < 1 or self.seen < 1:
@@ -188,9 +190,9 @@ def protocol_number(
 
 def read_finished(output: str, wanted: dict) -> dict[str, dict]:
     """Read the finished parts of an earlier output. Parts with other settings are dropped, with a line on stderr."""
-    if not Path(output).is_file():
+    report = read_result(output, "settings", "versions", "parts")
+    if not report:
         return {}
-    report = json.loads(Path(output).read_text(encoding="utf-8"))
     then, now = report["settings"] | {"versions": report["versions"]}, wanted | {"versions": versions()}
     changed = [name for name in now if name not in NOT_DECISIVE and then.get(name) != now[name]]
     if changed:

@@ -19,8 +19,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from training.errors import CommandLine, check_keys, one_line_errors
+from training.files import write_atomically
 from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokMLLMForConditionalGeneration, UniTokModel
 from unitok_mllm.configuration_unitok import check_llm
+from unitok_mllm.outputs import check_output_file
 
 
 BOS, EOS, BOI, EOI, IMAGE = 1, 2, 3, 4, 5
@@ -303,6 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     check_keys("the library's list of causal LMs", arguments.families, FAMILIES)
+    check_output_file(arguments.output)
     logging.set_verbosity_error()
     outcomes = {}
     for family in arguments.families:
@@ -311,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     works = sum(result == "works" for result in outcomes.values())
     header = HEADER.format(version=transformers.__version__, works=works, total=len(outcomes))
     rows = [f"| {family} | {result.replace('|', '/')} |" for family, result in outcomes.items()]
-    arguments.output.write_text(header + "\n".join(rows) + "\n", encoding="utf-8")
+    write_atomically(arguments.output, (header + "\n".join(rows) + "\n").encode())
 
 
 if __name__ == "__main__":

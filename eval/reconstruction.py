@@ -42,7 +42,7 @@ from torchvision.models import VGG16_Weights
 from torchvision.transforms.functional import center_crop, pil_to_tensor
 from tqdm import tqdm
 
-from eval._common import parse_settings, versions, weights_needed
+from eval._common import check_finished, parse_settings, read_result, versions, weights_needed
 from eval.fid import load_inception
 from eval.images import (
     EvalImages,
@@ -63,6 +63,7 @@ from unitok_mllm import UniTokImageProcessorPil, UniTokModel
 from unitok_mllm.configuration_unitok import SHARE, check_ranges
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.inference import picture_bytes
+from unitok_mllm.outputs import check_output_file, check_output_folder
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -130,6 +131,9 @@ class Settings:
 
     def __post_init__(self):
         find_device(self.device)
+        check_output_file(self.output)
+        if self.save_images:
+            check_output_folder(self.save_images)
         if self.system not in ("unitok", "diffusers"):
             raise ValueError(f"unknown system {self.system!r}, expected unitok or diffusers")
         if self.system == "unitok":
@@ -561,9 +565,7 @@ def fingerprints(images: EvalImages, indices: list[int]) -> torch.Tensor:
 
 def read_finished(settings: Settings, key: str, digest: str) -> dict | None:
     """Read the report of an earlier run with the same settings and images."""
-    if not Path(settings.output).is_file():
-        return None
-    report = json.loads(Path(settings.output).read_text(encoding="utf-8"))
+    report = read_result(settings.output, "key", "image_digest")
     is_same = (report.get("key"), report.get("image_digest")) == (key, digest)
     broken = len(report.get("broken", ()))
     return report if is_same and broken <= settings.max_broken_share * (report["images"] + broken) else None
@@ -573,8 +575,14 @@ def read_parts(folder: Path, expected: torch.Tensor) -> list[Tally]:
     """Read the tallies that processes have saved, in this run or an interrupted one, each of other images.
 
     A tally with an image that has changed since, by the `expected` fingerprints (N,), is left out.
+
+    Raises:
+        ValueError: a file is broken; it is named.
     """
-    parts = [torch.load(path, weights_only=True, mmap=True) for path in sorted(folder.glob("*.pt"))]
+    paths = sorted(folder.glob("*.pt"))
+    for path in paths:
+        check_finished(path)
+    parts = [torch.load(path, weights_only=True, mmap=True) for path in paths]
     return [part for part in parts if ((part["measured"] == 0) | (part["measured"] == expected)).all()]
 
 

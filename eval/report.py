@@ -28,6 +28,7 @@ from eval._common import versions
 from eval.protocol import Published, differences, read_published
 from training.errors import one_line_errors, script_app
 from training.files import write_atomically
+from unitok_mllm.outputs import check_output_file
 
 
 ABOUT = ("settings", "versions", "prompt", "prompts", "measured", "configs", "config", "runs")  # shown folded
@@ -422,6 +423,7 @@ def main(
     title: Annotated[str, typer.Option(help="Its heading.")] = "Measured and published",
 ) -> None:
     """Write one HTML page of results, with published numbers."""
+    check_output_file(output)
     page = make_report(results, title)
     write_atomically(output, page.encode())
     print(f"{len(results)} results are in {output}")

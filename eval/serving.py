@@ -29,6 +29,7 @@ from training.errors import CommandLine, one_line_errors
 from training.files import write_atomically
 from unitok_mllm.cli import SHIPPED_MODEL
 from unitok_mllm.inference import load
+from unitok_mllm.outputs import check_output_file
 
 
 PROMPT = "a red circle"
@@ -166,6 +167,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if min(options.clients) < 1 or options.requests < 1:
         parser.error("--clients and --requests must be at least 1.")
+    if options.output:
+        check_output_file(options.output)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     results = {"plain": plain_times(options.model), "versions": versions()}
     for name, rows in (("in turn", 2), ("batched", options.max_rows)):

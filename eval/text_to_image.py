@@ -39,7 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
-from eval._common import DrawingSettings, load_model, parse_settings, versions
+from eval._common import DrawingSettings, load_model, parse_settings, read_result, versions
 from eval.clip_score import clip_scores, load_clip
 from eval.fid import TOOLS, PictureFiles, fid, load_inception, reference_pictures
 from eval.images import stamp
@@ -52,6 +52,7 @@ from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, load_image
 from unitok_mllm.inference import draw_codes, picture_bytes, pictures_of
+from unitok_mllm.outputs import check_output_folder
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -105,6 +106,7 @@ class Settings(DrawingSettings):
     def __post_init__(self):
         find_device(self.device)
         check_model_folder(self.model)
+        check_output_folder(self.output)
         for name in ("samples", "limit", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -320,8 +322,7 @@ class Evaluation:
             },
         }
         self._check_folder()
-        results = self.folder / "results.json"
-        self.earlier = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+        self.earlier = read_result(self.folder / "results.json")
         self.counts = {"prompts": len(self.prompts), "samples": settings.samples}
         self.wanted = {
             name: {**self.counts, **{option: getattr(settings, option) for option in options}}
@@ -345,7 +346,7 @@ class Evaluation:
         """Refuse a folder of other pictures."""
         path = self.folder / "settings.json"
         if path.is_file():
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = read_result(path)
             changed = [
                 f"{name} was {there.get(name)}, now {value}"
                 for name, value in self.drawn_with.items()

@@ -26,12 +26,13 @@ from accelerate import PartialState
 from PIL import ImageFile
 from tenacity import RetryError
 
-from eval._common import parse_settings, versions
+from eval._common import parse_settings, read_result, versions
 from eval.protocol import number
 from training.errors import one_line_errors
 from training.files import check_model_folder, folder_digest, write_atomically
 from training.release import FLOAT_TYPES
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
+from unitok_mllm.outputs import check_output_file
 
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Settings:
     def __post_init__(self):
         find_device(self.device)
         check_model_folder(self.model)
+        check_output_file(self.output)
         for name in ("batch_size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -232,9 +234,7 @@ def read_finished(output: str, wanted: dict) -> dict[str, dict]:
     Raises:
         TaskError: some have other settings than the current ones.
     """
-    if not Path(output).is_file():
-        return {}
-    parts = json.loads(Path(output).read_text(encoding="utf-8"))["parts"]
+    parts = read_result(output, "parts").get("parts", {})
     for name, part in parts.items():
         if changed := [
             f"{key} was {part['settings'].get(key)}, now {value}"

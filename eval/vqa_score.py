@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"there is no file {arguments.pairs}")
     if arguments.batch_size < 1:
         parser.error(f"batch_size must be at least 1, got {arguments.batch_size}")
+    if arguments.scores.is_dir() or not arguments.scores.absolute().parent.is_dir():
+        parser.error(f"cannot write {arguments.scores}: it is a folder, or in no folder")
     import t2v_metrics
     import torch
 

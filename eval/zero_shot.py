@@ -49,7 +49,7 @@ from transformers import (
     CLIPTextConfig,
 )
 
-from eval._common import parse_settings, versions
+from eval._common import check_finished, parse_settings, read_result, versions
 from eval.images import FolderImages, load_batches, stamp
 from eval.protocol import number
 from training import easy_vqa
@@ -63,6 +63,7 @@ from unitok_mllm.configuration_unitok import SHARE, check_ranges
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import MODES, UniTokImageProcessor, load_image
 from unitok_mllm.inference import picture_bytes
+from unitok_mllm.outputs import check_output_file
 from unitok_mllm.sheet import contact_sheet
 
 
@@ -121,6 +122,7 @@ class Settings:
     def __post_init__(self):
         self.device = "cpu" if self.use_cpu else self.device
         find_device(self.device)
+        check_output_file(self.output)
         check_ranges(self, max_broken_share=SHARE)
         if self.system not in SYSTEMS:
             raise ValueError(f"system is one of {', '.join(SYSTEMS)}, not {self.system!r}")
@@ -533,9 +535,13 @@ def read_tensors(path: Path, measured: dict, images: list[str]) -> dict[str, tor
 
     Args:
         images: as `stamped` names them.
+
+    Raises:
+        ValueError: the file is broken; it is named.
     """
     if not path.is_file():
         return {}
+    check_finished(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         then = json.loads(metadata["measured"])
@@ -601,7 +607,7 @@ def evaluate(settings: Settings) -> dict:
     images = {"images_sha256": sha256([files, benchmark.labels, benchmark.parts])}
     output = Path(settings.output)
     path = output.with_suffix(".nearest.safetensors")
-    report = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
+    report = read_result(output)
     tensors = read_tensors(path, measured, files)
     state.wait_for_everyone()  # all have read before one writes
     few_broken = len(report.get("broken", ())) <= settings.max_broken_share * len(benchmark.images)

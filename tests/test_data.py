@@ -1,6 +1,7 @@
 """The MLLM's training data: samples of every type, their mixture and packing, and broken samples."""
 
 import json
+import math
 import tarfile
 from collections import Counter
 
@@ -370,7 +371,10 @@ def test_a_source_that_cannot_be_is_refused(folder):
     for options, message in (
         ({"type": "pictures"}, "type is conversations"),
         ({"task": "paint"}, "task is read or draw"),
-        ({"weight": 0}, "weight must be above 0"),
+        ({"weight": 0}, "weight of .* must be a number from 1e-12 to 1e.12, got 0"),
+        ({"weight": math.nan}, "weight of .* must be a number from 1e-12 to 1e.12, got nan"),
+        ({"weight": "x"}, "weight of .* must be a number from 1e-12 to 1e.12, got 'x'"),
+        ({"images": 3}, "images of a data set must be a text, got 3"),
         ({"images": "/nowhere"}, "no image folder"),
         ({"mode": "crop"}, "mode is one of understand, reconstruct, classify, got 'crop'"),
         ({"task": "draw"}, "type conversations, task draw. has no use for task 'draw'"),

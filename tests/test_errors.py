@@ -15,10 +15,12 @@ import pytest
 import torch
 import typer
 from accelerate import Accelerator
+from PIL import Image
 from test_imports import SCRIPTS
 from test_train_mllm import write_config
 from transformers import TrainingArguments
 
+from eval._common import read_result
 from training import train_mllm, train_tokenizer
 from training.arguments import Parser, check_source, parse_yaml_and_command_line, use_cpu_of
 from training.errors import check_keys, one_line_errors, underscored
@@ -221,6 +223,25 @@ def config(tmp_path) -> str:
             "llm_config has no 'hiden_size': did you mean 'hidden_size'?",
         ),
         ("--llm_config '{model_type: lama}'", "llm_config needs a model_type that transformers knows, got 'lama'"),
+        ("--card '{license: [mit]}'", "license of the card must be a text, got ['mit']"),
+        ("--card '{tags: [3]}'", "tags of the card must be a text or a list of texts, got [3]"),
+        ("--lora '{r: x}'", "r of lora must be a whole number from 1 on, got 'x'"),
+        ("--lora '{r: 0}'", "r of lora must be a whole number from 1 on, got 0"),
+        ("--lora '{lora_dropout: 3}'", "lora_dropout of lora must be a number from 0 to 1, got 3"),
+        ("--lora '{lora_alpha: [3]}'", "lora_alpha of lora must be a number from 0 to 1e+06, got [3]"),
+        (
+            "--learning_rates '{embedder: -1e-3}'",
+            "learning_rates of embedder must be a number from 0 to 1e+06, got '-1e-3'",
+        ),
+        (
+            "--learning_rates '{embedder: .nan}'",
+            "learning_rates of embedder must be a number from 0 to 1e+06, got nan",
+        ),
+        ("--warmup_steps nan", "warmup_steps (nan) is not between 0.0 and 1000000.0"),
+        ("--adam_beta2 2", "adam_beta2 (2.0) is not between 0.0 and "),
+        ("--adam_epsilon nan", "adam_epsilon (nan) is not between 0.0 and 1.0"),
+        ("--dataloader_num_workers -1", "dataloader_num_workers (-1) is not between 0 and 1024"),
+        ("--datasets '{path: 3}'", "path of a data set must be a text, got 3"),
         ("--caption_dropout 3", "caption_dropout (3.0) is not between 0.0 and 1.0"),
         ("stray", "stray belongs to no option"),
     ],
@@ -414,6 +435,79 @@ def test_what_is_missing_or_wrong_ends_any_script_in_one_line(script, words, sai
         assert said in line_of(capsys, main_of(script), words.split())
 
 
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("training.extract_codes", f"no.jsonl file/x --visual-model {TINY}"),
+        ("training.merge_lora", f"adapter file/x --base {TINY}"),
+        ("training.extend_vocabulary", f"{TINY} file/x --captions no.jsonl"),
+        ("training.text_tokenizer", "file/x"),
+        ("training.prepare_data", "easy-vqa file/x"),
+        ("training.prepare_data", "emoji new --packages file/x"),
+        ("training.plan", "tokenizer --samples 9 --gpus 1 --json file/x.json"),
+        ("training.plan", "check --json file/x.json"),
+        ("eval.easy_vqa", f"--model {TINY} --output file/x.json"),
+        ("eval.easy_vqa", f"--model {TINY} --judge file/x.safetensors"),
+        ("eval.emoji", f"--model {TINY} --output file/x.json"),
+        ("eval.judge", "--output file/x.safetensors"),
+        ("eval.reconstruction", f"--model {TINY} --images . --output file/x.json"),
+        ("eval.reconstruction", f"--model {TINY} --images . --save_images file/x"),
+        ("eval.report", "no.json --output file/x.html"),
+        ("eval.llm_families", "llama --output file/x.md"),
+        ("eval.serving", "--output file/x.json"),
+        ("eval.speed", "--output file/x.json"),
+        ("eval.text_to_image", f"--model {TINY} --prompts no.txt --output file/x"),
+        ("eval.vqa", f"--model {TINY} --output file/x.json"),
+        ("eval.zero_shot", f"--model {TINY} --dataset easy-vqa --output file/x.json"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_found_out_before_any_work(script, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("no folder", encoding="utf-8")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    said = line_of(capsys, main_of(script), words.split())
+    assert said.startswith("error: cannot write to ") and said.endswith(f": {tmp_path}/file is not a folder\n")
+    assert sorted(os.listdir()) == ["adapter", "file"]
+
+
+@pytest.mark.parametrize(
+    "script, words, written",
+    [
+        ("eval.easy_vqa", "--output out.json", "out.json"),
+        ("eval.reconstruction", "--images photos --skip rfid,lpips --output out.json", "out.json"),
+        ("eval.text_to_image", "--prompts prompts.txt --output out", "out/results.json"),
+        ("eval.text_to_image", "--prompts prompts.txt --output out", "out/settings.json"),
+        ("eval.zero_shot", "--dataset easy-vqa --output out.json", "out.json"),
+        ("eval.zero_shot", "--dataset easy-vqa --output out.json", "out.nearest.safetensors"),
+    ],
+)
+def test_a_truncated_result_is_named_before_any_work(script, words, written, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "out"):
+        Path(folder).mkdir()
+    Image.new("RGB", (64, 64)).save("photos/0.png")
+    Path("prompts.txt").write_text("a red circle\n", encoding="utf-8")
+    Path(written).write_text('{"parts": {"vqa"', encoding="utf-8")
+    said = line_of(capsys, main_of(script), ["--model", TINY, *words.split()])
+    assert said.startswith(f"error: {written} is broken: ")
+    assert said.endswith("Remove it, or choose another output\n")
+
+
+def test_a_result_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "out.json"
+    assert read_result(path, "parts") == {}
+    for text in ("[]", "3", '{"part": {}}', "null"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="out.json is no result of this evaluation. Remove it, or choose another"):
+            read_result(path, "parts")
+    path.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(ValueError, match="out.json is broken: .* Remove it, or choose another output$"):
+        read_result(path, "parts")
+    path.write_text('{"parts": {}}', encoding="utf-8")
+    assert read_result(path, "parts") == {"parts": {}}
+
+
 EVALUATIONS = ("easy_vqa", "emoji", "reconstruction", "speed", "text_to_image", "vqa", "zero_shot", "judge", "claims")
 
 
@@ -438,7 +532,7 @@ def test_an_output_folder_that_cannot_be_is_found_out_before_anything_is_loaded(
     config = {"output_dir": str(tmp_path / "file/run"), "use_cpu": True, "bf16": False, "report_to": []}
     config |= {"model": "nowhere"} if main is train_mllm.main else {"init_from": "nowhere", "text_tokenizer": "none"}
     (tmp_path / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ValueError, match="cannot write to the output folder .*file/run: Not a directory"):
+    with pytest.raises(ValueError, match="cannot write to .*file/run: .*/file is not a folder"):
         main([str(tmp_path / "config.yaml")])
 
 

@@ -46,7 +46,7 @@ COMMAND_LINE = "import sys; sys.argv[0] = 'unitok-mllm'; from unitok_mllm.cli im
         ("generate circle --output a.xyz", 2, "must end in .png"),
         ("ask nowhere.png what?", 2, "'nowhere.png' does not exist"),
         ("reconstruct nowhere.png", 2, "'nowhere.png' does not exist"),
-        ("reconstruct docs/demo.png --output README.md", 2, "README.md: it is not a folder"),
+        ("reconstruct docs/demo.png --output README.md", 2, "README.md is not a folder"),
         ("edit nowhere.png blue", 2, "'nowhere.png' does not exist"),
         ("convert nowhere.pth --to new", 2, "'nowhere.pth' does not exist"),
         ("ask docs/demo.png what? --model nowhere", 2, "no model in nowhere"),

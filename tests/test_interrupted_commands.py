@@ -28,9 +28,9 @@ from training.tokenizer_trainer import STATE
 
 
 ROOT = Path(__file__).parents[1]
-OF_THE_PROCESS = re.compile(
-    r".*seconds?(/.*)?|drawn|resumed_from_step"
-)  # in a report: times, and what was there before
+OF_THE_PROCESS = re.compile(  # in a result: times, and what was there before
+    r".*seconds?(/.*)?|data_wait_share|decode_ms|drawn|resumed_from_step"
+)
 
 
 class Script:
@@ -93,7 +93,7 @@ class Command:
 
 
 def of_the_result(value: object) -> object:
-    """A JSON without what belongs to the process."""
+    """A result without what belongs to the process."""
     if isinstance(value, dict):
         return {key: of_the_result(one) for key, one in value.items() if not OF_THE_PROCESS.fullmatch(key)}
     return [of_the_result(one) for one in value] if isinstance(value, list) else value
@@ -104,7 +104,7 @@ def results(folder: Path) -> dict[str, object]:
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.suffix == ".safetensors":
-            found[path] = {name: value.tolist() for name, value in load_file(path).items()}
+            found[path] = of_the_result({name: value.tolist() for name, value in load_file(path).items()})
         elif path.name == "trainer_state.json":
             found[path] = losses(path.parent)
         elif path.suffix in (".png", ".parquet"):

@@ -46,16 +46,12 @@ def test_a_second_run_is_told_who_holds_the_folder_until_that_ends(tmp_path, end
 
 def test_what_cannot_be_an_output_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("a file", encoding="utf-8")
-    with pytest.raises(ValueError, match="cannot write to the output folder .*/file: File exists"):
+    with pytest.raises(ValueError, match="cannot write to .*/file: .*/file is not a folder"):
         claim_folder(tmp_path / "file")
-    with pytest.raises(ValueError, match="cannot write to the output folder .*/file/run: Not a directory"):
+    with pytest.raises(ValueError, match="cannot write to .*/file/run: .*/file is not a folder"):
         claim_folder(tmp_path / "file/run")
-    with pytest.raises(ValueError, match="cannot write to the output folder /proc/run: "):  # nobody may write there
+    with pytest.raises(ValueError, match="cannot write to /proc/run: /proc takes no files "):  # nobody may write there
         claim_folder("/proc/run")
-    (tmp_path / "locked").mkdir(mode=0o500)
-    if os.geteuid():  # root may write everywhere
-        with pytest.raises(ValueError, match="cannot write to the output folder .*/locked: no permission"):
-            claim_folder(tmp_path / "locked")
 
 
 def test_without_the_systems_list_another_run_has_no_name(tmp_path, monkeypatch):

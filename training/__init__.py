@@ -2,10 +2,10 @@
 
 import logging
 import os
-import signal
 import sys
 import warnings
-from types import FrameType
+
+from unitok_mllm.interruption import end_imports_at_once
 
 
 OF_NO_USE = (  # messages at import or from each worker on which no user can act
@@ -34,14 +34,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("LOGURU_LEVEL", "INFO")  # lmms-eval's debug lines
 
 
-def end_at_once(number: int, frame: FrameType | None) -> None:
-    """What a signal does before a script begins: while libraries are imported there is nothing to clean up."""
-    os.write(2, b"\nInterrupted. The same command begins again.\n")
-    os._exit(128 + number)
-
-
 quiet_libraries()
-if (
-    sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):  # `python -m` starts a script
-    signal.signal(signal.SIGINT, end_at_once)
+if sys.argv[0] == "-m":  # `python -m` starts a script
+    end_imports_at_once()

@@ -1,6 +1,7 @@
 """Command lines of the training scripts: a YAML file, and `--name value` to override its fields."""
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import fields
@@ -34,6 +35,21 @@ def check_arguments(arguments: Any, **ranges: tuple[float, float]) -> None:
         if not is_of_kind or isinstance(value, bool) and kind is not bool:
             raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}.")
     check_ranges(arguments, **ranges)
+
+
+def checked_number(name: str, value: Any, least: float, most: float) -> float:
+    """Take a number of a config, which YAML reads as a text if it is written as 1e-3 (without a dot).
+
+    Raises:
+        ValueError: it is no number, NaN, or outside the inclusive range.
+    """
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not least <= found <= most:
+        raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {value!r}.")
+    return found
 
 
 def check_datasets(datasets: list[dict]) -> None:

@@ -15,23 +15,33 @@ from training.files import whole_checkpoints
 logger = logging.getLogger(__name__)
 
 
-def check_files(folder: str | os.PathLike) -> None:
-    """Check that the files of a checkpoint have the lengths that their headers state, without loading them.
+def check_file(path: str | os.PathLike) -> None:
+    """Check that a file of weights has the length that its header states, without loading it, or that it is JSON.
 
     Raises:
-        ValueError: a file is truncated or unreadable; the message names it.
+        ValueError: it is truncated or unreadable; the message names it.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            zipfile.ZipFile(path).close()
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+    except (SafetensorError, zipfile.BadZipFile, ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} is broken: {error}") from error
+
+
+def check_files(folder: str | os.PathLike) -> None:
+    """Check all files of a checkpoint, see `check_file`.
+
+    Raises:
+        ValueError: one is broken; the message names it.
     """
     for path in sorted(Path(folder).rglob("*")):
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt"):
-                    pass
-            elif path.suffix in (".pt", ".pth", ".bin"):
-                zipfile.ZipFile(path).close()
-            elif path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-        except (SafetensorError, zipfile.BadZipFile, ValueError, OSError) as error:
-            raise ValueError(f"{path} is broken: {error}") from error
+        check_file(path)
 
 
 def newest_checkpoint(output_dir: str | Path, last_file: str) -> Path | None:

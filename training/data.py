@@ -21,7 +21,7 @@ Without `mode`, samples that draw pictures and read none use crops (`reconstruct
 (`understand`), also for the result of an edit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,11 @@ from jinja2 import TemplateError
 from torch.utils.data import Dataset
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from training.arguments import checked_number
 from training.codes import CodeStore
 from training.files import BrokenSamples, ImageStore, UnusableSample, read_rows
 from unitok_mllm import UniTokMLLMProcessor
+from unitok_mllm.configuration_unitok import ABOVE_ZERO
 from unitok_mllm.image_processing_unitok import MODES
 from unitok_mllm.processing_unitok import UNCONDITIONAL_PROMPT
 
@@ -158,14 +160,18 @@ class Source:
     weight: float | None = None
 
     def __post_init__(self):
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name != "weight" and not isinstance(value, str):
+                raise ValueError(f"{option.name} of a data set must be a text, got {value!r}.")
         if self.type not in UNUSED_OPTIONS:
             raise ValueError(f"type is {', '.join(UNUSED_OPTIONS)}, got {self.type!r} for {self.path}.")
         if self.task not in ("read", "draw"):
             raise ValueError(f"task is read or draw, got {self.task!r} for {self.path}.")
         if self.mode not in ("", *MODES):
             raise ValueError(f"mode is one of {', '.join(MODES)}, got {self.mode!r} for {self.path}.")
-        if self.weight is not None and self.weight <= 0:
-            raise ValueError(f"weight must be above 0, got {self.weight} for {self.path}.")
+        if self.weight is not None:
+            self.weight = checked_number(f"weight of {self.path}", self.weight, *ABOVE_ZERO)
         unused = UNUSED_OPTIONS[self.type] + (("prompt",) if self.task == "draw" else ())
         for name in unused + (("images",) if self.codes else ()):
             if getattr(self, name) != getattr(type(self), name):

@@ -21,6 +21,7 @@ from training.errors import one_line_errors, script_app
 from training.files import read_rows
 from training.release import save_release
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
+from unitok_mllm.outputs import check_output_folder
 
 
 def merge(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
@@ -93,6 +94,7 @@ def main(
 ) -> None:
     """Write MODEL, an MLLM's folder, to FOLDER, with tokens for the words of the captions."""
     check_source("MODEL", model)
+    check_output_folder(folder)
     mllm = UniTokMLLMForConditionalGeneration.from_pretrained(model)
     processor = UniTokMLLMProcessor.from_pretrained(model)
     old = processor.tokenizer

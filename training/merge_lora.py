@@ -15,6 +15,7 @@ from training.arguments import check_source
 from training.errors import one_line_errors, script_app
 from training.release import FLOAT_TYPES, save_release
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
+from unitok_mllm.outputs import check_output_folder
 
 
 app = script_app(help=__doc__)
@@ -39,6 +40,7 @@ def merge_lora(
         raise typer.BadParameter(f"{adapter} holds no adapter (adapter_config.json)")
     if dtype not in FLOAT_TYPES:
         raise typer.BadParameter(f"dtype is one of {', '.join(FLOAT_TYPES)}, got {dtype}")
+    check_output_folder(folder)
     check_source("--base", base or PeftConfig.from_pretrained(adapter).base_model_name_or_path)
     model = load_with_adapter(adapter, base).merge_and_unload()
     save_release(model, UniTokMLLMProcessor.from_pretrained(adapter), folder, getattr(torch, dtype))

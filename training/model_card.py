@@ -148,9 +148,15 @@ def check_metadata(metadata: dict) -> None:
     """Check the fields of a card's front matter that a config may set.
 
     Raises:
-        ValueError: another field.
+        ValueError: another field, or a value that is no text, or list of texts where there may be several.
     """
     check_keys("card", metadata, METADATA)
+    for name, value in metadata.items():
+        texts = value if name in LISTS and isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"{name} of the card must be a text{' or a list of texts' * (name in LISTS)}, got {value!r}."
+            )
 
 
 def is_hub_name(name: str) -> bool:

@@ -29,6 +29,7 @@ from training.planning.memory import Run
 from training.planning.trainings import LLMS, TRAINED_PARTS, Plan, plan_mllm, plan_tokenizer
 from unitok_mllm.cli import OneLineErrors
 from unitok_mllm.configuration_unitok import UniTokVisionConfig
+from unitok_mllm.outputs import check_output_file
 
 
 def markdown_table(*columns: str) -> Table:
@@ -68,6 +69,7 @@ def show(plan: Plan, output: Path | None) -> None:
         f"/ ({run.gpus} GPUs x {run.gpu_flops:.4g} FLOP/s x MFU {run.mfu:g}) / 86400 s"
     )
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
 
 
@@ -81,7 +83,18 @@ MFU = Annotated[float, typer.Option(help="Share of these FLOP/s that training ac
 GPUsPerNode = Annotated[int, typer.Option(help="GPUs of one machine.")]
 Batch = Annotated[int, typer.Option(help="Samples in one step of one GPU.")]
 Checkpointing = Annotated[bool, typer.Option(help="Compute activations again in the backward pass.")]
-JSONFile = Annotated[Path | None, typer.Option("--json", help="Write the plan to this file too.")]
+
+
+def json_output(path: Path | None) -> Path | None:
+    """Check before the work that the file can be written."""
+    if path is not None:
+        check_output_file(path)
+    return path
+
+
+JSONFile = Annotated[
+    Path | None, typer.Option("--json", callback=json_output, help="Write the plan to this file too.")
+]
 
 
 def vision_fields(text: str) -> dict:
@@ -191,6 +204,7 @@ def check_command(
         table.add_row(name, *[str(value(check)) for check in checks])
     Console(width=119).print(table)
     if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps([asdict(check) for check in checks], indent=2) + "\n", encoding="utf-8")
 
 

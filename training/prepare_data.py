@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from training import easy_vqa, emoji
 from training.errors import one_line_errors, script_app
+from unitok_mllm.outputs import check_output_folder
 
 
 EDITS_PER_IMAGE = 3
@@ -118,10 +119,11 @@ def main(
     category: Annotated[list[str] | None, typer.Option(help="of the emoji, may be given again; default: all")] = None,
 ) -> None:
     """Write DATASET ("easy-vqa" or "emoji") to FOLDER."""
-    folder.mkdir(parents=True, exist_ok=True)
+    check_output_folder(folder)
     if dataset == "easy-vqa":
         prepare_easy_vqa(folder)
     elif dataset == "emoji":
+        check_output_folder(packages)
         prepare_emoji(folder, packages, category or [])
     else:
         raise typer.BadParameter(f"the datasets are easy-vqa and emoji, not {dataset!r}")

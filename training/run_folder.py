@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from unitok_mllm.outputs import check_output_folder
+
 
 LOCKS = Path("/proc/locks")  # Linux's list of who holds what
 _held: dict[Path, int] = {}  # by this process, until it ends
@@ -23,12 +25,8 @@ def claim_folder(folder: str | os.PathLike, is_main: bool = True) -> None:
     folder = Path(folder).absolute()
     if not is_main or folder in _held:
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to the output folder {folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write to the output folder {folder}: no permission, or a read-only file system")
+    check_output_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":  # which cannot lock a folder
         return
     import fcntl

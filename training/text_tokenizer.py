@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from training import easy_vqa
 from training.errors import CommandLine, one_line_errors
 from training.files import read_rows
+from unitok_mllm.outputs import check_output_folder
 from unitok_mllm.processing_unitok import GENERATION_SUFFIX, UNCONDITIONAL_PROMPT
 
 
@@ -79,8 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--vocab_size", type=int, default=512, help="its tokens, at most (default: 512)")
     arguments = parser.parse_args(argv)
-    if arguments.folder.is_file():
-        parser.error(f"{arguments.folder} is a file, not a folder")
+    check_output_folder(arguments.folder)
     if arguments.vocab_size < SMALLEST:
         parser.error(f"--vocab-size {arguments.vocab_size} is less than {SMALLEST}, the special tokens and all bytes")
     texts = caption_texts(arguments.captions) if arguments.captions else easy_vqa_texts()

@@ -37,12 +37,12 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from training.arguments import check_datasets, check_source, parse_yaml_and_command_line
+from training.arguments import BELOW_ONE, check_datasets, check_source, checked_number, parse_yaml_and_command_line
 from training.checkpoints import check_files, newest_checkpoint
 from training.codes import CodeStore
 from training.data import MLLMCollator, MLLMDataset, SampleTexts, Source
 from training.errors import check_keys, one_line_errors
-from training.files import how_to_go_on, log_broken, whole_checkpoints
+from training.files import MOST_WORKERS, how_to_go_on, log_broken, whole_checkpoints
 from training.merge_lora import load_with_adapter
 from training.mllm_trainer import (
     WHOLE,
@@ -203,6 +203,16 @@ class MLLMArguments:
         check_metadata(self.card)
         names = [option.name for option in fields(LoraConfig)]
         check_keys("lora", self.lora or {}, names)
+        for name in {"lora_alpha", "lora_dropout"} & (self.lora or {}).keys():
+            limits = SHARE if name == "lora_dropout" else WEIGHT
+            self.lora[name] = checked_number(f"{name} of lora", self.lora[name], *limits)
+        rank = (self.lora or {}).get("r", 1)
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"r of lora must be a whole number from 1 on, got {rank!r}.")
+        rates = self.learning_rates or {}
+        self.learning_rates = {
+            name: checked_number(f"learning_rates of {name}", rates[name], *WEIGHT) for name in rates
+        }
         check_keys("depth_config", self.depth_config or {}, UniTokDepthConfig.own_fields())
         for source in (*self.datasets, *self.eval_datasets):
             check_keys(
@@ -347,9 +357,11 @@ def check_numbers(training_arguments: TrainingArguments) -> None:
     """Check numbers that the Trainer does not check.
 
     Raises:
-        ValueError: a number is NaN, infinite or negative.
+        ValueError: a number is NaN, infinite, negative or too large.
     """
-    check_ranges(training_arguments, **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), WEIGHT))
+    ranges = dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), WEIGHT)
+    ranges |= {"adam_beta1": BELOW_ONE, "adam_beta2": BELOW_ONE, "adam_epsilon": SHARE}
+    check_ranges(training_arguments, **ranges, dataloader_num_workers=(0, MOST_WORKERS))
     if training_arguments.max_steps < 1 and training_arguments.max_steps != -1:  # the library's value for "not given"
         raise ValueError(f"max_steps must be at least 1, got {training_arguments.max_steps}.")
 
@@ -531,7 +543,6 @@ def main(argv: list[str] | None = None) -> None:
     arguments, training_arguments = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), argv, __doc__)
     check_trainer_options(training_arguments, evaluates=bool(arguments.eval_datasets))
     logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.ERROR)
-    logger.info("training on %s, %d processes", training_arguments.device, training_arguments.world_size)
     push = training_arguments.push_to_hub
     training_arguments.push_to_hub = False  # the release goes there, not the checkpoints, which lack the tokenizer
     if training_arguments.deepspeed and training_arguments.world_size > 1:
@@ -545,15 +556,18 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("model", "visual_model", "llm", "text_tokenizer"):
         check_source(name, getattr(arguments, name))
     check_datasets(arguments.datasets)
+    train_sources = [Source(**source) for source in arguments.datasets]
+    eval_sources = [Source(**source) for source in arguments.eval_datasets]
+    logger.info("training on %s, %d processes", training_arguments.device, training_arguments.world_size)
     model, processor = build_model(arguments, training_arguments)
     vision = model.config.visual_config.vision_config
     texts = SampleTexts(processor, arguments.max_length)
 
     seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
 
-    def dataset(sources: list[dict], num_samples: int, caption_dropout: float) -> MLLMDataset:
+    def dataset(sources: list[Source], num_samples: int, caption_dropout: float) -> MLLMDataset:
         return MLLMDataset(
-            [checked(Source(**source), vision) for source in sources],
+            [checked(source, vision) for source in sources],
             texts,
             num_samples,
             seed,
@@ -576,8 +590,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer = MLLMTrainer(
         model=trained,
         args=training_arguments,
-        train_dataset=dataset(arguments.datasets, arguments.num_samples, arguments.caption_dropout),
-        eval_dataset=dataset(arguments.eval_datasets, 0, 0.0) if arguments.eval_datasets else None,
+        train_dataset=dataset(train_sources, arguments.num_samples, arguments.caption_dropout),
+        eval_dataset=dataset(eval_sources, 0, 0.0) if eval_sources else None,
         data_collator=collator,
         processing_class=processor,
         callbacks=[ExpectedTimeCallback(), *[samples] * bool(arguments.sample_prompts or arguments.sample_questions)],

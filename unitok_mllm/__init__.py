@@ -7,8 +7,8 @@ transformers.
 
 import importlib
 import importlib.util
+import os
 import sys
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
-LIGHT = ("cli", "devices", "guard", "inference", "sheet")  # modules that import neither torch nor transformers
+# modules that import neither torch nor transformers
+LIGHT = ("cli", "devices", "guard", "inference", "interruption", "outputs", "sheet")
 
 __all__ = [
     "UniTokConfig",
@@ -55,7 +56,7 @@ def _register() -> ModuleType:
     return importlib.import_module(".registration", __name__)
 
 
-class _RegisterAfterFirstImport(MetaPathFinder):
+class _RegisterAfterFirstImport:  # a finder without its base class, whose module takes long to import
     """Registers the classes once the first module that imports transformers, or transformers itself, has been loaded."""
 
     def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
@@ -76,6 +77,16 @@ class _RegisterAfterFirstImport(MetaPathFinder):
         return spec
 
 
+def _starts_command_line() -> bool:
+    """Whether this process is `unitok-mllm`, or `python -m unitok_mllm.cli`."""
+    words = sys.orig_argv[1:3]
+    return words == ["-m", f"{__name__}.cli"] or [os.path.basename(word) for word in words[:1]] == ["unitok-mllm"]
+
+
+if _starts_command_line():
+    from .interruption import end_imports_at_once
+
+    end_imports_at_once()
 if "transformers" in sys.modules:
     _register()
 else:

@@ -11,9 +11,11 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,6 +38,8 @@ from .inference import (
     reconstruct_images,
     sampling_options,
 )
+from .interruption import end_at_once
+from .outputs import check_output_folder
 
 
 if TYPE_CHECKING:
@@ -140,14 +144,10 @@ def utf8(argument: str) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Check, before any work, that a PNG file can be written to `path`."""
+    """Check, before any work, that a PNG file can be written to `path`, or beside it if that exists."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"cannot write {path}: the name must end in .png")
-    folder = next(parent for parent in path.parents if parent.exists())  # those below it are made
-    if not folder.is_dir():
-        raise ValueError(f"cannot write {path}: {folder} is not a folder")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write {path}: no permission")
+    check_output_folder(path.parent)
 
 
 def save_new(picture: "Image.Image", path: Path, **notes: object) -> Path:
@@ -222,8 +222,7 @@ def reconstruct(
     The whole picture is seen, fitted into the model's image size. PSNR leaves the padding around it out.
     --model takes a visual tokenizer's folder or an MLLM's.
     """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"cannot write to {output}: it is not a folder")
+    check_output_folder(output)
     check_model(model)
     from PIL import Image
 
@@ -423,6 +422,7 @@ def convert(
         raise ValueError(f"cannot write {to}: it exists and is not an empty folder")
     if not to.absolute().parent.is_dir():
         raise ValueError(f"cannot write {to}: {to.parent} is not a folder")
+    check_output_folder(to)
     from transformers.utils import logging
 
     from .convert_unitok import convert_mllm, convert_tokenizer
@@ -581,11 +581,24 @@ def escape(error: UnicodeError) -> tuple[str | bytes, int]:
 
 def main() -> None:
     """The entry point of `unitok-mllm`."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, end_at_once):  # and is not ignored
+        signal.signal(signal.SIGINT, interrupt)
     codecs.register_error("unitok_mllm", escape)
     is_ascii = codecs.lookup(sys.stdout.encoding).name == "ascii"
     sys.stdout.reconfigure(encoding="utf-8" if is_ascii else None, errors="unitok_mllm")
     sys.modules.setdefault("wandb", None)  # no command needs it; timm would import it, which takes seconds
-    app()
+    try:
+        app()
+    except Exception:
+        if not came:
+            raise
+        end_at_once(came[0], None)  # a library has turned the interrupt, during its import, into an error of its own
 
 
 if __name__ == "__main__":

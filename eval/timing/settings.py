@@ -8,6 +8,7 @@ from training.files import check_model_folder
 from unitok_mllm import UniTokConfig
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.inference import SHIPPED_MODEL
+from unitok_mllm.outputs import check_output_file
 
 
 DTYPES = ("float32", "bfloat16")
@@ -78,6 +79,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if min(self.seconds, self.positions, self.threads) < 0:
             raise ValueError("seconds, positions and threads must be at least 0")
+        if self.output:
+            check_output_file(self.output)
 
     @property
     def name(self) -> str:
