@@ -222,6 +222,8 @@ class Plan:
             {"kind": "folder", "path": path, "in_memory": True} for path in claims.validation.values()
         ]
         for name, options in claims.candidates.items():
+            if not isinstance(options, dict):
+                raise ValueError(f"The candidate {name!r} must be names and values of options, got {options!r}.")
             if unknown := sorted(options.keys() - self.common.keys()):
                 raise ValueError(f"The candidate {name!r} sets {', '.join(unknown)}, which no run has.")
         for k in claims.codebooks:

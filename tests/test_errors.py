@@ -242,11 +242,33 @@ def config(tmp_path) -> str:
         ("--adam_epsilon nan", "adam_epsilon (nan) is not between 0.0 and 1.0"),
         ("--dataloader_num_workers -1", "dataloader_num_workers (-1) is not between 0 and 1024"),
         ("--datasets '{path: 3}'", "path of a data set must be a text, got 3"),
+        ("--sample_questions '{image: 3, question: a}'", "has an image and a question, both texts, got {'image': 3"),
+        (
+            "--datasets '{path: row.jsonl, type: captions}' --sample_questions '{image: no.png, question: a}'",
+            "cannot read image 'no.png'",
+        ),
+        (
+            "--datasets '{path: row.jsonl, type: captions}' --resume_from_checkpoint runs/none",
+            "runs/none is no checkpoint, it has no trainer_state.json",
+        ),
+        ("--seed -1", "seed (-1) is not between 0 and 4294967295"),
+        ("--save_steps -2", "save_steps (-2.0) is not between 1e-12 and "),
+        ("--save_total_limit 0", "save_total_limit (0) is not between 1e-12 and "),
+        ("--deepspeed list.json", "list.json is a list, expected names and values"),
+        ("--deepspeed cut.json", "cut.json is no JSON: "),
+        (
+            "--datasets '{path: row.jsonl, type: captions}' --push_to_hub --hub_model_id a/b/c",
+            "Repo id must be in the form",
+        ),
         ("--caption_dropout 3", "caption_dropout (3.0) is not between 0.0 and 1.0"),
         ("stray", "stray belongs to no option"),
     ],
 )
-def test_a_wrong_mllm_training_ends_in_one_line(options, said, config, capsys):
+def test_a_wrong_mllm_training_ends_in_one_line(options, said, config, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("[3]", encoding="utf-8")
+    Path("cut.json").write_text('{"a": ', encoding="utf-8")
+    Path("row.jsonl").write_text('{"image": "a.png", "caption": "a"}\n', encoding="utf-8")
     assert said in train(capsys, "mllm", config, *shlex.split(options))
 
 
@@ -319,6 +341,8 @@ def test_devices_are_found_by_name():
 def test_a_misspelt_size_of_the_tower_is_refused():
     with pytest.raises(ValueError, match="vision_overrides has no 'image_sise': did you mean 'image_size'?"):
         TokenizerArguments(vision_overrides={"image_sise": 32})
+    with pytest.raises(ValueError, match="text_overrides has no 'hidden_sise': did you mean 'hidden_size'?"):
+        TokenizerArguments(text_overrides={"hidden_sise": 32})
     with pytest.raises(ValueError, match="a thing has no 'zzz'; it has a, b."):
         check_keys("a thing", ["zzz"], ["a", "b"])
 

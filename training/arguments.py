@@ -1,9 +1,11 @@
 """Command lines of the training scripts: a YAML file, and `--name value` to override its fields."""
 
 import argparse
+import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_origin
@@ -136,6 +138,8 @@ class Parser(HfArgumentParser, CommandLine):
         deepspeed = vars(given).get("deepspeed")
         if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not Path(deepspeed).is_file():
             raise ValueError(f"deepspeed: there is no file {deepspeed}")
+        if isinstance(deepspeed, str) and deepspeed.endswith(".json"):
+            read_yaml(deepspeed, json.loads)
         return self.parse_args_into_dataclasses(args=argv)
 
 
@@ -196,16 +200,20 @@ def use_cpu_of(device: str) -> list[str]:
     return [] if device in ("", AUTO) else ["--use_cpu", str(place.type == "cpu")]
 
 
-def read_yaml(path: str) -> dict:
+def read_yaml(path: str, parse: Callable[[str], Any] = yaml.safe_load) -> dict:
     """Read the values of a config.
+
+    Args:
+        path: of the file.
+        parse: `json.loads` for a JSON.
 
     Raises:
         ValueError: the file is not YAML, or not a mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        values = parse(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no {'YAML' if parse is yaml.safe_load else 'JSON'}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is a {type(values).__name__}, expected names and values")
     return values

@@ -5,9 +5,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import datasets
@@ -25,6 +27,7 @@ from unitok_mllm.image_processing_unitok import load_image
 logger = logging.getLogger(__name__)
 BROKEN_TABLE = (ValueError, RecursionError, StopIteration, pa.ArrowException)  # StopIteration: there is no row
 MOST_WORKERS = 1024  # of a DataLoader
+MOST_NESTED = 500  # levels of a line of JSON; its reader crashes somewhere beyond
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -58,6 +61,21 @@ class UnusableSample(ValueError):
     """A sample that cannot be used; another one replaces it."""
 
 
+def check_nesting(path: Path) -> None:
+    """Check that no line of a JSONL file is nested so deeply that its reader would crash.
+
+    Raises:
+        ValueError: one is; it is named.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.count(b"[") + line.count(b"{") > MOST_NESTED:
+                marks = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", line)
+                depths = accumulate((mark in b"[{") - (mark in b"]}") for mark in marks)
+                if max(depths) > MOST_NESTED:
+                    raise ValueError(f"line {number} is nested more than {MOST_NESTED} deep")
+
+
 def read_rows(path: str | os.PathLike) -> list[dict] | datasets.Dataset:
     """Read the rows of a .json list, or of a .jsonl or .parquet file (memory-mapped).
 
@@ -71,6 +89,8 @@ def read_rows(path: str | os.PathLike) -> list[dict] | datasets.Dataset:
     if path.suffix not in (".json", *readers):
         raise ValueError(f"Data comes as .json, .jsonl or .parquet, not as {path}.")
     try:
+        if path.suffix == ".jsonl":
+            check_nesting(path)
         rows = (
             json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else readers[path.suffix](str(path))
         )

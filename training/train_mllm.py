@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from transformers import (
@@ -36,6 +37,7 @@ from transformers.integrations.deepspeed import (
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from training.arguments import BELOW_ONE, check_datasets, check_source, checked_number, parse_yaml_and_command_line
 from training.checkpoints import check_files, newest_checkpoint
@@ -66,6 +68,7 @@ from unitok_mllm import (
     UniTokModel,
 )
 from unitok_mllm.configuration_unitok import (
+    ABOVE_ZERO,
     LIBRARY_FIELDS,
     SHARE,
     WEIGHT,
@@ -74,6 +77,7 @@ from unitok_mllm.configuration_unitok import (
     check_ranges,
 )
 from unitok_mllm.drawing_unitok import IMAGE_GENERATION
+from unitok_mllm.image_processing_unitok import load_image
 from unitok_mllm.interleaved_unitok import IMAGE_OPTIONS
 from unitok_mllm.processing_unitok import VICUNA_SYSTEM, vicuna_chat_template
 
@@ -222,8 +226,8 @@ class MLLMArguments:
                 raise ValueError(f"A data set has no path: {source}.")
         for question in self.sample_questions:
             check_keys("a sample question", question, ("image", "question"))
-            if len(question) < 2:
-                raise ValueError(f"A sample question has an image and a question, got {question}.")
+            if len(question) < 2 or not all(isinstance(text, str) for text in question.values()):
+                raise ValueError(f"A sample question has an image and a question, both texts, got {question}.")
         check_keys("sample_options", self.sample_options or {}, IMAGE_OPTIONS)
         if self.llm_config:
             model_type = self.llm_config.get("model_type")
@@ -361,7 +365,9 @@ def check_numbers(training_arguments: TrainingArguments) -> None:
     """
     ranges = dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), WEIGHT)
     ranges |= {"adam_beta1": BELOW_ONE, "adam_beta2": BELOW_ONE, "adam_epsilon": SHARE}
-    check_ranges(training_arguments, **ranges, dataloader_num_workers=(0, MOST_WORKERS))
+    ranges |= dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "save_total_limit"), ABOVE_ZERO)
+    ranges |= {"seed": (0, 2**32 - 1), "data_seed": (0, 2**32 - 1), "dataloader_num_workers": (0, MOST_WORKERS)}
+    check_ranges(training_arguments, **ranges)
     if training_arguments.max_steps < 1 and training_arguments.max_steps != -1:  # the library's value for "not given"
         raise ValueError(f"max_steps must be at least 1, got {training_arguments.max_steps}.")
 
@@ -556,6 +562,14 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("model", "visual_model", "llm", "text_tokenizer"):
         check_source(name, getattr(arguments, name))
     check_datasets(arguments.datasets)
+    for question in arguments.sample_questions:
+        load_image(question["image"])
+    if resume_from := training_arguments.resume_from_checkpoint:
+        if not Path(resume_from, TRAINER_STATE_NAME).is_file():
+            raise ValueError(f"resume_from_checkpoint: {resume_from} is no checkpoint, it has no {TRAINER_STATE_NAME}")
+        check_files(resume_from)
+    if push and training_arguments.hub_model_id:
+        validate_repo_id(training_arguments.hub_model_id)
     train_sources = [Source(**source) for source in arguments.datasets]
     eval_sources = [Source(**source) for source in arguments.eval_datasets]
     logger.info("training on %s, %d processes", training_arguments.device, training_arguments.world_size)
@@ -601,11 +615,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     samples.bind(trainer)
     log_trained_parts(trainer)
-    resume_from, first_step = training_arguments.resume_from_checkpoint, 0
-    if resume_from:
-        check_files(Path(resume_from))
-    else:
-        resume_from = newest_checkpoint(output_dir, WHOLE)
+    resume_from, first_step = resume_from or newest_checkpoint(output_dir, WHOLE), 0
     if resume_from:
         logger.info("going on from %s", resume_from)
         first_step = TrainerState.load_from_json(f"{resume_from}/trainer_state.json").global_step

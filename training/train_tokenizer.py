@@ -15,7 +15,7 @@ resuming is refused.
 import logging
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 
 import torch
@@ -23,7 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from huggingface_hub.utils import validate_repo_id
 from torch.utils.data import Dataset, IterableDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPTextConfig, PreTrainedTokenizerBase
 
 from training.arguments import check_arguments, check_datasets, check_source, parse_yaml_and_command_line
 from training.discriminator import FeatureDiscriminator
@@ -95,6 +95,7 @@ class TokenizerArguments:
     def __post_init__(self):
         check_arguments(self, max_broken_share=SHARE)
         check_keys("vision_overrides", self.vision_overrides, UniTokVisionConfig.own_fields())
+        check_keys("text_overrides", self.text_overrides, [option.name for option in fields(CLIPTextConfig)])
         check_metadata(self.card)
         if self.hub_model_id:
             validate_repo_id(self.hub_model_id)
@@ -121,11 +122,14 @@ def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionRep
         The number of tensors used, and the names of those left out.
 
     Raises:
-        ValueError: a tensor has no counterpart, or another shape.
+        ValueError: open_clip has no such model, or a tensor has no counterpart, or another shape.
     """
     import open_clip  # of the `train` extra; needed by those who choose it
 
-    source = open_clip.create_model(name, pretrained=weights or None, require_pretrained=True).state_dict()
+    try:
+        source = open_clip.create_model(name, pretrained=weights or None, require_pretrained=True).state_dict()
+    except RuntimeError as error:  # an unknown name, or missing weights
+        raise ValueError(f"open_clip does not load {name!r}: {error!s:.200}") from error
     target, report = model.state_dict(), ConversionReport()
     with torch.no_grad():
         model.vision_model.projection.bias.zero_()
