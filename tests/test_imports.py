@@ -63,6 +63,32 @@ def test_arguments_are_checked_before_anything_heavy_is_imported(command, code, 
     assert imported(done) == set()
 
 
+def test_ctrl_c_ends_the_command_line_in_one_line_while_it_is_imported(tmp_path):
+    script = tmp_path / "unitok-mllm"
+    script.write_text("import os, signal, unitok_mllm\nos.kill(os.getpid(), signal.SIGINT)\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, script], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (130, b"\nInterrupted. The same command begins again.\n")
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_of_its_own_is_one(tmp_path):
+    code = """
+import os, signal, unitok_mllm.cli as cli
+
+def app():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt as error:
+        raise ModuleNotFoundError("Could not import module") from error
+
+cli.app = app
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (130, b"\nInterrupted. The same command begins again.\n")
+
+
 def test_the_package_alone_imports_nothing():
     assert imported(run("import unitok_mllm")) == set()
 

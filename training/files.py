@@ -61,13 +61,13 @@ class UnusableSample(ValueError):
     """A sample that cannot be used; another one replaces it."""
 
 
-def check_nesting(path: Path) -> None:
+def check_nesting(path: str | os.PathLike) -> None:
     """Check that no line of a JSONL file is nested so deeply that its reader would crash.
 
     Raises:
         ValueError: one is; it is named.
     """
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.count(b"[") + line.count(b"{") > MOST_NESTED:
                 marks = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", line)
