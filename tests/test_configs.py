@@ -43,8 +43,8 @@ def parse(module_name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatc
         place, name = CommandLine, "parse_args"
     parser = getattr(place, name)
 
-    def parse_and_stop(first, argv):
-        parser(first, argv)
+    def parse_and_stop(first, argv, *rest):
+        parser(first, argv, *rest)
         if place is module:
             known.update(field.name for one in first for field in fields(one))
         raise Parsed
