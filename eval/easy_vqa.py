@@ -392,8 +392,8 @@ class Evaluation:
         verdicts = torch.stack(judge_images(self.judge, self.for_judge(all_pixels.flatten(0, 1))), dim=1)
         all_right = (verdicts.unflatten(0, codes.shape[:2]) == labels[:, None]).all(dim=2)
         numbers = torch.arange(len(drawings))
-        is_right = all_right[numbers, best_of(scores, settings.candidates)]
-        pixels = all_pixels[numbers, best_of(scores, settings.candidates)]
+        best = best_of(scores, settings.candidates)
+        is_right, pixels = all_right[numbers, best], all_pixels[numbers, best]
         counts = [2**i for i in range(settings.candidates.bit_length()) if settings.candidates > 1]
         by_candidates = {n: all_right[numbers, best_of(scores, n)].float().mean().item() for n in counts}
         sheet_path = Path(settings.output).with_suffix(".png")

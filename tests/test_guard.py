@@ -13,7 +13,7 @@ from unitok_mllm.guard import Guard, Refused, own_hosts, visitor_of
 pytestmark = pytest.mark.full
 
 
-ROUTES = (r"(GET|HEAD) /", "GET /file/.*", "POST /(work|upload)")
+ROUTES = (r"(GET|HEAD) /", "GET /file/.*", "POST /(job|upload)")
 
 
 async def toy(scope, receive, send):
@@ -55,8 +55,8 @@ def answers(app: Guard, scope: dict) -> list[dict]:
 
 
 def test_what_is_let_through_is_answered_by_the_application_with_headers_added():
-    response = ask(guarded(), "POST", "/work", content=b"12345")
-    assert (response.status_code, response.text, response.headers["x-toy"]) == (200, "/work 5", "1")
+    response = ask(guarded(), "POST", "/job", content=b"12345")
+    assert (response.status_code, response.text, response.headers["x-toy"]) == (200, "/job 5", "1")
     assert response.headers["content-security-policy"] == "frame-ancestors 'none'"
     assert response.headers["x-content-type-options"] == "nosniff"
 
@@ -115,17 +115,17 @@ def test_two_hosts_or_none_are_refused():
         ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, 200),
     ],
 )
-@pytest.mark.parametrize("method, path", [("GET", "/"), ("POST", "/work")])
+@pytest.mark.parametrize("method, path", [("GET", "/"), ("POST", "/job")])
 def test_origins(headers, status, method, path):
     assert ask(guarded(further={"further.example"}), method, path, headers=headers).status_code == status
 
 
 def test_routes():
     app = guarded()
-    for method, path in (("GET", "/file/a/b"), ("HEAD", "/"), ("POST", "/work")):
+    for method, path in (("GET", "/file/a/b"), ("HEAD", "/"), ("POST", "/job")):
         assert ask(app, method, path).status_code == 200
     for method, path in (
-        *(("GET", path) for path in ("/work", "/file", "/other", "/work/", "/%0a")),
+        *(("GET", path) for path in ("/job", "/file", "/other", "/job/", "/%0a")),
         *((method, "/") for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE")),
     ):
         assert ask(app, method, path).status_code == 404
@@ -142,10 +142,10 @@ def chunks(count: int, size: int) -> Callable:
 def test_bodies_have_a_limit_whether_they_say_their_length_or_not(monkeypatch):
     monkeypatch.setattr(guard, "MAX_BODY", 100)
     app, multipart = guarded(), {"content-type": "multipart/form-data; boundary=x"}
-    assert ask(app, "POST", "/work", content=bytes(100)).text == "/work 100"
-    assert ask(app, "POST", "/work", content=chunks(10, 10)).text == "/work 100"
+    assert ask(app, "POST", "/job", content=bytes(100)).text == "/job 100"
+    assert ask(app, "POST", "/job", content=chunks(10, 10)).text == "/job 100"
     for content in (bytes(101), chunks(11, 10)):
-        response = ask(app, "POST", "/work", content=content)
+        response = ask(app, "POST", "/job", content=content)
         assert (response.status_code, response.text) == (413, "the request is longer than 100 bytes")
     assert ask(app, "POST", "/upload", content=bytes(1000), headers=multipart).text == "/upload 1000"
     assert ask(app, "POST", "/upload", content=bytes(1001), headers=multipart).status_code == 413
@@ -160,7 +160,7 @@ def test_a_request_that_trickles_in_ends(monkeypatch):
         yield b"1"
         await asyncio.sleep(60)
 
-    response = ask(guarded(), "POST", "/work", content=slow())
+    response = ask(guarded(), "POST", "/job", content=slow())
     assert (response.status_code, response.text) == (408, "the request did not arrive in 0.2 seconds")
 
 
@@ -168,15 +168,15 @@ def test_room_is_made_before_an_upload_and_admission_asked_before_any_other_post
     seen = []
     app = guarded(make_room=seen.append, admit=lambda *args: seen.append(args))
     ask(app, "POST", "/upload", files={"files": b"1234"})
-    ask(app, "POST", "/work", content=b"12", address="fe80:0:0:7::9")
+    ask(app, "POST", "/job", content=b"12", address="fe80:0:0:7::9")
     ask(app, "GET", "/")
     size, asked = seen
-    assert size > 4 and asked == ("fe80:0:0:7::", "/work", b"12")
+    assert size > 4 and asked == ("fe80:0:0:7::", "/job", b"12")
 
     def refuse(*_):
         raise Refused(429, "not now")
 
-    response = ask(guarded(admit=refuse), "POST", "/work")
+    response = ask(guarded(admit=refuse), "POST", "/job")
     assert (response.status_code, response.text, response.headers["retry-after"]) == (429, "not now", "60")
 
 
@@ -186,7 +186,7 @@ def test_a_visitor_has_so_many_posts_and_others_theirs(monkeypatch):
     app = guarded()
 
     def post(address: str) -> int:
-        return ask(app, "POST", "/work", address=address).status_code
+        return ask(app, "POST", "/job", address=address).status_code
 
     assert [post("10.0.0.1") for _ in range(62)] == [200] * 60 + [429] * 2
     assert post("10.0.0.2") == 200 and ask(app).status_code == 200
@@ -199,7 +199,7 @@ def test_no_more_visitors_are_remembered_than_there_is_room_for(monkeypatch):
     monkeypatch.setattr(guard, "MAX_VISITORS", 10)
     app = guarded()
     for number in range(30):
-        ask(app, "POST", "/work", address=f"10.0.0.{number}")
+        ask(app, "POST", "/job", address=f"10.0.0.{number}")
     assert [*app._posts] == [f"10.0.0.{number}" for number in range(20, 30)] and not app._open
 
 
@@ -240,7 +240,7 @@ def test_posts_are_admitted_one_at_a_time():
     async def together() -> list[int]:
         transport = httpx.ASGITransport(app=guarded(slow, admit=admit), client=("10.0.0.1", 1))
         async with httpx.AsyncClient(transport=transport, base_url="http://here:70") as client:
-            answers = await asyncio.gather(*(client.post("/work") for _ in range(20)))
+            answers = await asyncio.gather(*(client.post("/job") for _ in range(20)))
         return sorted(answer.status_code for answer in answers)
 
     assert asyncio.run(together()) == [200] * 2 + [429] * 18 and admitted == [0, 1, *[2] * 18]

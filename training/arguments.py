@@ -136,9 +136,9 @@ class Parser(HfArgumentParser, CommandLine):
         """
         given = self.parse_args(argv)
         deepspeed = vars(given).get("deepspeed")
-        if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not Path(deepspeed).is_file():
-            raise ValueError(f"deepspeed: there is no file {deepspeed}")
         if isinstance(deepspeed, str) and deepspeed.endswith(".json"):
+            if not Path(deepspeed).is_file():
+                raise ValueError(f"deepspeed: there is no file {deepspeed}")
             read_yaml(deepspeed, json.loads)
         return self.parse_args_into_dataclasses(args=argv)
 

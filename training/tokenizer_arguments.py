@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 from training.arguments import BELOW_ONE, check_arguments
+from training.files import MOST_WORKERS
 from unitok_mllm.configuration_unitok import ABOVE_ZERO, SHARE, WEIGHT
 
 
@@ -106,7 +107,7 @@ class TokenizerTrainingArguments:
         ranges |= {
             "max_steps": (0, 2**40),
             "logging_steps": (0, 2**40),
-            "dataloader_num_workers": (0, 1024),
+            "dataloader_num_workers": (0, MOST_WORKERS),
             "seed": (0, 2**31),
         }
         check_arguments(self, **ranges)

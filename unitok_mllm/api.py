@@ -192,14 +192,16 @@ def create_app(
 
         futures = await submit(partial(drawn, j) for j in range(num_drawn))
         if not body.stream:
-            all_codes, scores = await results(request, futures), {}
+            drawings, scores = await results(request, futures), [{}] * body.n
             head = {"created": int(time.time()), "size": service.size, "output_format": "png"}
             if candidates > 1:
-                ranked = await of_engine(service.rank, torch.stack(all_codes), inputs, body.n)
-                all_codes, scores = [*ranked.codes], [{"score": score} for score in ranked.scores.tolist()]
+                ranked = await of_engine(service.rank, torch.stack(drawings), inputs, body.n)
+                drawings, scores = ranked.codes, [{"score": score} for score in ranked.scores.tolist()]
                 head["candidate_scores"] = ranked.candidate_scores[0].tolist()
-            data = [{"b64_json": await of_engine(service.picture, codes)} for codes in all_codes]
-            return JSONResponse(head | {"data": [one | score for one, score in zip(data, scores or [{}] * body.n)]})
+            data = [
+                {"b64_json": await of_engine(service.picture, codes)} | score for codes, score in zip(drawings, scores)
+            ]
+            return JSONResponse(head | {"data": data})
         for future in futures:
             stream.end_with(future)
         prefix = "image_generation" if pictures is None else "image_edit"
