@@ -63,6 +63,7 @@ from training.sharding import (
     zero_config,
 )
 from training.tokenizer_arguments import TokenizerTrainingArguments
+from training.tokenizer_evaluation import evaluate_reconstructions
 from unitok_mllm import UniTokModel
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor
 from unitok_mllm.modeling_unitok import LOGIT_SCALE_BOUNDS, UniTokOutput
@@ -590,41 +591,19 @@ class TokenizerTrainer:
             with (self.output_dir / HISTORY).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Evaluate the averaged weights on the evaluation set; every process must call it.
 
         Returns:
-            Means over all its images, for any batch size and number of processes: `eval_psnr` (dB) and `eval_l1`; and
-            `eval_codebook_usage`, the percentage of all codes that any of its images is encoded with. Empty without an
-            evaluation set.
+            See `evaluate_reconstructions`. Empty without an evaluation set.
 
         Raises:
             ValueError: the evaluation set has no images.
         """
         if self.eval_dataset is None and self.eval_pixels is None:
             return {}
-        accelerator = self.accelerator
-        counts = torch.zeros_like(self.dead_codes.chosen, dtype=torch.int64)  # (K, V)
-        decibels, errors = [], []
         with self._averaged_weights():
-            for pixels in self._eval_batches():
-                reconstruction, codes = self._reconstruct(pixels)
-                decibels += psnr(reconstruction, pixels).tolist()
-                errors += (reconstruction - pixels).abs().mean(dim=(1, 2, 3)).tolist()
-                chosen = codes.transpose(0, 1).flatten(1)  # (K, B * L)
-                counts.scatter_add_(1, chosen, torch.ones_like(chosen))
-            self._pass_along()
-        counts = accelerator.reduce(counts, "sum")
-        columns = gather_object([[math.fsum(decibels), math.fsum(errors), len(errors)]])
-        decibels, errors, images = (math.fsum(column) for column in zip(*columns))
-        if not images:
-            raise ValueError("The evaluation set has no images.")
-        return {
-            "eval_psnr": decibels / images,
-            "eval_l1": errors / images,
-            "eval_codebook_usage": 100 * (counts > 0).double().mean().item(),
-        }
+            return evaluate_reconstructions(self.tokenizer, self._eval_batches())
 
     def _eval_batches(self) -> Iterator[torch.Tensor]:
         """Iterate over the pixels (B, 3, H, W) of this process's share of the evaluation set."""
@@ -647,29 +626,11 @@ class TokenizerTrainer:
         """Put the averaged weights into the tokenizer, in eval mode."""
         module = self.tokenizer.module
         module.eval()
-        with self.ema:
-            yield
-        module.train()
-
-    def _reconstruct(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute reconstructions (B, 3, H, W), float32 in [-1, 1], and codes (B, K, L)."""
-        if self.tokenizer.is_sharded:
-            self._count_passes(1)
-        output = self.tokenizer.inference(pixels)
-        return output.reconstruction.float().clamp(-1, 1), output.codes
-
-    def _count_passes(self, own: int) -> bool:
-        """Return whether any process makes a pass now; every process must call it, before each of its passes."""
-        passes = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum")
-        return passes.item() > 0
-
-    def _pass_along(self) -> None:
-        """Take part in the others' passes, which need this process's part of the weights, until all are done."""
-        if not self.tokenizer.is_sharded:
-            return
-        size = self.tokenizer.module.config.vision_config.image_size
-        while self._count_passes(0):
-            self.tokenizer.inference(torch.zeros(1, 3, size, size, device=self.accelerator.device))
+        try:
+            with self.ema:
+                yield
+        finally:
+            module.train()
 
     @torch.no_grad()
     def _save_grid(self) -> None:
