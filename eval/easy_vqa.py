@@ -40,12 +40,12 @@ from eval.judge import (
 from eval.protocol import number
 from training.easy_vqa import COLORS, KINDS, SHAPES, load, question_kind
 from training.errors import one_line_errors
-from training.files import check_model_folder, folder_digest, write_atomically
+from training.files import folder_digest, write_atomically
 from training.losses import psnr
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor, inference
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import MODES
-from unitok_mllm.inference import answer_ids, draw_codes, edit_codes, generate_answers, picture_bytes
+from unitok_mllm.inference import answer_ids, check_model, draw_codes, edit_codes, generate_answers, picture_bytes
 from unitok_mllm.outputs import check_output_file
 from unitok_mllm.scoring_unitok import UniTokScores
 
@@ -89,7 +89,7 @@ class Settings(DrawingSettings):
 
     def __post_init__(self):
         find_device(self.device)
-        check_model_folder(self.model)
+        check_model(self.model)
         for path in (self.output, self.judge):
             check_output_file(path)
         for name in ("batch_size", "limit", "samples", "candidates"):

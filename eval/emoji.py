@@ -27,11 +27,11 @@ from eval.images import stamp
 from eval.protocol import number
 from training.emoji import QUESTION, STYLES, TABLE, Emoji, read_table
 from training.errors import one_line_errors
-from training.files import check_model_folder, folder_digest, write_atomically
+from training.files import folder_digest, write_atomically
 from training.losses import psnr
 from unitok_mllm import UniTokMLLMProcessor
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
-from unitok_mllm.inference import picture_bytes
+from unitok_mllm.inference import check_model, picture_bytes
 from unitok_mllm.outputs import check_output_file
 from unitok_mllm.sheet import contact_sheet
 
@@ -64,7 +64,7 @@ class Settings(DrawingSettings):
 
     def __post_init__(self):
         find_device(self.device)
-        check_model_folder(self.model)
+        check_model(self.model)
         check_output_file(self.output)
         if not (Path(self.data) / TABLE).is_file():
             raise ValueError(f"{self.data} has no emoji: python -m training.prepare_data emoji {self.data}")

@@ -56,13 +56,13 @@ from eval.images import (
 )
 from eval.protocol import number
 from training.errors import one_line_errors
-from training.files import check_broken_share, check_model_folder, folder_digest, write_atomically
+from training.files import check_broken_share, folder_digest, write_atomically
 from training.losses import psnr
 from training.perceptual import VGGDistance
 from unitok_mllm import UniTokImageProcessorPil, UniTokModel
 from unitok_mllm.configuration_unitok import SHARE, check_ranges
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
-from unitok_mllm.inference import picture_bytes
+from unitok_mllm.inference import check_model, picture_bytes
 from unitok_mllm.outputs import check_output_file, check_output_folder
 from unitok_mllm.sheet import contact_sheet
 
@@ -137,7 +137,7 @@ class Settings:
         if self.system not in ("unitok", "diffusers"):
             raise ValueError(f"unknown system {self.system!r}, expected unitok or diffusers")
         if self.system == "unitok":
-            check_model_folder(self.model)
+            check_model(self.model)
         for name in ("batch_size", "limit", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -46,12 +46,12 @@ from eval.images import stamp
 from eval.prompts import FORMATS, Prompt, read_prompts
 from eval.protocol import number
 from training.errors import one_line_errors
-from training.files import check_model_folder, folder_digest, write_atomically
+from training.files import folder_digest, write_atomically
 from training.ray_jobs import run_jobs
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, load_image
-from unitok_mllm.inference import draw_codes, picture_bytes, pictures_of
+from unitok_mllm.inference import check_model, draw_codes, picture_bytes, pictures_of
 from unitok_mllm.outputs import check_output_folder
 from unitok_mllm.sheet import contact_sheet
 
@@ -105,7 +105,7 @@ class Settings(DrawingSettings):
 
     def __post_init__(self):
         find_device(self.device)
-        check_model_folder(self.model)
+        check_model(self.model)
         check_output_folder(self.output)
         for name in ("samples", "limit", "batch_size"):
             value = getattr(self, name)

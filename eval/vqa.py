@@ -29,9 +29,10 @@ from tenacity import RetryError
 from eval._common import parse_settings, read_result, versions
 from eval.protocol import number
 from training.errors import one_line_errors
-from training.files import check_model_folder, folder_digest, write_atomically
+from training.files import folder_digest, write_atomically
 from training.release import FLOAT_TYPES
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
+from unitok_mllm.inference import check_model
 from unitok_mllm.outputs import check_output_file
 
 
@@ -83,7 +84,7 @@ class Settings:
 
     def __post_init__(self):
         find_device(self.device)
-        check_model_folder(self.model)
+        check_model(self.model)
         check_output_file(self.output)
         for name in ("batch_size", "limit"):
             value = getattr(self, name)

@@ -56,13 +56,13 @@ from training import easy_vqa
 from training.emoji import STYLES, TABLE, Emoji, read_table
 from training.errors import one_line_errors
 from training.extract_codes import file_digest
-from training.files import check_broken_share, check_model_folder, folder_digest, write_atomically
+from training.files import check_broken_share, folder_digest, write_atomically
 from training.image_text_data import ImageTextTransform
 from unitok_mllm import UniTokModel
 from unitok_mllm.configuration_unitok import SHARE, check_ranges
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import MODES, UniTokImageProcessor, load_image
-from unitok_mllm.inference import picture_bytes
+from unitok_mllm.inference import check_model, picture_bytes
 from unitok_mllm.outputs import check_output_file
 from unitok_mllm.sheet import contact_sheet
 
@@ -135,7 +135,7 @@ class Settings:
         if self.dataset and self.dataset not in DATASETS:
             raise ValueError(f"dataset is one of {', '.join(DATASETS)}, not {self.dataset!r}")
         if self.system == "unitok":
-            check_model_folder(self.model)
+            check_model(self.model)
         if self.batch_size < 1 or self.workers < 0 or (self.limit is not None and self.limit < 1):
             raise ValueError("batch_size and limit must be at least 1, workers at least 0")
 

@@ -173,7 +173,7 @@ def test_every_evaluation_refuses_a_missing_model_a_device_and_a_batch_of_none(n
     }.get(name, [])
     if name == "emoji":
         Path(module.TABLE).write_text("[]", encoding="utf-8")
-    assert "no model folder runs/nothing" in line_of(capsys, module.main, [*needed, "--model", "runs/nothing"])
+    assert "no model in runs/nothing: " in line_of(capsys, module.main, [*needed, "--model", "runs/nothing"])
     needed += ["--model", TINY]
     said = line_of(capsys, module.main, [*needed, "--device", "gpu"])
     assert "there is no device 'gpu' here; there is auto, cpu" in said
@@ -418,7 +418,7 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
             f"no.jsonl out --visual-model {TINY} --device gpu",
             "there is no device 'gpu' here",
         ),
-        ("training.model_card", "none", "there is no model folder none (a folder with a config.json)"),
+        ("training.model_card", "none", "no model in none: it has no config.json"),
         ("training.prepare_data", "easyvqa out", "the datasets are easy-vqa and emoji, not 'easyvqa'"),
         ("training.text_tokenizer", "out --captions no.jsonl", "There is no data file no.jsonl"),
         ("training.text_tokenizer", "out --vocab_size 3", "--vocab-size 3 is less than"),

@@ -283,7 +283,7 @@ def test_missing_judge_is_trained_and_announced(arguments, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--model", "no/such/folder"], "there is no model folder no/such/folder"),
+        (["--model", "no/such/folder"], "no model in no/such/folder: it has no config.json"),
         (["--skip", "vqa,drawing"], "cannot skip drawing; the parts are reconstruction, vqa, text_to_image, edit"),
         (["--limit", "0"], "limit must be at least 1, got 0"),
         (["--guidance", "0.5"], "guidance_scale must be at least 1"),

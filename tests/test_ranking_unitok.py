@@ -64,7 +64,8 @@ def test_a_prompts_candidates_do_not_depend_on_the_batch(draw, guidance):
 def test_equal_scores_keep_the_order_of_the_samples():
     codes = torch.arange(8).view(1, 8, 1, 1)
     output = choose_drawings(codes, torch.tensor([[0.0, 1, 0, 1, 0, 1, 0, 1]]), 6)
-    assert output.codes.flatten().tolist() == [1, 3, 5, 7, 0, 2]
+    assert output.codes.flatten().tolist() == output.chosen[0].tolist() == [1, 3, 5, 7, 0, 2]
+    assert output.candidate_order.tolist() == [[1, 3, 5, 7, 0, 2, 4, 6]]
 
 
 def test_a_text_that_is_too_long_is_cut_before_its_end(draw, lively_mllm, processor):
@@ -74,7 +75,11 @@ def test_a_text_that_is_too_long_is_cut_before_its_end(draw, lively_mllm, proces
     inputs = processor.ranking_inputs(texts)
     assert inputs["input_ids"].shape[1] > length
     cut = text_tower_inputs(lively_mllm, processor, texts, truncate=True)
-    assert cut["input_ids"].shape[1] == length
+    first, second = processor.text_ids(texts)
+    assert cut["input_ids"][0].tolist() == [*first[: length - 1], processor.tokenizer.eos_token_id]
+    assert cut["input_ids"][1, : len(second)].tolist() == second and cut["attention_mask"][1].sum() == len(second)
+    with pytest.raises(ValueError, match=f"text 0 has {len(first)} tokens; the text tower reads {length}"):
+        text_tower_inputs(lively_mllm, processor, texts)
     assert torch.equal(score_drawings(visual, codes, **inputs), score_drawings(visual, codes, **cut))
 
 

@@ -398,7 +398,7 @@ def test_results_of_other_versions_are_not_gone_on_with(command, monkeypatch):
         (["--skip", "fid"], "cannot skip fid; the metrics are rfid, psnr, ssim, lpips, codes"),
         (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
-        (["--model", "nowhere"], "there is no model folder nowhere"),
+        (["--model", "nowhere"], "no model in nowhere: it has no config.json"),
         (["--images", "nowhere"], "there is no folder nowhere"),
         (["--image_size", "40"], "image_size must be a multiple of 16, got 40"),
         (["--limit", "1"], "gives 1 image, a Fréchet distance needs 2"),

@@ -250,7 +250,7 @@ def test_the_two_ways_are_timed_in_turn(monkeypatch):
             "no job draw for large: its jobs are encode, decode, train_tokenizer, load, import",
         ),
         ("--preset smollm2 --jobs encode", "no job encode for smollm2: its jobs are draw, draw_sampled, answer, "),
-        ("--model nowhere", "there is no model folder nowhere"),
+        ("--model nowhere", "no model in nowhere: it has no config.json"),
         ("--device tpu", "there is no device 'tpu' here; there is auto, cpu"),
         ("--batches 0", "batches must be at least 1, got [0]"),
         ("--positions -1", "seconds, positions and threads must be at least 0"),

@@ -274,7 +274,7 @@ def test_pictures_of_other_settings_are_refused(prompts, drawn, tmp_path):
     "options, message",
     [
         (["--prompts", "no/such.json"], "there is no prompt file no/such.json"),
-        (["--model", "no/such/folder"], "there is no model folder no/such/folder"),
+        (["--model", "no/such/folder"], "no model in no/such/folder"),
         (["--format", "coco"], "format is one of genai, geneval, mjhq, parti, text, got coco"),
         (["--samples", "0"], "samples must be at least 1, got 0"),
         (["--guidance", "0.5"], "guidance_scale must be at least 1"),

@@ -529,7 +529,7 @@ def test_own_normalization_agrees_with_the_official_one_on_easy_vqa():
     [
         (["--tasks", "easy_vqa,vqa2_val"], "lmms-eval has no task 'vqa2_val'; see vqav2_val"),
         (["--tasks", "qqqqqqqqq"], "see python -m lmms_eval --tasks list"),
-        (["--model", "no/such/folder"], "there is no model folder no/such/folder"),
+        (["--model", "no/such/folder"], "no model in no/such/folder"),
         (["--limit", "0"], "limit must be at least 1, got 0"),
         (
             ["--tasks", "llava_vqav2_testdev"],

@@ -462,7 +462,7 @@ def test_wrong_image_folders_are_named(tmp_path, run, folders, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--dataset", "easy-vqa", "--model", "no/such"], "there is no model folder no/such"),
+        (["--dataset", "easy-vqa", "--model", "no/such"], "no model in no/such"),
         (["--dataset", "easy-vqa", "--system", "siglip"], "system is one of unitok, clip, open_clip, not 'siglip'"),
         (["--dataset", "cifar"], "dataset is one of easy-vqa, emoji, not 'cifar'"),
         ([], "give either --images FOLDER or --dataset NAME"),

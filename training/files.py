@@ -287,16 +287,6 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def check_model_folder(folder: str) -> None:
-    """Check that a folder holds a model.
-
-    Raises:
-        ValueError: the folder is no model.
-    """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"there is no model folder {folder} (a folder with a config.json)")
-
-
 def folder_digest(folder: str) -> str:
     """SHA-256 over the weights, configurations and templates in a model's folder."""
     digest = hashlib.sha256()

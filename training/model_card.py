@@ -28,7 +28,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 
 from training.errors import CommandLine, check_keys, one_line_errors
-from training.files import check_model_folder, folder_digest, write_atomically
+from training.files import folder_digest, write_atomically
+from unitok_mllm.inference import check_model
 
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def load_config(folder: str | os.PathLike) -> PreTrainedConfig:
         ValueError: the folder is not a model, or one of another kind.
     """
     folder = Path(folder)
-    check_model_folder(str(folder))
+    check_model(folder)
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in KINDS:
         raise ValueError(f"{folder} is a {config.model_type} model; there are cards for {', '.join(KINDS)}")

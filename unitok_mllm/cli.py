@@ -348,11 +348,10 @@ def generate(
     drawn = draw_codes(mllm, processor, [prompt], **asked, **options)
     notes = [{"sample": f"{number} of {count}"} for number in range(1, count + 1)]
     if drawn.scores is not None:
-        scores, samples = drawn.candidate_scores[0], len(drawn.candidate_scores[0])
-        order = scores.argsort(descending=True, stable=True).tolist()
+        scores, order = drawn.candidate_scores[0], drawn.candidate_order[0].tolist()
         captions = [f"sample {i + 1}: {scores[i]:.4f}" for i in order]
         typer.echo("\n".join(captions), err=True)
-        notes = [{"sample": f"{i + 1} of {samples}", "score": f"{scores[i]:.4f}"} for i in order[:count]]
+        notes = [{"sample": f"{i + 1} of {len(order)}", "score": f"{scores[i]:.4f}"} for i in order[:count]]
         if sheet is not None:
             from .sheet import contact_sheet
 

@@ -364,14 +364,15 @@ def text_tower_inputs(model: Any, processor: Any, texts: list[str], truncate: bo
     Raises:
         ValueError: a text is too long.
     """
-    tokenizer, length = processor.tokenizer, model.visual.config.text_config.max_position_embeddings
-    rows = processor.text_ids(texts)
-    for index, row in enumerate(rows):
-        if len(row) > length:
-            if not truncate:
-                raise ValueError(f"text {index} has {len(row)} tokens; the text tower reads {length}")
-            rows[index] = [*row[: length - 1], tokenizer.eos_token_id]
-    return tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(model.visual.device)
+    from .ranking_unitok import cut_texts
+
+    config, inputs = model.visual.config.text_config, processor.ranking_inputs(texts)
+    limit = config.max_position_embeddings
+    for index, count in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
+        if count > limit and not truncate:
+            raise ValueError(f"text {index} has {count} tokens; the text tower reads {limit}")
+    inputs["input_ids"], inputs["attention_mask"] = cut_texts(config, **inputs)
+    return inputs.to(model.visual.device)
 
 
 def image_psnr(reconstruction: "torch.Tensor", pixels: "torch.Tensor") -> "torch.Tensor":

@@ -7,6 +7,7 @@ trains both for that, and DALL-E (https://arxiv.org/abs/2102.12092, section 2.6)
 from dataclasses import dataclass
 
 import torch
+from transformers import CLIPTextConfig
 
 from .modeling_unitok import UniTokModel
 
@@ -21,6 +22,7 @@ class UniTokDrawingOutput:
         chosen: (B, num_return_sequences), int64, their indices among the candidates; None if nothing was ranked.
         candidate_codes: (B, candidates, K, L), all drawings in the order of their samples; None if nothing was ranked.
         candidate_scores: (B, candidates), float32, their scores; None if nothing was ranked.
+        candidate_order: (B, candidates), int64, their indices, best first; None if nothing was ranked.
     """
 
     codes: torch.Tensor
@@ -28,6 +30,7 @@ class UniTokDrawingOutput:
     chosen: torch.Tensor | None = None
     candidate_codes: torch.Tensor | None = None
     candidate_scores: torch.Tensor | None = None
+    candidate_order: torch.Tensor | None = None
 
 
 def check_ranking(visual: UniTokModel, input_ids: torch.Tensor) -> None:
@@ -53,6 +56,28 @@ def check_ranking(visual: UniTokModel, input_ids: torch.Tensor) -> None:
         )
 
 
+def cut_texts(
+    config: CLIPTextConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cut texts to the positions of the text tower; the end-of-text token becomes the last one of a text that is cut.
+
+    Args:
+        config: the text tower's.
+        input_ids: (B, T), the texts with the end-of-text token, padded on the right.
+        attention_mask: (B, T), 0 for padding.
+
+    Returns:
+        `input_ids` and `attention_mask`, (B, min(T, `max_position_embeddings`)).
+    """
+    length = config.max_position_embeddings
+    if input_ids.shape[1] <= length:
+        return input_ids, attention_mask
+    is_cut = ~(input_ids[:, :length] == config.eos_token_id).any(dim=1)
+    input_ids = input_ids[:, :length].clone()
+    input_ids[is_cut, -1] = config.eos_token_id
+    return input_ids, None if attention_mask is None else attention_mask[:, :length]
+
+
 @torch.no_grad()
 def score_drawings(
     visual: UniTokModel, codes: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -62,8 +87,7 @@ def score_drawings(
     Args:
         visual: the visual tokenizer.
         codes: (B, N, K, L), N drawings for each text.
-        input_ids: (B, T), the texts with the end-of-text token, padded on the right. A text that is longer than the
-            text tower's positions is cut there, before its end-of-text token.
+        input_ids: (B, T), the texts with the end-of-text token, padded on the right; see `cut_texts`.
         attention_mask: (B, T), 0 for padding.
 
     Returns:
@@ -73,14 +97,9 @@ def score_drawings(
         ValueError: see `check_ranking`.
     """
     check_ranking(visual, input_ids)
-    config, tower = visual.config.text_config, visual.vision_model
-    length = config.max_position_embeddings
-    if input_ids.shape[1] > length:
-        is_cut = ~(input_ids[:, :length] == config.eos_token_id).any(dim=1)
-        input_ids = input_ids[:, :length].clone()
-        input_ids[is_cut, -1] = config.eos_token_id
-        attention_mask = None if attention_mask is None else attention_mask[:, :length]
+    input_ids, attention_mask = cut_texts(visual.config.text_config, input_ids, attention_mask)
     texts = visual.get_text_features(input_ids, attention_mask).pooler_output.float()
+    tower = visual.vision_model
     images = tower.pool(tower.embed_codes(codes.flatten(0, 1))).float()
     return torch.einsum("bnd,bd->bn", images.unflatten(0, codes.shape[:2]), texts)
 
@@ -93,11 +112,11 @@ def choose_drawings(codes: torch.Tensor, scores: torch.Tensor, count: int) -> Un
         scores: (B, N).
         count: drawings to keep for each prompt, at most N.
     """
-    chosen = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
-    rows = torch.arange(len(codes), device=codes.device)[:, None]
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    chosen, rows = order[:, :count], torch.arange(len(codes), device=codes.device)[:, None]
     return UniTokDrawingOutput(
-        codes[rows, chosen].flatten(0, 1), scores.gather(1, chosen).flatten(), chosen, codes, scores
+        codes[rows, chosen].flatten(0, 1), scores.gather(1, chosen).flatten(), chosen, codes, scores, order
     )
 
 
-__all__ = ["UniTokDrawingOutput", "check_ranking", "choose_drawings", "score_drawings"]
+__all__ = ["UniTokDrawingOutput", "check_ranking", "choose_drawings", "cut_texts", "score_drawings"]

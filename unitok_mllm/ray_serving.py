@@ -6,7 +6,6 @@ Each replica is the server of `unitok-mllm api` with an engine of its own. A req
 them. When a replica dies, its requests end in an error of the status 500, and another replica is started.
 """
 
-import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -16,7 +15,7 @@ from ray.serve import Application
 from .api import create_app, read_key
 from .devices import AUTO
 from .guard import MAX_OPEN
-from .inference import SHIPPED_MODEL, load
+from .inference import SHIPPED_MODEL, check_model, load
 from .serving import UniTokEngine
 
 
@@ -71,9 +70,11 @@ def build(arguments: Arguments) -> Application:
 
     A replica takes `max_rows` requests at once. Others wait before the replicas, at most `queue_size`: a further one gets
     a 503. There is another replica for each half of `max_rows` that are running or waiting, on average.
+
+    Raises:
+        ValueError: see `check_model`.
     """
-    if not os.path.isdir(arguments.model):
-        raise ValueError(f"no model in {arguments.model}")
+    check_model(arguments.model)
     scaling = {"min_replicas": 1, "max_replicas": arguments.max_replicas}
     return UniTokServer.options(
         max_ongoing_requests=arguments.max_rows,

@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 
 from transformers import AutoConfig
 
-from training.files import check_model_folder
 from unitok_mllm import UniTokConfig
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
-from unitok_mllm.inference import SHIPPED_MODEL
+from unitok_mllm.inference import SHIPPED_MODEL, check_model
 from unitok_mllm.outputs import check_output_file
 
 
@@ -67,7 +66,7 @@ class Settings:
             raise ValueError(f"device is cpu or cuda, got {self.device!r}")
         possible = PRESETS[self.preset]
         if self.model:
-            check_model_folder(self.model)
+            check_model(self.model)
             is_tokenizer = isinstance(AutoConfig.from_pretrained(self.model), UniTokConfig)
             possible = PRESETS["large" if is_tokenizer else "tiny"]
         if unknown := sorted(set(self.jobs) - set(possible)):

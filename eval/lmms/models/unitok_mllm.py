@@ -25,9 +25,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCri
 from transformers.generation import StopStringCriteria
 
 from eval.lmms.answers import AnswerLog
-from training.files import check_model_folder
 from unitok_mllm import UniTokMLLMForConditionalGeneration
 from unitok_mllm.devices import AUTO, find_device
+from unitok_mllm.inference import check_model
 
 
 MAX_NEW_TOKENS = 1024  # where a task names none
@@ -103,7 +103,7 @@ class UniTokMLLM(lmms):
         max_batch_size: int | None = None,
     ):
         super().__init__()
-        check_model_folder(pretrained)
+        check_model(pretrained)
         self.pretrained, self.dtype, self.fingerprint = pretrained, dtype, fingerprint
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator(cpu=device == "cpu")
