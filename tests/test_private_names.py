@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     core_model_loading,
 )
 from transformers.integrations import WandbCallback
@@ -65,6 +66,7 @@ ATTRIBUTES = {
 # Asked for by name, or set by the library itself: its source has them.
 IN_SOURCE = {
     "_hf_hook": accelerate.hooks.add_hook_to_module,
+    "_tokenizer": PreTrainedTokenizerFast.backend_tokenizer.fget,
     "_wandb": WandbCallback,
     "_weight_conversions": core_model_loading,
 }

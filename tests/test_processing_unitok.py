@@ -2,6 +2,8 @@
 
 import base64
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from transformers import AutoProcessor, LlamaTokenizer, pipeline
 
 import unitok_mllm
 from unitok_mllm import UniTokImageProcessor, UniTokMLLMProcessor
-from unitok_mllm.processing_unitok import vicuna_chat_template
+from unitok_mllm.processing_unitok import detached_tokenizer, vicuna_chat_template
 
 
 BOS, EOS, BOI, EOI, IMAGE, L = 1, 2, 3, 4, 5, 9
@@ -542,3 +544,51 @@ def test_placeholders_without_their_images_are_refused_where_texts_are_not_plain
             processor(text="a red <image>", generation_mode=mode, sanitize_control_tokens=False)
     with pytest.raises(ValueError, match="sanitize_control_tokens needs tokenize=True"):
         processor.apply_chat_template([{"role": "user", "content": "a"}], sanitize_control_tokens=True)
+
+
+CALLS = {
+    "plain": lambda processor: processor.text_ids(["a <image> circle", "red"]),
+    "padded": lambda processor: processor(text=["a red circle <boi>", "red"])["input_ids"].tolist(),
+    "cut": lambda processor: processor(text=["a red one", "a circle"], truncation=True, max_length=2)[
+        "input_ids"
+    ].tolist(),
+    "marked": lambda processor: processor.encode_text(processor.mark_plain("a <image>") + "<image>"),
+    "drawing": lambda processor: processor(text=["a <boi> circle"], generation_mode="image")["input_ids"].tolist(),
+}
+
+
+def test_threads_can_share_a_processor(processor):
+    expected = [call(processor) for call in CALLS.values()]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(len(CALLS)) as pool:
+            for _ in range(40):
+                assert [*pool.map(lambda call: call(processor), CALLS.values())] == expected
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_leaves_the_tokenizers_options_alone(processor, name):
+    backend = processor.tokenizer.backend_tokenizer
+    processor.tokenizer("a", padding="max_length", truncation=True, max_length=7, split_special_tokens=True)
+    before = backend.to_str(), backend.encode_special_tokens
+    CALLS[name](processor)
+    assert (backend.to_str(), backend.encode_special_tokens) == before
+
+
+def test_a_detached_tokenizer_is_the_same_but_for_its_options(processor):
+    shared = processor.tokenizer
+    shared.add_tokens(["<new>", "<newer>"])
+    detached = detached_tokenizer(shared)
+    assert detached.backend_tokenizer is not shared.backend_tokenizer
+    assert detached("a <new> <newer><image>").input_ids == shared("a <new> <newer><image>").input_ids
+    shared.backend_tokenizer.no_padding()
+    shared.backend_tokenizer.no_truncation()
+    assert detached.backend_tokenizer.to_str() == shared.backend_tokenizer.to_str()
+
+
+def test_tokens_that_are_added_later_count(processor):
+    processor.tokenizer.add_tokens(["<new>"])
+    assert processor(text="<new>")["input_ids"][0, -1] == processor.tokenizer.convert_tokens_to_ids("<new>")

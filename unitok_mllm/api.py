@@ -130,7 +130,6 @@ def create_app(
         body.max_tokens = body.max_completion_tokens or body.max_tokens
         with_images = "image" in body.modalities
         inputs = await of_engine(
-            service.prepare,
             service.processor.apply_chat_template,
             conversation,
             add_generation_prompt=True,
@@ -145,10 +144,7 @@ def create_app(
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        inputs = [
-            await of_engine(service.prepare, service.processor, text=prompt, sanitize_control_tokens=True)
-            for prompt in prompts
-        ]
+        inputs = [await of_engine(service.processor, text=prompt, sanitize_control_tokens=True) for prompt in prompts]
         answers = Answers(service, body, "text_completion", "cmpl")
         return await answers.respond(request, [one for one in inputs for _ in range(body.n)], False)
 
@@ -180,7 +176,7 @@ def create_app(
         options = {"generation_mode": "image" if pictures is None else "edit"}
         if pictures is not None:
             options["images"] = [pictures]
-        inputs = await of_engine(service.prepare, service.processor, text=[body.prompt], **options)
+        inputs = await of_engine(service.processor, text=[body.prompt], **options)
         candidates = await of_engine(service.num_candidates, body, inputs)
         drawing, stream, num_drawn = body.drawing(), Stream(), max(body.n, candidates)
         if num_drawn > 1 and "seed" not in drawing:

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
@@ -35,16 +34,6 @@ class Service:
         config = self.model.config.visual_config.vision_config
         self.size = f"{config.image_size}x{config.image_size}"
         self._decoder = UniTokImageStreamer(engine.model, processor)
-        self._tokenizing = threading.Lock()
-
-    def prepare(self, make, *args, **options):
-        """Call what makes inputs from texts, one call at a time.
-
-        A fast tokenizer keeps the options of a call, such as `split_special_tokens`, where other threads' calls see
-        them.
-        """
-        with self._tokenizing:
-            return make(*args, **options)
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
@@ -128,7 +117,7 @@ class Service:
             if not has_text_tower(self.model, self.processor):
                 raise APIError(400, "input: this model has no text tower for its tokenizer: images alone", "input")
             texts = [text for text in texts if not text.startswith("data:")]
-            inputs = self.prepare(text_tower_inputs, self.model, self.processor, texts)
+            inputs = text_tower_inputs(self.model, self.processor, texts)
             rows[~is_image] = visual.get_text_features(**inputs).pooler_output.float().cpu()
             num_tokens = int(inputs["attention_mask"].sum())
         return rows, num_tokens

@@ -5,11 +5,15 @@ chat template converts conversations to such texts.
 """
 
 import re
+from collections.abc import Callable
+from copy import copy
+from functools import wraps
 
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import BatchFeature, ProcessorMixin
+from tokenizers import Tokenizer
+from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START, mark_control_tokens
@@ -107,8 +111,41 @@ def vicuna_chat_template(system: str = VICUNA_SYSTEM, image_token: str = "<image
     return "".join(f"{{%- set {name} = {value!r} -%}}\n" for name, value in settings.items()) + _CHAT_TEMPLATE
 
 
+def detached_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Copy a tokenizer so that calls of the copy leave the original's options alone.
+
+    A fast tokenizer stores the padding, truncation and `split_special_tokens` of a call in its backend, where the calls
+    of other threads read them. The copy has a backend of its own, which shares the vocabulary: this takes 20 us for 6
+    added tokens and 1 ms for 256.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer  # stores no options of a call
+    shared = tokenizer.backend_tokenizer
+    backend = Tokenizer(shared.model)
+    backend.normalizer, backend.pre_tokenizer = shared.normalizer, shared.pre_tokenizer
+    backend.post_processor, backend.decoder = shared.post_processor, shared.decoder
+    backend.add_tokens([token for _, token in sorted(shared.get_added_tokens_decoder().items())])
+    copied = copy(tokenizer)
+    copied._tokenizer = backend
+    return copied
+
+
+def with_detached_tokenizer(method: Callable) -> Callable:
+    """Decorate a method of a processor to encode with a `detached_tokenizer`, so that threads can share the processor."""
+
+    @wraps(method)
+    def run(self, *args, **kwargs):
+        processor = copy(self)
+        processor.tokenizer = detached_tokenizer(self.tokenizer)
+        return method(processor, *args, **kwargs)
+
+    return run
+
+
 class UniTokMLLMProcessor(ProcessorMixin):
     """The processor of `UniTokMLLMForConditionalGeneration`: an image processor and a text tokenizer.
+
+    Threads can share a processor: its methods do not change the options of its tokenizer.
 
     Args:
         image_processor: a `UniTokImageProcessor`. Its size determines L, the positions of an image.
@@ -167,6 +204,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
             **self.config_prompt_ids(),
         }
 
+    @with_detached_tokenizer
     def config_prompt_ids(self) -> dict[str, list[int]]:
         """Return the ids by which a model draws prompts that were not made for an image (those of pipelines)."""
         tokenizer = self.tokenizer
@@ -312,6 +350,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
             for message in messages
         ]
 
+    @with_detached_tokenizer
     def encode_text(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Encode a text. What `mark_plain` marked in it is encoded as plain text, without the marks.
 
@@ -382,6 +421,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
                 if list(ids).count(token_id) < written:
                     raise ValueError(f"The max_length cuts off a {token} of the text: it would cut through an image.")
 
+    @with_detached_tokenizer
     def __call__(
         self,
         images: ImageInput | None = None,
@@ -459,6 +499,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
             raise ValueError(f"Got {len(ranking_text)} texts to rank by for {len(texts)} prompts.")
         return {f"ranking_{name}": value for name, value in self.ranking_inputs(ranking_text).items()}
 
+    @with_detached_tokenizer
     def text_ids(self, texts: list[str]) -> list[list[int]]:
         """Encode texts for the visual tokenizer's text tower, each with the end-of-text token; any length.
 
