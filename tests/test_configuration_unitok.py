@@ -143,7 +143,7 @@ def test_absurd_values_in_a_config_are_refused_with_field_and_value(config_class
         (lambda: UniTokVisionConfig(image_size=2**20), r"image_size \(1048576\) is not between 16 and 16384"),
         (lambda: UniTokConfig(text_config={"vocab_size": 10**12}), r"text_config.vocab_size \(1000000000000\)"),
         (lambda: UniTokConfig(text_config={"num_hidden_layers": -3}), r"text_config.num_hidden_layers \(-3\)"),
-        (lambda: UniTokDepthConfig(hidden_act="grelu"), r"hidden_act \('grelu'\) is no activation"),
+        (lambda: UniTokDepthConfig(hidden_act="grelu"), r"hidden_act \('grelu'\) is not an activation"),
         (
             lambda: UniTokDepthConfig(hidden_size=100, num_attention_heads=3),
             r"hidden_size \(100\) is not a multiple of num_attention_heads \(3\)",

@@ -302,7 +302,7 @@ def put(name, make):
         (put("decoder.extra.weight", lambda _: torch.ones(2)), r"unknown .*decoder.extra.weight"),
         (put("decoder.norm.bias", lambda tensor: tensor[1:]), r"does not fit: .*decoder.norm.bias"),
         (put("quantizer.codebooks.2.codebook.weight", lambda tensor: tensor[1:]), "quantizer.codebooks.2.* shape"),
-        (put("text_encoder.text_projection", lambda tensor: tensor[0]), "no UniTok tokenizer checkpoint"),
+        (put("text_encoder.text_projection", lambda tensor: tensor[0]), "not a UniTok tokenizer checkpoint"),
         (
             put("post_quant_proj.attn.zero_k_bias", lambda tensor: tensor + 1),
             "post_quant_proj.*zero_k_bias is not zero",
@@ -313,12 +313,12 @@ def put(name, make):
         ),
         (
             put("decoder.norm.bias", lambda tensor: tensor.double() + 1e39),
-            "not finite in torch.float32, decoder.norm.bias",
+            "not finite in torch.float32, the first is decoder.norm.bias",
         ),
         (put("encoder.pos_embed", lambda _: torch.ones(1, 1, 96)), "encoder.pos_embed is not zero"),
         (lambda checkpoint: checkpoint["args"].update(model="vit_large"), "Only ViTamin tokenizers.*'vit_large'"),
-        (lambda checkpoint: checkpoint.pop("args"), "no UniTok tokenizer checkpoint.*args"),
-        (lambda checkpoint: checkpoint.update(trainer={}), "no UniTok tokenizer checkpoint.*unitok"),
+        (lambda checkpoint: checkpoint.pop("args"), "not a UniTok tokenizer checkpoint.*args"),
+        (lambda checkpoint: checkpoint.update(trainer={}), "not a UniTok tokenizer checkpoint.*unitok"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_raises_and_names_the_tensor(small_checkpoint, tmp_path, change, message):
@@ -331,7 +331,7 @@ def test_a_checkpoint_that_does_not_fit_raises_and_names_the_tensor(small_checkp
 
 @pytest.mark.parametrize("content", [torch.ones(3), [1, 2], {"state_dict": {"weight": torch.ones(3)}}, None, "words"])
 def test_a_torch_file_of_something_else_raises_and_names_the_file(tmp_path, content):
-    with pytest.raises(ConversionError, match="tokenizer.pth is no UniTok tokenizer checkpoint"):
+    with pytest.raises(ConversionError, match="tokenizer.pth is not a UniTok tokenizer checkpoint"):
         load_original_tokenizer(saved(content, tmp_path))
 
 
@@ -349,7 +349,7 @@ def test_a_file_that_is_no_torch_file_raises_and_names_the_file(small_checkpoint
             path.touch()
         elif damage == "folder":
             path.mkdir()
-    with pytest.raises(ConversionError, match="tokenizer.pth is no torch checkpoint"):
+    with pytest.raises(ConversionError, match="tokenizer.pth is not a torch checkpoint"):
         load_original_tokenizer(path, allow_pickle=allow_pickle)
 
 
@@ -367,10 +367,12 @@ class Touch:
 def test_a_pickle_is_executed_only_with_the_flag(tmp_path, write):
     mark, path = tmp_path / "executed", tmp_path / "tokenizer.pth"
     write({"args": Touch(mark), "trainer": {"unitok": {}}}, path)
-    with pytest.raises(ConversionError, match="tokenizer.pth is no torch checkpoint of plain tensors.*--allow-pickle"):
+    with pytest.raises(
+        ConversionError, match="tokenizer.pth is not a torch checkpoint of plain tensors.*--allow-pickle"
+    ):
         load_original_tokenizer(path)
     assert not mark.exists()
-    with pytest.raises(ConversionError, match="tokenizer.pth is no "):
+    with pytest.raises(ConversionError, match="tokenizer.pth is not a "):
         load_original_tokenizer(path, allow_pickle=True)
     assert mark.exists()
 
@@ -396,7 +398,7 @@ def test_an_mllm_folder_of_pickles_converts_like_one_of_safetensors(small_checkp
         ("no config", r"has no config\.json"),
         ("no weights", r"has neither \*\.safetensors nor pytorch_model\*\.bin"),
         ("cut weights", r"model-00001-of-00002\.safetensors"),
-        ("plain llama", "is no UniTok MLLM: .*multi_embedder"),
+        ("plain llama", "is not a UniTok MLLM: .*multi_embedder"),
         ("no codebook", r"lacks ar_head\.codebooks\.2\.weight"),
         ("extra tensor", r"unknown .*depth_head\.norm\.surplus"),
         ("misshapen tensor", r"does not fit: .*language_model\.lm_head\.weight"),
@@ -441,16 +443,16 @@ HOSTILE = {
     "NaN as an argument": (lambda c: c["args"].update(vq_beta=math.nan), "vq_beta .nan. is not"),
     "no heads": (lambda c: c["args"].update(text_heads=0), "ZeroDivisionError"),
     "heads that do not fit": (lambda c: c["args"].update(text_heads=5), "heads"),
-    "arguments that are none": (lambda c: c.update(args=3), "is no UniTok tokenizer checkpoint"),
-    "a list of tensors": (lambda c: c["trainer"].update(unitok=[1]), "does not hold named tensors, but a list"),
-    "a text as a tensor": (put(NORM, lambda _: "one"), f"has a str as '{NORM}', expected a tensor"),
-    "a number as a name": (lambda c: c["trainer"]["unitok"].update({3: torch.ones(1)}), "has a Tensor as 3"),
-    "a meta tensor": (put(NORM, lambda t: t.to("meta")), f"has a meta tensor as {NORM}"),
-    "a sparse tensor": (put(NORM, lambda t: t.to_sparse()), f"torch.sparse_coo tensor as {NORM}"),
+    "arguments that are none": (lambda c: c.update(args=3), "is not a UniTok tokenizer checkpoint"),
+    "a list of tensors": (lambda c: c["trainer"].update(unitok=[1]), "has a list, expected a dict of named tensors"),
+    "a text as a tensor": (put(NORM, lambda _: "one"), f"has a str under '{NORM}', expected a named tensor"),
+    "a number as a name": (lambda c: c["trainer"]["unitok"].update({3: torch.ones(1)}), "has a Tensor under 3"),
+    "a meta tensor": (put(NORM, lambda t: t.to("meta")), f"has the meta tensor {NORM}"),
+    "a sparse tensor": (put(NORM, lambda t: t.to_sparse()), f"torch.sparse_coo tensor {NORM}"),
     "a complex tensor": (put(NORM, lambda t: t.to(torch.complex64)), f"complex numbers in {NORM}"),
     "NaN": (put(NORM, lambda t: t * math.nan), f"NaN or infinite numbers in {NORM}"),
     "infinity": (put(NORM, lambda t: t / 0), f"NaN or infinite numbers in {NORM}"),
-    "one number repeated": (put(NORM, repeated), f"{NORM} of the shape .96,. with 4 bytes: the same numbers"),
+    "one number repeated": (put(NORM, repeated), f"{NORM} of shape .96,. in only 4 bytes: its numbers are repeated"),
     "no dims": (put(NORM, lambda _: torch.tensor(1.0)), "IndexError"),
 }
 
@@ -480,10 +482,10 @@ def test_small_files_that_say_they_are_large_are_refused_unread(
     assert (tmp_path / "a.pth").stat().st_size < 100_000
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("read"))
     for allow_pickle in (False, True):
-        with pytest.raises(ConversionError, match=r"a.pth has \d+ bytes, and says to hold 40\d+"):
+        with pytest.raises(ConversionError, match=r"a.pth has \d+ bytes, but claims to hold 40\d+"):
             load_original_tokenizer(tmp_path / "a.pth", allow_pickle)
     os.mkfifo(tmp_path / "fifo.pth")
-    with pytest.raises(ConversionError, match="fifo.pth is no torch checkpoint: it is not a regular file"):
+    with pytest.raises(ConversionError, match="fifo.pth is not a torch checkpoint: it is not a regular file"):
         load_original_tokenizer(tmp_path / "fifo.pth")
 
 
@@ -498,9 +500,9 @@ def test_a_folder_of_hostile_shards_ends_in_one_line(small_checkpoint, llama_tok
             ),
             (
                 lambda s: s.update({"lm_head.weight": repeated(s["lm_head.weight"])}),
-                "the same numbers again and again",
+                "its numbers are repeated, not stored",
             ),
-            (lambda s: s.update({"lm_head.weight": "text"}), "has a str as"),
+            (lambda s: s.update({"lm_head.weight": "text"}), "has a str under"),
         )
     ):
         changed = dict(state)

@@ -423,7 +423,7 @@ def test_an_entry_that_drawing_cannot_honour_is_refused(lively_mllm, draw, optio
     lively_mllm.generation_config.image_generation = options
     with pytest.raises(ValueError, match=message):
         draw()
-    with pytest.raises(ValueError, match="image_generation is for a generation_config"):
+    with pytest.raises(ValueError, match="image_generation belongs in a generation_config"):
         lively_mllm.generate(torch.tensor([[1, 20]]), image_generation={"top_k": 3})
 
 

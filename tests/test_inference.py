@@ -129,7 +129,7 @@ def test_pickled_weights_load_without_being_executed_or_are_refused(saved_mllm, 
         for member in stored.infolist():
             archive.writestr(member.filename, bytes(10**8) if member.filename.endswith("/0") else stored.read(member))
     (saved_mllm / "stored.bin").unlink()
-    assert "says to hold" in fail("generate", "red", "--model", saved_mllm)
+    assert "claims to hold" in fail("generate", "red", "--model", saved_mllm)
 
 
 def test_tables_computed_from_a_config_and_weights_in_pickles_count_before_memory_is_taken(saved_mllm):

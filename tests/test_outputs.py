@@ -36,14 +36,14 @@ def test_what_cannot_be_written_is_named_with_the_reason(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/sys").is_dir(), reason="a folder that nobody can write to, root neither")
 def test_a_folder_that_takes_no_files_is_found_out():
-    with pytest.raises(ValueError, match=r"^cannot write to /proc/sys/x: /proc/sys takes no files \(.+\)$"):
+    with pytest.raises(ValueError, match=r"^cannot write to /proc/sys/x: /proc/sys is not writable \(.+\)$"):
         check_output_folder("/proc/sys/x")
-    with pytest.raises(ValueError, match=r"^cannot write to /proc/sys: /proc/sys takes no files \(.+\)$"):
+    with pytest.raises(ValueError, match=r"^cannot write to /proc/sys: /proc/sys is not writable \(.+\)$"):
         check_output_file("/proc/sys/x.json")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission_is_found_out(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(ValueError, match="locked takes no files .Permission denied."):
+    with pytest.raises(ValueError, match="locked is not writable .Permission denied."):
         check_output_folder(tmp_path / "locked/new")

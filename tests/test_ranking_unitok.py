@@ -128,8 +128,8 @@ def test_a_conversation_is_ranked_by_what_the_user_asked_last(processor):
         ({"candidates": 0}, "candidates must be an integer of at least 1, got 0"),
         ({"candidates": 2.5}, "candidates must be an integer of at least 1, got 2.5"),
         ({"candidates": 2, "num_return_sequences": 3}, r"at least num_return_sequences \(3\), got 2"),
-        ({"candidates": 2, "num_positions": 4}, "ranked as whole images: num_positions 4"),
-        ({"candidates": 2, "ranking_input_ids": torch.tensor([[1, 2]])}, "Got 1 texts to rank by for 2 prompts"),
+        ({"candidates": 2, "num_positions": 4}, "ranked as whole images: num_positions must be None, got 4"),
+        ({"candidates": 2, "ranking_input_ids": torch.tensor([[1, 2]])}, "Got 1 texts to rank by, but 2 prompts"),
         (
             {"candidates": 2, "ranking_input_ids": torch.tensor([[1, 5]] * 2)},
             "reads the ids of another text tokenizer",

@@ -50,7 +50,9 @@ def test_what_cannot_be_an_output_folder_is_refused(tmp_path):
         claim_folder(tmp_path / "file")
     with pytest.raises(ValueError, match="cannot write to .*/file/run: .*/file is not a folder"):
         claim_folder(tmp_path / "file/run")
-    with pytest.raises(ValueError, match="cannot write to /proc/run: /proc takes no files "):  # nobody may write there
+    with pytest.raises(
+        ValueError, match="cannot write to /proc/run: /proc is not writable "
+    ):  # nobody may write there
         claim_folder("/proc/run")
 
 

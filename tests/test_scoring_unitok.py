@@ -116,7 +116,7 @@ def test_what_cannot_be_scored_is_refused(lively_mllm, asked, targets, message):
 
 def test_a_placeholder_is_no_answer(lively_mllm, processor, asked):
     targets = torch.full((2, 1, 1), processor.image_token_id)
-    with pytest.raises(ValueError, match="placeholder of an image"):
+    with pytest.raises(ValueError, match="target_ids contain an image placeholder"):
         lively_mllm.score(**asked, target_ids=targets)
 
 

@@ -29,7 +29,7 @@ def write(path: Path, files: dict[str, bytes], compress=lambda data: data) -> st
 
 
 def write_sparse(path: Path) -> str:
-    """A file of 10 kB that says to hold a terabyte."""
+    """A file of 10 kB that claims to hold a terabyte."""
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         member = tarfile.TarInfo("a.png")
         sparse = {"major": "1", "minor": "0", "name": "a.png", "realsize": str(10**12)}
@@ -65,7 +65,7 @@ def test_a_shard_that_expands_too_much_is_refused_before_it_takes_the_memory(tmp
 
 def test_sparse_files_are_refused_by_name(tmp_path):
     url = write_sparse(tmp_path / "a.tar")
-    message = "a.png is a sparse file, which says to hold 1000000000000 bytes"
+    message = "a.png is a sparse file that claims to hold 1000000000000 bytes"
     for read in (lambda: list(shard_files(url)), lambda: tar_members(url), lambda: ImageStore(url)):
         with pytest.raises(ValueError, match=message):
             read()

@@ -1,24 +1,24 @@
 """Images and captions for the visual tokenizer's training (UniTok, https://arxiv.org/abs/2502.20321).
 
-A source is a dict of a config's `datasets`:
+A source is one entry of a config's `datasets`:
 
-    kind: folder                   # a .jsonl, .json or .parquet of {"image", "caption"}, images relative to the file;
-    path: data/captions.jsonl      # or a folder with captions.jsonl; or one of images with a .txt beside each
-    repeat: 3                      # times an epoch
-    in_memory: true                # keep each image's processed pixels while the program runs: for small sets, read often
+    kind: folder                   # a .jsonl, .json or .parquet of {"image", "caption"}, image paths relative to it;
+    path: data/captions.jsonl      # or a folder with captions.jsonl; or a folder of images with a .txt beside each
+    repeat: 3                      # passes over the source in an epoch
+    in_memory: true                # keep the processed pixels in memory: for small sets that are read often
 
-    kind: hf                       # a data set of the hub, or a folder that `save_to_disk` wrote
+    kind: hf                       # a data set on the hub, or a folder written by `save_to_disk`
     path: owner/name
     name: default                  # its configuration
     split: train
     image_column: image
     caption_column: caption
 
-    kind: webdataset               # tar shards of jpg, png or webp, and txt; a stream
+    kind: webdataset               # a stream of tar shards with jpg, png or webp, and txt
     shards: "data/{00000..00099}.tar"
     samples_per_epoch: 1000000     # over all processes
-    resampled: true                # shards drawn with replacement, without end; false: an epoch has each sample once
-    shuffle: 1000                  # samples of a worker's block, within which the order is random
+    resampled: true                # draw shards with replacement, forever; false: each sample once an epoch
+    shuffle: 1000                  # samples of a block, in which a worker shuffles them
 
 Each may also set `random_crop`, `horizontal_flip` and `max_shift` (see `ImageTextTransform`).
 """
@@ -53,14 +53,11 @@ from training.shards import BROKEN_SHARD, shard_files
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor, load_image
 
 
-SCHEMES = (
-    "file",
-    "http",
-    "https",
-)  # of shards that are read without running a command; a single letter is a Windows drive
-CROP_SCALE = (0.9, 1.0)  # share of the picture's area that a random crop keeps; its caption tells of all of it
-CHANGES = ("random_crop", "horizontal_flip", "max_shift")  # of the transform, by a source
-OPTIONS = {  # of each kind; True: required
+# URL schemes of shards that are read without running a command. A single letter is a Windows drive.
+SCHEMES = ("file", "http", "https")
+CROP_SCALE = (0.9, 1.0)  # share of the area that a random crop keeps: the caption describes the whole picture
+CHANGES = ("random_crop", "horizontal_flip", "max_shift")  # options of the transform that a source may override
+OPTIONS = {  # options of each kind of source; True: required
     "folder": {"path": True, "repeat": False, "in_memory": False},
     "hf": {
         "path": True,
@@ -81,19 +78,19 @@ def sample_seed(*parts: int | str) -> int:
 
 @contextmanager
 def random_numbers(seed: int) -> Iterator[None]:
-    """Seed torch's random numbers on the CPU in the block, and restore their state after it."""
+    """Seed torch's random numbers on the CPU within the block, and restore their state after it."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def augmentation(image_processor: UniTokImageProcessor, horizontal_flip: bool, max_shift: int) -> nn.Module:
-    """Build the random changes of processed pixels (3, H, W).
+    """Build the random augmentation of processed pixels (3, H, W).
 
     Args:
-        image_processor: gives H and W.
+        image_processor: image processor, whose size is H and W.
         horizontal_flip: mirror half of the images.
-        max_shift: largest shift in pixels to either side, independently down and right; the border is repeated.
+        max_shift: largest shift in pixels, horizontally and vertically; border pixels are repeated.
 
     Raises:
         ValueError: `max_shift` is negative.
@@ -112,11 +109,11 @@ class ImageTextTransform:
     """Convert a picture and its caption to a training sample.
 
     Args:
-        image_processor: the tokenizer's.
-        text_tokenizer: of the text tower.
-        max_text_length: T, the text tower's; longer captions are cut before their end token.
-        random_crop: for photographs: take a random part of the picture, of 90 to 100 % of its area and an aspect ratio
-            between 3:4 and 4:3, instead of the processor's own fit.
+        image_processor: image processor of the visual tokenizer.
+        text_tokenizer: tokenizer of the text tower.
+        max_text_length: T, length of the text tower; longer captions are truncated, and keep their end token.
+        random_crop: for photographs: crop 90 to 100% of the picture's area at random, with an aspect ratio between 3:4
+            and 4:3, instead of the processor's own resizing.
         horizontal_flip: see `augmentation`.
         max_shift: see `augmentation`.
 
@@ -142,9 +139,9 @@ class ImageTextTransform:
         """Make a sample.
 
         Args:
-            image: any that `load_image` takes.
-            caption: its text.
-            generator: one number is drawn from it.
+            image: any image that `load_image` takes.
+            caption: its caption.
+            generator: source of the random numbers; one number is drawn from it.
 
         Returns:
             `pixel_values` (3, H, W), float32 in [-1, 1]; `input_ids` (T,), int64, padded on the right.
@@ -157,7 +154,7 @@ class ImageTextTransform:
     def prepare(self, image: Image.Image, caption: str | None) -> dict[str, torch.Tensor | Image.Image]:
         """Do the deterministic part of `__call__`; with `random_crop`, `pixel_values` is still a picture."""
         if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"no caption, but {caption!r}")
+            raise ValueError(f"expected a caption, got {caption!r}")
         image = load_image(image)
         pixels = image if self.random_crop else self.image_processor(image)["pixel_values"][0]
         return {"pixel_values": pixels, "input_ids": self.encode(caption)}
@@ -172,7 +169,7 @@ class ImageTextTransform:
         return sample | {"pixel_values": pixels}
 
     def encode(self, caption: str) -> torch.Tensor:
-        """Encode a caption to ids (T,): end token last, then padding. Special tokens that it spells are text."""
+        """Encode a caption to ids (T,): its tokens, the end token, padding. Special tokens that it spells are plain text."""
         end, length = self.text_tokenizer.eos_token_id, self.max_text_length
         options = {"truncation": True, "max_length": length, "split_special_tokens": True}
         ids = self.text_tokenizer(caption, **options)["input_ids"]
@@ -185,7 +182,8 @@ class ImageFiles:
     """Captioned images of a `folder` source.
 
     Raises:
-        FileNotFoundError, ValueError: the path does not exist, or there is nothing in it.
+        FileNotFoundError: the path does not exist.
+        ValueError: there are no images in it.
     """
 
     def __init__(self, path: str):
@@ -214,10 +212,10 @@ class ImageFiles:
             return load_image(self.images[index]), text.read_text("utf-8") if text.is_file() else None
         row = self.rows[index]
         if not row.get("image"):
-            raise ValueError("no image")
+            raise ValueError("the row has no image")
         image, caption = row["image"], row.get("caption")
         if not isinstance(image, str) or not isinstance(caption, str | None):
-            raise ValueError(f"image and caption are texts, got {image!r:.80} and {caption!r:.80}")
+            raise ValueError(f"image and caption must be strings, got {image!r:.80} and {caption!r:.80}")
         return load_image(self.path.parent / image), caption
 
 
@@ -258,14 +256,14 @@ class DatasetImages:
         """Load an image and its caption; raises ValueError if the image is broken or missing."""
         image, caption = map(self.rows[index].get, self.columns)
         if image is None:
-            raise ValueError("no image")
+            raise ValueError("the row has no image")
         return decode_image(image["bytes"]) if image["bytes"] else load_image(image["path"]), caption
 
 
 class PreparedImages:
-    """Samples of a folder after `transform.prepare`, each kept in memory once it was read.
+    """Samples of a folder after `transform.prepare`, each kept in memory after its first use.
 
-    They stay for the lifetime of the process, also for another training in it on the same folder.
+    They are kept until the process ends, so that a second training on the same folder uses them too.
     """
 
     kept: ClassVar[dict[tuple, dict[int, dict]]] = {}
@@ -283,17 +281,20 @@ class PreparedImages:
         return self.source.name(index)
 
     def load(self, index: int) -> tuple[dict]:
-        """Return the argument of `transform.change`; raises ValueError if the image is broken or missing."""
+        """Return the argument of `transform.change` in a tuple; raises ValueError if the image is broken or missing."""
         if index not in self.samples:
             self.samples[index] = self.transform.prepare(*self.source.load(index))
         return (self.samples[index],)
 
 
 class EpochDataset(Dataset):
-    """A data set that knows its epoch, in shared memory, so that persistent workers of a DataLoader see it change.
+    """A data set whose epoch is in shared memory, so that persistent DataLoader workers see it change.
+
+    Args:
+        seed: seed of everything random.
 
     Attributes:
-        clock: of the decoding and preparing of samples.
+        clock: measures the time of decoding and preparing samples.
     """
 
     def __init__(self, seed: int):
@@ -305,20 +306,21 @@ class EpochDataset(Dataset):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, before it begins. With the seed, it determines everything random."""
+        """Set the epoch before it begins. Seed and epoch determine everything random."""
         self._epoch.fill_(epoch)
 
 
 class ImageTextDataset(EpochDataset):
     """The samples of `folder` and `hf` sources, one source after the other.
 
-    A sample depends only on (seed, epoch, index): workers, processes and resuming do not change it. It is accessed by
-    its index, in the epoch that was set, or by (epoch, index), by samplers over several epochs. The next readable
-    sample replaces a broken one.
+    A sample depends only on (seed, epoch, index), not on workers, processes or resuming. Its key is its index, in the
+    epoch that was set, or (epoch, index), for samplers over several epochs. A broken sample is replaced by the next
+    readable one.
 
     Args:
-        parts: sources with the transform of each, which gets what the source loads and a generator; those that are
-            repeated come several times.
+        parts: each source with its transform, which gets what the source loads and a generator. A repeated source is
+            listed several times.
+        seed: seed of everything random.
         max_broken_share: see `BrokenSamples`.
     """
 
@@ -337,7 +339,7 @@ class ImageTextDataset(EpochDataset):
         return self.ends[-1]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
-        """See `ImageTextTransform`.
+        """Return the sample of an index, or of (epoch, index); see `ImageTextTransform`.
 
         Raises:
             IndexError: there is no such index.
@@ -363,39 +365,39 @@ class ImageTextDataset(EpochDataset):
 
 
 def check_shards(shards: list[str]) -> None:
-    """Refuse shards that are the output of commands, unless the config is trusted.
+    """Refuse shards that are the output of a command, unless the config is trusted.
 
     Raises:
-        ValueError: one is no file or web address, but has a command run ("pipe:...", "gs:..."), and the config is not
-            trusted (`--trust_config`).
+        ValueError: a shard is not a file or a web address, but runs a command ("pipe:...", "gs:..."), and the config is
+            not trusted (`--trust_config`).
     """
     schemes = {shard: urlsplit(shard).scheme for shard in shards}
     commands = [shard for shard, scheme in schemes.items() if len(scheme) > 1 and scheme not in SCHEMES]
     if commands and not os.environ.get(TRUSTED):
         raise ValueError(
-            f"the shard {commands[0]!r:.200} is the output of a command: trust the config by {TRUST_CONFIG}"
+            f"the shard {commands[0]!r:.200} is the output of a command: trust the config with {TRUST_CONFIG}"
         )
 
 
 class ImageTextStream(EpochDataset, IterableDataset):
     """The samples of a `webdataset` source, in an order that the seed determines.
 
-    Each process and worker (torch's, or RANK and WORLD_SIZE in the environment) reads its own lane. With `resampled`,
-    a lane draws shard after shard, reads each to its end, and never ends. Otherwise the shards are distributed over
-    the lanes anew in each epoch, which has every sample exactly once; processes then end at slightly different times.
-    A lane is shuffled block by block.
+    Each worker of each process (torch's, or RANK and WORLD_SIZE in the environment) reads its own lane. With `resampled`,
+    a lane draws one shard after another, reads each to its end, and never ends. Otherwise the shards are distributed
+    over the lanes anew in each epoch, which has every sample exactly once; processes then end at slightly different
+    times. A lane is shuffled block by block.
 
-    To resume exactly, a consumer passes the `stream_position` of the last sample that it used to `record`. The next
-    iteration continues after it, also in another process by `state_dict` and `load_state_dict`. The open shard and one
-    block are then read again. The number of workers has to stay the same.
+    To resume exactly, the consumer passes the `stream_position` of the last sample that it used to `record`. The next
+    iteration continues after it, also in another process through `state_dict` and `load_state_dict`. It reads the open
+    shard and one block again. The number of workers must stay the same.
 
     Args:
         shards: paths or URLs, with `{00..99}` for many, or a list of them.
-        transform: of each sample, whose random numbers depend only on the seed and the sample's position.
-        seed: of all orders and random numbers.
-        samples_per_epoch: over all processes; the stream itself does not use it.
-        resampled: draw shards with replacement, without end.
-        shuffle: samples of a block, held undecoded; 0 for the order of the shard.
+        transform: transform of each sample, whose random numbers depend only on the seed and the sample's position.
+        seed: seed of all orders and random numbers.
+        samples_per_epoch: samples of all processes in an epoch; the stream itself does not use it.
+        resampled: draw shards with replacement, forever.
+        shuffle: samples of a block, which are kept in memory undecoded; 0 for the order of the shard.
         max_broken_share: see `BrokenSamples`; a truncated shard counts as a sample or two.
 
     Raises:
@@ -417,19 +419,18 @@ class ImageTextStream(EpochDataset, IterableDataset):
         check_shards(self.shards)
         if not self.shards or samples_per_epoch < 1 or shuffle < 0:
             raise ValueError(
-                f"A stream has at least 1 shard, samples_per_epoch of at least 1, and shuffle of at least 0, got "
+                f"A stream needs at least 1 shard, samples_per_epoch of at least 1 and shuffle of at least 0, got "
                 f"{len(self.shards)} shards, {samples_per_epoch} and {shuffle}."
             )
         self.transform, self.samples_per_epoch = transform, samples_per_epoch
         self.resampled, self.shuffle = resampled, shuffle
         self.broken = BrokenSamples(max_broken_share)
-        self.positions: dict[
-            int, list[int]
-        ] = {}  # by lane: epoch, shard and sample where a block begins, and samples taken from it
+        # by lane: epoch, shard and sample at which the block begins, and number of samples used of it
+        self.positions: dict[int, list[int]] = {}
         self.next_lane = 0
 
     def record(self, position: torch.Tensor) -> None:
-        """Record the `stream_position` (5,) of a used sample. The stream continues after it, with the next lane."""
+        """Record the `stream_position` (5,) of a used sample. The stream continues with the next lane."""
         lane, *self.positions[lane] = position.tolist()
         self.next_lane = lane + 1
 
@@ -458,7 +459,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
             draws = (sample_seed(self.seed, rank, lane, draw) % len(self.shards) for draw in count())
             shards = (self.shards[draw] for draw in draws)
         elif len(self.shards) < world_size:
-            raise ValueError(f"{len(self.shards)} shards are too few for {world_size} processes: use resampled: true.")
+            raise ValueError(f"{len(self.shards)} shards are too few for {world_size} processes: set resampled: true.")
         else:
             order = random.Random(sample_seed(self.seed, epoch)).sample(self.shards, len(self.shards))
             shards = iter(order[rank::world_size][lane::workers])
@@ -469,7 +470,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
         return self._transformed(self._shuffled(samples, used, (rank, lane, epoch)))
 
     def _read(self, shards: Iterator[tuple[int, str]], first: int) -> Iterator[tuple[int, int, dict]]:
-        """Iterate over raw samples with their place (shard, index), from the `first` of the first shard on."""
+        """Iterate over raw samples with their place (shard, index), from sample `first` of the first shard."""
         for shard, url in shards:
             samples = group_by_keys(self._files(url), handler=self._skip_shard)
             for index, sample in islice(enumerate(samples), first, None):
@@ -477,7 +478,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
             first = 0
 
     def _files(self, url: str) -> Iterator[dict]:
-        """Those of a shard, as far as it can be read."""
+        """Iterate over the files of a shard, as far as it can be read."""
         try:
             yield from shard_files(url)
         except BROKEN_SHARD as error:
@@ -490,12 +491,12 @@ class ImageTextStream(EpochDataset, IterableDataset):
         """Shuffle the samples within each block, and skip the first `used` ones of the first block.
 
         Args:
-            samples: raw ones with their place.
-            used: samples of the first block that were used before.
+            samples: raw samples with their place.
+            used: number of samples of the first block that were used before.
             stream: (process, lane, epoch).
 
         Returns:
-            Each sample with the position after it and its random numbers.
+            Each sample with the position after it and the generator of its random numbers.
         """
         while block := list(islice(samples, max(1, self.shuffle))):
             place = block[0][:2]
@@ -520,7 +521,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
             try:
                 images = [sample[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in sample]
                 if not images:
-                    raise ValueError("no image")
+                    raise ValueError("the sample has no image")
                 caption = sample["txt"].decode() if "txt" in sample else None
                 with self.clock.measured():
                     transformed = self.transform(decode_image(images[0]), caption, generator)
@@ -538,29 +539,29 @@ def build_image_text_dataset(
     """Build the data set of one or more sources, see the module's docstring.
 
     Args:
-        source: one, or several, which are concatenated; a webdataset source has to be the only one.
-        transform: of all samples; a source's own options override it.
-        seed: of orders and random changes.
+        source: one source, or several, which are concatenated; a webdataset source must be the only one.
+        transform: transform of all samples; a source may override its options.
+        seed: seed of orders and augmentation.
         max_broken_share: share of broken samples above which the run stops.
 
     Raises:
-        ValueError: no source, an unknown kind or option, a missing option, or a webdataset source beside others.
+        ValueError: there is no source, an unknown kind or option, a missing option, or a webdataset source among others.
     """
     sources = [source] if isinstance(source, dict) else source
     kinds = [one.get("kind") for one in sources]
     if not sources or "webdataset" in kinds and len(kinds) > 1:
-        raise ValueError(f"Sources may be one of kind webdataset, or any number of others, got {kinds}.")
+        raise ValueError(f"The sources must be one webdataset, or any number of other kinds, got {kinds}.")
     parts = []
     for one in sources:
         kind = one.get("kind")
         if kind not in OPTIONS:
-            raise ValueError(f"kind is {', '.join(OPTIONS)}, got {kind!r} in {one}.")
+            raise ValueError(f"kind must be one of {', '.join(OPTIONS)}, got {kind!r} in {one}.")
         changes = {name: value for name, value in one.items() if name in CHANGES}
         options = {name: value for name, value in one.items() if name not in changes and name != "kind"}
         check_keys(f"a {kind} source", options, [*OPTIONS[kind], *CHANGES])
         missing = {name for name, required in OPTIONS[kind].items() if required} - options.keys()
         if missing:
-            raise ValueError(f"A {kind} source needs {', '.join(sorted(missing))}: {one} has none.")
+            raise ValueError(f"A {kind} source needs {', '.join(sorted(missing))}, got {one}.")
         changed = replace(transform, **changes)
         if kind == "webdataset":
             return ImageTextStream(transform=changed, seed=seed, max_broken_share=max_broken_share, **options)
@@ -570,7 +571,7 @@ def build_image_text_dataset(
         in_memory = options.pop("in_memory", False)
         images = ImageFiles(**options) if kind == "folder" else DatasetImages(**options)
         if in_memory and changed.random_crop:
-            raise ValueError(f"in_memory keeps processed pixels, which a random_crop does not have: {one}.")
+            raise ValueError(f"in_memory keeps processed pixels: it does not work with random_crop, got {one}.")
         if in_memory:
             images, changed = PreparedImages(images, changed), changed.change
         parts += [(images, changed)] * repeat

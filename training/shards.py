@@ -108,4 +108,4 @@ def check_whole(member: tarfile.TarInfo) -> None:
         ValueError: a file is sparse: its stated size is larger than its data.
     """
     if member.issparse():
-        raise ValueError(f"{member.name} is a sparse file, which says to hold {member.size} bytes")
+        raise ValueError(f"{member.name} is a sparse file that claims to hold {member.size} bytes")

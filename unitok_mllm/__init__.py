@@ -1,8 +1,8 @@
 """UniTok: one LLM that reads images and draws them. Importing the package registers it with the Auto classes.
 
-Where transformers has been imported before, the classes are registered at once. Otherwise that waits until transformers
-or a module of this package is imported (the command line aside): `unitok-mllm --help` needs neither torch nor
-transformers.
+If transformers has been imported before, the classes are registered at once. Otherwise they are registered when
+transformers or a module of this package (except the command line) is imported, so that `unitok-mllm --help` needs
+neither torch nor transformers.
 """
 
 import importlib
@@ -57,7 +57,7 @@ def _register() -> ModuleType:
 
 
 class _RegisterAfterFirstImport:  # a finder without its base class, whose module takes long to import
-    """Registers the classes once the first module that imports transformers, or transformers itself, has been loaded."""
+    """Register the classes as soon as transformers, or a module that imports it, has been loaded."""
 
     def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
         own = fullname.startswith(f"{__name__}.") and fullname.rpartition(".")[2] not in LIGHT
@@ -78,7 +78,7 @@ class _RegisterAfterFirstImport:  # a finder without its base class, whose modul
 
 
 def _starts_command_line() -> bool:
-    """Whether this process is `unitok-mllm`, or `python -m unitok_mllm.cli`."""
+    """Return whether this process is `unitok-mllm` or `python -m unitok_mllm.cli`."""
     words = sys.orig_argv[1:3]
     return words == ["-m", f"{__name__}.cli"] or [os.path.basename(word) for word in words[:1]] == ["unitok-mllm"]
 
@@ -94,7 +94,7 @@ else:
 
 
 def __getattr__(name: str) -> type:
-    """The public classes, imported with the first of them (PEP 562)."""
+    """Import the public classes when the first of them is used (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(_register(), name)

@@ -20,10 +20,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 
-# Inclusive limits, far above any trained model and far below what fills the memory.
+# Inclusive limits: far above any trained model, far below what would exhaust the memory.
 WIDTH, DEPTH, VOCABULARY = (1, 2**16), (0, 1000), (1, 2**22)
 SHARE, WEIGHT, ABOVE_ZERO = (0.0, 1.0), (0.0, 1e6), (1e-12, 1e12)
-# The inclusive range of each field, by the config's model type; of a CLIP text tower and an LLM, of the fields used here.
+# Inclusive range of each field, by model type. For a CLIP text tower and an LLM, only the fields used here.
 RANGES = {
     "unitok_vision_model": {
         "image_size": (16, 2**14),
@@ -75,8 +75,8 @@ def check_ranges(config: object, prefix: str = "", **ranges: tuple[float, float]
 
     Args:
         config: the object with the fields.
-        prefix: text before the field's name in the message.
-        ranges: least and greatest value, by field.
+        prefix: text before a field's name in the message.
+        ranges: lowest and highest value of each field.
 
     Raises:
         ValueError: a value lies outside its range, or is NaN.
@@ -130,7 +130,7 @@ class UniTokPreTrainedConfig(PreTrainedConfig):
             own = next((part for part in _parts(config_dict) if part.get("model_type") == cls.model_type), None)
             if own is None:
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} holds a model of type {config_dict.get('model_type')!r}, and "
+                    f"{pretrained_model_name_or_path} has a model of type {config_dict.get('model_type')!r}, with "
                     f"none of type {cls.model_type!r} in it."
                 )
             config_dict = own
@@ -153,13 +153,13 @@ class UniTokVisionConfig(UniTokPreTrainedConfig):
 
     Args:
         image_size: height and width of the images, in pixels; a multiple of 16.
-        num_channels: colours of a pixel.
+        num_channels: colour channels.
         stem_width: channels of the stem.
         stage_dims: channels of the two MBConv stages.
         stage_depths: blocks of the two MBConv stages.
         hidden_size: C, width of the transformer after the stages.
-        num_hidden_layers: its blocks.
-        num_attention_heads: its heads.
+        num_hidden_layers: blocks of the transformer.
+        num_attention_heads: attention heads of each block.
         mlp_ratio: GeGLU width over `hidden_size`.
         num_codebooks: K.
         codebook_size: V, at most 65536.
@@ -237,7 +237,7 @@ class UniTokConfig(UniTokPreTrainedConfig):
     Args:
         vision_config: a `UniTokVisionConfig`, or its dict.
         text_config: a `CLIPTextConfig`, or its dict; None for a tokenizer without a text tower.
-        decoder_layers: transformer blocks of the decoder; None for the number of the encoder's.
+        decoder_layers: transformer blocks of the decoder; None for as many as the encoder has.
         initializer_range: standard deviation of initial weights.
 
     Raises:
@@ -280,9 +280,9 @@ class UniTokConfig(UniTokPreTrainedConfig):
         """Make the config of a known size: `large` and `base` (the paper's), `tiny` (64 px, trains on a laptop).
 
         Args:
-            name: of the size.
-            text_overrides: fields of the text config that differ.
-            vision_overrides: fields of the vision config that differ.
+            name: name of the size.
+            text_overrides: fields of the text config to override.
+            vision_overrides: fields of the vision config to override.
 
         Raises:
             ValueError: an unknown name.
@@ -348,12 +348,13 @@ class UniTokDepthConfig(UniTokPreTrainedConfig):
     Its layers are Llama's, with RoPE positions 0..K-1.
 
     Args:
-        hidden_size: None for the LLM's. If they differ, a linear layer maps the LLM's states.
-        intermediate_size: None for the LLM's if the hidden sizes agree, else for 4 times `hidden_size`.
-        num_hidden_layers: layers; 0 predicts each code from its input alone.
-        num_attention_heads: None for heads of 64 dims (one head below 64).
-        num_key_value_heads: None for one for each head.
-        rms_norm_eps: of the RMSNorms.
+        hidden_size: width of the layers; None for the LLM's. If they differ, a linear layer maps the LLM's states.
+        intermediate_size: width of the feed-forward layers; None for the LLM's if the hidden sizes agree, else for 4
+            times `hidden_size`.
+        num_hidden_layers: number of layers; 0 predicts each code from its input alone.
+        num_attention_heads: attention heads; None for heads of 64 dims (one head if the width is below 64).
+        num_key_value_heads: key/value heads; None for as many as attention heads.
+        rms_norm_eps: epsilon of the RMSNorms.
         rope_theta: base of the rotary frequencies.
         hidden_act: activation of the feed-forward layers.
         initializer_range: standard deviation of initial weights.
@@ -381,7 +382,7 @@ class UniTokDepthConfig(UniTokPreTrainedConfig):
         for name in kwargs.keys() & llama.keys() - LIBRARY_FIELDS - PreTrainedConfig.__annotations__.keys():
             if kwargs[name] is not None and kwargs[name] != llama[name]:
                 raise ValueError(
-                    f"The depth transformer does not take {name} ({kwargs[name]!r}): its layers are plain Llama's."
+                    f"The depth transformer does not take {name} ({kwargs[name]!r}): its layers are plain Llama layers."
                 )
         super().__post_init__(**kwargs)
 
@@ -398,10 +399,10 @@ class UniTokDepthConfig(UniTokPreTrainedConfig):
             if self.hidden_size // self.num_attention_heads % 2:
                 raise ValueError(
                     f"hidden_size ({self.hidden_size}) over num_attention_heads ({self.num_attention_heads}) is odd; "
-                    "RoPE turns pairs of dims."
+                    "RoPE rotates pairs of dims."
                 )
         if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act ({self.hidden_act!r}) is no activation of transformers.")
+            raise ValueError(f"hidden_act ({self.hidden_act!r}) is not an activation function of transformers.")
 
     def llama_config(self, num_codebooks: int) -> LlamaConfig:
         """The `LlamaConfig` from which the layers are built."""
@@ -438,7 +439,7 @@ class LLMSizes:
     max_positions: int | None
 
 
-# The names of a size in the families of transformers; the first that a config has as a number is used.
+# Names of each size in the families of transformers. The first one that a config has as a number is used.
 _SIZE_NAMES = {
     "hidden_size": ("word_embed_proj_dim", "hidden_size"),
     "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "dff"),
@@ -447,7 +448,7 @@ _SIZE_NAMES = {
 }
 
 
-# Families that count positions from the left edge, padding included, unless they are told the positions.
+# Families that count positions from the left edge, padding included, unless position_ids are given.
 LEARNED_POSITIONS = {
     *("bert", "bert-generation", "big_bird", "biogpt", "electra", "ernie", "gpt2", "gpt_bigcode", "gpt_neo"),
     *("megatron-bert", "rembert", "roc_bert", "xglm"),
@@ -480,7 +481,7 @@ def check_llm(config: PreTrainedConfig) -> None:
     """Refuse LLMs that cannot be the LLM of a UniTok MLLM.
 
     Raises:
-        ValueError: it is of such a family; the message has the reason.
+        ValueError: its family cannot be the LLM; the message gives the reason.
     """
     reason = UNSUITABLE_LLMS.get(config.model_type)
     if config.is_encoder_decoder or config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
@@ -503,7 +504,7 @@ def llm_sizes(config: PreTrainedConfig) -> LLMSizes:
     }
     for size in ("hidden_size", "vocab_size"):
         if sizes[size] is None:
-            raise ValueError(f"The LLM's config ({type(config).__name__}) names no {size}.")
+            raise ValueError(f"The LLM's config ({type(config).__name__}) has no {size}.")
     return LLMSizes(**{**sizes, "intermediate_size": sizes["intermediate_size"] or 4 * sizes["hidden_size"]})
 
 
@@ -516,12 +517,12 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
         visual_config: a `UniTokConfig`, or its dict.
         depth_config: a `UniTokDepthConfig`, or its dict. Sizes left out follow the LLM.
         embedder_dim: width of the embedder's causal attention projection.
-        embedder_heads: its heads.
+        embedder_heads: attention heads of that projection.
         boi_token_id: the token that opens an image.
         eoi_token_id: the token that closes an image.
         image_token_id: the placeholder at image positions. It is never looked up, so it may lie beyond the LLM's
             vocabulary.
-        image_loss_z_weight: weight of the mean squared maximal logit in the image loss.
+        image_loss_z_weight: weight of the z-loss (mean squared maximal logit) in the image loss.
         image_prompt_ids: the tokens that turn a description into a prompt for an image, the opening token last.
             Drawing adds them to prompts that do not open an image (those of the library's pipelines). With None, such
             a prompt is an error.
@@ -596,7 +597,7 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
             ids = getattr(self, name)
             if ids is not None and ids[-1:] != [self.boi_token_id]:
                 raise ValueError(f"{name} ({ids}) must end with boi_token_id ({self.boi_token_id}).")
-        self.depth_config.validate_architecture()  # its sizes are known by now
+        self.depth_config.validate_architecture()  # sizes left out have been filled in by now
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save the config, as the library does; its `auto_map` gets all Auto classes of the model, for servers."""

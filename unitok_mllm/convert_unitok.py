@@ -1,9 +1,9 @@
 """Convert original UniTok checkpoints into folders that the Auto classes load.
 
 A tokenizer `.pth` is `{"args": {...}, "trainer": {"unitok": {name: tensor}}}`. An original MLLM is a Llama folder with
-`model.multi_embedder.*` and `ar_head.*` beside the LLM's own keys. Widths and depths follow from the tensors' shapes.
-Every tensor is used or listed in the report. Pickles are read with `weights_only=True` and never executed without a
-flag.
+`model.multi_embedder.*` and `ar_head.*` beside the LLM's own keys. Widths and depths are read from the tensors' shapes.
+Every tensor is used or listed in the report. Pickles are read with `weights_only=True`, and executed only with
+`allow_pickle`.
 """
 
 import json
@@ -32,7 +32,7 @@ from .processing_unitok import UniTokMLLMProcessor
 
 StateDict = dict[str, torch.Tensor]
 
-# Original key -> our key, for the keys that move one to one.
+# Original key -> our key, for tensors that are only renamed.
 TOKENIZER_KEYS = (
     (r"^(encoder|quant_proj|post_quant_proj|fc_norm|projection)\.", r"vision_model.\1."),
     (r"^text_encoder\.token_embedding\.weight$", "text_model.text_model.embeddings.token_embedding.weight"),
@@ -54,8 +54,8 @@ MLLM_KEYS = (
     (r"^ar_head\.(layers|norm)\.", r"depth_head.\1."),
     (r"^(model|lm_head)\.", r"language_model.\1."),
 )
-MAX_COMPUTED = 2**27  # numbers that a model may compute from its config beside its weights, such as position tables
-# what config and model classes raise for an impossible config
+MAX_COMPUTED = 2**27  # numbers of a model that are computed from its config, such as position tables
+# exceptions of config and model classes for an impossible config
 CONFIG_ERRORS = (
     *(LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, StrictDataclassError),
 )
@@ -73,7 +73,7 @@ class ConversionReport:
 
     Attributes:
         used: number of tensors used.
-        left_out: names of the others, with the reason.
+        left_out: names of the tensors left out, with the reason.
     """
 
     used: int = 0
@@ -98,37 +98,37 @@ def check_archive(path: str | os.PathLike) -> None:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConversionError(f"{path} is no torch checkpoint: it is not a regular file.")
+        raise ConversionError(f"{path} is not a torch checkpoint: it is not a regular file.")
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
         held = sum(member.file_size for member in archive.infolist())
     if held > 2 * path.stat().st_size:
-        raise ConversionError(f"{path} has {path.stat().st_size} bytes, and says to hold {held}.")
+        raise ConversionError(f"{path} has {path.stat().st_size} bytes, but claims to hold {held}.")
 
 
 def check_tensors(state: object, source: str | os.PathLike) -> None:
-    """Check that a state dict has weights only: named tensors, dense, real and finite, each with bytes of its own.
+    """Check that a state dict has only weights: named tensors, dense, real and finite, each number stored.
 
     Args:
-        state: anything that was read from a checkpoint.
+        state: any object that was read from a checkpoint.
         source: its path, for the message.
 
     Raises:
-        ConversionError: a tensor is not; the message names it.
+        ConversionError: an entry is something else; the message names it.
     """
     if not isinstance(state, dict):
-        raise ConversionError(f"{source} does not hold named tensors, but a {type(state).__name__}.")
+        raise ConversionError(f"{source} has a {type(state).__name__}, expected a dict of named tensors.")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ConversionError(f"{source} has a {type(value).__name__} as {name!r}, expected a tensor by its name.")
+            raise ConversionError(f"{source} has a {type(value).__name__} under {name!r}, expected a named tensor.")
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
-            raise ConversionError(f"{source} has a {kind} tensor as {name}, expected a dense one.")
+            raise ConversionError(f"{source} has the {kind} tensor {name}, expected a dense one.")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ConversionError(
-                f"{source} has {name} of the shape {tuple(value.shape)} with "
-                f"{value.untyped_storage().nbytes()} bytes: the same numbers again and again."
+                f"{source} has {name} of shape {tuple(value.shape)} in only {value.untyped_storage().nbytes()} bytes: "
+                "its numbers are repeated, not stored."
             )
         if value.is_complex() or not value.isfinite().all():
             raise ConversionError(
@@ -155,15 +155,15 @@ def read_pickle(path: str | os.PathLike, allow_pickle: bool = False) -> object:
     except pickle.UnpicklingError as error:
         if not allow_pickle:
             raise ConversionError(
-                f"{path} is no torch checkpoint of plain tensors. If you trust it, allow its pickle to be executed "
+                f"{path} is not a torch checkpoint of plain tensors. If you trust it, allow its pickle to be executed "
                 f"with --allow-pickle. ({_first_line(error)})"
             ) from error
     except Exception as error:  # the unpickler may raise anything on other kinds of files
-        raise ConversionError(f"{path} is no torch checkpoint: {_first_line(error)}") from error
+        raise ConversionError(f"{path} is not a torch checkpoint: {_first_line(error)}") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
-        raise ConversionError(f"{path} is no torch checkpoint: {_first_line(error)}") from error
+        raise ConversionError(f"{path} is not a torch checkpoint: {_first_line(error)}") from error
 
 
 def _rename(key: str, patterns: tuple[tuple[str, str], ...]) -> str:
@@ -190,7 +190,7 @@ def _count_layers(state: StateDict, prefix: str) -> int:
 
 
 def _take_zeros(state: StateDict, report: ConversionReport) -> None:
-    """Remove tensors that are zero by construction. The model has no place for them: a non-zero one is an error."""
+    """Remove tensors that are zero by construction. The model has no place for them, so a non-zero one is an error."""
     for name in [name for name in state if ALWAYS_ZERO.search(name)]:
         if state.pop(name).any():
             raise ConversionError(f"{name} is not zero as in every released checkpoint; this model cannot hold it.")
@@ -205,24 +205,24 @@ def _load_exactly(model: PreTrainedModel, state: StateDict) -> None:
         raise ConversionError(f"The checkpoint does not fit: {error}") from error
     if missing or unexpected:
         raise ConversionError(
-            f"The checkpoint lacks {missing or 'nothing'}, and has unknown {unexpected or 'nothing'}."
+            f"The checkpoint lacks {missing or 'nothing'} and has unknown {unexpected or 'nothing'}."
         )
     broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if broken:
-        raise ConversionError(f"{len(broken)} tensors are not finite in {model.dtype}, {broken[0]} first.")
+        raise ConversionError(f"{len(broken)} tensors are not finite in {model.dtype}, the first is {broken[0]}.")
 
 
 def _built(model_class: type[PreTrainedModel], config: PreTrainedConfig, state: StateDict) -> PreTrainedModel:
-    """Build a model with these weights, in eval mode. Their number is checked before memory is allocated."""
+    """Build a model with these weights, in eval mode. Their number is checked before any memory is allocated."""
     try:
         with torch.device("meta"):
             empty = model_class(config)
     except CONFIG_ERRORS as error:
-        raise ConversionError(f"The checkpoint's config cannot be: {error!r}") from error
+        raise ConversionError(f"The checkpoint's config is impossible: {error!r}") from error
     needed = empty.num_parameters() + sum(map(torch.numel, empty.buffers()))
     held = sum(map(torch.numel, state.values()))
     if needed > 2 * held + MAX_COMPUTED:
-        raise ConversionError(f"The config asks for {needed} numbers, the checkpoint has {held}.")
+        raise ConversionError(f"The config asks for {needed} weights, the checkpoint has {held}.")
     with init.no_init_weights():
         model = model_class(config).eval()
     _load_exactly(model, state)
@@ -283,7 +283,7 @@ def tokenizer_state_dict(state: StateDict, report: ConversionReport) -> StateDic
 
     Args:
         state: the original state dict; it does not change.
-        report: gets the numbers and names of the tensors.
+        report: the counts and names of the tensors are added to it.
     """
     state = dict(state)
     report.used += len(state)
@@ -334,7 +334,7 @@ def load_original_tokenizer(
         raise
     except CONFIG_ERRORS as error:
         raise ConversionError(
-            f"{source} is no UniTok tokenizer checkpoint ({{'args', 'trainer': {{'unitok': ...}}}}): {error!r}"
+            f"{source} is not a UniTok tokenizer checkpoint ({{'args', 'trainer': {{'unitok': ...}}}}): {error!r}"
         ) from error
     return _built(UniTokModel, config, converted), report
 
@@ -391,7 +391,7 @@ def mllm_state_dict(state: StateDict, visual: UniTokModel, report: ConversionRep
     Args:
         state: the original state dict; it does not change.
         visual: the converted visual tokenizer, whose weights are added.
-        report: gets the numbers and names of the tensors.
+        report: the counts and names of the tensors are added to it.
     """
     state = dict(state)
     for name in [name for name in state if UNUSED.search(name)]:
@@ -440,7 +440,8 @@ def convert_mllm(
         raise ConversionError(f"cannot read the config or the tokenizer in {source}: {error}") from error
     state = _read_shards(source, allow_pickle)
     boi_token, eoi_token = text_tokenizer.convert_ids_to_tokens([3, 4])
-    text_tokenizer.add_tokens([boi_token, eoi_token], special_tokens=True)  # a text's "<0x00>" is no byte token yet
+    # otherwise "<0x00>" in a text would not be read as the byte token
+    text_tokenizer.add_tokens([boi_token, eoi_token], special_tokens=True)
     processor = UniTokMLLMProcessor(
         image_processor=_image_processor(visual.config.vision_config, "understand"),
         tokenizer=text_tokenizer,
@@ -467,9 +468,9 @@ def convert_mllm(
             **processor.config_token_ids(),
         )
     except KeyError as error:
-        raise ConversionError(f"{source} is no UniTok MLLM: it has no {error}.") from error
+        raise ConversionError(f"{source} is not a UniTok MLLM: it has no {error}.") from error
     except CONFIG_ERRORS as error:
-        raise ConversionError(f"{source} is no UniTok MLLM: {error!r}") from error
+        raise ConversionError(f"{source} is not a UniTok MLLM: {error!r}") from error
     model = _built(UniTokMLLMForConditionalGeneration, model_config, converted)
     model.set_image_generation(**IMAGE_GENERATION)
     model.save_pretrained(folder)

@@ -1,8 +1,8 @@
 """Record a step of generation as one CUDA graph, and replay it.
 
-A step with few rows consists of a thousand small kernels. Launching them one by one from Python takes longer than a
-GPU needs to read the weights. Recorded once and replayed, they run without gaps. A recording reads and writes the same
-memory at each replay, so shapes are fixed and caches have their full length from the start.
+A step with few rows consists of about a thousand small kernels. Launching them one by one from Python takes longer than
+a GPU needs to read the weights. Recorded once and replayed, they run without gaps. Each replay reads and writes the same
+memory, so shapes are fixed and caches have their full length from the start.
 """
 
 import warnings
@@ -14,10 +14,10 @@ from transformers.cache_utils import StaticLayer
 
 
 class UniTokCudaGraph:
-    """Call a function of tensors on one CUDA device: the first call is direct, the second records, later ones replay.
+    """Call a function of tensors on one CUDA device: the first call is eager, the second records, later ones replay.
 
-    The first call lets libraries initialise themselves outside the recording. If the recording fails (for example,
-    since the function reads a tensor's values), a warning says so, and all calls are direct.
+    The first call lets libraries initialise themselves outside the recording. If the recording fails (for example because
+    the function reads a tensor's values), a warning is logged and all calls are eager.
 
     Args:
         function: takes tensors of the same shapes and dtypes at each call, may change other tensors in place, and
@@ -54,7 +54,7 @@ def static_cache(model: PreTrainedModel, max_length: int) -> StaticCache | None:
 
     Args:
         model: an MLLM.
-        max_length: tokens, at most.
+        max_length: capacity in tokens.
 
     Returns:
         The cache; None if the steps cannot be recorded: on other devices than CUDA, with layers that have other state

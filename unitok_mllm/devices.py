@@ -1,4 +1,4 @@
-"""Where a model runs, by the one name that all commands and scripts take."""
+"""Names of devices, the same for all commands and scripts."""
 
 from typing import TYPE_CHECKING
 
@@ -11,15 +11,16 @@ DEVICE_HELP = "auto (an accelerator where there is one), cpu, cuda or cuda:N"
 
 
 def find_device(name: str = AUTO, automatic: "torch.device | None" = None) -> "torch.device":
-    """The device of a name; "" is "auto" too.
+    """Return the device of a name.
 
     Args:
-        automatic: what "auto" is for this one of several processes.
+        name: "auto", "cpu", or an accelerator such as "cuda" or "cuda:1"; "" means "auto".
+        automatic: the device that "auto" means for this process, if there are several processes.
 
     Raises:
-        ValueError: this machine has no such device; it names those that there are.
+        ValueError: this machine has no such device. The message names those that it has.
     """
-    import torch  # takes seconds, which `--help` should not
+    import torch  # takes seconds, and `--help` must not wait for it
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name in ("", AUTO):

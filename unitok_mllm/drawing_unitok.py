@@ -32,9 +32,9 @@ logger = logging.get_logger(__name__)
 
 # The `image_generation` in the generation config of new models (chosen with the shipped model).
 IMAGE_GENERATION = {"guidance_scale": 3.0, "temperature": 0.7, "top_k": 20}
-# The options that `image_generation` may have.
+# Options that `image_generation` may have.
 SAMPLING = ("guidance_scale", "image_guidance_scale", "do_sample", "temperature", "top_k", "top_p", "candidates")
-# Options of text that the library's pipelines pass for drawings too, or that it writes into every config.
+# Options of text generation that the library's pipelines also pass for drawings, or that it writes into every config.
 TEXT_OPTIONS = {"max_new_tokens", "max_length", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"}
 MAX_GUIDANCE = 1e6  # keeps guided logits finite in float32
 MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
@@ -48,20 +48,20 @@ class UniTokDrawingOptions:
     the dict `image_generation`, separate from the options of text.
 
     Attributes:
-        guidance_scale: strength of the words. 1 means no guidance and one branch. Above 1, a second branch gives the
-            logits `uncond + scale * (cond - uncond)`.
-        image_guidance_scale: strength of the images of the prompts, by the same formula with its own branch.
+        guidance_scale: guidance by the prompt's text. 1 means no guidance and one branch. Above 1, with a second branch,
+            the logits are `uncond + scale * (cond - uncond)`.
+        image_guidance_scale: guidance by the images in the prompts, by the same formula with a branch of its own.
         do_sample: False to take the most likely code each time.
         temperature: as in transformers; above 0.
         top_k: as in transformers; 0 keeps all codes.
         top_p: as in transformers; above 0 and at most 1.
-        candidates: samples to draw for each prompt, of which the `num_return_sequences` best are returned, see
-            `ranking_unitok`; at least as many. 1 to draw only what is returned, without ranking.
+        candidates: samples to draw and rank for each prompt, at least `num_return_sequences`, of which the best are
+            returned; see `ranking_unitok`. 1 to draw only what is returned, without ranking.
         num_return_sequences: drawings to return for each prompt.
         num_positions: positions to draw; None for a whole image (L).
-        seed: one for all prompts or one for each; None to take it from torch's generator. Sample j of a prompt depends
-            only on its seed and on j, not on other rows of the batch.
-        use_cache: False to compute the whole sequence again at each step (slow; gives the same codes).
+        seed: one for all prompts or one for each; None to draw it from torch's generator. Sample j of a prompt depends
+            only on the seed and on j, not on other rows of the batch.
+        use_cache: False to recompute the whole sequence at each step (slow; gives the same codes).
         cuda_graph: False to launch all kernels of each step from Python (slow; gives the same codes). This also
             happens if no graph is possible: see `cuda_graph_unitok`.
 
@@ -104,7 +104,7 @@ class UniTokDrawingOptions:
             )
         if self.candidates > 1 and self.num_positions is not None:
             raise ValueError(
-                f"candidates are ranked as whole images: num_positions {self.num_positions} does not go with it."
+                f"candidates are ranked as whole images: num_positions must be None, got {self.num_positions}."
             )
 
     @property
@@ -176,7 +176,7 @@ def image_generation(config: GenerationConfig) -> dict:
         Its options other than None; an empty dict if there are none.
 
     Raises:
-        ValueError: it is not a dict, has an unknown option, or one outside its range.
+        ValueError: it is not a dict, or has an unknown option or one outside its range.
     """
     options = vars(config).get("image_generation") or {}
     if not isinstance(options, dict):
@@ -191,12 +191,12 @@ def image_generation(config: GenerationConfig) -> dict:
 
 
 def uniform_noise(seeds: list[int], num_return_sequences: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Draw the random numbers of all samples. Those of sample j of a prompt depend only on its seed and on j.
+    """Draw the random numbers of all samples. Those of sample j of a prompt depend only on the prompt's seed and on j.
 
     Args:
         seeds: one for each prompt.
         num_return_sequences: samples for each prompt.
-        shape: of one sample's numbers.
+        shape: shape of one sample's numbers.
 
     Returns:
         (prompts * num_return_sequences, *shape), float32 in [0, 1).
@@ -305,7 +305,7 @@ class UniTokCodeSampler:
 
 
 def has_keys(cache: Cache) -> bool:
-    """Whether any layer of a cache has keys and values, or will have (dynamic caches); Mamba layers have a state."""
+    """Return whether a layer of a cache stores keys and values, or will (dynamic caches). Mamba layers store a state."""
     return not cache.layers or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
 
@@ -313,7 +313,7 @@ class UniTokDrawing:
     """One drawing of a batch: its caches and its steps.
 
     Args:
-        parts: the model's modules, of `prepare_drawing`.
+        parts: the model's modules, from `prepare_drawing`.
         guidance: the prompts.
         sampler: chooses codes.
         num_positions: positions to draw.

@@ -22,9 +22,9 @@ class UniTokDrawingCaches:
     """The key/value caches of one drawing.
 
     Attributes:
-        llm: the LLM's decoder in the form for its cache.
-        llm_cache: None to compute the whole sequence at each step.
-        embedder_cache: None in the same case.
+        llm: the LLM's decoder, in the form that fits its cache.
+        llm_cache: cache of the LLM; None to recompute the whole sequence at each step.
+        embedder_cache: cache of the embedder; None in the same case.
         is_fixed: whether both have their full length from the start, so that a step can be recorded as a CUDA graph.
     """
 
@@ -34,7 +34,7 @@ class UniTokDrawingCaches:
     is_fixed: bool = False
 
     def recorded(self, step: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """Return a function of a step, replayed as a CUDA graph if that is possible."""
+        """Return the function of a step, as a CUDA graph if that is possible."""
         return UniTokCudaGraph(step) if self.is_fixed else step
 
 
@@ -56,8 +56,8 @@ class UniTokDrawingParts:
         """Make empty caches for one drawing.
 
         Args:
-            max_length: tokens of the sequence, prompt and image together.
-            num_positions: positions of the image.
+            max_length: length of the sequence, prompt and image together, in tokens.
+            num_positions: number of positions of the image.
             use_cache: False for no caches.
             cuda_graph: False for growing caches even if caches of fixed length are possible.
         """

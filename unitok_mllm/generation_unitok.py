@@ -40,7 +40,7 @@ IMAGE_INPUTS = ("pixel_values", "image_codes")
 
 
 def is_used(cache: Cache | None) -> bool:
-    """Whether a cache has earlier tokens. The library's paged caches, which serve only texts, count as used."""
+    """Return whether a cache holds earlier tokens. The library's paged caches, which serve only texts, count as used."""
     if cache is None or not isinstance(cache, Cache):
         return cache is not None
     return cache.get_seq_length() > 0 if has_keys(cache) else cache.has_previous_state()
@@ -61,10 +61,10 @@ class UniTokInterleavedOutput:
 
 
 class UniTokLogitsProcessorList(LogitsProcessorList):
-    """Logits processors, of which the library's own get prompts without placeholders.
+    """Logits processors. Those of the library get prompts without image placeholders.
 
-    A placeholder's id may lie beyond the vocabulary. The library's processors see the token that opens an image in its
-    place, which is in the prompt in any case, before each image.
+    A placeholder's id may lie beyond the vocabulary. It is replaced by the token that opens an image, which is in the
+    prompt anyway, before each image.
     """
 
     placeholder: int
@@ -86,10 +86,10 @@ class UniTokGenerationMixin(GenerationMixin):
 
         Args:
             inputs: prompt ids (B, T), also as `input_ids=`.
-            args: of the mode's method.
+            args: arguments of the mode's method.
             generation_mode: "text" for transformers' own `generate`, "image" for `generate_image_codes`, "interleaved"
                 for `generate_interleaved`.
-            kwargs: of the mode's method.
+            kwargs: arguments of the mode's method.
 
         Returns:
             "text": as transformers. "image": codes (B * num_return_sequences, K, L), int64, or a `UniTokDrawingOutput`
@@ -108,14 +108,14 @@ class UniTokGenerationMixin(GenerationMixin):
             if generation_mode != "text":
                 raise ValueError(f"generation_mode is 'text', 'image' or 'interleaved', got {generation_mode!r}.")
             if "image_generation" in kwargs:  # as an option it would be ignored
-                raise ValueError("image_generation is for a generation_config; give a drawing its options themselves.")
+                raise ValueError("image_generation belongs in a generation_config; pass drawing options as arguments.")
             input_ids = kwargs.get("input_ids", inputs)
             if input_ids is not None:
                 self._check_room(input_ids, 1)
             return super().generate(inputs, *args, **kwargs)
 
     def adjust_generation_fn(self, *args, visual=None, language_model=None, **kwargs) -> None:
-        """Load the generation config as the library does, which would take the constructor's modules for options."""
+        """Load the generation config as the library does, but do not pass it the constructor's modules as options."""
         super().adjust_generation_fn(*args, **kwargs)
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
@@ -256,8 +256,8 @@ class UniTokGenerationMixin(GenerationMixin):
         """Draw one image, or `num_return_sequences` images, for each prompt.
 
         With `candidates` above `num_return_sequences`, that many are drawn in one batch, and the best are returned:
-        those whose embeddings by the visual tokenizer are nearest to that of the prompt's text. Candidate j is sample
-        j of its prompt, the same as row j with `num_return_sequences` alone, so candidate 0 is the plain drawing.
+        those whose embeddings (by the visual tokenizer) are nearest to that of the prompt's text. Candidate j is sample
+        j of its prompt, the same as row j with `num_return_sequences` alone. So candidate 0 is the plain drawing.
 
         Args:
             input_ids: (B, T), prompts that end with the token that opens an image, padded on the left.
@@ -276,28 +276,28 @@ class UniTokGenerationMixin(GenerationMixin):
             logits_processor: processors of the logits of each code, see `UniTokCodeSampler`. With any, no step is
                 recorded as a CUDA graph.
             stopping_criteria: called after each position with the codes so far, (B * samples, l * K), and None for
-                scores; samples is the larger of `candidates` and `num_return_sequences`. The drawing ends early when all its rows have been stopped.
+                scores; samples is the larger of `candidates` and `num_return_sequences`. The drawing ends early when
+                all rows have been stopped.
             streamer: gets the codes so far of all samples after each position, and may stop the drawing.
             progress: show a progress bar.
             parts: `prepare_drawing(model)`, made once for several drawings; None to make them for this one.
             ranking_input_ids: (B, T'), the texts that `candidates` are ranked by, see `score_drawings`. The processor
-                makes them from descriptions; prompts with images, as of edits, have none of their own, see its
-                `ranking_text`. Without them the model's own `candidates` are ignored, and those that the call asks
-                for are an error.
+                makes them from descriptions, and for edits and other prompts with images from its `ranking_text`.
+                Without them the model's own `candidates` are ignored, and those that the call asks for are an error.
             ranking_attention_mask: (B, T').
-            return_dict_in_generate: True to return all candidates and the scores, too.
+            return_dict_in_generate: True to return also all candidates and their scores.
             options: those of `UniTokDrawingOptions`: `guidance_scale`, `temperature`, `seed` ... Options left out (or
                 None) come from `generation_config`, then from `image_generation` in the model's own generation config.
 
         Returns:
             (B * num_return_sequences, K, L), int64, the drawings of a prompt next to each other; with `candidates` the
-            best first. A drawing that the streamer or the criteria stopped has fewer than L positions; `decode_images`
-            refuses it, and of candidates the first ones are returned, without scores. With `return_dict_in_generate`,
-            a `UniTokDrawingOutput`.
+            best first. A drawing that the streamer or the criteria stopped has fewer than L positions: `decode_images`
+            refuses it, and candidates are not ranked (the first ones are returned). With `return_dict_in_generate`, a
+            `UniTokDrawingOutput`.
 
         Raises:
             ValueError: an option outside its range, a prompt that does not end with the token that opens an image,
-                guidance without a null prompt, or candidates without a text, or without a text tower that reads it.
+                guidance without a null prompt, or candidates without a text to rank by or a text tower that reads it.
             TypeError: an option that drawing does not know.
         """
         options, guidance, noise = self.drawing_inputs(
@@ -350,7 +350,7 @@ class UniTokGenerationMixin(GenerationMixin):
         """Check the texts (B, T) that candidates are ranked by.
 
         Raises:
-            ValueError: there are none, or another number than of prompts; see `check_ranking`.
+            ValueError: there are none, or not one for each prompt; see `check_ranking`.
         """
         if self.visual.config.text_config is not None and input_ids is None:
             raise ValueError(
@@ -358,7 +358,7 @@ class UniTokGenerationMixin(GenerationMixin):
                 "generation_mode='image'). For prompts with images, such as edits, describe the result in ranking_text."
             )
         if input_ids is not None and len(input_ids) != num_prompts:
-            raise ValueError(f"Got {len(input_ids)} texts to rank by for {num_prompts} prompts.")
+            raise ValueError(f"Got {len(input_ids)} texts to rank by, but {num_prompts} prompts.")
         check_ranking(self.visual, input_ids)
 
     @torch.no_grad()
@@ -388,8 +388,8 @@ class UniTokGenerationMixin(GenerationMixin):
             unconditional_attention_mask: (1 or B, T').
             pixel_values: (N, 3, H, W), images in the prompts.
             image_codes: (N, K, L), instead of pixels.
-            max_new_tokens: text tokens for each prompt, at most; images do not count. None for 256.
-            max_images: images for each prompt, at most. After that the model cannot open another one.
+            max_new_tokens: most text tokens for each prompt; images do not count. None for 256.
+            max_images: most images for each prompt. After that the model cannot open another one.
             image_options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `seed` ... Image n of a
                 prompt (from 0) is drawn with the seed plus n. Options left out are as in `generate_image_codes`; a
                 call's `generation_config` may have them as `image_generation`. Their `streamer` gets all images. If it
@@ -420,7 +420,7 @@ class UniTokGenerationMixin(GenerationMixin):
                 config.max_new_tokens = 256
             batch = len(input_ids)
             if streamer is not None and batch > 1:
-                raise ValueError(f"A streamer shows the answer to one prompt, got {batch}.")
+                raise ValueError(f"A streamer shows the answer to one prompt, got {batch} prompts.")
             self._check_room(input_ids, 1)
             attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             image_codes = self.encode_images(pixel_values) if pixel_values is not None else image_codes
@@ -554,7 +554,7 @@ class UniTokGenerationMixin(GenerationMixin):
         return input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask
 
     def _check_room(self, input_ids: torch.Tensor, num_positions: int) -> None:
-        """Check that prompts (B, T) and `num_positions` more fit into the LLM's positions.
+        """Check that prompts (B, T) and `num_positions` further tokens fit into the LLM's positions.
 
         Raises:
             ValueError: they do not fit.
@@ -562,8 +562,8 @@ class UniTokGenerationMixin(GenerationMixin):
         most = self.config.llm_sizes.max_positions
         if most is not None and input_ids.shape[1] + num_positions > most:
             raise ValueError(
-                f"The prompt is too long: {input_ids.shape[1]} tokens, and {num_positions} to follow, do not fit into "
-                f"the model's {most} positions."
+                f"The prompt is too long: its {input_ids.shape[1]} tokens and {num_positions} more do not fit into the "
+                f"model's {most} positions."
             )
 
     def _guidance(self, inputs_embeds, image_codes, attention_mask, others, num_return_sequences) -> UniTokGuidance:

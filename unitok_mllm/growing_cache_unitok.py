@@ -24,8 +24,8 @@ class UniTokGrowingLayer(DynamicLayer):
     """One layer of the cache, preallocated at its first update.
 
     Args:
-        max_length: tokens, at most.
-        dtype: of the stored keys and values; None for their own.
+        max_length: capacity in tokens.
+        dtype: dtype of the stored keys and values; None for the dtype that they come in.
     """
 
     def __init__(self, max_length: int, dtype: torch.dtype | None = None):
@@ -61,7 +61,7 @@ def growing_cache(llm: nn.Module, max_length: int) -> tuple[nn.Module, DynamicCa
 
     Args:
         llm: the LLM's decoder.
-        max_length: tokens, at most.
+        max_length: capacity in tokens.
 
     Returns:
         The decoder to call, and its cache.
@@ -78,7 +78,7 @@ def growing_cache(llm: nn.Module, max_length: int) -> tuple[nn.Module, DynamicCa
 
 
 def _can_attend_in_float32(llm: nn.Module) -> bool:
-    """Whether the LLM has 16-bit weights on a CPU, uses torch's attention, and no `forward` in it is patched."""
+    """Return whether the LLM has 16-bit weights on a CPU, uses torch's attention, and has no patched `forward`."""
     if not isinstance(llm, PreTrainedModel) or llm.device.type != "cpu" or llm.dtype.itemsize > 2:
         return False
     if llm.config._attn_implementation != "sdpa":

@@ -38,11 +38,11 @@ MODES = {
 }
 PAD_COLOR = (122, 116, 104)
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
-MAX_PIXELS = 2**28  # of a padded or resized picture: a very elongated one would otherwise fill the memory
+MAX_PIXELS = 2**28  # of a padded or resized picture: a very elongated one would otherwise exhaust the memory
 RANGE_TOLERANCE = 1e-3  # rounding noise allowed around [0, 1] and [0, 255] in float arrays
 URL_TIMEOUT = 30  # seconds
-URL_BYTES = 2**28  # of a file behind a URL, at most
-PROGRAM_FORMATS = ("EPS",)  # Pillow hands them to another program: not for pictures of unknown origin
+URL_BYTES = 2**28  # largest file that a URL may return
+PROGRAM_FORMATS = ("EPS",)  # Pillow passes these to another program, which is unsafe for pictures of unknown origin
 # what Pillow raises on missing, truncated or corrupt data
 DECODE_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
@@ -57,17 +57,17 @@ def load_image(
     formats: Sequence[str] | None = None,
     max_side: int | None = None,
 ) -> Image.Image:
-    """Read an image as an upright 8-bit RGB picture. The package opens every picture from outside by this function.
+    """Read an image as an upright 8-bit RGB picture. The package opens every external picture with this function.
 
     The EXIF orientation is applied and removed, so that a second call changes nothing. Transparency is composited on
-    white. 16-bit greyscale is scaled to 8 bits. Of an animated file the first frame is read, of a Pillow image the
-    current one.
+    white. 16-bit greyscale is scaled to 8 bits. The first frame of an animated file is read, and the current frame of a
+    Pillow image.
 
     Args:
         source: a local path, an http(s) or `data:image/` URL, the bytes of a file, or a Pillow image of any mode (not
             changed).
         name: name for error messages; by default the path, or the mode and size of an image without one.
-        formats: Pillow's names of the formats to read; None for all that need no other program.
+        formats: the formats to read, by Pillow's names; None for all that Pillow reads without another program.
         max_side: shrink a picture whose longer side exceeds it, in pixels, as early as its format allows, to save
             memory. A Pillow image is not shrunk.
 
@@ -75,9 +75,9 @@ def load_image(
         A Pillow image of mode RGB.
 
     Raises:
-        ValueError: the source is missing, truncated, not an image, empty, of a kind that another program would have to
-            read (EPS), no regular file (a FIFO, a device), or beyond Pillow's decompression-bomb limit. The message
-            names it.
+        ValueError: the source is missing, truncated, empty, not an image, not a regular file (a FIFO, a device), of a
+            format that needs another program (EPS), or beyond Pillow's decompression-bomb limit. The message names
+            it.
     """
     if isinstance(source, Image.Image):
         has_file = isinstance(source, ImageFile.ImageFile) and source.filename
@@ -112,7 +112,7 @@ def _shrink(image: Image.Image, max_side: int) -> Image.Image:
     """Shrink an opened picture to a longer side of `max_side`; a JPEG is decoded no larger than needed."""
     if max(image.size) <= max_side:
         return image
-    if image.mode in ("1", "P", "PA") or "transparency" in image.info:  # the mean of palette indices has no meaning
+    if image.mode in ("1", "P", "PA") or "transparency" in image.info:  # averaging palette indices is meaningless
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if image.mode.startswith("I;16"):  # which Pillow 12 cannot resize
         image = image.convert("I")
@@ -121,12 +121,12 @@ def _shrink(image: Image.Image, max_side: int) -> Image.Image:
 
 
 def _file_of(source: str | os.PathLike | bytes) -> str | bytes | BytesIO:
-    """Return what Pillow opens: a path, or the bytes of a URL or of a file."""
+    """Return what Pillow can open: a path, or the bytes of a URL or a file."""
     if isinstance(source, bytes):
         return BytesIO(source)
     path = os.fspath(source)
     if not str(path).startswith(("http://", "https://", "data:image/")):
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would wait for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would block forever
             raise ValueError("not a regular file")
         return path
     with urlopen(path, timeout=URL_TIMEOUT) as response:
@@ -137,7 +137,7 @@ def _file_of(source: str | os.PathLike | bytes) -> str | bytes | BytesIO:
 
 
 def _formats(wanted: Sequence[str] | None) -> list[str]:
-    """List the formats that Pillow reads without another program, or the wanted ones of them; its versions differ."""
+    """List the formats that this version of Pillow reads without another program, or those of them that are wanted."""
     Image.init()
     return [name for name in Image.ID if name not in PROGRAM_FORMATS and (wanted is None or name in wanted)]
 
@@ -214,7 +214,7 @@ class UniTokImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class UniTokImageProcessorMixin:
-    """The two backends' common part. The module's docstring explains the modes.
+    """Common part of the two backends. The module's docstring explains the modes.
 
     A call takes one image, or any nesting of lists, tuples and 4-D batches, of mixed sizes. An image is a path, a URL,
     the bytes of a file, a Pillow image, an array or a tensor: (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels
@@ -224,8 +224,8 @@ class UniTokImageProcessorMixin:
 
     It returns a `BatchFeature` with `pixel_values` (B, 3, height, width), float32 in [-1, 1].
 
-    The mode alone decides between padding and cropping. `resample` overrides its filter. `do_rescale=False` keeps
-    0..255 values; `do_resize=False` keeps the picture's own size.
+    The mode decides between padding and cropping. `resample` overrides its filter. `do_rescale=False` keeps values in
+    0..255. `do_resize=False` keeps the picture's own size.
 
     Attributes:
         mode: "understand", "reconstruct" or "classify".
@@ -263,7 +263,7 @@ class UniTokImageProcessorMixin:
         return settings, kwargs
 
     def fetch_images(self, images: Any) -> Any:
-        """Replace every path, URL and bytes of a file in `images` by its upright RGB picture, keeping the nesting."""
+        """Replace every path, URL and file's bytes in `images` by the upright RGB picture, keeping the nesting."""
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         return load_image(images) if isinstance(images, (str, os.PathLike, bytes)) else images
@@ -272,7 +272,7 @@ class UniTokImageProcessorMixin:
         """Turn decoded `pixels` (B, 3, H, W), any float dtype in [-1, 1] (clamped), into B Pillow RGB images.
 
         Raises:
-            ValueError: another shape, an integer dtype, or NaN values.
+            ValueError: `pixels` has another shape, an integer dtype or NaN values.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
             raise ValueError(f"expected floats of shape (B, 3, H, W), got {pixels.dtype} {tuple(pixels.shape)}")
@@ -291,7 +291,7 @@ class UniTokImageProcessorMixin:
         return {"mode": mode, "patch_size": patch_size, **kwargs}
 
     def _validate_preprocess_kwargs(self, mode: str, resample: PILImageResampling | None = None, **kwargs):
-        # the library requires a filter; without one, the mode's own is used
+        # the library requires a filter; None here means the mode's own
         super()._validate_preprocess_kwargs(resample=MODES[mode][0] if resample is None else resample, **kwargs)
 
     def _prepare_image_like_inputs(self, images: Any, *args, **kwargs) -> list[np.ndarray] | list[torch.Tensor]:

@@ -6,8 +6,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 
-# Options of transformers' `generate` that apply to such an answer unchanged. All others are refused: they count
-# positions (which images have too), need all prompts at once, or would restart after each image.
+# Options of transformers' `generate` that apply unchanged to answers with images. All others are refused: they count
+# positions (images have positions too), need all prompts at once, or would start again after each image.
 TEXT_OPTIONS = frozenset(
     (
         *("max_new_tokens", "min_new_tokens", "max_time", "stop_strings", "tokenizer", "eos_token_id"),
@@ -40,11 +40,11 @@ def check_options(options: dict, config: GenerationConfig | None, own: Generatio
     Args:
         options: arguments of `generate` other than the prompts.
         config: the `generation_config` of the call.
-        own: the model's; its `max_length` and `min_length` are ignored.
+        own: the model's generation config, whose `max_length` and `min_length` are ignored.
         image_options: options of the drawings.
 
     Raises:
-        ValueError: an option that this mode does not take, with another value than its default. The message names it.
+        ValueError: an option that this mode does not take has another value than its default. The message names it.
     """
     defaults = GenerationConfig._get_default_generation_params()
     given = {name: value for name, value in vars(own).items() if name not in ("max_length", "min_length")}
@@ -63,7 +63,7 @@ def check_options(options: dict, config: GenerationConfig | None, own: Generatio
 
 
 class UniTokAnswerEnd(StoppingCriteria):
-    """Stopping criterion: ends a piece of text where an image opens, and the answer by `criteria` or the time limit.
+    """Stopping criterion: a text ends where an image opens, the answer by `criteria` or the time limit.
 
     Args:
         boi_token_id: the token that opens an image.
@@ -84,7 +84,7 @@ class UniTokAnswerEnd(StoppingCriteria):
 
 
 class UniTokAnswerStream:
-    """Pass the pieces of an answer to a streamer as one: with one prompt, and without the ends of the pieces."""
+    """Pass the pieces of an answer to a streamer as one answer: with a single prompt and a single end."""
 
     def __init__(self, streamer):
         self.streamer, self.has_begun = streamer, False

@@ -1,4 +1,4 @@
-"""Ctrl-C while a program imports its libraries, before its own handling begins."""
+"""Handling of Ctrl-C while a program imports its libraries, before it installs its own."""
 
 import os
 import signal

@@ -42,8 +42,8 @@ from .quantization_unitok import UniTokMultiCodebookQuantizer, scattered
 
 # UniTok's GeGLU uses the tanh form of GELU, where timm's ViTamin uses the exact one.
 GEGLU_ACTIVATION = "gelu_tanh"
-MAX_PIXELS = 2**20  # of the images that are encoded or decoded at a time: 16 of 256 x 256
-LOGIT_SCALE_BOUNDS = (0.0, math.log(100))  # of the parameter, a logarithm
+MAX_PIXELS = 2**20  # encoded or decoded at a time: 16 images of 256 x 256
+LOGIT_SCALE_BOUNDS = (0.0, math.log(100))  # bounds of the parameter, which is a logarithm
 # Arguments that the library's models pass on to each of their parts.
 HANDED_DOWN = {*TransformersKwargs.__annotations__, "use_cache"}
 
@@ -94,12 +94,12 @@ def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> No
     """Refuse keyword arguments that a function does not know.
 
     Args:
-        where: the function's name, for the message.
-        given: the names given.
-        known: the names known.
+        where: name of the function, for the message.
+        given: names of the arguments that it got.
+        known: names of the arguments that it takes.
 
     Raises:
-        TypeError: a name is not known. The message gives the nearest one, if one is near.
+        TypeError: a name is not known. The message suggests a similar one, if there is one.
     """
     for name in given:
         if name not in known:
@@ -148,7 +148,7 @@ def in_chunks(
 
 
 class UniTokProjectionAttention(nn.Module):
-    """The attention of an attention projection. It computes at the wider of its two widths.
+    """Attention of an attention projection, computed at the wider of its input and output widths.
 
     Widening concatenates the heads. Narrowing averages the heads, and average-pools a head's dims to `out_dim` if they
     differ. Keys have no bias.
@@ -156,7 +156,7 @@ class UniTokProjectionAttention(nn.Module):
     Args:
         in_dim: width of its input.
         out_dim: width of its output.
-        num_heads: heads.
+        num_heads: number of attention heads.
         causal: whether a token attends only to itself and those before it.
 
     Raises:
@@ -199,14 +199,14 @@ class UniTokProjectionAttention(nn.Module):
 
 
 class UniTokAttentionProjection(nn.Module):
-    """Attention projection: changes the width of tokens by a linear and an attention branch, then a GeGLU.
+    """Attention projection: maps tokens to another width by a linear and an attention branch, then applies a GeGLU.
 
-    It stands before and after the quantizer, and in the embedder of an MLLM.
+    It is used before and after the quantizer, and in the embedder of an MLLM.
 
     Args:
         in_dim: width of its input.
         out_dim: width of its output.
-        num_heads: heads of the attention branch.
+        num_heads: attention heads.
         causal: whether a token attends only to itself and those before it.
     """
 
@@ -419,11 +419,11 @@ class UniTokDecoder(nn.Module):
 
 
 def part_prefix(names: Iterable[str], own_names: Iterable[str]) -> str:
-    """Return the prefix under which a checkpoint has the weights of this model, a part of its own.
+    """Return the prefix of this model's weights in the checkpoint of a larger model that contains it.
 
     Args:
-        names: the checkpoint's.
-        own_names: the model's.
+        names: names of the checkpoint's weights.
+        own_names: names of this model's weights.
 
     Returns:
         The prefix with its dot, such as "visual."; "" if the checkpoint is of this model itself.
@@ -499,7 +499,7 @@ class UniTokPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Do as the library does, but from the folder of a larger model load the part that this model is."""
+        """Load as the library does; from the folder of a larger model, load the part that is this model."""
         if checkpoint_files is None:
             return PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, *args, **kwargs
@@ -565,7 +565,7 @@ class UniTokVisionModel(UniTokPreTrainedModel):
             pixel_values: (B, 3, H, W).
 
         Raises:
-            ValueError: not (B, 3, H, W), or a side that is not a multiple of 16.
+            ValueError: the shape is not (B, 3, H, W), or a side is not a multiple of 16.
         """
         channels, stride = self.config.num_channels, self.config.patch_size
         if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
@@ -808,7 +808,7 @@ class UniTokModel(UniTokPreTrainedModel):
         """
         refuse_unknown("UniTokModel.forward", kwargs, HANDED_DOWN)
         vision, logit_scale = self.vision_model, self.logit_scale
-        if logit_scale is not None and not self.training:  # clamped in training, its gradient would end at the bounds
+        if logit_scale is not None and not self.training:  # clamping would zero its gradient outside the bounds
             logit_scale = logit_scale.clamp(*LOGIT_SCALE_BOUNDS)
         grid_size = vision.grid_size(pixel_values)
         if with_reconstruction_embeds and not with_reconstruction:

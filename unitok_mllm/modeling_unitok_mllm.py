@@ -56,9 +56,9 @@ class UniTokMLLMOutput(ModelOutput):
         text_loss: scalar, mean cross-entropy of the text targets; 0 without any.
         image_loss: scalar, mean cross-entropy of all codes of the target images, plus the z-loss; 0 without any.
         num_text_targets: scalar, int64: number of tokens in `text_loss`.
-        num_image_targets: scalar, int64: number of codes in `image_loss`, for any `image_loss_share`: the mean of a
-            share is an estimate of that of the whole.
-        image_logits: (N, L, K, V), of the N target images; None without `image_targets`.
+        num_image_targets: scalar, int64: number of codes of the target images, whatever the `image_loss_share`, since the
+            mean over a share estimates the mean over all.
+        image_logits: (N, L, K, V), for the N target images; None without `image_targets`.
     """
 
     loss: torch.Tensor | None = None
@@ -523,17 +523,17 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
             pixel_values: (N, 3, H, W) in [-1, 1], all images of the batch; see `embed`.
             image_codes: (N, K, L), instead of pixels.
             mm_encoder_outputs: `{"image": output of get_image_features}`, instead of pixels.
-            image_targets: (N,), bool: the images to draw; None for none.
+            image_targets: (N,), bool: the images whose codes are targets; None for none.
             labels: (B, T), the ids at text targets, -100 elsewhere. Image positions are never text targets.
             shift_labels: (B, T), instead of `labels`: at each position the id that follows it.
             use_cache: return a cache; ignored with targets.
             logits_to_keep: without targets, the positions of the returned logits: the number of last ones (0 for all),
                 indices (M,) or (B, M), or a mask (B, T), bool, for `logits` of (M, vocabulary).
-            image_loss_share: share of the target images' positions, sampled anew each time, that the depth transformer
-                runs on. Their mean is an unbiased estimate of the whole image loss, for that share of its time and
+            image_loss_share: share of the target images' positions that the depth transformer runs on, sampled anew at each
+                call. Their mean loss is an unbiased estimate of the full image loss, at that share of its time and
                 memory. Below 1 there are no `image_logits`.
-            logits_at_targets: with labels, compute the LLM's logits only where a text target is predicted: the same
-                loss, without the time and memory of all others. `logits` is then (M, vocabulary), for M targets.
+            logits_at_targets: with labels, compute the LLM's logits only where a text target is predicted. The loss is the
+                same, at less time and memory. `logits` is then (M, vocabulary), for M targets.
             num_items_in_batch: divisor of the loss, for batches that are parts of a larger one: the number of labels
                 other than -100 in the whole, as the library's Trainer counts them. The positions of target images then
                 need labels too (any id, such as their placeholder's). Each counts once, with the mean over its K
@@ -541,8 +541,8 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
             kwargs: other arguments of the LLM, such as `output_attentions` and `output_hidden_states`.
 
         Raises:
-            ValueError: see `embed`; `image_targets` of another number than N; a target image that begins a sequence; a
-                share outside (0, 1]; `num_items_in_batch` that does not count the target images.
+            ValueError: see `embed`; `image_targets` is not of shape (N,); a target image begins a sequence;
+                `image_loss_share` lies outside (0, 1]; `num_items_in_batch` does not count the target images.
             TypeError: an argument that the LLM does not know.
         """
         if not 0 < image_loss_share <= 1:
@@ -642,7 +642,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
 
         Returns:
             Logits (P, K, V) and codes (P, K) of the P positions of all target images, or of a share of them. Without
-            target images, the logits of a stand-in and None, so that every parameter is used in any case.
+            target images, the logits of a placeholder and None, so that every parameter is used in each pass.
         """
         num_images = 0 if image_codes is None else len(image_codes)
         if image_targets is not None and image_targets.shape != (num_images,):
@@ -658,9 +658,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
         is_target = is_image.masked_scatter(is_image, image_targets.repeat_interleave(image_codes.shape[-1]))
         is_token = torch.ones_like(is_target) if attention_mask is None else attention_mask.bool()
         if (is_target & ~F.pad(is_token[:, :-1], (1, 0))).any():
-            raise ValueError(
-                "A target image begins its sequence: the first code group has nothing to be predicted from."
-            )
+            raise ValueError("A target image begins its sequence: no token before it predicts its first position.")
         targets = image_codes[image_targets].transpose(1, 2).flatten(0, 1)  # (N * L, K)
         states = hidden_states[:, :-1][is_target[:, 1:]]
         if share < 1:

@@ -1,4 +1,4 @@
-"""Paths of outputs: found to be unusable before any work, not after it."""
+"""Checks of output paths before any work begins."""
 
 import os
 import tempfile
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def check_output_folder(folder: str | os.PathLike) -> None:
-    """Check that files can be written into a folder, or that it can be made. Nothing remains of the check.
+    """Check that files can be written into a folder, or that it can be created. The check leaves nothing behind.
 
     Raises:
-        ValueError: it or what it would lie in is a file, or cannot be written to.
+        ValueError: the folder or one above it is a file, or cannot be written to.
     """
-    existing = Path(folder).absolute()  # the folder, or the nearest one above it: those between are made
+    existing = Path(folder).absolute()  # the folder or its nearest existing parent; those between can be created
     try:
         while not os.path.lexists(existing):
             existing = existing.parent
@@ -20,7 +20,7 @@ def check_output_folder(folder: str | os.PathLike) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {existing} takes no files ({error.strerror})") from error
+        raise ValueError(f"cannot write to {folder}: {existing} is not writable ({error.strerror})") from error
 
 
 def check_output_file(path: str | os.PathLike) -> None:

@@ -1,7 +1,7 @@
 """Linear layers with weights in oneDNN's blocked layout, for inference on a CPU.
 
 A matrix product with few rows is bound by reading the weights. In the usual row-major layout they are read at a half
-to a third of the memory's rate, in oneDNN's own layout at the full rate. Large products run near the peak in that
+to a third of the memory bandwidth, in oneDNN's own layout at all of it. Large products run near peak FLOPS in that
 layout too. torch's compiler uses it after freezing a model.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 
-# torch's own, and private: without one of them weights stay as they are
+# private operators of torch: without one of them weights keep their layout
 ONEDNN_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
 MIN_WEIGHTS = 2**16  # for smaller layers, the call costs more than reading the weights
 
@@ -38,7 +38,7 @@ class UniTokPackedLinear(nn.Linear):
 
 
 def _can_pack(linear: nn.Linear, min_weights: int) -> bool:
-    """Whether oneDNN can compute this layer: float32 or bfloat16 on a CPU, plain weights, no hooks."""
+    """Return whether oneDNN can compute this layer: float32 or bfloat16 on a CPU, plain weights, no hooks."""
     weight = linear.weight
     if weight.numel() < min_weights:
         return False
@@ -52,14 +52,14 @@ def _can_pack(linear: nn.Linear, min_weights: int) -> bool:
 
 
 def pack_linears(module: nn.Module, min_weights: int = MIN_WEIGHTS) -> nn.Module:
-    """Return a copy of a module for inference on a CPU, its linear weights in oneDNN's layout, all else shared.
+    """Return a copy of a module for inference on a CPU, with its linear weights in oneDNN's layout and all else shared.
 
-    The module itself does not change. It is returned itself if no layer can be converted (another device or dtype, a
-    CPU that oneDNN does not support, quantized weights, autocast). The converted weights are copies and take the
-    memory of the linear layers again. Results differ from the module's by rounding, and have no gradient.
+    The module itself does not change. If no layer can be converted (another device or dtype, a CPU that oneDNN does not
+    support, quantized weights, autocast), the module itself is returned. The converted weights are copies and need the
+    memory of the linear layers once more. Results differ from the module's by rounding, and have no gradient.
 
     Args:
-        module: any module in eval mode, also a whole model.
+        module: any module in eval mode, such as a whole model.
         min_weights: layers with fewer weights are not converted.
 
     Example:
@@ -79,7 +79,7 @@ def pack_linears(module: nn.Module, min_weights: int = MIN_WEIGHTS) -> nn.Module
 def copy_changed(
     module: nn.Module, change: Callable[[nn.Module], nn.Module], known: dict[nn.Module, nn.Module] | None = None
 ) -> nn.Module:
-    """Return a module with some of its submodules replaced and all else shared; the module itself if none is.
+    """Return a copy of a module with some submodules replaced and all else shared; the module itself if none is replaced.
 
     Args:
         module: the root; it does not change.

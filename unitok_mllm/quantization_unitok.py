@@ -40,7 +40,7 @@ def loads_weights(method: Callable) -> Callable:
 
 
 def scattered(shape: tuple[int, ...], device: torch.device | None = None) -> torch.Tensor:
-    """Return the same numbers in [-1, 1] at each call: the values of a buffer before loading must not be random."""
+    """Return pseudo-random numbers in [-1, 1], the same at each call: a buffer must not be random before it is loaded."""
     return torch.arange(math.prod(shape), dtype=torch.float32, device=device).cos().view(shape)
 
 

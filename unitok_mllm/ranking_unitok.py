@@ -1,7 +1,8 @@
-"""Rank several drawings of a prompt by how well they fit its text, as the visual tokenizer's two embeddings see it.
+"""Rank several drawings of a prompt by how well they match its text, by the visual tokenizer's two embeddings.
 
-The score of a drawing is the cosine of its image embedding and the text's embedding. CLIP (https://arxiv.org/abs/2103.00020)
-trains both for that, and DALL-E (https://arxiv.org/abs/2102.12092, section 2.6) chooses its samples so.
+The score of a drawing is the cosine similarity of its image embedding and the text's embedding, which are trained as in
+CLIP (https://arxiv.org/abs/2103.00020). DALL-E (https://arxiv.org/abs/2102.12092, section 2.6) chooses its samples in
+the same way.
 """
 
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def check_ranking(visual: UniTokModel, input_ids: torch.Tensor) -> None:
         input_ids: (B, T), see `score_drawings`.
 
     Raises:
-        ValueError: there is no text tower, or it is one for the ids of another text tokenizer.
+        ValueError: there is no text tower, or it was trained with another text tokenizer than the LLM's.
     """
     config = visual.config.text_config
     if config is None:
@@ -59,10 +60,10 @@ def check_ranking(visual: UniTokModel, input_ids: torch.Tensor) -> None:
 def cut_texts(
     config: CLIPTextConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cut texts to the positions of the text tower; the end-of-text token becomes the last one of a text that is cut.
+    """Cut texts to the length of the text tower. The last token of a cut text becomes the end-of-text token.
 
     Args:
-        config: the text tower's.
+        config: config of the text tower.
         input_ids: (B, T), the texts with the end-of-text token, padded on the right.
         attention_mask: (B, T), 0 for padding.
 
@@ -82,7 +83,7 @@ def cut_texts(
 def score_drawings(
     visual: UniTokModel, codes: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute the cosine of drawings and the texts that they were drawn from.
+    """Compute the cosine similarities of drawings and the texts that they were drawn from.
 
     Args:
         visual: the visual tokenizer.
@@ -105,7 +106,7 @@ def score_drawings(
 
 
 def choose_drawings(codes: torch.Tensor, scores: torch.Tensor, count: int) -> UniTokDrawingOutput:
-    """Choose the best drawings of each prompt; of equal scores the earlier sample.
+    """Choose the best drawings of each prompt. Between equal scores the earlier sample comes first.
 
     Args:
         codes: (B, N, K, L).

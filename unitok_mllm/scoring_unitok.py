@@ -1,4 +1,4 @@
-"""Score answers and images that are given: their log-likelihoods under the model, as in training with teacher forcing."""
+"""Score given answers and images: their log-likelihoods under the model, with teacher forcing."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class UniTokScores:
 
     Attributes:
         log_likelihoods: (B, C), float32, in nats, summed over the tokens of each answer or the codes of each image.
-        num_targets: (B, C), int64, number of these tokens or codes.
+        num_targets: (B, C), int64, number of tokens or codes of each.
     """
 
     log_likelihoods: torch.Tensor
@@ -22,12 +22,12 @@ class UniTokScores:
 
     @property
     def means(self) -> torch.Tensor:
-        """Mean log-likelihood of a token or code, (B, C), float32: the negative of the training loss of each."""
+        """Mean log-likelihood of a token or code, (B, C), float32: the negative training loss of each target."""
         return self.log_likelihoods / self.num_targets.clamp_min(1)
 
 
 class UniTokScoringMixin:
-    """`score` of the MLLM."""
+    """The MLLM's method `score`."""
 
     @torch.no_grad()
     def score(
@@ -41,8 +41,8 @@ class UniTokScoringMixin:
     ) -> UniTokScores:
         """Compute log-likelihoods of answers, or of images, that follow prompts.
 
-        The prompts run once each, and their keys and values serve all their targets; only LLMs that keep something
-        else (a state) run the prompt again with each target.
+        Each prompt runs once, and all its targets use its keys and values. Only LLMs with a recurrent state run the
+        prompt again with each target.
 
         Args:
             input_ids: (B, T), prompts, padded on the left; before images they end with the token that opens one.
@@ -53,16 +53,16 @@ class UniTokScoringMixin:
             target_codes: (B, C, K, L), instead of answers: C images for each prompt.
 
         Raises:
-            ValueError: not exactly one kind of target, another number of them than of prompts, an answer with a
-                placeholder of an image, or no room in the LLM's positions; see `embed`.
+            ValueError: not exactly one of `target_ids` and `target_codes`, not a row of targets for each prompt, an
+                answer with an image placeholder, or a sequence longer than the LLM's positions; see `embed`.
         """
         if (target_ids is None) == (target_codes is None):
-            raise ValueError("Give either target_ids or target_codes.")
+            raise ValueError("Give exactly one of target_ids and target_codes.")
         targets = target_codes if target_ids is None else target_ids
         if targets.dim() != (4 if target_ids is None else 3) or len(targets) != len(input_ids):
             raise ValueError(f"Got targets of shape {tuple(targets.shape)} for {len(input_ids)} prompts.")
         if target_ids is not None and (target_ids == self.config.image_token_id).any():
-            raise ValueError("target_ids have a placeholder of an image: give its codes as target_codes.")
+            raise ValueError("target_ids contain an image placeholder: give the image's codes as target_codes.")
         if target_codes is not None and not (input_ids[:, -1] == self.config.boi_token_id).all():
             raise ValueError(
                 f"Each prompt of an image must end with the token that opens it ({self.config.boi_token_id})."
@@ -90,10 +90,10 @@ class UniTokScoringMixin:
         return UniTokScores(-losses.sum(dim=1).unflatten(0, shape), num_targets.unflatten(0, shape))
 
     def _continued(self, prompts, mask, inputs_embeds, count, is_text) -> torch.Tensor:
-        """Run prompts (B, T, D), each with `count` continuations, (B * count, T' - 1, D).
+        """Run prompts (B, T, D), each with `count` continuations (B * count, T' - 1, D).
 
         Returns:
-            What the LLM has computed before each of T' targets, (B * count, T', ...): logits, or states for images.
+            The LLM's logits (for images, its states) before each of T' targets, (B * count, T', ...).
         """
 
         def run(keep: int, embeds: torch.Tensor, mask: torch.Tensor, cache: Cache | None = None):

@@ -1,4 +1,4 @@
-"""Stream pictures while they are drawn, to another thread."""
+"""Stream pictures to another thread while they are drawn."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 @contextmanager
 def streamers_told(*streamers, error_only: bool = False) -> Iterator[None]:
-    """Call `end` of streamers when the block ends, also by an error, and pass the error to a `UniTokImageStreamer`.
+    """Call `end` of streamers when the block ends, also after an error, which a `UniTokImageStreamer` then raises.
 
     Args:
         streamers: the streamers of `generate`; None for none. Each is called once, also if it is given twice.
