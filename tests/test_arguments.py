@@ -51,7 +51,7 @@ def test_shards_that_are_commands_need_a_config_that_is_trusted(tmp_path, monkey
         "hf://a",
     ]
     for shard in commands:
-        with pytest.raises(ValueError, match=f"the shard '{shard}' is the output of a command: trust the config by"):
+        with pytest.raises(ValueError, match=f"the shard '{shard}' is the output of a command: trust the config with"):
             check_shards(["a.tar", shard])
     with pytest.raises(ValueError, match="the shard 'pipe:cat a' is the output of a command"):
         ImageTextStream("{pipe:cat a,b.tar}", None, seed=0, samples_per_epoch=1)

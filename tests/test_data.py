@@ -272,7 +272,7 @@ def test_the_mixture_keeps_its_weights_and_goes_through_every_row(folder, texts)
     assert drawn[:6] != drawn[6:12]
     assert len(MLLMDataset(sources(folder), texts)) == 16
     mixed[0].weight = None
-    with pytest.raises(ValueError, match="every source of `datasets` a weight, or none"):
+    with pytest.raises(ValueError, match="all sources of `datasets` a weight, or none of them"):
         MLLMDataset(mixed, texts)
 
 
@@ -370,7 +370,7 @@ def test_codes_in_another_mode_are_refused(folder, texts):
 def test_a_source_that_cannot_be_is_refused(folder):
     for options, message in (
         ({"type": "pictures"}, "type is conversations"),
-        ({"task": "paint"}, "task is read or draw"),
+        ({"task": "paint"}, "task must be read or draw"),
         ({"weight": 0}, "weight of .* must be a number from 1e-12 to 1e.12, got 0"),
         ({"weight": math.nan}, "weight of .* must be a number from 1e-12 to 1e.12, got nan"),
         ({"weight": "x"}, "weight of .* must be a number from 1e-12 to 1e.12, got 'x'"),

@@ -326,7 +326,7 @@ def test_one_accelerator_of_several_is_chosen_by_the_environment(monkeypatch):
     assert use_cpu_of("auto") == use_cpu_of("") == [] and use_cpu_of("cpu") == ["--use_cpu", "True"]
     monkeypatch.setattr("training.arguments.find_device", torch.device)
     assert use_cpu_of("cuda") == ["--use_cpu", "False"]
-    with pytest.raises(ValueError, match="not cuda:1: CUDA_VISIBLE_DEVICES=1 chooses"):
+    with pytest.raises(ValueError, match="got cuda:1: set CUDA_VISIBLE_DEVICES=1 instead"):
         use_cpu_of("cuda:1")
 
 
@@ -419,7 +419,7 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
             "there is no device 'gpu' here",
         ),
         ("training.model_card", "none", "no model in none: it has no config.json"),
-        ("training.prepare_data", "easyvqa out", "the datasets are easy-vqa and emoji, not 'easyvqa'"),
+        ("training.prepare_data", "easyvqa out", "the data set must be easy-vqa or emoji, got 'easyvqa'"),
         ("training.text_tokenizer", "out --captions no.jsonl", "There is no data file no.jsonl"),
         ("training.text_tokenizer", "out --vocab_size 3", "--vocab-size 3 is less than"),
         (
@@ -587,5 +587,5 @@ def test_a_training_on_nothing_is_refused_before_anything_is_loaded(tmp_path, ma
     config |= {"model": "."} if main is train_mllm.main else {"text_tokenizer": "."}
     (tmp_path / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
     monkeypatch.setattr(f"{main.__module__}.build_model", None)
-    with pytest.raises(ValueError, match="There is nothing to train on: `datasets` is empty"):
+    with pytest.raises(ValueError, match="There is no training data: `datasets` is empty"):
         main([str(tmp_path / "config.yaml")])

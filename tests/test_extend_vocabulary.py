@@ -63,5 +63,5 @@ def test_old_texts_read_as_before_and_new_words_as_the_mean_of_their_pieces(mllm
 
 
 def test_too_small_a_vocabulary_is_refused(text_tokenizer):
-    with pytest.raises(ValueError, match=f"{len(text_tokenizer)} tokens, no fewer than 100"):
+    with pytest.raises(ValueError, match=f"{len(text_tokenizer)} tokens; vocab_size must be larger, got 100"):
         extend_tokenizer(text_tokenizer, TEXTS, 100)

@@ -62,7 +62,7 @@ def test_a_model_has_the_weights_of_the_folder_or_there_is_an_error(folder_and_m
     if model_class not in HELD[kind]:
         with pytest.raises(ValueError, match=f"none of type '{model_class.config_class.model_type}' in it"):
             model_class.from_pretrained(folder)
-        with pytest.raises(ValueError, match="holds a model of type"):
+        with pytest.raises(ValueError, match="has a model of type"):
             model_class.config_class.from_pretrained(folder)
         return
     loaded, info = model_class.from_pretrained(folder, output_loading_info=True)

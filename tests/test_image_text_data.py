@@ -334,7 +334,7 @@ def test_a_source_with_wrong_options_is_refused(build, changes, message):
 def test_streams_stand_alone_and_empty_folders_are_refused(folder, build, transform):
     stream = {"kind": "webdataset", "shards": "{0..1}.tar", "samples_per_epoch": 3}
     for sources in ([], [stream, stream], [stream, {"kind": "folder", "path": f"{folder}/images"}]):
-        with pytest.raises(ValueError, match="one of kind webdataset, or any number of others"):
+        with pytest.raises(ValueError, match="one webdataset, or any number of other kinds"):
             build_image_text_dataset(sources, transform, 0)
     for wrong in ({"samples_per_epoch": 0}, {"shuffle": -1}, {"shards": []}):
         with pytest.raises(ValueError, match="at least 1 shard, .* got [012] shards, [03] and (1000|-1)"):

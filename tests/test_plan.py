@@ -367,7 +367,7 @@ def test_other_sizes_than_a_presets_are_planned(tmp_path):
     assert sum(part["parameters"] for part in parts) == total - 1  # the logit scale
     result = run_cli("tokenizer", *options, "--preset", tmp_path / "own", "--vision-overrides", "{image_size: 64}")
     assert result.exit_code == 2 and "has its own sizes: image_size would have no effect" in result.stderr
-    for wrong, message in (("{image_sizes: 64}", "no image_sizes"), ("[1]", "no mapping")):
+    for wrong, message in (("{image_sizes: 64}", "no image_sizes"), ("[1]", "expected a mapping such as")):
         result = run_cli("tokenizer", *options, "--preset", "tiny", "--vision-overrides", wrong)
         assert result.exit_code == 2 and message in result.stderr
 

@@ -102,7 +102,7 @@ def test_the_likeliest_answer_is_chosen_by_the_sum_or_by_the_mean(lively_mllm, p
 @pytest.mark.parametrize(
     "targets, message",
     [
-        ({}, "either target_ids or target_codes"),
+        ({}, "exactly one of target_ids and target_codes"),
         ({"target_ids": torch.ones(1, 1, 2, dtype=torch.long)}, r"shape \(1, 1, 2\) for 2 prompts"),
         ({"target_ids": torch.ones(2, 2, dtype=torch.long)}, r"shape \(2, 2\) for 2 prompts"),
         ({"target_codes": torch.ones(2, 1, 4, 9, dtype=torch.long)}, "must end with the token that opens it"),

@@ -784,7 +784,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
         ({"num_train_epochs": 2}, "num_samples"),
         ({"lora": {"r": 4}}, "take language_model out"),
         ({"load_in_4bit": True}, "needs lora"),
-        ({"datasets": []}, "nothing to train on"),
+        ({"datasets": []}, "no training data"),
         ({"card": {"licence": "mit"}}, "card has no 'licence': did you mean 'license'"),
         ({"model": ""}, "Give either model"),
         ({"eval_datasets": [data["read"]]}, "eval_strategy is no, with eval_datasets"),

@@ -1004,7 +1004,7 @@ def test_sources_that_do_not_go_together_are_refused(text_tokenizer, captioned_f
     folder = {"kind": "folder", "path": str(captioned_folder)}
     stream = {"kind": "webdataset", "shards": "{00..01}.tar", "samples_per_epoch": 10}
     for sources in ([], [folder, stream]):
-        with pytest.raises(ValueError, match="one of kind webdataset, or any number of others"):
+        with pytest.raises(ValueError, match="one webdataset, or any number of other kinds"):
             build_datasets(sources, *data)
     dataset, samples = build_datasets([folder, folder], *data)
     assert len(dataset) == 18 and samples is None

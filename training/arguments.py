@@ -26,10 +26,10 @@ BELOW_ONE = (0.0, 1 - 1e-9)
 
 
 def check_arguments(arguments: Any, **ranges: tuple[float, float]) -> None:
-    """Check the fields of a dataclass of options: each is of its type, and those named lie in their inclusive ranges.
+    """Check the types of a dataclass's fields, and that those named lie in their inclusive ranges.
 
     Raises:
-        ValueError: a field does not (NaN never does).
+        ValueError: a field has another type, or lies outside its range (NaN always does).
     """
     for field in fields(arguments):
         value, kind = getattr(arguments, field.name), get_origin(field.type) or field.type
@@ -40,10 +40,10 @@ def check_arguments(arguments: Any, **ranges: tuple[float, float]) -> None:
 
 
 def checked_number(name: str, value: Any, least: float, most: float) -> float:
-    """Take a number of a config, which YAML reads as a text if it is written as 1e-3 (without a dot).
+    """Read a number of a config. YAML takes 1e-3 (without a dot) for a string.
 
     Raises:
-        ValueError: it is no number, NaN, or outside the inclusive range.
+        ValueError: it is not a number, or outside the inclusive range.
     """
     try:
         found = math.nan if isinstance(value, bool) else float(value)
@@ -61,7 +61,7 @@ def check_datasets(datasets: list[dict]) -> None:
         ValueError: there are none.
     """
     if not datasets:
-        raise ValueError("There is nothing to train on: `datasets` is empty.")
+        raise ValueError("There is no training data: `datasets` is empty.")
 
 
 def check_source(option: str, name: str | os.PathLike) -> None:
@@ -73,7 +73,9 @@ def check_source(option: str, name: str | os.PathLike) -> None:
     name = str(name)
     if not name or Path(name).is_dir():
         return
-    if Path(name).parent == Path() or not Path(name).parent.exists():  # a folder beside the missing one: no hub name
+    if (
+        Path(name).parent == Path() or not Path(name).parent.exists()
+    ):  # a sibling of the missing folder exists, so this is not a hub name
         try:
             cached = [try_to_load_from_cache(name, file) for file in ("config.json", "tokenizer_config.json")]
             if not any(isinstance(path, str) for path in cached):
@@ -110,7 +112,7 @@ class Parser(HfArgumentParser, CommandLine):
 
     Args:
         dataclass_types: one or several, whose fields are the options.
-        docstring: of the script. The help begins with its first line and ends with its first command.
+        docstring: docstring of the script. The help begins with its first line and ends with its first command.
     """
 
     def __init__(self, dataclass_types: Any, docstring: str | None = None, **kwargs: Any):
@@ -195,7 +197,7 @@ def use_cpu_of(device: str) -> list[str]:
     place = find_device(device)
     if place.index is not None:
         raise ValueError(
-            f"a training takes all accelerators that it sees, not {device}: CUDA_VISIBLE_DEVICES={place.index} chooses."
+            f"a training uses all visible accelerators, got {device}: set CUDA_VISIBLE_DEVICES={place.index} instead."
         )
     return [] if device in ("", AUTO) else ["--use_cpu", str(place.type == "cpu")]
 
@@ -204,8 +206,8 @@ def read_yaml(path: str, parse: Callable[[str], Any] = yaml.safe_load) -> dict:
     """Read the values of a config.
 
     Args:
-        path: of the file.
-        parse: `json.loads` for a JSON.
+        path: path of the file.
+        parse: `json.loads` for JSON.
 
     Raises:
         ValueError: the file is not YAML, or not a mapping.
@@ -213,7 +215,7 @@ def read_yaml(path: str, parse: Callable[[str], Any] = yaml.safe_load) -> dict:
     try:
         values = parse(Path(path).read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no {'YAML' if parse is yaml.safe_load else 'JSON'}: {error}") from error
+        raise ValueError(f"{path} is not valid {'YAML' if parse is yaml.safe_load else 'JSON'}: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is a {type(values).__name__}, expected names and values")
+        raise ValueError(f"{path} has a {type(values).__name__}, expected a mapping of names to values")
     return values

@@ -71,7 +71,7 @@ class SampleTexts:
         self.image = processor.boi_token + self.num_positions * processor.image_token + processor.eoi_token
         self.chat_template = processor.chat_template.replace(processor.image_token, self.image)
         if "{% generation %}" not in self.chat_template:
-            raise ValueError("The chat template does not mark what the assistant says with {% generation %}.")
+            raise ValueError("The chat template does not mark the assistant's words with {% generation %}.")
 
     def conversation(self, messages: list[dict]) -> dict[str, torch.Tensor]:
         """Encode turns in the library's format. The assistant's turns are targets, including their pictures.
@@ -165,11 +165,11 @@ class Source:
             if option.name != "weight" and not isinstance(value, str):
                 raise ValueError(f"{option.name} of a data set must be a text, got {value!r}.")
         if self.type not in UNUSED_OPTIONS:
-            raise ValueError(f"type is {', '.join(UNUSED_OPTIONS)}, got {self.type!r} for {self.path}.")
+            raise ValueError(f"type must be one of {', '.join(UNUSED_OPTIONS)}, got {self.type!r} for {self.path}.")
         if self.task not in ("read", "draw"):
-            raise ValueError(f"task is read or draw, got {self.task!r} for {self.path}.")
+            raise ValueError(f"task must be read or draw, got {self.task!r} for {self.path}.")
         if self.mode not in ("", *MODES):
-            raise ValueError(f"mode is one of {', '.join(MODES)}, got {self.mode!r} for {self.path}.")
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r} for {self.path}.")
         if self.weight is not None:
             self.weight = checked_number(f"weight of {self.path}", self.weight, *ABOVE_ZERO)
         unused = UNUSED_OPTIONS[self.type] + (("prompt",) if self.task == "draw" else ())
@@ -226,9 +226,9 @@ class Source:
         names = row.get("image") or []
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UnusableSample(f"images are named by texts, not by {row['image']!r:.100}")
+            raise UnusableSample(f"images must be named by texts, got {row['image']!r:.100}")
         if self.type == "captions" and len(names) != 1:
-            raise UnusableSample(f"a caption is of one image, but `image` is {row.get('image')!r}")
+            raise UnusableSample(f"a caption belongs to one image, but `image` is {row.get('image')!r}")
         draws_only = self.task == "draw"
         if self.type == "conversations":
             messages = to_messages(row["conversations"], texts.processor.image_token, len(names))
@@ -247,7 +247,7 @@ class Source:
             encoded = texts.reading(row["caption"])
         if len(encoded["image_targets"]) != len(names):
             places = len(encoded["image_targets"])
-            raise UnusableSample(f"its text has places for {places} images, its `image` names {names or 'none'}")
+            raise UnusableSample(f"its text has {places} image placeholders, but its `image` names {names or 'none'}")
         mode = self._mode(draws_only) if names else ""
         return encoded | {"images": [self._image(name, mode, texts.processor, rng) for name in names]}
 
@@ -261,7 +261,7 @@ class Source:
         picture = self.store[name]
         try:
             return processor.image_processor(picture, mode=mode, return_tensors="pt")["pixel_values"][0]
-        except ValueError as error:  # of a shape that it refuses
+        except ValueError as error:  # its shape is refused
             raise UnusableSample(f"{name}: {error}") from error
 
 
@@ -370,9 +370,9 @@ class MLLMDataset(Dataset):
         max_broken_share: float = 0.01,
     ):
         if not sources:
-            raise ValueError("There is nothing to train on: `datasets` is empty.")
+            raise ValueError("There is no training data: `datasets` is empty.")
         if len({s.weight is None for s in sources}) > 1:
-            raise ValueError("Give every source of `datasets` a weight, or none.")
+            raise ValueError("Give all sources of `datasets` a weight, or none of them.")
         weights = np.array([len(s.rows) if s.weight is None else s.weight for s in sources], dtype=float)
         num_samples = num_samples or sum(len(s.rows) for s in sources)
         self.sources, self.texts, self.seed = sources, texts, seed

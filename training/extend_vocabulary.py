@@ -40,7 +40,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str], vocab
     Args:
         tokenizer: a byte-level BPE.
         texts: the texts to count in.
-        vocab_size: tokens afterwards, at most.
+        vocab_size: largest vocabulary of the result.
 
     Returns:
         A tokenizer with `vocab_size` tokens, or fewer if every word of the texts has become one token.
@@ -51,9 +51,11 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str], vocab
     backend = tokenizer.backend_tokenizer
     state = json.loads(backend.to_str())
     if state["model"]["type"] != "BPE":
-        raise ValueError(f"Only a BPE can be extended, not a tokenizer of the kind {state['model']['type']}.")
+        raise ValueError(f"Only a BPE tokenizer can be extended, got a {state['model']['type']}.")
     if len(tokenizer) >= vocab_size:
-        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, no fewer than {vocab_size}.")
+        raise ValueError(
+            f"The tokenizer already has {len(tokenizer)} tokens; vocab_size must be larger, got {vocab_size}."
+        )
     counts = Counter(word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
     words = {word: tuple(token.value for token in backend.model.tokenize(word)) for word in counts}
     vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
@@ -88,11 +90,13 @@ app = script_app(help=__doc__)
 @app.command()
 def main(
     model: Annotated[str, typer.Argument(help="folder or hub name of an MLLM")],
-    folder: Annotated[Path, typer.Argument(help="where it is written to")],
-    captions: Annotated[list[Path], typer.Option(help="JSONL files with a caption a line; may be given again")],
-    vocab_size: Annotated[int, typer.Option(help="tokens afterwards, at most")] = 2048,
+    folder: Annotated[Path, typer.Argument(help="folder to write the extended model to")],
+    captions: Annotated[
+        list[Path], typer.Option(help="JSONL file with a caption on each line; repeat for several files")
+    ],
+    vocab_size: Annotated[int, typer.Option(help="largest vocabulary of the extended model")] = 2048,
 ) -> None:
-    """Write MODEL, an MLLM's folder, to FOLDER, with tokens for the words of the captions."""
+    """Write MODEL, an MLLM's folder, to FOLDER, with new tokens for the words of the captions."""
     check_source("MODEL", model)
     check_output_folder(folder)
     mllm = UniTokMLLMForConditionalGeneration.from_pretrained(model)

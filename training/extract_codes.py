@@ -82,7 +82,7 @@ def image_keys(data: str, image_folder: str = "") -> tuple[list[str], ImageStore
             logger.warning("skipping %d images that are named by no text, such as %.80r", len(others), others[0])
         store.check_names(keys)
     if not keys:
-        raise ValueError(f"{data} names no image.")
+        raise ValueError(f"{data} names no images.")
     return keys, store
 
 
@@ -153,32 +153,34 @@ def main(
     data: Annotated[str, typer.Argument(help="captions, conversations, a folder of images, or tar files")],
     out: Annotated[Path, typer.Argument(help="folder for the codes")],
     visual_model: Annotated[Path, typer.Option(help="folder of a visual tokenizer, or of an MLLM")],
-    image_folder: Annotated[str, typer.Option(help="that the data's paths lie in: a folder, or tar files")] = "",
-    variants: Annotated[int, typer.Option(min=1, help="codes of an image: itself, and changed ones")] = 1,
-    mirror: Annotated[bool, typer.Option(help="mirror half of the changed ones")] = False,
-    max_shift: Annotated[int, typer.Option(min=0, help="pixels that changed ones are shifted by at most")] = 0,
-    format: Annotated[Format, typer.Option(help="of the shards")] = Format.parquet,
-    mode: Annotated[Mode, typer.Option(help="of the image processor")] = Mode.understand,
-    batch_size: Annotated[int, typer.Option(min=1, help="images that are encoded at a time")] = 64,
-    shard_size: Annotated[int, typer.Option(min=1, help="images of a shard")] = 4096,
-    workers: Annotated[int, typer.Option(min=0, help="processes that decode images, for each that encodes")] = 4,
+    image_folder: Annotated[str, typer.Option(help="folder or tar files that the data's paths are relative to")] = "",
+    variants: Annotated[
+        int, typer.Option(min=1, help="variants of each image: the image itself, and augmented ones")
+    ] = 1,
+    mirror: Annotated[bool, typer.Option(help="mirror half of the augmented variants")] = False,
+    max_shift: Annotated[int, typer.Option(min=0, help="largest shift of augmented variants, in pixels")] = 0,
+    format: Annotated[Format, typer.Option(help="format of the shards")] = Format.parquet,
+    mode: Annotated[Mode, typer.Option(help="mode of the image processor")] = Mode.understand,
+    batch_size: Annotated[int, typer.Option(min=1, help="images encoded at a time")] = 64,
+    shard_size: Annotated[int, typer.Option(min=1, help="images per shard")] = 4096,
+    workers: Annotated[int, typer.Option(min=0, help="image-decoding processes for each encoding process")] = 4,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = AUTO,
     bf16: Annotated[bool, typer.Option(help="encode in bfloat16; the search for codes stays float32")] = False,
-    seed: Annotated[int, typer.Option(help="of mirroring and shifts")] = 0,
-    max_broken_share: Annotated[float, typer.Option(help="of a process's images; more of them stop it")] = 0.01,
-    ray_workers: Annotated[int, typer.Option(min=0, help="workers of Ray; 0: the process itself")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of mirroring and shifts")] = 0,
+    max_broken_share: Annotated[float, typer.Option(help="share of broken images above which a process stops")] = 0.01,
+    ray_workers: Annotated[int, typer.Option(min=0, help="number of Ray workers; 0 to encode in this process")] = 0,
 ) -> None:
-    """Writes the codes of the images that DATA names to OUT."""
+    """Write the codes of the images that DATA names to OUT."""
     if variants > 1 and not mirror and not max_shift:
         raise ValueError(f"{variants} variants would be the same: mirror them, or give a max_shift.")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ray_workers and world_size > 1:
-        raise ValueError("--ray-workers starts its own processes: no torchrun beside it")
+        raise ValueError("--ray-workers starts its own processes: run it without torchrun")
     if not ray_workers:
         find_device(device)
     weights = sorted(visual_model.glob("*.safetensors"))
     if not weights:
-        raise ValueError(f"There is no model in {visual_model}: it has no .safetensors file.")
+        raise ValueError(f"no model in {visual_model}: it has no .safetensors file")
     claim_folder(out, rank == 0)
     keys, store = image_keys(data, image_folder)
     config = UniTokConfig.from_pretrained(visual_model).vision_config

@@ -23,7 +23,7 @@ from unitok_mllm.quantization_unitok import num_processes
 TERMS = ("l1", "l2", "perceptual", "vq", "entropy", "contrastive", "consistency", "gan")
 DISCRIMINATOR_TERMS = ("discriminator", "discriminator_consistency")
 RECONSTRUCTION_TERMS = ("l1", "l2", "perceptual")
-MOST_PSNR = 100.0  # dB, of an exact reconstruction; one grey level in one place of 256x256 gives 101 dB
+MOST_PSNR = 100.0  # dB, for an exact reconstruction; one wrong grey level in an image of 256x256 gives 101 dB
 
 
 @dataclass
@@ -36,46 +36,63 @@ class LossArguments:
         ValueError: a value outside its range, terms that cannot work together, or a network that no term needs.
     """
 
-    l1_weight: float = field(default=0.2, metadata={"help": "mean |reconstruction - image|"})
-    l1_start: float = field(default=0.0, metadata={"help": "share of the training before the term l1 counts"})
-    l2_weight: float = field(default=1.0, metadata={"help": "mean squared error"})
-    l2_start: float = field(default=0.0, metadata={"help": "share of the training before the term l2 counts"})
-    perceptual_weight: float = field(default=0.0, metadata={"help": "LPIPS, or a timm backbone's features"})
+    l1_weight: float = field(default=0.2, metadata={"help": "weight of the mean absolute error"})
+    l1_start: float = field(default=0.0, metadata={"help": "share of the training after which l1 is switched on"})
+    l2_weight: float = field(default=1.0, metadata={"help": "weight of the mean squared error"})
+    l2_start: float = field(default=0.0, metadata={"help": "share of the training after which l2 is switched on"})
+    perceptual_weight: float = field(default=0.0, metadata={"help": "weight of the perceptual distance"})
     perceptual_start: float = field(
-        default=0.0, metadata={"help": "share of the training before the term perceptual counts"}
+        default=0.0, metadata={"help": "share of the training after which perceptual is switched on"}
     )
-    vq_weight: float = field(default=1.0, metadata={"help": "the quantizer's loss"})
-    vq_start: float = field(default=0.0, metadata={"help": "share of the training before the term vq counts"})
-    entropy_weight: float = field(default=0.0, metadata={"help": "the quantizer's entropy loss"})
+    vq_weight: float = field(default=1.0, metadata={"help": "weight of the quantizer's loss"})
+    vq_start: float = field(default=0.0, metadata={"help": "share of the training after which vq is switched on"})
+    entropy_weight: float = field(default=0.0, metadata={"help": "weight of the quantizer's entropy loss"})
     entropy_start: float = field(
-        default=0.0, metadata={"help": "share of the training before the term entropy counts"}
+        default=0.0, metadata={"help": "share of the training after which entropy is switched on"}
     )
-    contrastive_weight: float = field(default=1.0, metadata={"help": "CLIP's loss between images and captions"})
+    contrastive_weight: float = field(
+        default=1.0, metadata={"help": "weight of CLIP's loss between images and captions"}
+    )
     contrastive_start: float = field(
-        default=0.0, metadata={"help": "share of the training before the term contrastive counts"}
+        default=0.0, metadata={"help": "share of the training after which contrastive is switched on"}
     )
     consistency_weight: float = field(
-        default=0.0, metadata={"help": "distance of the reconstruction's image embedding to the original's"}
+        default=0.0,
+        metadata={"help": "weight of the distance between the image embeddings of reconstruction and original"},
     )
     consistency_start: float = field(
-        default=0.0, metadata={"help": "share of the training before the term consistency counts"}
+        default=0.0, metadata={"help": "share of the training after which consistency is switched on"}
     )
-    gan_weight: float = field(default=0.0, metadata={"help": "hinge GAN, times the adaptive weight"})
-    gan_start: float = field(default=0.375, metadata={"help": "share of the training before the discriminator starts"})
-    gan_warmup: float = field(default=0.03, metadata={"help": "over which its weight grows; the blur fades over two"})
+    gan_weight: float = field(
+        default=0.0, metadata={"help": "weight of the hinge GAN loss, which the adaptive weight multiplies"}
+    )
+    gan_start: float = field(
+        default=0.375, metadata={"help": "share of the training after which the discriminator is switched on"}
+    )
+    gan_warmup: float = field(
+        default=0.03,
+        metadata={"help": "share of the training in which the GAN's weight grows; the blur fades in twice that"},
+    )
     gan_blur: float = field(
-        default=9.58, metadata={"help": "the blur's sigma when it starts, in pixels of an image of 256"}
+        default=9.58, metadata={"help": "sigma of the discriminator's blur at the start, in pixels of a 256x256 image"}
     )
-    gan_consistency_weight: float = field(default=4.0, metadata={"help": "balanced consistency regularisation"})
-    perceptual_backbone: str = field(default="lpips", metadata={"help": "lpips, or a timm model"})
-    perceptual_pretrained: bool = field(default=True, metadata={"help": "load its weights"})
-    perceptual_checkpoint: str = field(default="", metadata={"help": "file of the weights; empty for the hub's"})
-    discriminator_backbone: str = field(default="vit_small_patch14_dinov2.lvd142m", metadata={"help": "a timm model"})
+    gan_consistency_weight: float = field(
+        default=4.0, metadata={"help": "weight of the balanced consistency regularisation"}
+    )
+    perceptual_backbone: str = field(
+        default="lpips", metadata={"help": "backbone of the perceptual distance: lpips, or a timm model"}
+    )
+    perceptual_pretrained: bool = field(default=True, metadata={"help": "load pretrained weights of the backbone"})
+    perceptual_checkpoint: str = field(default="", metadata={"help": "file of these weights; empty for the hub's"})
+    discriminator_backbone: str = field(
+        default="vit_small_patch14_dinov2.lvd142m", metadata={"help": "backbone of the discriminator: a timm model"}
+    )
     discriminator_depths: list[int] = field(
-        default_factory=lambda: [0, 2, 5, 8, 11], metadata={"help": "blocks of the backbone whose outputs are judged"}
+        default_factory=lambda: [0, 2, 5, 8, 11],
+        metadata={"help": "blocks of the backbone whose outputs get a discriminator head"},
     )
-    discriminator_pretrained: bool = field(default=True, metadata={"help": "load its weights"})
-    discriminator_checkpoint: str = field(default="", metadata={"help": "file of the weights; empty for the hub's"})
+    discriminator_pretrained: bool = field(default=True, metadata={"help": "load pretrained weights of the backbone"})
+    discriminator_checkpoint: str = field(default="", metadata={"help": "file of these weights; empty for the hub's"})
 
     def __post_init__(self):
         ranges = {f"{name}_weight": WEIGHT for name in (*TERMS, "gan_consistency")}
@@ -83,9 +100,9 @@ class LossArguments:
         check_arguments(self, **ranges, gan_warmup=SHARE, gan_blur=(0, 128), discriminator_depths=(0, 1000))
         depths = self.discriminator_depths
         if not depths or len(set(depths)) < len(depths):
-            raise ValueError(f"discriminator_depths are different ones, and at least one, got {depths}.")
+            raise ValueError(f"discriminator_depths must be at least one depth, and all different, got {depths}.")
         if not any(vars(self)[f"{name}_weight"] for name in TERMS):
-            raise ValueError("No term of the loss has a weight.")
+            raise ValueError("All weights of the loss are 0.")
         if self.gan_weight and not any(vars(self)[f"{name}_weight"] for name in RECONSTRUCTION_TERMS):
             raise ValueError(
                 f"gan_weight is {self.gan_weight}, but {', '.join(RECONSTRUCTION_TERMS)}, whose gradient balances it, "
@@ -96,8 +113,8 @@ class LossArguments:
         ):
             raise ValueError(
                 f"consistency_weight is {self.consistency_weight} from {self.consistency_start} on, contrastive_weight "
-                f"{self.contrastive_weight} from {self.contrastive_start} on: without the contrastive term nothing keeps "
-                "all image embeddings from becoming one."
+                f"{self.contrastive_weight} from {self.contrastive_start} on: without the contrastive term all "
+                "image embeddings may collapse to one."
             )
         for network, name in (("perceptual", "perceptual"), ("discriminator", "gan")):
             checkpoint = vars(self)[f"{network}_checkpoint"]
@@ -123,7 +140,7 @@ class LossArguments:
         return self.gan_blur * image_size / 256 * max(0.0, 1 - faded)
 
     def weights(self, progress: float) -> dict[str, float]:
-        """Return the weight of each term at a share of the training; 0 before its start."""
+        """Return the weight of each term at a share of the training: 0 before the term's start."""
         weights = {name: vars(self)[f"{name}_weight"] * (progress >= vars(self)[f"{name}_start"]) for name in TERMS}
         return weights | {"gan": weights["gan"] * self.gan_progress(progress)}
 
@@ -161,7 +178,7 @@ class GatherRows(torch.autograd.Function):
 
 
 class NearestRowLoss(torch.autograd.Function):
-    """Compute the mean cross-entropy of choosing, for each row, its own among all rows by scaled similarity.
+    """Compute the mean cross-entropy of finding each row's match among all rows, by scaled similarity.
 
     It equals `F.cross_entropy(scale * rows @ all_rows.T, first + arange(B))`. Since gradients are linear in the loss's,
     they are computed along with it, chunk by chunk, and no (B, N) matrix is kept.

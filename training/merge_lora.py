@@ -31,15 +31,15 @@ def load_with_adapter(adapter: str | os.PathLike, base: str = "") -> PeftModel:
 @app.command()
 def merge_lora(
     adapter: Annotated[Path, typer.Argument(help="folder of the adapter")],
-    folder: Annotated[Path, typer.Argument(help="where the model is written to")],
+    folder: Annotated[Path, typer.Argument(help="folder to write the merged model to")],
     base: str = typer.Option("", help="folder of the base model, instead of the one that the adapter names"),
-    dtype: str = typer.Option("float16", help="that the weights are stored in"),
+    dtype: str = typer.Option("float16", help="dtype of the stored weights"),
 ) -> None:
     """Write base + ADAPTER to FOLDER, for AutoModelForImageTextToText and AutoProcessor, without peft."""
     if not (adapter / "adapter_config.json").is_file():
-        raise typer.BadParameter(f"{adapter} holds no adapter (adapter_config.json)")
+        raise typer.BadParameter(f"no adapter in {adapter}: it has no adapter_config.json")
     if dtype not in FLOAT_TYPES:
-        raise typer.BadParameter(f"dtype is one of {', '.join(FLOAT_TYPES)}, got {dtype}")
+        raise typer.BadParameter(f"dtype must be one of {', '.join(FLOAT_TYPES)}, got {dtype}")
     check_output_folder(folder)
     check_source("--base", base or PeftConfig.from_pretrained(adapter).base_model_name_or_path)
     model = load_with_adapter(adapter, base).merge_and_unload()

@@ -149,7 +149,7 @@ def check_metadata(metadata: dict) -> None:
     """Check the fields of a card's front matter that a config may set.
 
     Raises:
-        ValueError: another field, or a value that is no text, or list of texts where there may be several.
+        ValueError: an unknown field, or a value that is not a text (or a list of texts, for fields that take lists).
     """
     check_keys("card", metadata, METADATA)
     for name, value in metadata.items():
@@ -161,7 +161,7 @@ def check_metadata(metadata: dict) -> None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this can only be a name on the hub: it has the form of one, and is not a path on the disk."""
+    """Return whether a name can only be a hub name: it has the form of one, and there is no such path on the disk."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -292,7 +292,7 @@ def read_card(folder: str | os.PathLike) -> ModelCard | None:
     if not path.is_file():
         return None
     if MARKER not in path.read_text("utf-8"):
-        raise HandWrittenCard(f"{path} is hand-written (it has no line {MARKER!r}) and stays as it is.")
+        raise HandWrittenCard(f"{path} is hand-written (it has no line {MARKER!r}) and is not changed.")
     return ModelCard.load(path)
 
 
@@ -428,12 +428,12 @@ def read_results(path: str | os.PathLike, digest: str) -> tuple[list[EvalResult]
     measured = set(find_digests(result))
     if measured != {digest}:
         found = ", ".join(str(one)[:12] for one in measured) or "does not say which"
-        raise ValueError(f"{path} was measured of other weights (SHA-256: {found}; the folder's: {digest[:12]})")
+        raise ValueError(f"{path} was measured with other weights (SHA-256 {found}, the folder's is {digest[:12]})")
     try:
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         results = list(readers[0](result))
     except KeyError as error:
-        raise ValueError(f"{path} lacks {error}: it comes from another version of its script") from error
+        raise ValueError(f"{path} has no {error}: it was written by another version of its script") from error
     if not results:
         raise ValueError(f"{path} has no numbers yet")
     return results, versions
@@ -479,7 +479,7 @@ def update_card(
             except ValueError as error:
                 logger.warning("left out: %s", error)
         if not measured:
-            raise ValueError(f"none of the {len(results)} results can be used: the card stays as it is")
+            raise ValueError(f"none of the {len(results)} results can be used: the card is unchanged")
         card.data.eval_results = [one for found, _ in measured.values() for one in found]
         card.text = card.text.split(EVALUATION)[0].rstrip() + "\n" + evaluation_section(measured)
     if card.data.eval_results:
@@ -506,11 +506,15 @@ def push_release(folder: str | os.PathLike, name: str, private: bool | None = No
 def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a released folder")
-    parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="JSON", help="files of eval/")
-    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="then upload the folder")
-    parser.add_argument("--private", action="store_true", default=None, help="as a private repository, if it is new")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[], metavar="JSON", help="result files of the scripts in eval/"
+    )
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder to this repository afterwards")
+    parser.add_argument(
+        "--private", action="store_true", default=None, help="make the repository private, if it is new"
+    )
     for name in METADATA:
-        parser.add_argument(f"--{name}", nargs="+" if name in LISTS else None, help="of the card's front matter")
+        parser.add_argument(f"--{name}", nargs="+" if name in LISTS else None, help="entry of the card's front matter")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     metadata = {name: vars(arguments)[name] for name in METADATA if vars(arguments)[name]}

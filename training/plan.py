@@ -1,13 +1,12 @@
-"""Plan a training before any GPU is booked: parameters, FLOPs, memory under each ZeRO stage, days.
+"""Plan a training before any GPU is booked: parameters, FLOPs, memory under each ZeRO stage, and days.
 
     python -m training.plan tokenizer --preset large --samples 1.28e9 --gpus 256
     python -m training.plan mllm --llm llama-2-7b --visual large --samples 60e6 --gpus 64 --text-length 128
     python -m training.plan check
 
 Models are built without memory, and one training step runs on tensors with shapes but without values. A counter adds
-up the FLOPs of its matrix products and convolutions, forward and backward. Attention counts without a mask's savings,
-as MFU is usually defined. `training.planning.memory` says what is counted as memory. `check` compares such predictions
-with real steps.
+up the FLOPs of its matrix products and convolutions, forward and backward. Attention counts as if unmasked, as usual for
+MFU. `training.planning.memory` describes what counts as memory. `check` compares such predictions with real steps.
 """
 
 import json
@@ -74,15 +73,19 @@ def show(plan: Plan, output: Path | None) -> None:
 
 
 app = script_app(cls=OneLineErrors, no_args_is_help=True, help=__doc__)
-Samples = Annotated[float, typer.Option(help="Samples of the whole training, like 1.28e9.")]
-GPUs = Annotated[int, typer.Option(help="GPUs in all.")]
-TrainedParts = Annotated[list[str], typer.Option(help="A part that is trained; once for each.")]
-GPUMemory = Annotated[float, typer.Option(help="GiB of one GPU.")]
-GPUFlops = Annotated[float, typer.Option(help="FLOP/s of one GPU, by its data sheet; the default is an H100's, bf16.")]
-MFU = Annotated[float, typer.Option(help="Share of these FLOP/s that training achieves.")]
-GPUsPerNode = Annotated[int, typer.Option(help="GPUs of one machine.")]
-Batch = Annotated[int, typer.Option(help="Samples in one step of one GPU.")]
-Checkpointing = Annotated[bool, typer.Option(help="Compute activations again in the backward pass.")]
+Samples = Annotated[float, typer.Option(help="Samples in the whole training, such as 1.28e9.")]
+GPUs = Annotated[int, typer.Option(help="Total number of GPUs.")]
+TrainedParts = Annotated[list[str], typer.Option(help="A part that is trained; repeat for several.")]
+GPUMemory = Annotated[float, typer.Option(help="Memory of one GPU, in GiB.")]
+GPUFlops = Annotated[
+    float, typer.Option(help="Peak FLOP/s of one GPU, by its data sheet; the default is an H100's in bf16.")
+]
+MFU = Annotated[float, typer.Option(help="Share of the peak FLOP/s that training reaches (MFU).")]
+GPUsPerNode = Annotated[int, typer.Option(help="GPUs per machine.")]
+Batch = Annotated[int, typer.Option(help="Samples per GPU and step.")]
+Checkpointing = Annotated[
+    bool, typer.Option(help="Recompute activations in the backward pass (gradient checkpointing).")
+]
 
 
 def json_output(path: Path | None) -> Path | None:
@@ -93,19 +96,19 @@ def json_output(path: Path | None) -> Path | None:
 
 
 JSONFile = Annotated[
-    Path | None, typer.Option("--json", callback=json_output, help="Write the plan to this file too.")
+    Path | None, typer.Option("--json", callback=json_output, help="Also write the plan to this JSON file.")
 ]
 
 
 def vision_fields(text: str) -> dict:
-    """Fields of a vision config, from YAML (or JSON) like "{image_size: 512}".
+    """Parse fields of a vision config, from YAML (or JSON) such as "{image_size: 512}".
 
     Raises:
-        typer.BadParameter: it is no mapping, or names a field that there is not.
+        typer.BadParameter: it is not a mapping, or has an unknown field.
     """
     values = yaml.safe_load(text)
     if not isinstance(values, dict):
-        raise typer.BadParameter(f"{text!r} is no mapping like '{{image_size: 512}}'.")
+        raise typer.BadParameter(f"expected a mapping such as '{{image_size: 512}}', got {text!r}.")
     if unknown := values.keys() - {field.name for field in fields(UniTokVisionConfig)}:
         raise typer.BadParameter(f"A vision config has no {', '.join(sorted(unknown))}.")
     return values
@@ -115,7 +118,7 @@ def vision_fields(text: str) -> dict:
 def tokenizer_command(
     samples: Samples,
     gpus: GPUs,
-    preset: Annotated[str, typer.Option(help="large, base or tiny, or a folder.")] = "large",
+    preset: Annotated[str, typer.Option(help="large, base, tiny, or a folder.")] = "large",
     gpu_memory: GPUMemory = 80.0,
     gpu_flops: GPUFlops = 989e12,
     mfu: MFU = 0.4,
@@ -123,12 +126,16 @@ def tokenizer_command(
     batch_per_gpu: Batch = 64,
     perceptual: Annotated[bool, typer.Option(help="With LPIPS.")] = True,
     gan: Annotated[bool, typer.Option(help="With the discriminator.")] = True,
-    gan_start: Annotated[float, typer.Option(help="Share of the training before the discriminator starts.")] = 0.375,
-    ema: Annotated[bool, typer.Option(help="With an average of the weights.")] = True,
+    gan_start: Annotated[
+        float, typer.Option(help="Share of the training after which the discriminator is switched on.")
+    ] = 0.375,
+    ema: Annotated[bool, typer.Option(help="With a running average of the weights.")] = True,
     gradient_checkpointing: Checkpointing = False,
     vision_overrides: Annotated[
         dict,
-        typer.Option(parser=vision_fields, help="Fields of its vision config that differ, like '{image_size: 512}'."),
+        typer.Option(
+            parser=vision_fields, help="Fields of the vision config to override, such as '{image_size: 512}'."
+        ),
     ] = "{}",
     json_file: JSONFile = None,
 ) -> None:
@@ -147,13 +154,15 @@ def mllm_command(
     llm: Annotated[
         str, typer.Option(help=f"A preset ({', '.join(LLMS)}), or a folder of an LLM or an MLLM.")
     ] = "llama-2-7b",
-    visual: Annotated[str, typer.Option(help="large, base or tiny, or a folder.")] = "large",
-    text_length: Annotated[int, typer.Option(help="Text tokens of a sample.")] = 128,
-    images: Annotated[int, typer.Option(help="Images of a sample.")] = 1,
-    drawn: Annotated[int | None, typer.Option(help="How many of them are targets.", show_default="all")] = None,
+    visual: Annotated[str, typer.Option(help="large, base, tiny, or a folder.")] = "large",
+    text_length: Annotated[int, typer.Option(help="Text tokens per sample.")] = 128,
+    images: Annotated[int, typer.Option(help="Images per sample.")] = 1,
+    drawn: Annotated[
+        int | None, typer.Option(help="How many of these images are targets.", show_default="all")
+    ] = None,
     trainable: TrainedParts = list(TRAINED_PARTS),  # noqa: B006
-    lora_rank: Annotated[int, typer.Option(min=0, help="Above 0: LoRA on the LLM, with this rank.")] = 0,
-    online_codes: Annotated[bool, typer.Option(help="Encode images while training.")] = False,
+    lora_rank: Annotated[int, typer.Option(min=0, help="Rank of LoRA on the LLM; 0 for full fine-tuning.")] = 0,
+    online_codes: Annotated[bool, typer.Option(help="Encode the images during training.")] = False,
     gpu_memory: GPUMemory = 80.0,
     gpu_flops: GPUFlops = 989e12,
     mfu: MFU = 0.4,
@@ -181,12 +190,12 @@ def mllm_command(
 
 @app.command("check")
 def check_command(
-    batch: Annotated[int, typer.Option(min=1, help="Samples in one step.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Number of timed steps.")] = 3,
     json_file: JSONFile = None,
 ) -> None:
     """Compare predictions with a few real training steps of the tiny models, on this machine's CPU."""
-    # a process for each, whose memory grows by that model alone
+    # a process for each model, so that its memory is that model's alone
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         checks = list(pool.map(run_check, ("tokenizer", "mllm"), (batch, batch), (steps, steps)))
     table = markdown_table("", *[check.model for check in checks])

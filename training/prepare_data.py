@@ -114,9 +114,11 @@ app = script_app(help=__doc__)
 @app.command()
 def main(
     dataset: Annotated[str, typer.Argument(help="easy-vqa or emoji")],
-    folder: Annotated[Path, typer.Argument(help="where it is written to")],
-    packages: Annotated[Path, typer.Option(help="where the emoji's npm archives are kept")] = Path("runs/npm"),
-    category: Annotated[list[str] | None, typer.Option(help="of the emoji, may be given again; default: all")] = None,
+    folder: Annotated[Path, typer.Argument(help="folder to write the data set to")],
+    packages: Annotated[Path, typer.Option(help="folder to keep the emoji's npm archives in")] = Path("runs/npm"),
+    category: Annotated[
+        list[str] | None, typer.Option(help="category of emoji; repeat for several; default: all")
+    ] = None,
 ) -> None:
     """Write DATASET ("easy-vqa" or "emoji") to FOLDER."""
     check_output_folder(folder)
@@ -126,7 +128,7 @@ def main(
         check_output_folder(packages)
         prepare_emoji(folder, packages, category or [])
     else:
-        raise typer.BadParameter(f"the datasets are easy-vqa and emoji, not {dataset!r}")
+        raise typer.BadParameter(f"the data set must be easy-vqa or emoji, got {dataset!r}")
     print(f"{dataset} is in {folder}")
 
 
