@@ -199,7 +199,7 @@ def config(tmp_path) -> str:
         ("--trainabel embedder", "the command line has no '--trainabel': did you mean '--trainable'?"),
         (
             "--trainable embedder,depth_head",
-            "Names in trainable have spaces between them on the command line, got 'embedder,depth_head'",
+            "Separate the names in trainable by spaces on the command line, got 'embedder,depth_head'",
         ),
         ("--lora r=16", "argument --lora: expected a mapping such as '{name: value}', got 'r=16'"),
         ("--lora '{rank:16}'", "lora has no 'rank:16'; it has "),
@@ -214,7 +214,7 @@ def config(tmp_path) -> str:
             "--sample_questions '{image: a.png, qestion: what}'",
             "a sample question has no 'qestion': did you mean 'question'?",
         ),
-        ("--sample_questions '{image: a.png}'", "A sample question has an image and a question"),
+        ("--sample_questions '{image: a.png}'", "A sample question must have an image and a question"),
         ("--sample_options '{guidance: 3}'", "sample_options has no 'guidance': did you mean 'guidance_scale'?"),
         ("--card '{licence: mit}'", "card has no 'licence': did you mean 'license'?"),
         ("--depth_config '{hiden_size: 3}'", "depth_config has no 'hiden_size': did you mean 'hidden_size'?"),
@@ -225,8 +225,8 @@ def config(tmp_path) -> str:
         ("--llm_config '{model_type: lama}'", "llm_config needs a model_type that transformers knows, got 'lama'"),
         ("--card '{license: [mit]}'", "license of the card must be a text, got ['mit']"),
         ("--card '{tags: [3]}'", "tags of the card must be a text or a list of texts, got [3]"),
-        ("--lora '{r: x}'", "r of lora must be a whole number from 1 on, got 'x'"),
-        ("--lora '{r: 0}'", "r of lora must be a whole number from 1 on, got 0"),
+        ("--lora '{r: x}'", "r of lora must be an integer of at least 1, got 'x'"),
+        ("--lora '{r: 0}'", "r of lora must be an integer of at least 1, got 0"),
         ("--lora '{lora_dropout: 3}'", "lora_dropout of lora must be a number from 0 to 1, got 3"),
         ("--lora '{lora_alpha: [3]}'", "lora_alpha of lora must be a number from 0 to 1e+06, got [3]"),
         (

@@ -189,5 +189,5 @@ def test_the_sharding_of_accelerates_launcher_is_taken(monkeypatch):
     arguments = TokenizerTrainingArguments()
     arguments.take_launchers()
     assert arguments.fsdp and "ACCELERATE_USE_FSDP" not in os.environ
-    with pytest.raises(ValueError, match="are two ways of sharding"):
+    with pytest.raises(ValueError, match="are alternative ways of sharding"):
         TokenizerTrainingArguments(deepspeed="zero2.json", fsdp=True)

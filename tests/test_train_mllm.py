@@ -691,7 +691,7 @@ def test_lora_refuses_what_it_cannot_train_whole(tmp_path, start, data):
             r"lora trains language_model.model.layers.0.self_attn.q_proj: take language_model.model",
         ),
         ("language_model.model.layers.1.mlp.up_proj.weight", "lora trains language_model.model.layers.1.mlp.up_proj"),
-        ("depth_head.nothing", "fits no parameter"),
+        ("depth_head.nothing", "matches no parameter"),
     ):
         with pytest.raises(ValueError, match=message):
             main([str(write_config(tmp_path / "run.yaml", start, [data["read"]], **LORA | {"trainable": [prefix]}))])
@@ -780,7 +780,7 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path, start, data):
 
 def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
     for options, message in (
-        ({"trainable": ["head"]}, "'head', which fits no parameter"),
+        ({"trainable": ["head"]}, "'head', which matches no parameter"),
         ({"num_train_epochs": 2}, "num_samples"),
         ({"lora": {"r": 4}}, "take language_model out"),
         ({"load_in_4bit": True}, "needs lora"),
@@ -789,8 +789,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
         ({"model": ""}, "Give either model"),
         ({"eval_datasets": [data["read"]]}, "eval_strategy is no, with eval_datasets"),
         ({"eval_strategy": "steps"}, "eval_strategy is steps, without eval_datasets"),
-        ({"learning_rates": {"heads": 1e-3}}, "learning_rates has 'heads', which fits no trained parameter"),
-        ({"learning_rates": {"embedder": 1.0}, "trainable": ["depth_head"]}, "'embedder', which fits no trained"),
+        ({"learning_rates": {"heads": 1e-3}}, "learning_rates has 'heads', which matches no trained parameter"),
+        ({"learning_rates": {"embedder": 1.0}, "trainable": ["depth_head"]}, "'embedder', which matches no trained"),
         ({"llm": "x"}, "With model, llm 'x' would have no effect"),
         ({"boi_token": "<x>"}, "With model, boi_token '<x>' would have no effect"),
         ({"add_image_tokens": True}, "With model, add_image_tokens True would have no effect"),

@@ -211,7 +211,7 @@ def test_the_released_weights_are_the_average_and_the_newest_buffers(tmp_path, c
     for name, value in released.state_dict().items():
         expected = after[name] if name in buffers else 0.75 * before[name] + 0.25 * after[name]
         torch.testing.assert_close(value, expected)
-    assert "after 1 steps, 75% of it are still the weights that the training began with" in caplog.text
+    assert "after 1 steps, 75% of it is still the initial weights" in caplog.text
     assert released.vision_model.quantizer.usage.sum() > 0 and released.dtype == torch.float32
     pixels = trainer.eval_pixels
     shown = psnr(released.eval()(pixels).reconstruction, pixels).mean().item()
@@ -624,7 +624,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ValueError, match="has checkpoints: set resume"):
         trainer_of(tmp_path / "killed", RESUMED, **LONG)
-    with pytest.raises(ValueError, match="4 images in a step, now there are 8"):
+    with pytest.raises(ValueError, match="4 images per step, now there are 8"):
         trainer_of(tmp_path / "killed", RESUMED, per_device_train_batch_size=8, resume=True, **LONG)
     resumed = trainer_of(tmp_path / "killed", RESUMED, small_model(drop_path_rate=0.3), resume=True, **LONG)
     assert resumed.step == 4
@@ -695,10 +695,10 @@ def test_networks_and_images_that_are_missing_are_named(tmp_path):
     network = perceptual_distance("test_resnet", SIZE, pretrained=False)
     with pytest.raises(ValueError, match="network for the term perceptual, but perceptual_weight is 0"):
         TokenizerTrainer(small_model(), arguments, LossArguments(), Noise(), perceptual=network)
-    with pytest.raises(ValueError, match="samples_per_epoch is said of streams, and only of them, got 8"):
+    with pytest.raises(ValueError, match="samples_per_epoch is required for streams, and only for them, got 8"):
         TokenizerTrainer(small_model(), arguments, LossArguments(), Noise(), samples_per_epoch=8)
     arguments = replace(arguments, max_steps=10, per_device_train_batch_size=4)
-    with pytest.raises(ValueError, match="entropy_start is 0.95: of 10 steps, none begins that late"):
+    with pytest.raises(ValueError, match="entropy_start is 0.95: none of the 10 steps begins that late"):
         TokenizerTrainer(small_model(), arguments, LossArguments(entropy_weight=1.0, entropy_start=0.95), Noise())
 
 
@@ -756,7 +756,7 @@ def test_a_fresh_text_tower_is_as_large_as_the_text_tokenizer_and_finds_its_ends
     [
         ({"init_open_clip_weights": "b.pt"}, "init_open_clip_weights is b.pt, but init_open_clip names no model"),
         ({"hub_model_id": "a/b/c"}, "Repo id must be"),
-        ({"eval_datasets": [{"kind": "webdataset", "resampled": True}]}, "An evaluation set has to end"),
+        ({"eval_datasets": [{"kind": "webdataset", "resampled": True}]}, "An evaluation set must end"),
         ({"datasets": {"kind": "folder"}}, "datasets must be of type list"),
     ],
 )

@@ -102,7 +102,7 @@ def test_what_is_taken_is_what_a_config_has_by_default(parse):
 def test_an_option_without_effect_is_refused(parse, name):
     arguments = parse()
     setattr(arguments, name, OTHERS[name])
-    with pytest.raises(ValueError, match=f"{name} is .*, but this training takes .* alone: {REFUSED[name][1]}"):
+    with pytest.raises(ValueError, match=f"{name} must be .*, got .*: {REFUSED[name][1]}"):
         check_trainer_options(arguments, evaluates=False)
 
 

@@ -115,7 +115,7 @@ class MLLMTrainer(Trainer):
         trained = [plain_name(name) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         for prefix in self.learning_rates:
             if not any(is_under(name, prefix) for name in trained):
-                raise ValueError(f"learning_rates has {prefix!r}, which fits no trained parameter.")
+                raise ValueError(f"learning_rates has {prefix!r}, which matches no trained parameter.")
         self.mllm = unwrapped(self.model)
         self.mllm.visual.to(self.args.device)
         self._since_log, self._since_start = self._new_record(), self._new_record()

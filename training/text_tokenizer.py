@@ -24,7 +24,7 @@ SMALLEST = len(SPECIAL_TOKENS) + 256  # a token for each byte
 
 
 def train_text_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, so that any text can be written, with a BOS in front like Llama's."""
+    """Train a byte-level BPE, which can encode any text, with a BOS in front as Llama's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,14 +47,14 @@ def train_text_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedT
 
 
 def easy_vqa_texts() -> list[str]:
-    """What the shipped model reads and draws: prompts, null prompts, questions with their answers."""
+    """Return the texts that the shipped model reads and draws: prompts, null prompts, questions with their answers."""
     samples = easy_vqa.load("train")
     texts = [s.caption + GENERATION_SUFFIX for s in samples] + [UNCONDITIONAL_PROMPT] * 400
     return texts + [f"{TURNS}{question} {answer}" for s in samples for question, answer in s.questions]
 
 
 def caption_texts(paths: list[str | os.PathLike]) -> list[str]:
-    """The captions of tables as prompts, with null prompts and the words around turns, one for ten of them.
+    """Return the captions of tables as prompts, with a null prompt and the words around turns for every ten of them.
 
     Raises:
         FileNotFoundError, ValueError: there is no such table, or a row of it has no caption; it is named.
@@ -71,18 +71,18 @@ def caption_texts(paths: list[str | os.PathLike]) -> list[str]:
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where it is written to")
+    parser.add_argument("folder", type=Path, help="folder to write the tokenizer to")
     parser.add_argument(
         "--captions",
         type=Path,
         action="append",
-        help="a .jsonl, .json or .parquet file with a `caption` in each row; may be given again; without it: easy-VQA",
+        help="a .jsonl, .json or .parquet file with a `caption` in each row; repeat for several; default: easy-VQA",
     )
-    parser.add_argument("--vocab_size", type=int, default=512, help="its tokens, at most (default: 512)")
+    parser.add_argument("--vocab_size", type=int, default=512, help="largest vocabulary (default: 512)")
     arguments = parser.parse_args(argv)
     check_output_folder(arguments.folder)
     if arguments.vocab_size < SMALLEST:
-        parser.error(f"--vocab-size {arguments.vocab_size} is less than {SMALLEST}, the special tokens and all bytes")
+        parser.error(f"--vocab-size {arguments.vocab_size} is below {SMALLEST}, the special tokens and all bytes")
     texts = caption_texts(arguments.captions) if arguments.captions else easy_vqa_texts()
     tokenizer = train_text_tokenizer(texts, arguments.vocab_size)
     tokenizer.save_pretrained(arguments.folder)

@@ -179,12 +179,12 @@ class TokenizerTrainer:
             if weight and network is None:
                 raise ValueError(f"{name}_weight is {weight}, but its network is missing.")
             if not weight and network is not None and name != "contrastive":
-                raise ValueError(f"There is a network for the term {name}, but {name}_weight is 0.")
+                raise ValueError(f"A network for the term {name} was given, but {name}_weight is 0.")
 
     def _count_steps(self, samples_per_epoch: int | None) -> None:
         arguments = self.arguments
         if (samples_per_epoch is None) == isinstance(self.train_dataset, ImageTextStream):
-            raise ValueError(f"samples_per_epoch is said of streams, and only of them, got {samples_per_epoch}.")
+            raise ValueError(f"samples_per_epoch is required for streams, and only for them, got {samples_per_epoch}.")
         self.images_per_step = (
             arguments.per_device_train_batch_size
             * arguments.gradient_accumulation_steps
@@ -198,7 +198,7 @@ class TokenizerTrainer:
         for name in TERMS:
             weight, start = (vars(self.losses)[f"{name}_{what}"] for what in ("weight", "start"))
             if weight and start > (self.total_steps - 1) / self.total_steps:
-                raise ValueError(f"{name}_start is {start}: of {self.total_steps} steps, none begins that late.")
+                raise ValueError(f"{name}_start is {start}: none of the {self.total_steps} steps begins that late.")
 
     def _freeze_what_no_term_trains(self, model: UniTokModel) -> None:
         """Freeze parameters that no term trains: DistributedDataParallel waits for a gradient of all others."""
@@ -694,8 +694,8 @@ class TokenizerTrainer:
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         if state["images_per_step"] != self.images_per_step:
             raise ValueError(
-                f"{folder} was written with {state['images_per_step']} images in a step, now there are "
-                f"{self.images_per_step}: its data position would be another."
+                f"{folder} was written with {state['images_per_step']} images per step, now there are "
+                f"{self.images_per_step}: its position in the data would not be the same."
             )
         if isinstance(self.train_dataset, ImageTextStream):
             self._load_stream(folder, state)
@@ -709,7 +709,9 @@ class TokenizerTrainer:
                 network.load_optimizer(state["optimizers"][index])
                 then = optimizer_options(network.optimizer)
             else:
-                raise ValueError(f"{folder} is of an older version: it cannot go on with another sharding.")
+                raise ValueError(
+                    f"{folder} was written by an older version: it cannot be resumed with another sharding."
+                )
             if then != given:
                 raise ValueError(f"{folder} was trained with {then}, now there are {given}: resume with the same.")
         average = load_file(folder / "ema.safetensors")
@@ -738,7 +740,7 @@ class TokenizerTrainer:
         if then != now:
             raise ValueError(
                 f"{folder} was written by {then[0]} processes that read the stream with {then[1]} workers each, now there "
-                f"are {now[0]} with {now[1]}: it would not go on where it was."
+                f"are {now[0]} with {now[1]}: it would not resume at the same sample."
             )
         self.train_dataset.load_state_dict(state["streams"][self.accelerator.process_index])
 
@@ -759,8 +761,8 @@ class TokenizerTrainer:
         lag = math.prod(map(self.arguments.ema_decay_after, range(self.total_steps)))
         if lag > LAG and self.accelerator.is_main_process:
             logger.warning(
-                "The released weights are an average that lags: after %d steps, %.0f%% of it are still the weights that "
-                "the training began with. Set ema_warmup, a smaller ema_decay, or more steps.",
+                "The released weights are an average that lags behind: after %d steps, %.0f%% of it is still the initial "
+                "weights. Set ema_warmup, a smaller ema_decay, or more steps.",
                 self.total_steps,
                 100 * lag,
             )

@@ -1,10 +1,10 @@
-"""Trains the unified MLLM, in any of its stages: what is trained, on what, and how fast is all in the config.
+"""Train the unified MLLM, in any of its stages. The config sets the trained parts, the data and the learning rates.
 
     python -m training.train_mllm training/configs/mllm_tiny.yaml
     torchrun --nproc_per_node 2 -m training.train_mllm training/configs/mllm_tiny.yaml \
         --deepspeed training/configs/deepspeed/zero2.json
 
-The same command goes on from the newest whole checkpoint in `output_dir`. The folder `<output_dir>/release` is what
+The same command resumes from the newest complete checkpoint in `output_dir`. The folder `<output_dir>/release` is what
 `AutoModelForImageTextToText` and `AutoProcessor` load; with LoRA, `<output_dir>/adapter` holds the adapter alone.
 """
 
@@ -100,88 +100,110 @@ IMAGE_TOKENS = (
 
 @dataclass
 class MLLMArguments:
-    """Options of the MLLM's training besides the Trainer's. The fields' help texts explain them."""
+    """Options of the MLLM's training besides the Trainer's. Each field's help text explains it."""
 
     model: str = field(
-        default="", metadata={"help": "folder or hub name of an MLLM to go on from; or the parts below"}
+        default="", metadata={"help": "folder or hub name of an MLLM to start from; instead of the parts below"}
     )
     visual_model: str = field(
-        default="", metadata={"help": "folder of a UniTok tokenizer; with model: replaces its own"}
+        default="", metadata={"help": "folder of a UniTok tokenizer; with model, it replaces the model's own"}
     )
     llm: str = field(default="", metadata={"help": "folder or hub name of a causal LM to start from"})
-    llm_config: dict | None = field(default=None, metadata={"help": "without llm: the config of a fresh causal LM"})
-    llm_gguf_file: str = field(default="", metadata={"help": "the file in llm, where its weights come as GGUF"})
-    text_tokenizer: str = field(default="", metadata={"help": "folder of the text tokenizer, where llm has none"})
-    llm_dtype: str = field(default="float32", metadata={"help": "dtype that the LLM is loaded in"})
+    llm_config: dict | None = field(
+        default=None, metadata={"help": "config of a newly initialised causal LM, instead of llm"}
+    )
+    llm_gguf_file: str = field(default="", metadata={"help": "GGUF file with the weights, in the folder llm"})
+    text_tokenizer: str = field(default="", metadata={"help": "folder of the text tokenizer, if llm has none"})
+    llm_dtype: str = field(default="float32", metadata={"help": "dtype to load the LLM in"})
     depth_config: dict | None = field(default=None, metadata={"help": "sizes of the depth transformer"})
     embedder_dim: int = field(default=1024, metadata={"help": "width of the embedder's attention projection"})
-    embedder_heads: int = field(default=16, metadata={"help": "its heads"})
+    embedder_heads: int = field(default=16, metadata={"help": "attention heads of that projection"})
     system_line: str = field(default=VICUNA_SYSTEM, metadata={"help": "system line of the vicuna_v1 chat template"})
     boi_token: str = field(
-        default="", metadata={"help": "the token that opens an image; empty: one that the text tokenizer has for that"}
+        default="", metadata={"help": "token that opens an image; empty for a known one of the text tokenizer"}
     )
-    eoi_token: str = field(default="", metadata={"help": "the token that closes an image; goes with boi_token"})
+    eoi_token: str = field(default="", metadata={"help": "token that closes an image; set both or neither"})
     add_image_tokens: bool = field(
         default=False,
-        metadata={"help": "add these tokens where the text tokenizer lacks them, with rows in the LLM's embeddings"},
+        metadata={"help": "add these tokens if the text tokenizer lacks them, with new rows in the LLM's embeddings"},
     )
 
     trainable: list[str] = field(
         default_factory=lambda: list(PARTS),
-        metadata={"help": "what is trained: embedder, depth_head, language_model, or prefixes of parameter names"},
+        metadata={"help": "trained parts: embedder, depth_head, language_model, or prefixes of parameter names"},
     )
-    train_codebooks: bool = field(default=False, metadata={"help": "train the embedder's copy of the codebooks too"})
-    learning_rates: dict | None = field(default=None, metadata={"help": "learning rates of parts, by prefix"})
+    train_codebooks: bool = field(default=False, metadata={"help": "also train the embedder's copy of the codebooks"})
+    learning_rates: dict | None = field(
+        default=None, metadata={"help": "learning rates of single parts, by prefix of parameter names"}
+    )
     lora: dict | None = field(
-        default=None, metadata={"help": "peft's LoraConfig for the LLM's linear layers: {r: 16}"}
+        default=None, metadata={"help": "peft's LoraConfig for the LLM's linear layers, such as {r: 16}"}
     )
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the LLM in 4 bits (bitsandbytes); needs lora"})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: load the LLM in 4 bits (bitsandbytes); needs lora"}
+    )
 
-    datasets: list[dict] = field(default_factory=list, metadata={"help": "sources, see training/data.py; in the YAML"})
+    datasets: list[dict] = field(
+        default_factory=list, metadata={"help": "sources of training data (YAML only), see training/data.py"}
+    )
     eval_datasets: list[dict] = field(default_factory=list, metadata={"help": "sources for the evaluation loss"})
-    num_samples: int = field(default=0, metadata={"help": "samples of the whole run; 0: as many as all sources have"})
-    max_length: int = field(default=2048, metadata={"help": "tokens of the longest sample, and of a packed row"})
-    packing: bool = field(default=False, metadata={"help": "several samples in a row, without attention across"})
-    caption_dropout: float = field(default=0.1, metadata={"help": "share of captions replaced by the null prompt"})
-    max_broken_share: float = field(default=0.01, metadata={"help": "more broken samples than that stop the run"})
+    num_samples: int = field(
+        default=0, metadata={"help": "samples of the whole run; 0 for as many as all sources have"}
+    )
+    max_length: int = field(
+        default=2048, metadata={"help": "length of the longest sample and of a packed row, in tokens"}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "pack several samples into each row, without attention between them"}
+    )
+    caption_dropout: float = field(default=0.1, metadata={"help": "share of captions that the null prompt replaces"})
+    max_broken_share: float = field(
+        default=0.01, metadata={"help": "share of broken samples above which the run stops"}
+    )
     text_loss_weight: float = field(
         default=0.0,
-        metadata={"help": "weight of the text loss against the image loss; 0: by their numbers of targets"},
+        metadata={"help": "weight of the text loss, the rest is the image loss's; 0 to weigh both by their targets"},
     )
-    image_loss_share: float = field(default=1.0, metadata={"help": "share of image positions in the image loss"})
+    image_loss_share: float = field(
+        default=1.0, metadata={"help": "share of image positions that the image loss is computed on"}
+    )
 
-    sample_prompts: list[str] = field(default_factory=list, metadata={"help": "drawn at each evaluation"})
+    sample_prompts: list[str] = field(default_factory=list, metadata={"help": "prompts to draw at each evaluation"})
     sample_questions: list[dict] = field(
-        default_factory=list, metadata={"help": "{image, question}, answered at each evaluation; in the YAML"}
+        default_factory=list, metadata={"help": "{image, question} to answer at each evaluation (YAML only)"}
     )
-    sample_options: dict | None = field(default=None, metadata={"help": "of the drawing: guidance_scale, top_k ..."})
-    release_dtype: str = field(default="float16", metadata={"help": "dtype that the final weights are stored in"})
+    sample_options: dict | None = field(
+        default=None, metadata={"help": "options of the drawings: guidance_scale, top_k ..."}
+    )
+    release_dtype: str = field(default="float16", metadata={"help": "dtype of the released weights"})
     card: dict = field(
         default_factory=dict,
-        metadata={"help": "of the release's model card: {license: mit, datasets: [owner/name]} ..."},
+        metadata={"help": "front matter of the release's model card: {license: mit, datasets: [owner/name]} ..."},
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa or flash_attention_2, of the LLM"})
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "attention implementation of the LLM: sdpa or flash_attention_2"}
+    )
 
     def __post_init__(self):
         self._check_keys()
         if joined := [name for name in self.trainable if "," in name]:
-            raise ValueError(f"Names in trainable have spaces between them on the command line, got {joined[0]!r}.")
+            raise ValueError(f"Separate the names in trainable by spaces on the command line, got {joined[0]!r}.")
         check_ranges(
             self, num_samples=(0, 2**40), max_length=(2, 2**24), caption_dropout=SHARE, max_broken_share=SHARE
         )
         if not self.model and not (self.visual_model and (self.llm or self.llm_config)):
             raise ValueError("Give either model, or visual_model with llm or llm_config.")
         if self.load_in_4bit and not self.lora:
-            raise ValueError("load_in_4bit needs lora: weights of 4 bits take no gradient.")
+            raise ValueError("load_in_4bit needs lora: 4-bit weights cannot be trained.")
         if self.load_in_4bit and (not self.model or self.visual_model):
             raise ValueError("load_in_4bit needs `model` alone: the folder of a whole MLLM.")
         if self.lora and "language_model" in self.trainable:
             raise ValueError("lora freezes the LLM's own weights: take language_model out of trainable.")
         if self.lora and "modules_to_save" in self.lora:
-            raise ValueError("lora takes no modules_to_save: trainable says what is trained whole.")
+            raise ValueError("lora takes no modules_to_save: use trainable for the parts to train in full.")
         for name in ("llm_dtype", "release_dtype"):
             if getattr(self, name) not in FLOAT_TYPES:
-                raise ValueError(f"{name} is one of {', '.join(FLOAT_TYPES)}, got {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be one of {', '.join(FLOAT_TYPES)}, got {getattr(self, name)!r}.")
         if not 0 <= self.text_loss_weight <= 1:
             raise ValueError(f"text_loss_weight must be from 0 to 1, got {self.text_loss_weight}.")
         if not 0 < self.image_loss_share <= 1:
@@ -200,7 +222,9 @@ class MLLMArguments:
                 if is_given and getattr(self, name) != defaults[name]:
                     raise ValueError(f"With {what}, {name} {getattr(self, name)!r} would have no effect.")
         if bool(self.boi_token) != bool(self.eoi_token):
-            raise ValueError(f"boi_token {self.boi_token!r} and eoi_token {self.eoi_token!r} go together.")
+            raise ValueError(
+                f"Set both boi_token and eoi_token, or neither, got {self.boi_token!r} and {self.eoi_token!r}."
+            )
 
     def _check_keys(self) -> None:
         """Refuse unknown nested names."""
@@ -212,7 +236,7 @@ class MLLMArguments:
             self.lora[name] = checked_number(f"{name} of lora", self.lora[name], *limits)
         rank = (self.lora or {}).get("r", 1)
         if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"r of lora must be a whole number from 1 on, got {rank!r}.")
+            raise ValueError(f"r of lora must be an integer of at least 1, got {rank!r}.")
         rates = self.learning_rates or {}
         self.learning_rates = {
             name: checked_number(f"learning_rates of {name}", rates[name], *WEIGHT) for name in rates
@@ -227,7 +251,7 @@ class MLLMArguments:
         for question in self.sample_questions:
             check_keys("a sample question", question, ("image", "question"))
             if len(question) < 2 or not all(isinstance(text, str) for text in question.values()):
-                raise ValueError(f"A sample question has an image and a question, both texts, got {question}.")
+                raise ValueError(f"A sample question must have an image and a question, both texts, got {question}.")
         check_keys("sample_options", self.sample_options or {}, IMAGE_OPTIONS)
         if self.llm_config:
             model_type = self.llm_config.get("model_type")
@@ -261,7 +285,7 @@ def choose_image_tokens(arguments: MLLMArguments, text_tokenizer: PreTrainedToke
     if missing := [token for token in pair if token not in vocabulary]:
         if not arguments.add_image_tokens:
             raise ValueError(
-                f"The text tokenizer has no {' and no '.join(missing)} for an image to begin and end with: set "
+                f"The text tokenizer has no {' and no '.join(missing)} to open and close an image: set "
                 "add_image_tokens, or name two of its tokens as boi_token and eoi_token."
             )
         text_tokenizer.add_tokens(missing, special_tokens=True)
@@ -383,8 +407,8 @@ def checked(source: Source, vision: UniTokVisionConfig) -> Source:
         theirs, ours = [source.store.metadata[name] for name in names], [getattr(vision, name) for name in names]
         if theirs != ours:
             raise ValueError(
-                "{}: the codes are of {} codebooks of {}, {} positions; ".format(source.codes, *theirs)
-                + "the tokenizer's are of {} of {}, {}.".format(*ours)
+                "{}: the codes are for {} codebooks of {} and {} positions, ".format(source.codes, *theirs)
+                + "the tokenizer's for {} codebooks of {} and {} positions.".format(*ours)
             )
     return source
 
@@ -398,7 +422,7 @@ def freeze_all_but(model: torch.nn.Module, trainable: list[str]) -> None:
     names = [name for name, _ in model.named_parameters()]
     for prefix in trainable:
         if not any(is_under(name, prefix) for name in names):
-            raise ValueError(f"trainable has {prefix!r}, which fits no parameter of the model.")
+            raise ValueError(f"trainable has {prefix!r}, which matches no parameter of the model.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(is_under(name, prefix) for prefix in trainable))
 
@@ -566,7 +590,9 @@ def main(argv: list[str] | None = None) -> None:
         load_image(question["image"])
     if resume_from := training_arguments.resume_from_checkpoint:
         if not Path(resume_from, TRAINER_STATE_NAME).is_file():
-            raise ValueError(f"resume_from_checkpoint: {resume_from} is no checkpoint, it has no {TRAINER_STATE_NAME}")
+            raise ValueError(
+                f"resume_from_checkpoint: {resume_from} is not a checkpoint: it has no {TRAINER_STATE_NAME}"
+            )
         check_files(resume_from)
     if push and training_arguments.hub_model_id:
         validate_repo_id(training_arguments.hub_model_id)
@@ -631,7 +657,7 @@ def main(argv: list[str] | None = None) -> None:
             "There is no best model to release: no evaluation gave a finite loss, or its checkpoint is gone."
         )
     if not trainer.state.global_step:
-        raise ValueError("Not one step was made: there is nothing to release.")
+        raise ValueError("There is nothing to release: not a single step was made.")
     run = training_run(trainer, arguments, first_step, result.metrics["train_runtime"])
     save_results(trainer, processor, arguments, run)
     log_broken(trainer.train_dataset.broken, trainer.accelerator)

@@ -1,4 +1,4 @@
-"""Trains a UniTok visual tokenizer (https://arxiv.org/abs/2502.20321) with every term of its recipe.
+"""Train a UniTok visual tokenizer (https://arxiv.org/abs/2502.20321) with every term of its loss.
 
 python -m training.train_tokenizer training/configs/tokenizer_tiny.yaml
 torchrun --nproc_per_node 8 -m training.train_tokenizer training/configs/tokenizer_large.yaml
@@ -7,9 +7,9 @@ torchrun --nproc_per_node 8 -m training.train_tokenizer training/configs/tokeniz
 accelerate launch --num_machines 8 ... -m training.train_tokenizer training/configs/tokenizer_large.yaml
 
 `--deepspeed` shards the tokenizer by ZeRO, `--fsdp true` by FSDP2; so does the config file of `accelerate launch`.
-`--resume true` goes on from the newest checkpoint, and the following losses are those that the run would have had
-without a break. The sharding and the number of processes may be others. A webdataset stream goes on where it was with the same number of processes and workers; with another,
-resuming is refused.
+`--resume true` resumes from the newest checkpoint, and the losses continue as if the run had not been interrupted. The
+sharding and the number of processes may change. Only a webdataset stream needs the same number of processes and workers;
+with another one, resuming is refused.
 """
 
 import logging
@@ -55,21 +55,27 @@ GRID_IMAGES = 16
 
 @dataclass
 class TokenizerArguments:
-    """The tokenizer to train, and its data. The fields' help texts explain them."""
+    """The tokenizer to train, and its data. Each field's help text explains it."""
 
     preset: str = field(
         default="tiny",
         metadata={
-            "help": "a preset of UniTokConfig: large, base or tiny; its text tower gets the text tokenizer's vocabulary"
+            "help": "preset of UniTokConfig: large, base or tiny; the text tower takes the text tokenizer's vocabulary"
         },
     )
-    vision_overrides: dict = field(default_factory=dict, metadata={"help": "fields of its vision config that differ"})
-    text_overrides: dict = field(default_factory=dict, metadata={"help": "fields of its text config that differ"})
-    init_from: str = field(default="", metadata={"help": "folder of a tokenizer to start from; replaces the preset"})
-    init_open_clip: str = field(
-        default="", metadata={"help": "an open_clip model, such as ViTamin-L-256, whose two towers to start from"}
+    vision_overrides: dict = field(
+        default_factory=dict, metadata={"help": "fields of the preset's vision config to override"}
     )
-    init_open_clip_weights: str = field(default="", metadata={"help": "its weights: a file, or a tag of open_clip's"})
+    text_overrides: dict = field(
+        default_factory=dict, metadata={"help": "fields of the preset's text config to override"}
+    )
+    init_from: str = field(default="", metadata={"help": "folder of a tokenizer to start from, instead of a preset"})
+    init_open_clip: str = field(
+        default="", metadata={"help": "open_clip model to take the two towers from, such as ViTamin-L-256"}
+    )
+    init_open_clip_weights: str = field(
+        default="", metadata={"help": "weights of that model: a file, or one of open_clip's tags"}
+    )
     text_tokenizer: str = field(default="", metadata={"help": "folder or hub name of the text tokenizer"})
     datasets: list[dict] = field(
         default_factory=list,
@@ -81,16 +87,18 @@ class TokenizerArguments:
     eval_datasets: list[dict] = field(
         default_factory=list,
         metadata={
-            "help": "sources that are evaluated, and whose first images the grids show; empty: the first images of `datasets`"
+            "help": "sources to evaluate, whose first images the grids show; empty for the first images of `datasets`"
         },
     )
-    image_mode: str = field(default="reconstruct", metadata={"help": "the image processor's mode"})
-    max_broken_share: float = field(default=0.01, metadata={"help": "more broken samples than that stop the run"})
+    image_mode: str = field(default="reconstruct", metadata={"help": "mode of the image processor"})
+    max_broken_share: float = field(
+        default=0.01, metadata={"help": "share of broken samples above which the run stops"}
+    )
     card: dict = field(
         default_factory=dict,
-        metadata={"help": "of the release's model card: {license: mit, datasets: [owner/name]} ..."},
+        metadata={"help": "front matter of the release's model card: {license: mit, datasets: [owner/name]} ..."},
     )
-    hub_model_id: str = field(default="", metadata={"help": "the name on the hub that the release is pushed to"})
+    hub_model_id: str = field(default="", metadata={"help": "hub repository to push the release to"})
 
     def __post_init__(self):
         check_arguments(self, max_broken_share=SHARE)
@@ -104,7 +112,7 @@ class TokenizerArguments:
                 f"init_open_clip_weights is {self.init_open_clip_weights}, but init_open_clip names no model."
             )
         if endless := [source for source in self.eval_datasets if source.get("resampled")]:
-            raise ValueError(f"An evaluation set has to end, and a resampled stream does not: {endless}.")
+            raise ValueError(f"An evaluation set must end, which a resampled stream does not: {endless}.")
 
 
 def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionReport:
@@ -129,7 +137,7 @@ def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionRep
     try:
         source = open_clip.create_model(name, pretrained=weights or None, require_pretrained=True).state_dict()
     except RuntimeError as error:  # an unknown name, or missing weights
-        raise ValueError(f"open_clip does not load {name!r}: {error!s:.200}") from error
+        raise ValueError(f"open_clip cannot load {name!r}: {error!s:.200}") from error
     target, report = model.state_dict(), ConversionReport()
     with torch.no_grad():
         model.vision_model.projection.bias.zero_()
@@ -163,8 +171,8 @@ def build_model(arguments: TokenizerArguments, text_tokenizer: PreTrainedTokeniz
     overrides = arguments.vision_overrides | arguments.text_overrides
     if arguments.init_from and (arguments.init_open_clip or overrides):
         raise ValueError(
-            f"init_from ({arguments.init_from}) brings its own config and weights: init_open_clip "
-            f"({arguments.init_open_clip}) and overrides ({overrides}) have no place beside it."
+            f"init_from ({arguments.init_from}) has its own config and weights: leave out init_open_clip "
+            f"({arguments.init_open_clip}) and overrides ({overrides})."
         )
     if arguments.init_from:
         return UniTokModel.from_pretrained(arguments.init_from, dtype=torch.float32)
@@ -185,7 +193,7 @@ def check_text_tokenizer(text_tokenizer: PreTrainedTokenizerBase, config: UniTok
     """
     text = config.text_config
     if text is None:
-        raise ValueError("The tokenizer to start from has no text tower, and captions come with the images.")
+        raise ValueError("The tokenizer to start from has no text tower for the captions.")
     if text_tokenizer.eos_token_id != text.eos_token_id or len(text_tokenizer) > text.vocab_size:
         raise ValueError(
             f"The text tokenizer has {len(text_tokenizer)} tokens and ends texts with {text_tokenizer.eos_token_id}; "
@@ -243,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         (TokenizerArguments, LossArguments, TokenizerTrainingArguments), argv, __doc__
     )
     if not arguments.text_tokenizer:
-        raise ValueError("text_tokenizer is empty: name the folder of a text tokenizer, or its name on the hub.")
+        raise ValueError("text_tokenizer is empty: give the folder of a text tokenizer, or its name on the hub.")
     if arguments.init_from and training.codebook_start != "random":
         raise ValueError(
             f"codebook_start is {training.codebook_start}, but the codebooks come from {arguments.init_from}."

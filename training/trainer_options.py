@@ -1,4 +1,4 @@
-"""Options of the Trainer that this training does not honour: they are refused before anything is loaded."""
+"""Options of the Trainer that this training does not honour. They are refused before anything is loaded."""
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -8,16 +8,16 @@ LOSS_ALONE = "evaluations give the losses alone"
 RELEASE_ALONE = "the release is pushed, once, when it is done"
 DATA_DECIDES = "the data set shuffles its samples by the seed, and batches go to the model as they are"
 SHARDED_BY_DEEPSPEED = "weights are sharded by DeepSpeed alone"
-# by name: the value that is taken, and why no other
+# by name: the only accepted value, and why
 REFUSED = {
     "num_train_epochs": (1, "one run is one pass over num_samples samples: set that instead"),
-    "auto_find_batch_size": (False, "it would begin again in the middle of training, with other batches"),
+    "auto_find_batch_size": (False, "it would start over in the middle of training, with other batches"),
     "average_tokens_across_devices": (True, "the loss is always one mean over the targets of all processes"),
     "label_smoothing_factor": (0.0, "the losses are plain cross-entropies"),
-    "optim_target_modules": (None, "learning_rates says which parts are trained how fast"),
-    "use_liger_kernel": (False, "it knows no model of this kind"),
-    "liger_kernel_config": (None, "it knows no model of this kind"),
-    "use_cache": (False, "no step of training has use for a cache"),
+    "optim_target_modules": (None, "learning_rates sets the learning rates of parts"),
+    "use_liger_kernel": (False, "it does not support this kind of model"),
+    "liger_kernel_config": (None, "it does not support this kind of model"),
+    "use_cache": (False, "training does not use a cache"),
     "bf16_full_eval": (False, "evaluations within a training keep its precision"),
     "fp16_full_eval": (False, "evaluations within a training keep its precision"),
     "prediction_loss_only": (False, LOSS_ALONE),
@@ -27,8 +27,8 @@ REFUSED = {
     "include_for_metrics": ([], LOSS_ALONE),
     "batch_eval_metrics": (False, LOSS_ALONE),
     "do_predict": (False, LOSS_ALONE),
-    "enable_jit_checkpoint": (False, "every signal that ends it is answered with a checkpoint"),
-    "save_only_model": (False, "a checkpoint is there to go on from; the release holds the weights alone"),
+    "enable_jit_checkpoint": (False, "every signal that ends the training saves a checkpoint anyway"),
+    "save_only_model": (False, "a checkpoint must allow resuming; the release has the weights alone"),
     "hub_strategy": ("every_save", RELEASE_ALONE),
     "hub_always_push": (False, RELEASE_ALONE),
     "hub_revision": (None, RELEASE_ALONE),
@@ -56,14 +56,14 @@ def check_trainer_options(options: TrainingArguments, evaluates: bool) -> None:
     """
     for name, (taken, reason) in REFUSED.items():
         if (value := getattr(options, name)) != taken:
-            raise ValueError(f"{name} is {value!r}, but this training takes {taken!r} alone: {reason}.")
+            raise ValueError(f"{name} must be {taken!r}, got {value!r}: {reason}.")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}.")
     if options.n_gpu > 1:
         raise ValueError(f"One process cannot train on {options.n_gpu} GPUs: start one for each, with torchrun.")
     if options.deepspeed and "optimizer" in options.hf_deepspeed_config.config:
-        raise ValueError("The DeepSpeed config has an optimizer, which would know no learning_rates: take it out.")
+        raise ValueError("The DeepSpeed config has an optimizer, which would ignore learning_rates: remove it.")
     if evaluates != (options.eval_strategy != "no"):
         raise ValueError(
             f"eval_strategy is {options.eval_strategy.value}, with{'' if evaluates else 'out'} eval_datasets."
