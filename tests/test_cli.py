@@ -263,7 +263,7 @@ def test_ask_chooses_among_answers(models, picture):
     assert list(scores) == ["red", "a blue circle", "no"]
     assert result.stdout == f"{max(scores, key=scores.get)}\n"
     assert fail("ask", picture, "what?", "--choices", "red,,blue") == "one of the choices is empty: 'red,,blue'"
-    assert fail("ask", picture, "what?", "--by-length") == "--by-length goes with --choices alone"
+    assert fail("ask", picture, "what?", "--by-length") == "--by-length needs --choices"
 
 
 # generate
@@ -312,9 +312,9 @@ def test_generate_keeps_the_best_candidates_and_shows_all(workplace, models, sav
     for path, (number, _) in zip(result.stdout.split(), lines):
         assert np.abs(np.asarray(Image.open(path), int) - plain[int(number) - 1]).max() <= 1
     few = ("--candidates", 2, "--count", 3, "--model", saved_mllm)
-    assert fail("generate", "a red circle", *few) == "2 candidates are too few to keep 3 of them"
+    assert fail("generate", "a red circle", *few) == "cannot keep 3 of only 2 candidates"
     message = fail("generate", "a red circle", "--sheet", "all.png", "--model", saved_mllm)
-    assert message == "--sheet shows candidates: give --candidates, at least 2"
+    assert message == "--sheet shows candidates: set --candidates to at least 2"
     message = fail("generate", "a circle", "--candidates", 2, "--model", models / "mllm")
     assert "the model's visual tokenizer has no text tower" in message
 

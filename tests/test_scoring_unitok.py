@@ -122,5 +122,5 @@ def test_a_placeholder_is_no_answer(lively_mllm, processor, asked):
 
 @pytest.mark.parametrize("answers", [[], ["red", " "]])
 def test_an_empty_answer_is_no_choice(processor, answers):
-    with pytest.raises(ValueError, match="there must be answers to choose from, and none empty"):
+    with pytest.raises(ValueError, match="expected at least one answer to choose from, and none empty"):
         answer_ids(processor, answers)

@@ -1,4 +1,4 @@
-"""Work in a child process with a temporary folder, which is removed after everything that works in it has ended."""
+"""Work in a child process with a temporary folder, which is removed after the work has ended."""
 
 import os
 import shutil
@@ -10,25 +10,25 @@ from collections.abc import Callable
 from threading import Thread
 
 
-PATIENCE = 10  # seconds, for the child to end by itself when it is told to
+PATIENCE = 10  # seconds that the child has to end by itself
 
 
 def run_in_folder(work: Callable[[str], None], prefix: str) -> int:
     """Run `work` with its own temporary folder, and remove the folder however the work ends.
 
-    The work is a fork of this process, to be made before there are threads.  SIGTERM, SIGINT or SIGHUP end it, at any
-    moment; this process then waits for it, removes the folder, and returns.  Where this process is killed, the child
-    removes the folder and ends.  On Windows, which cannot fork, the work runs in this process.
+    The work runs in a fork of this process, which must not have threads yet. SIGTERM, SIGINT or SIGHUP end it at any
+    moment; this process then waits for it, removes the folder, and returns. If this process is killed, the child
+    removes the folder and ends. On Windows, which cannot fork, the work runs in this process.
 
     Args:
-        work: gets the folder, which is also where temporary files go in it.
-        prefix: of the folder's name.
+        work: called with the folder, in which its temporary files are created too.
+        prefix: prefix of the folder's name.
 
     Returns:
         The exit code: 0 after a signal.
 
     Raises:
-        ValueError: the child was killed, as for want of memory.
+        ValueError: the child was killed, for example for lack of memory.
     """
     if sys.platform == "win32":
         with tempfile.TemporaryDirectory(prefix=prefix) as folder:
@@ -38,7 +38,7 @@ def run_in_folder(work: Callable[[str], None], prefix: str) -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*ends, signal.SIGCHLD})
     folder = tempfile.mkdtemp(prefix=prefix)
     try:
-        read_end, write_end = os.pipe()  # the parent holds the one to write, which is closed with the parent
+        read_end, write_end = os.pipe()  # the parent holds the write end, which is closed when the parent ends
         pid = os.fork()
         if pid == 0:
             os.close(write_end)
@@ -52,7 +52,7 @@ def run_in_folder(work: Callable[[str], None], prefix: str) -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         while signal.sigpending() & ends:
-            signal.sigwait(ends)  # told more than once
+            signal.sigwait(ends)  # a repeated signal
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if was_told or -code in ends:
         return 0
@@ -62,7 +62,7 @@ def run_in_folder(work: Callable[[str], None], prefix: str) -> int:
 
 
 def _work_as_child(work: Callable[[str], None], folder: str, read_end: int) -> None:
-    """Never returns: what comes after is the parent's."""
+    """Run the work and end the process. Never returns: the code after the call belongs to the parent."""
 
     def watch() -> None:
         os.read(read_end, 1)
@@ -88,7 +88,7 @@ def _work_as_child(work: Callable[[str], None], folder: str, read_end: int) -> N
 
 
 def _wait(pid: int, ends: set[signal.Signals]) -> tuple[int, bool]:
-    """The child's exit code, negative for a signal, and whether it was told to end."""
+    """Return the child's exit code (negative for a signal), and whether it was told to end."""
     while True:
         told = signal.sigwait({*ends, signal.SIGCHLD})
         if told != signal.SIGCHLD:

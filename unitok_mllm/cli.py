@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 def show_error(message: object) -> None:
-    """One line on stderr, whatever the message has in it."""
+    """Print an error as one line on stderr, even if its message has several."""
     typer.echo(f"error: {' '.join(str(message).split())}", err=True)
 
 
@@ -144,7 +144,7 @@ def utf8(argument: str) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Check, before any work, that a PNG file can be written to `path`, or beside it if that exists."""
+    """Check, before any work, that a PNG file can be written to `path`, or beside it if it exists."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"cannot write {path}: the name must end in .png")
     check_output_folder(path.parent)
@@ -183,12 +183,12 @@ def main_options(version: Annotated[bool, typer.Option("--version", help="Show t
 @app.command()
 def demo(
     model: ModelFolder = SHIPPED_MODEL,
-    output: Annotated[Path, typer.Option(help="The picture, numbered on where it exists; its folder is made.")] = Path(
-        "unitok-demo.png"
-    ),
-    images: Annotated[int, typer.Option(min=1, max=100, help="How many test images to read.")] = 6,
+    output: Annotated[
+        Path, typer.Option(help="PNG file for the picture; gets a number if it exists. Its folder is created.")
+    ] = Path("unitok-demo.png"),
+    images: Annotated[int, typer.Option(min=1, max=100, help="Number of test images to read.")] = 6,
     guidance: OwnGuidance = None,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the test images and the samples drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of test images and of the drawings.")] = 0,
     device: Device = AUTO,
 ) -> None:
     """Read test images of easy-VQA, answer questions, draw from prompts, recolor: all in one picture."""
@@ -213,13 +213,13 @@ def reconstruct(
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE...", exists=True, dir_okay=False, help="Image files, any format.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder for NAME_reconstruction.png; made if missing.")] = Path("."),
+    output: Annotated[Path, typer.Option(help="Folder for NAME_reconstruction.png; created if missing.")] = Path("."),
     model: ModelFolder = SHIPPED_MODEL,
     device: Device = AUTO,
 ) -> None:
     """Turn images into codes and back, and save original and reconstruction side by side.
 
-    The whole picture is seen, fitted into the model's image size. PSNR leaves the padding around it out.
+    The whole picture is fitted into the model's image size. PSNR does not count the padding around it.
     --model takes a visual tokenizer's folder or an MLLM's.
     """
     check_output_folder(output)
@@ -251,15 +251,17 @@ def ask(
         str, typer.Argument(metavar="QUESTION", parser=utf8, help='What to ask, such as "what color is the shape?".')
     ],
     model: ModelFolder = SHIPPED_MODEL,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of the answer, in tokens.")] = 64,
     choices: Annotated[
         str | None,
         typer.Option(
-            parser=utf8, help="Choose the likeliest of these answers: red,blue.", show_default="a free answer"
+            parser=utf8,
+            help="Choose the likeliest of these answers, separated by commas: red,blue.",
+            show_default="a free answer",
         ),
     ] = None,
     by_length: Annotated[
-        bool, typer.Option("--by-length", help="Choose by the mean log-likelihood of a token, not by the sum.")
+        bool, typer.Option("--by-length", help="Choose by the mean log-likelihood per token, not by the sum.")
     ] = False,
     device: Device = AUTO,
 ) -> None:
@@ -267,7 +269,7 @@ def ask(
     if not question.strip():
         raise ValueError("the question is empty")
     if by_length and choices is None:
-        raise ValueError("--by-length goes with --choices alone")
+        raise ValueError("--by-length needs --choices")
     answers = [] if choices is None else [choice.strip() for choice in choices.split(",")]
     if not all(answers):
         raise ValueError(f"one of the choices is empty: {choices!r}")
@@ -290,15 +292,15 @@ def generate(
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", parser=utf8, help='What to draw, such as "a red circle".')
     ],
-    output: Annotated[Path, typer.Option(help="PNG file, numbered on where it exists; its folder is made.")] = Path(
+    output: Annotated[Path, typer.Option(help="PNG file; gets a number if it exists. Its folder is created.")] = Path(
         "unitok-drawing.png"
     ),
-    count: Annotated[int, typer.Option(min=1, help="How many samples to draw, or of candidates to keep.")] = 1,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples to draw, or of candidates to keep.")] = 1,
     candidates: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="How many samples to draw and rank by the tokenizer's text and image embeddings: the best are kept.",
+            help="Number of samples to draw and rank by the tokenizer's text and image embeddings. The best are kept.",
             show_default="the model's own, or no ranking",
         ),
     ] = None,
@@ -308,7 +310,8 @@ def generate(
     ] = None,
     guidance: OwnGuidance = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Above 0; less is more predictable.", show_default="the model's own")
+        float | None,
+        typer.Option(help="Sampling temperature, above 0; lower is more predictable.", show_default="the model's own"),
     ] = None,
     top_k: Annotated[
         int | None,
@@ -317,11 +320,16 @@ def generate(
     top_p: Annotated[
         float | None,
         typer.Option(
-            help="Sample from the likeliest codes of this total probability.", show_default="the model's own"
+            help="Sample from the likeliest codes that have this total probability.", show_default="the model's own"
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="For the same picture again.", show_default="a new one each time")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Seed of the drawing: the same seed gives the same picture.",
+            show_default="a new one each time",
+        ),
     ] = None,
     model: ModelFolder = SHIPPED_MODEL,
     device: Device = AUTO,
@@ -330,7 +338,7 @@ def generate(
     if not prompt.strip():
         raise ValueError("the prompt is empty")
     if candidates is not None and 1 < candidates < count:
-        raise ValueError(f"{candidates} candidates are too few to keep {count} of them")
+        raise ValueError(f"cannot keep {count} of only {candidates} candidates")
     check_finite(guidance=guidance, temperature=temperature, top_p=top_p)
     check_sampling(temperature, top_p)
     check_output(output)
@@ -343,7 +351,7 @@ def generate(
     given = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options = sampling_options(mllm, **given, candidates=candidates)
     if sheet is not None and options.get("candidates", 1) == 1:
-        raise ValueError("--sheet shows candidates: give --candidates, at least 2")
+        raise ValueError("--sheet shows candidates: set --candidates to at least 2")
     asked = {"num_return_sequences": count, "progress": True, "return_dict_in_generate": True}
     drawn = draw_codes(mllm, processor, [prompt], **asked, **options)
     notes = [{"sample": f"{number} of {count}"} for number in range(1, count + 1)]
@@ -369,7 +377,7 @@ def edit(
     instruction: Annotated[
         str, typer.Argument(metavar="INSTRUCTION", parser=utf8, help='What to do, such as "make it blue".')
     ],
-    output: Annotated[Path, typer.Option(help="PNG file, numbered on where it exists; its folder is made.")] = Path(
+    output: Annotated[Path, typer.Option(help="PNG file; gets a number if it exists. Its folder is created.")] = Path(
         "unitok-edit.png"
     ),
     guidance: Guidance = 1.0,
@@ -379,7 +387,7 @@ def edit(
     model: ModelFolder = SHIPPED_MODEL,
     device: Device = AUTO,
 ) -> None:
-    """Draw an image anew as an instruction says; the path of the file goes to stdout."""
+    """Redraw an image as an instruction says; the path of the file goes to stdout."""
     if not instruction.strip():
         raise ValueError("the instruction is empty")
     check_finite(guidance=guidance, image_guidance=image_guidance)
@@ -399,24 +407,29 @@ def convert(
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", exists=True, help="An original tokenizer .pth, or an MLLM folder.")
     ],
-    to: Annotated[Path, typer.Option(help="Folder to write: new, or empty.")],
+    to: Annotated[Path, typer.Option(help="Folder to write to; must be new or empty.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="The tokenizer .pth of an MLLM folder.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="The tokenizer .pth that belongs to an MLLM folder."),
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Execute the file's pickle if need be: only if you trust it.")
+        bool,
+        typer.Option(
+            "--allow-pickle",
+            help="Execute the file's pickle if it does not load otherwise. Only for files that you trust.",
+        ),
     ] = False,
     causal: Annotated[
-        bool, typer.Option("--causal", help="The tokenizer is of the first release (February 2025).")
+        bool, typer.Option("--causal", help="The tokenizer is from the first release (February 2025).")
     ] = False,
 ) -> None:
     """Convert an original checkpoint into a folder that the Auto classes and these commands load."""
     if source.is_dir() != (tokenizer is not None):
-        raise ValueError("--tokenizer goes with an MLLM folder, and with that alone")
+        raise ValueError("--tokenizer is required for an MLLM folder, and only for that")
     if source.is_dir() and causal:
-        raise ValueError("--causal goes with a tokenizer file alone")
+        raise ValueError("--causal is only for a tokenizer file")
     if to.is_symlink() or to.resolve() == Path.cwd() or to.name in ("", ".."):
-        raise ValueError(f"cannot write {to}: it is a link, or where a folder is in use")
+        raise ValueError(f"cannot write {to}: it is a link, or a folder in use")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"cannot write {to}: it exists and is not an empty folder")
     if not to.absolute().parent.is_dir():

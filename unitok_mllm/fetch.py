@@ -1,8 +1,8 @@
-"""Fetches a picture for a server, from hosts that its operator has allowed.
+"""Fetch a picture for a server, from hosts that its operator has allowed.
 
-Whoever may name a URL can make the server ask there: so the host must be listed, and its address must be a public one (of
-a name that leads to the machine's own network, someone else may be the owner). The address that was checked is the one
-that is asked. Redirects are not followed, proxies of the environment not used.
+A client that names a URL makes the server send a request to it. The host must therefore be listed, and its address must
+be public: someone else may own a listed name and point it into the machine's own network. The request goes to the
+address that was checked. Redirects are not followed, and proxies of the environment are not used.
 """
 
 import ipaddress
@@ -19,16 +19,17 @@ SECONDS = 10
 
 
 def fetch(url: str, hosts: Collection[str], max_bytes: int = MAX_BYTES, seconds: float = SECONDS) -> bytes:
-    """The content of a URL.
+    """Return the content of a URL.
 
     Args:
-        url: of http or https.
-        hosts: names that may be asked. An IP address among them may be a private one: it cannot lead elsewhere.
-        max_bytes, seconds: of the whole answer.
+        url: an http or https URL.
+        hosts: allowed names. An IP address among them may be a private one, since it cannot point elsewhere.
+        max_bytes: largest response, in bytes.
+        seconds: longest time for the whole response.
 
     Raises:
-        ValueError: another host or scheme, a private address, no answer, a redirect or an error, too much or too slow;
-            the message names the URL's host.
+        ValueError: another host or scheme, a private address, no response, a redirect or an error, or a response that is
+            too large or too slow; the message names the URL's host.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""

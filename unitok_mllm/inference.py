@@ -28,10 +28,10 @@ SHIPPED_MODEL = Path(__file__).parent / "checkpoints" / "tiny"
 
 
 def check_model(folder: str | os.PathLike) -> None:
-    """Check that there is a model in the folder.
+    """Check that a folder holds a model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it has no config.json.
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"no model in {folder}: it has no config.json")
@@ -44,7 +44,7 @@ def load(folder: str | os.PathLike, *, tokenizer_only: bool = False, device: str
     template with a time limit.
 
     Args:
-        folder: an MLLM's.
+        folder: folder of an MLLM.
         tokenizer_only: load only the visual tokenizer and its image processor, from its own or an MLLM's folder.
         device: see `find_device`.
 
@@ -52,7 +52,7 @@ def load(folder: str | os.PathLike, *, tokenizer_only: bool = False, device: str
         The model in eval mode (float32 on a CPU, bfloat16 on a GPU), and its processor.
 
     Raises:
-        ValueError: there is no such model or device, or the model does not load whole.
+        ValueError: there is no such model or device, or the model does not load completely.
 
     Example:
         >>> model, processor = load(SHIPPED_MODEL)
@@ -133,7 +133,7 @@ def check_size(folder: str | os.PathLike) -> None:
     quantization = vars(config).get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if quantization is not None and str(method) not in {*AUTO_QUANTIZER_MAPPING, "bitsandbytes"}:
-        raise ValueError(f"its quantization {quantization!r:.100} is not known")
+        raise ValueError(f"its quantization {quantization!r:.100} is unknown")
     model_class = UniTokModel if config.model_type == "unitok" else UniTokMLLMForConditionalGeneration
     with torch.device("meta"):
         model = model_class._from_config(config)
@@ -141,7 +141,7 @@ def check_size(folder: str | os.PathLike) -> None:
     if files and needed > 4 * stored:  # tied weights are stored once, quantized ones packed
         raise ValueError(f"its config asks for {needed} parameters, its weights hold {stored}")
     if computed > 4 * stored + MAX_COMPUTED:
-        raise ValueError(f"its config asks for tables of {computed} numbers beside {needed} parameters")
+        raise ValueError(f"its config asks for tables of {computed} numbers besides {needed} parameters")
 
 
 def check_values(model: Any) -> None:
@@ -170,7 +170,7 @@ def check_template(processor: Any) -> None:
 
     Raises:
         ValueError: it takes too long.
-        TemplateError: it fails, or accesses what it may not.
+        TemplateError: it fails, or accesses something forbidden.
     """
     from .time_limit import time_limit
 
@@ -185,8 +185,8 @@ def reconstruct_images(
     """Encode images and decode their codes.
 
     Returns:
-        The images as the model sees them, their reconstructions (both in the model's size), and the codes of one
-        image.
+        The images as the model sees them, their reconstructions (both in the model's size), and the number of codes
+        of an image.
     """
     import torch
 
@@ -203,7 +203,7 @@ def conversation(question: str, image: "Image.Image") -> list[dict]:
 
 
 def generate_answers(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
-    """Answer prompts greedily; `inputs` are the processor's. Returns texts without special tokens."""
+    """Answer prompts greedily; `inputs` come from the processor. Returns texts without special tokens."""
     outputs = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -230,7 +230,7 @@ def answer_ids(processor: Any, answers: list[str]) -> "torch.Tensor":
     import torch
 
     if not answers or not all(answer.strip() for answer in answers):
-        raise ValueError(f"there must be answers to choose from, and none empty, got {answers}")
+        raise ValueError(f"expected at least one answer to choose from, and none empty, got {answers}")
     options, rows = {"tokenize": True, "return_dict": True}, []
     question = {"role": "user", "content": "?"}
     (prompt,) = processor.apply_chat_template([question], add_generation_prompt=True, **options)["input_ids"]
@@ -255,7 +255,7 @@ def choose_answers(
     Args:
         model: an MLLM.
         processor: its processor.
-        questions: N questions about an image each.
+        questions: N (image, question) pairs.
         choices: C answers.
         by_length: choose by the mean log-likelihood of a token, so that long answers are not at a disadvantage.
 
@@ -277,8 +277,8 @@ def sampling_options(model: Any, **given: Any) -> dict[str, Any]:
     """Return all sampling options of a drawing.
 
     Args:
-        model: its own options come after those given, or `IMAGE_GENERATION` if it has none.
-        given: options that come first; None means not given.
+        model: an MLLM, whose own options (or else `IMAGE_GENERATION`) fill those not given.
+        given: options that override the model's; None means not given.
     """
     from .drawing_unitok import IMAGE_GENERATION, UniTokDrawingOptions, image_generation
 
@@ -323,7 +323,7 @@ def pictures_of(model: Any, processor: Any, codes: "torch.Tensor") -> list["Imag
 
 
 def picture_bytes(picture: "Image.Image", format: str = "PNG") -> bytes:
-    """Encode a picture as a file's content, in a format of Pillow's at its default quality."""
+    """Encode a picture in one of Pillow's file formats, at its default quality."""
     file = io.BytesIO()
     picture.save(file, format)
     return file.getvalue()
@@ -345,7 +345,7 @@ def edit_images(
 
 
 def has_text_tower(model: Any, processor: Any) -> bool:
-    """Return whether the visual tokenizer has a text tower, and one for the ids of the MLLM's text tokenizer."""
+    """Return whether the visual tokenizer has a text tower that reads the ids of the MLLM's text tokenizer."""
     text_config, tokenizer = model.visual.config.text_config, processor.tokenizer
     if text_config is None:
         return False

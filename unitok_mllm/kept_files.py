@@ -1,4 +1,4 @@
-"""A folder of files that are kept for a while: no longer than an age, and together no larger than a size."""
+"""A folder whose files are kept up to an age, and up to a total size."""
 
 import os
 import sys
@@ -11,12 +11,12 @@ from threading import Event, Lock, Thread
 
 
 class KeptFiles:
-    """What lies in a folder and below, whoever wrote it there.
+    """The files in a folder and below it, whoever wrote them.
 
     Args:
-        folder: need not exist yet.
-        seconds: the age, counted from the last change, at which a file goes.
-        max_bytes: of all files; the oldest go first.
+        folder: the folder, which need not exist yet.
+        seconds: age, since the last change, at which a file is deleted.
+        max_bytes: largest size of all files together; the oldest are deleted first.
     """
 
     def __init__(self, folder: str | os.PathLike, seconds: float, max_bytes: int):
@@ -37,7 +37,7 @@ class KeptFiles:
             return total
 
     def _files(self) -> Iterator[tuple[float, int, str]]:
-        """When each was changed, how large it is, and its path; others write and remove meanwhile."""
+        """List each file's modification time, size and path; others may write and delete files meanwhile."""
         for parent, _, names in os.walk(self.folder):
             for name in names:
                 path = os.path.join(parent, name)
@@ -57,14 +57,14 @@ class KeptFiles:
 
     @contextmanager
     def tidied(self, every: float) -> Iterator[None]:
-        """Within it, a thread tidies up each `every` seconds, and goes on whatever happens to it."""
+        """Context in which a thread calls `tidy` every `every` seconds, and continues after any error."""
         is_over = Event()
 
         def work() -> None:
             while not is_over.wait(every):
                 try:
                     self.tidy()
-                except Exception:  # of any kind: try again next time
+                except Exception:  # any error: try again next time
                     traceback.print_exc()
 
         thread = Thread(target=work, daemon=True, name="tidy")

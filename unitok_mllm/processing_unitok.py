@@ -22,7 +22,7 @@ from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_
 GENERATION_SUFFIX = " Generate an image based on this description."
 UNCONDITIONAL_PROMPT = "<unconditional>"
 
-# vicuna_v1 of the released model: turns end with " " and "</s>". The answers are marked, since they are the targets.
+# vicuna_v1, the template of the released model: turns end with " " or "</s>". The answers are marked as targets.
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
@@ -94,13 +94,13 @@ _CHAT_TEMPLATE = """\
 def vicuna_chat_template(system: str = VICUNA_SYSTEM, image_token: str = "<image>") -> str:
     """Make the vicuna_v1 chat template.
 
-    It knows the roles system and its newer name developer (before all other turns), user and assistant (in any order),
+    It knows the roles system or developer (its newer name; before all other turns), user and assistant (in any order),
     and the types of parts in `PART_TYPES`. Anything else in a conversation raises jinja's `TemplateError`, which names
     it.
 
     Args:
         system: text before a conversation without a system turn, with its separator at the end.
-        image_token: marks the place of an image.
+        image_token: the placeholder of an image.
     """
     settings = {
         "text_types": [name for name, kind in PART_TYPES.items() if kind == "text"],
@@ -149,7 +149,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
 
     Args:
         image_processor: a `UniTokImageProcessor`. Its size determines L, the positions of an image.
-        tokenizer: the LLM's tokenizer. A missing image token is added; the LLM needs no row for it.
+        tokenizer: the LLM's tokenizer. A missing image token is added; the LLM needs no embedding for it.
         chat_template: a Jinja template; None for vicuna_v1.
         boi_token: the token that opens an image; it must be in the vocabulary.
         eoi_token: the token that closes an image; it must be in the vocabulary.
@@ -182,7 +182,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
                 raise ValueError(
                     f"{name} {token!r} is not in the tokenizer's vocabulary; add it to tokenizer and LLM."
                 )
-        # known tokens keep their ids; marked as special they are found in texts, unlike Llama's byte tokens before
+        # known tokens keep their ids. As special tokens they are found in texts, which Llama's byte tokens are not otherwise
         tokenizer.add_tokens([boi_token, eoi_token, image_token], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -206,7 +206,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
 
     @with_detached_tokenizer
     def config_prompt_ids(self) -> dict[str, list[int]]:
-        """Return the ids by which a model draws prompts that were not made for an image (those of pipelines)."""
+        """Return the ids with which a model can draw prompts that were not made for an image (those of pipelines)."""
         tokenizer = self.tokenizer
         return {
             "image_prompt_ids": tokenizer(GENERATION_SUFFIX + self.boi_token, add_special_tokens=False).input_ids,
@@ -261,7 +261,9 @@ class UniTokMLLMProcessor(ProcessorMixin):
         if not conversation:
             raise ValueError("The conversation has no turns.")
         if sanitize_control_tokens and not tokenize:
-            raise ValueError("sanitize_control_tokens needs tokenize=True: a text cannot say which tokens it spells.")
+            raise ValueError(
+                "sanitize_control_tokens needs tokenize=True: a rendered text cannot mark what is plain text."
+            )
         options = {name: value for name, value in (processor_kwargs or {}).items() if name != "add_special_tokens"}
         conversations, is_batched = self._normalize_conversations(conversation)
         parts = [part for messages in conversations for turn in messages for part in turn.get("content") or []]
@@ -325,11 +327,11 @@ class UniTokMLLMProcessor(ProcessorMixin):
         return part
 
     def mark_plain(self, text, placeholders: bool = False):
-        """Mark the special tokens that a text spells, so that `encode_text` encodes them as plain text.
+        """Mark the special tokens in a text, so that `encode_text` encodes them as plain text.
 
         Args:
             text: a string, or lists and dicts of strings (keys are left as they are).
-            placeholders: leave "<image>" as it is, a place for an image.
+            placeholders: do not mark "<image>", the placeholder of an image.
         """
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         if placeholders:
@@ -355,7 +357,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
         """Encode a text. What `mark_plain` marked in it is encoded as plain text, without the marks.
 
         Args:
-            text: with special tokens.
+            text: the text, with special tokens.
             add_special_tokens: begin with the BOS that the tokenizer adds, unless the text begins with it.
 
         Returns:
@@ -377,7 +379,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
         return ids, offsets
 
     def _encode_piece(self, text: str, is_plain: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Encode a piece of a text. A line break goes before it, since SentencePiece begins each text with a space."""
+        """Encode a piece of a text, after a line break, since SentencePiece puts a space before each text."""
         options = {"add_special_tokens": False, "split_special_tokens": is_plain, "return_offsets_mapping": True}
         line_break = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
         encoding = self.tokenizer("\n" + text, **options)
@@ -457,9 +459,9 @@ class UniTokMLLMProcessor(ProcessorMixin):
             `ranking_attention_mask`, see `ranking_inputs`.
 
         Raises:
-            ValueError: another mode, no text (in image mode), an empty list of texts, images and placeholders that do
-                not match, a `max_length` that would cut through an image, or a `ranking_text` in another mode or of
-                another number than the texts.
+            ValueError: an unknown mode, no text (in image mode), an empty list of texts, images and placeholders that do
+                not match, a `max_length` that would cut through an image, or a `ranking_text` in another mode or not
+                one for each text.
         """
         sanitize_control_tokens = kwargs.pop("sanitize_control_tokens", None)
         if ranking_text is not None and generation_mode not in ("image", "edit"):

@@ -1,4 +1,4 @@
-"""A limit of time for Python code that may loop, such as a chat template's."""
+"""A time limit for Python code that may loop, such as a chat template."""
 
 import ctypes
 import threading
@@ -7,17 +7,21 @@ from contextlib import contextmanager
 
 
 class _TimeIsUp(BaseException):
-    """Not an Exception, so that the code that is ended does not catch it."""
+    """Raised in the code at its time limit. Not an Exception, so that the code does not catch it."""
 
 
 @contextmanager
 def time_limit(seconds: float, message: str) -> Iterator[None]:
-    """End the code in the block, in any thread, at its next step in Python after `seconds`.
+    """End the code in the block, in any thread, at its next Python instruction after `seconds`.
 
-    A call into compiled code is not interrupted, only what comes after it.
+    A call into compiled code is not interrupted; the code ends after it.
+
+    Args:
+        seconds: the limit.
+        message: text of the error.
 
     Raises:
-        ValueError: it took longer; with the message.
+        ValueError: the code took longer.
     """
     thread, lock, is_over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
 
