@@ -19,12 +19,12 @@ class Options:
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"- output_dir: a", "is a list, expected names and values"),
-        (b"just words", "is a str, expected names and values"),
-        (b"output_dir: [", "is no YAML"),
-        (b"output_dir: \xff", "is no YAML"),
-        (b"[" * 5000, "is no YAML"),
-        (b"output_dir: !!python/object/apply:os.system ['touch executed']", "is no YAML"),
+        (b"- output_dir: a", "has a list, expected a mapping of names to values"),
+        (b"just words", "has a str, expected a mapping of names to values"),
+        (b"output_dir: [", "is not valid YAML"),
+        (b"output_dir: \xff", "is not valid YAML"),
+        (b"[" * 5000, "is not valid YAML"),
+        (b"output_dir: !!python/object/apply:os.system ['touch executed']", "is not valid YAML"),
         (b"output_folder: a", "no 'output_folder': did you mean 'output_dir'"),
     ],
 )

@@ -645,12 +645,12 @@ def test_nothing_is_cut_from_a_text_that_is_too_long(
     for options in ({}, {"sanitize_control_tokens": True}):
         inputs = processor(text=long, generation_mode="image", **options)
         assert long in processor.tokenizer.decode(inputs["input_ids"][0])
-        message = rf"prompt is too long: {inputs['input_ids'].shape[1]} tokens, and 9 to follow, .* 256 positions"
+        message = rf"prompt is too long: its {inputs['input_ids'].shape[1]} tokens and 9 more .* 256 positions"
         with pytest.raises(ValueError, match=message):
             lively_mllm.generate(**inputs, generation_mode="image")
     inputs = processor(text=long)
     for mode in ("text", "interleaved"):
-        with pytest.raises(ValueError, match=r"prompt is too long: .* and 1 to follow"):
+        with pytest.raises(ValueError, match=r"prompt is too long: .* and 1 more"):
             lively_mllm.generate(**inputs, generation_mode=mode, max_new_tokens=1)
     assert "prompt is too long" in fail("generate", long, "--model", saved_mllm)
     assert "prompt is too long" in fail("ask", picture, long, "--model", saved_mllm)

@@ -369,14 +369,14 @@ def test_codes_in_another_mode_are_refused(folder, texts):
 
 def test_a_source_that_cannot_be_is_refused(folder):
     for options, message in (
-        ({"type": "pictures"}, "type is conversations"),
+        ({"type": "pictures"}, "type must be one of conversations"),
         ({"task": "paint"}, "task must be read or draw"),
         ({"weight": 0}, "weight of .* must be a number from 1e-12 to 1e.12, got 0"),
         ({"weight": math.nan}, "weight of .* must be a number from 1e-12 to 1e.12, got nan"),
         ({"weight": "x"}, "weight of .* must be a number from 1e-12 to 1e.12, got 'x'"),
         ({"images": 3}, "images of a data set must be a text, got 3"),
         ({"images": "/nowhere"}, "no image folder"),
-        ({"mode": "crop"}, "mode is one of understand, reconstruct, classify, got 'crop'"),
+        ({"mode": "crop"}, "mode must be one of understand, reconstruct, classify, got 'crop'"),
         ({"task": "draw"}, "type conversations, task draw. has no use for task 'draw'"),
         ({"prompt": "what?"}, "has no use for prompt 'what"),
         ({"type": "captions", "task": "draw", "prompt": "what?"}, "task draw. has no use for prompt"),
@@ -477,5 +477,5 @@ def test_rows_that_are_not_what_they_should_be_are_broken_samples(tmp_path, proc
         if is_good:
             assert len(source.sample(0, texts, 0.0, rng)["input_ids"])
             continue
-        with pytest.raises(UnusableSample, match="named by texts, not by|cannot be|'/dev/zero': not a regular file"):
+        with pytest.raises(UnusableSample, match="named by texts, got|cannot be|'/dev/zero': not a regular file"):
             source.sample(0, texts, 0.0, rng)

@@ -242,20 +242,23 @@ def config(tmp_path) -> str:
         ("--adam_epsilon nan", "adam_epsilon (nan) is not between 0.0 and 1.0"),
         ("--dataloader_num_workers -1", "dataloader_num_workers (-1) is not between 0 and 1024"),
         ("--datasets '{path: 3}'", "path of a data set must be a text, got 3"),
-        ("--sample_questions '{image: 3, question: a}'", "has an image and a question, both texts, got {'image': 3"),
+        (
+            "--sample_questions '{image: 3, question: a}'",
+            "must have an image and a question, both texts, got {'image': 3",
+        ),
         (
             "--datasets '{path: row.jsonl, type: captions}' --sample_questions '{image: no.png, question: a}'",
             "cannot read image 'no.png'",
         ),
         (
             "--datasets '{path: row.jsonl, type: captions}' --resume_from_checkpoint runs/none",
-            "runs/none is no checkpoint, it has no trainer_state.json",
+            "runs/none is not a checkpoint: it has no trainer_state.json",
         ),
         ("--seed -1", "seed (-1) is not between 0 and 4294967295"),
         ("--save_steps -2", "save_steps (-2.0) is not between 1e-12 and "),
         ("--save_total_limit 0", "save_total_limit (0) is not between 1e-12 and "),
-        ("--deepspeed list.json", "list.json is a list, expected names and values"),
-        ("--deepspeed cut.json", "cut.json is no JSON: "),
+        ("--deepspeed list.json", "list.json has a list, expected a mapping of names to values"),
+        ("--deepspeed cut.json", "cut.json is not valid JSON: "),
         (
             "--datasets '{path: row.jsonl, type: captions}' --push_to_hub --hub_model_id a/b/c",
             "Repo id must be in the form",
@@ -276,8 +279,8 @@ def test_a_wrong_mllm_training_ends_in_one_line(options, said, config, capsys, t
     "text, said",
     [
         ("modle: x", "has no 'modle': did you mean 'model'?"),
-        ("model: [x", "is no YAML: "),
-        ("just words", "is a str, expected names and values"),
+        ("model: [x", "is not valid YAML: "),
+        ("just words", "has a str, expected a mapping of names to values"),
     ],
 )
 def test_a_typo_in_a_config_ends_in_one_line(text, said, tmp_path, capsys):
@@ -404,9 +407,13 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
 @pytest.mark.parametrize(
     "script, words, said",
     [
-        ("training.merge_lora", "none out", "none holds no adapter (adapter_config.json)"),
+        ("training.merge_lora", "none out", "no adapter in none: it has no adapter_config.json"),
         ("training.extend_vocabulary", "data/none out --captions no.jsonl", "MODEL: there is no folder data/none"),
-        ("training.extract_codes", "no.jsonl out --visual-model none", "There is no model in none"),
+        (
+            "training.extract_codes",
+            "no.jsonl out --visual-model none",
+            "no model in none: it has no .safetensors file",
+        ),
         ("training.extract_codes", f"no.jsonl out --visual_model {TINY}", "There is no data file no.jsonl"),
         (
             "training.extract_codes",
@@ -421,7 +428,7 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
         ("training.model_card", "none", "no model in none: it has no config.json"),
         ("training.prepare_data", "easyvqa out", "the data set must be easy-vqa or emoji, got 'easyvqa'"),
         ("training.text_tokenizer", "out --captions no.jsonl", "There is no data file no.jsonl"),
-        ("training.text_tokenizer", "out --vocab_size 3", "--vocab-size 3 is less than"),
+        ("training.text_tokenizer", "out --vocab_size 3", "--vocab-size 3 is below 262"),
         (
             "training.plan",
             "tokenizer --preset huge --samples 9 --gpus 1",

@@ -192,7 +192,7 @@ def test_broken_samples_are_named_and_counted_over_all_workers(tmp_path, start, 
     *named, last = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
     assert last == "broken samples that were skipped: 3; they are named above"
     named = "\n".join(named)
-    assert f"skipping row 0 of {table}: a caption is of one image, but `image` is None" in named
+    assert f"skipping row 0 of {table}: a caption belongs to one image, but `image` is None" in named
     for name in (77, 78):
         assert f"cannot read image '{table.parent}/{name}.png'" in named
 
@@ -774,7 +774,9 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path, start, data):
     extract = [sys.executable, "-m", "training.extract_codes", data["read"]["path"], str(folder), "--visual-model"]
     shipped = str(ROOT / "unitok_mllm/checkpoints/tiny")
     subprocess.run([*extract, shipped, "--workers", "0"], cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
-    with pytest.raises(ValueError, match=r"codes are of 8 codebooks of 512, 16 positions; .* 4 of 32, 9"):
+    with pytest.raises(
+        ValueError, match=r"codes are for 8 codebooks of 512 and 16 positions, .* 4 codebooks of 32 and 9"
+    ):
         main([str(write_config(tmp_path / "run.yaml", start, [data["read"] | {"codes": str(folder)}]))])
 
 

@@ -733,7 +733,7 @@ def test_training_arguments_that_cannot_be_are_refused(wrong, message):
 
 @pytest.mark.parametrize("beside", [{"vision_overrides": {"image_size": 32}}, {"init_open_clip": "ViTamin-L-256"}])
 def test_a_tokenizer_to_start_from_takes_no_config_and_no_weights_beside_it(beside, text_tokenizer):
-    with pytest.raises(ValueError, match="init_from .a. brings its own .*(ViTamin|32)"):
+    with pytest.raises(ValueError, match="init_from .a. has its own .*(ViTamin|32)"):
         build_model(TokenizerArguments(init_from="a", **beside), text_tokenizer)
 
 
@@ -806,7 +806,7 @@ def test_a_text_tokenizer_of_own_captions_knows_their_words(tmp_path, capsys):
     ("row", "options", "message"),
     [
         ({"text": "a"}, (), "Row 1 of .* has no text under 'caption'"),
-        ({"caption": "a"}, ("--vocab-size", "200"), "--vocab-size 200 is less than 262"),
+        ({"caption": "a"}, ("--vocab-size", "200"), "--vocab-size 200 is below 262"),
         (None, (), "There is no data file"),
     ],
 )

@@ -94,10 +94,13 @@ class TrainedNetwork:
         return norm
 
     def _step(self) -> torch.Tensor:
-        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+        norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def _clip(self) -> torch.Tensor:
+        return self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
 
     @torch.no_grad()
     def parts(self) -> dict[str, torch.Tensor]:
@@ -322,11 +325,8 @@ class FSDPNetwork(TrainedNetwork):
         self.module.set_requires_gradient_sync(self.accelerator.sync_gradients)
         super().backward(loss)
 
-    def _step(self) -> torch.Tensor:
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm).full_tensor()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+    def _clip(self) -> torch.Tensor:
+        return nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm).full_tensor()
 
     def _parameter(self, name: str) -> nn.Parameter:
         self._release()

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from eval.timing.counting import PeakMemory, flop_counter
 from eval.timing.settings import Settings
+from training.planning.counting import saved_for_backward
 
 
 @dataclass
@@ -82,27 +82,17 @@ def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 def count(way: Way, trained: nn.Module | None, settings: Settings) -> Measurement:
     """Count FLOPs, memory and the bytes that autograd keeps, in a run that is not timed."""
-    parameters = {StorageWeakRef(p.untyped_storage()) for p in trained.parameters()} if trained is not None else set()
-    kept: dict[StorageWeakRef, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if (key := StorageWeakRef(storage)) not in parameters:
-            kept[key] = storage.nbytes()
-        return tensor
-
     # compiled code would hide its operations
     eager = torch.compiler.set_stance("force_eager") if settings.compile else nullcontext()
     counter = flop_counter(trained is not None)
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with eager, hooks, counter, PeakMemory(settings.device) as memory:
+    with eager, saved_for_backward(trained) as saved, counter, PeakMemory(settings.device) as memory:
         output = way.run()
     flops = counter.get_total_flops()
     if way.less is not None:
         with flop_counter(False) as counter:
             way.less()
         flops -= counter.get_total_flops()
-    return Measurement(output, 0.0, 0, flops, sum(kept.values()), memory.peak - memory.before, memory.peak)
+    return Measurement(output, 0.0, 0, flops, sum(saved.values()), memory.peak - memory.before, memory.peak)
 
 
 def measure(job: Job, with_naive: bool, settings: Settings) -> list[Measurement]:

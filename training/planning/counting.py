@@ -1,7 +1,8 @@
 """Parameters, FLOPs and activations of one training step, counted on tensors with shapes but without values."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,30 @@ def flop_counter() -> FlopCounterMode:
     )
 
 
+@contextmanager
+def saved_for_backward(module: nn.Module | None) -> Iterator[dict[StorageWeakRef, int]]:
+    """Record what autograd saves for the backward pass within the block.
+
+    Args:
+        module: its parameters are not recorded.
+
+    Yields:
+        The bytes of each storage.
+    """
+    parameters = () if module is None else module.parameters()
+    ignored = {StorageWeakRef(parameter.untyped_storage()) for parameter in parameters}
+    saved: dict[StorageWeakRef, int] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if (key := StorageWeakRef(storage)) not in ignored:
+            saved[key] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        yield saved
+
+
 def measure(step: Callable[[], torch.Tensor], module: nn.Module, batch: int) -> Cost:
     """Count the FLOPs and activations of a training step, on real tensors or on tensors without values.
 
@@ -89,21 +114,12 @@ def measure(step: Callable[[], torch.Tensor], module: nn.Module, batch: int) -> 
         with flop_counter() as backward:
             if loss.requires_grad:
                 loss.backward()
-    parameters = {StorageWeakRef(parameter.untyped_storage()) for parameter in module.parameters()}
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if (key := StorageWeakRef(storage)) not in parameters:
-            kept[key] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_for_backward(module) as saved:
         loss = step()
     return Cost(
         forward.get_total_flops() / batch,
         backward.get_total_flops() / batch,
-        sum(storage.nbytes() for storage in kept.values()) / batch,
+        sum(saved.values()) / batch,
         {name: sum(flops.values()) / batch for name, flops in forward.get_flop_counts().items()},
     )
 
