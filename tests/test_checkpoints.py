@@ -27,6 +27,6 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, c
         path.write_bytes(data)
     for step in (2, 4):
         (tmp_path / f"checkpoint-{step}/optimizer.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 2 checkpoints in .* is whole: .*checkpoint-4/optimizer.pt"):
+    with pytest.raises(ValueError, match="none of the 2 checkpoints in .* is complete: .*checkpoint-4/optimizer.pt"):
         newest_checkpoint(tmp_path, "whole")
     assert newest_checkpoint(tmp_path / "nowhere", "whole") is None

@@ -38,8 +38,8 @@ def code_folder(folder: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"format": "zip"}, "format is parquet or webdataset, got 'zip'"),
-        ({"variants": 0}, "variants is an integer from 1 to .*, got 0"),
+        ({"format": "zip"}, "format must be parquet or webdataset, got 'zip'"),
+        ({"variants": 0}, "variants must be an integer from 1 to .*, got 0"),
         ({"num_codebooks": -4}, "num_codebooks .* got -4"),
         ({"codebook_size": "32"}, "codebook_size .* got '32'"),
         ({"num_positions": 10**12}, "num_positions .* got 1000000000000"),

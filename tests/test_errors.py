@@ -264,7 +264,7 @@ def config(tmp_path) -> str:
             "Repo id must be in the form",
         ),
         ("--caption_dropout 3", "caption_dropout (3.0) is not between 0.0 and 1.0"),
-        ("stray", "stray belongs to no option"),
+        ("stray", "unexpected argument stray: it belongs to no option"),
     ],
 )
 def test_a_wrong_mllm_training_ends_in_one_line(options, said, config, capsys, tmp_path, monkeypatch):

@@ -231,7 +231,7 @@ def test_torchrun_gives_the_same_files_as_one_process(folder, extract):
 
 def test_other_settings_in_the_same_folder_are_refused(folder, extract):
     before = contents(extract("codes"))
-    with pytest.raises(ValueError, match="codes holds codes of other settings: mode understand .now classify"):
+    with pytest.raises(ValueError, match="codes has codes of other settings: mode understand .now classify"):
         extract("codes", "--mode", "classify")
     model = UniTokModel.from_pretrained(folder / "model")
     model.vision_model.quantizer.codebooks.data.mul_(-1)
@@ -294,7 +294,7 @@ def test_codes_of_an_image_in_two_shards_are_refused(tmp_path, format):
     for shard in range(2):
         suffix = {"parquet": "parquet", "webdataset": "tar"}[format]
         write_shard(tmp_path / f"00000{shard}.{suffix}", {"a.png": torch.full((1, 2, 2), shard)})
-    with pytest.raises(ValueError, match="has the codes of a.png twice"):
+    with pytest.raises(ValueError, match="has codes of a.png twice"):
         CodeStore(tmp_path)
 
 

@@ -208,7 +208,7 @@ def test_vgg_distance_is_lpips_with_the_weights_of_a_file(tmp_path, images):
         state = {f"features.{name.partition('.')[2]}": p for name, p in reference.net.state_dict().items()}
         torch.save(state, tmp_path / "vgg.pth")
         distance = VGGDistance(checkpoint=str(tmp_path / "vgg.pth"))
-        with pytest.raises(ValueError, match=r"other.pth is no VGG-16.*features.0.bias"):
+        with pytest.raises(ValueError, match=r"other.pth is not a VGG-16.*features.0.bias"):
             VGGDistance(checkpoint=str(tmp_path / "other.pth"))
     torch.testing.assert_close(distance(images, -images), reference(images, -images).mean())
 

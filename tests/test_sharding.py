@@ -154,7 +154,7 @@ def test_compiled_parts_give_the_same_losses(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON file"),
+        ("{", "is not a JSON file"),
         ("[]", "zero_optimization.stage must be 1, 2 or 3, got None"),
         ('{"zero_optimization": {"stage": 0}}', "must be 1, 2 or 3, got 0"),
         ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "optimizer is set by the training's own options"),

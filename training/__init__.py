@@ -1,4 +1,4 @@
-"""Training of the visual tokenizer and of the unified MLLM, on the Hugging Face Trainer."""
+"""Training of the visual tokenizer (on accelerate) and of the unified MLLM (on the Hugging Face Trainer)."""
 
 import logging
 import os
@@ -21,12 +21,12 @@ OF_NO_USE = (  # messages at import or from each worker on which no user can act
 
 
 def is_of_use(record: logging.LogRecord) -> bool:
-    """Whether a user can act on what a library logs."""
+    """Return whether a user can act on what a library logs."""
     return not any(text in record.getMessage() for text in OF_NO_USE)
 
 
 def quiet_libraries() -> None:
-    """Leaves out of warnings and logs what is of no use; before the libraries are imported, in every process."""
+    """Silence warnings and logs on which no user can act. To be called in every process, before libraries are imported."""
     for name in ("torch.utils._pytree", "DeepSpeed", "torchao", "torchao.kernel.intmm"):
         logging.getLogger(name).addFilter(is_of_use)
     for text in OF_NO_USE:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: find the newest whose files are whole; take and restore the state of random numbers."""
+"""Checkpoints of a run: find the newest one with complete files; save and restore the state of random numbers."""
 
 import json
 import logging
@@ -68,7 +68,7 @@ def newest_checkpoint(output_dir: str | Path, last_file: str) -> Path | None:
         else:
             return checkpoint
     if newest_error:
-        raise ValueError(f"none of the {len(checkpoints)} checkpoints in {output_dir} is whole: {newest_error}")
+        raise ValueError(f"none of the {len(checkpoints)} checkpoints in {output_dir} is complete: {newest_error}")
     return None
 
 

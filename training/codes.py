@@ -48,13 +48,13 @@ def read_metadata(path: str | os.PathLike) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is broken: {error}") from error
     if not isinstance(metadata, dict):
-        raise ValueError(f"{path} is broken: it holds no settings.")
+        raise ValueError(f"{path} is broken: it has no settings.")
     if metadata.get("format") not in SUFFIXES:
-        raise ValueError(f"{path} is broken: format is {' or '.join(SUFFIXES)}, got {metadata.get('format')!r}.")
+        raise ValueError(f"{path} is broken: format must be {' or '.join(SUFFIXES)}, got {metadata.get('format')!r}.")
     for name in ("variants", "num_codebooks", "codebook_size", "num_positions", "num_shards"):
         value = metadata.get(name)
         if type(value) is not int or not 1 <= value <= MOST:
-            raise ValueError(f"{path} is broken: {name} is an integer from 1 to {MOST}, got {value!r}.")
+            raise ValueError(f"{path} is broken: {name} must be an integer from 1 to {MOST}, got {value!r}.")
     return metadata
 
 
@@ -92,7 +92,7 @@ def write_metadata(folder: str | os.PathLike, metadata: dict) -> None:
         differing = [name for name in sorted({*old, *metadata}) if old.get(name) != metadata.get(name)]
         if differing:
             changes = ", ".join(f"{name} {old.get(name)} (now {metadata.get(name)})" for name in differing)
-            raise ValueError(f"{folder} holds codes of other settings: {changes}. Choose another folder.")
+            raise ValueError(f"{folder} has codes of other settings: {changes}. Choose another folder.")
         return
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".metadata.{os.getpid()}.unfinished"
@@ -160,7 +160,7 @@ class CodeStore(Mapping):
         self.places = dict(found)
         if len(self.places) < len(found):
             twice = Counter(key for key, _ in found).most_common(1)[0][0]
-            raise ValueError(f"{folder} has the codes of {twice} twice.")
+            raise ValueError(f"{folder} has codes of {twice} twice.")
 
     def __len__(self) -> int:
         return len(self.places)

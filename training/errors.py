@@ -1,5 +1,5 @@
-"""How scripts end. An error that the user can correct takes one line on stderr and exit code 2. So do signals: Ctrl-C
-with 130, SIGTERM with 143, SIGHUP with 129.
+"""How scripts end. An error that the user can correct prints one line on stderr and exits with code 2. Signals do the
+same with their own codes: Ctrl-C 130, SIGTERM 143, SIGHUP 129.
 
 Any other exception is a bug and shows its traceback.
 """
@@ -25,7 +25,7 @@ MENDABLE = (ValueError, OSError, FloatingPointError, StrictDataclassError, subpr
 
 
 class ScriptEnd(SystemExit):
-    """Exit of a script with a code; `str` of it is the printed line."""
+    """Exit of a script with a code; its `str` is the printed line."""
 
     def __init__(self, line: str, code: int):
         super().__init__(line)
@@ -126,7 +126,7 @@ class CommandLine(argparse.ArgumentParser):
         self.check_options(args)
         given, rest = self.parse_known_args(args, namespace)
         if rest:
-            raise ValueError(f"{' '.join(rest)} belongs to no option.")
+            raise ValueError(f"unexpected argument {' '.join(rest)}: it belongs to no option.")
         return given
 
     def check_options(self, args: Sequence[str]) -> None:

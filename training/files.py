@@ -87,7 +87,7 @@ def read_rows(path: str | os.PathLike) -> list[dict] | datasets.Dataset:
         raise FileNotFoundError(f"There is no data file {path}.")
     readers = {".jsonl": datasets.Dataset.from_json, ".parquet": datasets.Dataset.from_parquet}
     if path.suffix not in (".json", *readers):
-        raise ValueError(f"Data comes as .json, .jsonl or .parquet, not as {path}.")
+        raise ValueError(f"A data file must be .json, .jsonl or .parquet, got {path}.")
     try:
         if path.suffix == ".jsonl":
             check_nesting(path)
@@ -100,7 +100,7 @@ def read_rows(path: str | os.PathLike) -> list[dict] | datasets.Dataset:
         ) from error
     if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) or isinstance(rows, datasets.Dataset):
         return rows
-    raise ValueError(f"The data file {path} is no list of rows.")
+    raise ValueError(f"The data file {path} is not a list of rows.")
 
 
 class ImageStore:
@@ -279,7 +279,7 @@ def log_broken(broken: BrokenSamples, accelerator: Accelerator) -> None:
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Writes a file, and the folders above it, so that an interruption leaves the old file or the new one."""
+    """Write a file, and the folders above it, so that an interruption leaves either the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -288,7 +288,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def folder_digest(folder: str) -> str:
-    """SHA-256 over the weights, configurations and templates in a model's folder."""
+    """Compute the SHA-256 of the weights, configurations and templates in a model's folder."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix in (".safetensors", ".json", ".jinja"):

@@ -124,7 +124,7 @@ class VGGDistance(nn.Module):
             state = VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
         names = {name: f"features.{name.partition('.')[2]}" for name in self.lpips.net.state_dict()}
         if missing := sorted(set(names.values()) - state.keys()):
-            raise ValueError(f"{checkpoint} is no VGG-16 of torchvision: it lacks {', '.join(missing)}.")
+            raise ValueError(f"{checkpoint} is not a VGG-16 of torchvision: it lacks {', '.join(missing)}.")
         self.lpips.net.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
 
     def forward(self, reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:

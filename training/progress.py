@@ -1,4 +1,4 @@
-"""What a training says of its own length and speed."""
+"""Timing of a training: the speed of its data, and an estimate of the time that is left."""
 
 import logging
 import time
@@ -27,7 +27,7 @@ class SharedClock:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Count what is done within it as one piece of work."""
+        """Context that counts what is done within it as one piece of work."""
         start = time.perf_counter()
         yield
         self.totals += torch.tensor([time.perf_counter() - start, 1.0], dtype=torch.float64)
@@ -39,14 +39,14 @@ class SharedClock:
 
 
 class ExpectedTime:
-    """Says once how long the steps that are left will take, by the first few after the very first, which warms up."""
+    """Log once how long the remaining steps will take, estimated from the first few after a warm-up step."""
 
     def __init__(self, total_steps: int):
         self.total_steps = total_steps
         self.first: tuple[int, float] | None = None
 
     def __call__(self, step: int) -> None:
-        """To be called after each step, whose number it gets."""
+        """Record the end of a step; to be called with the number of each."""
         if self.first is None:
             self.first = step, time.perf_counter()
             return

@@ -462,13 +462,13 @@ def zero_config(
         try:
             config = json.load(file)
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON file: {error}") from error
+            raise ValueError(f"{path} is not a JSON file: {error}") from error
     zero = config.get("zero_optimization", {}) if isinstance(config, dict) else {}
     if zero.get("stage") not in (1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage must be 1, 2 or 3, got {zero.get('stage')}.")
     for section in ("optimizer", "scheduler"):
         if section in config:
-            raise ValueError(f"{path}: {section} is set by the training's own options, leave the section out.")
+            raise ValueError(f"{path}: {section} is set by the training's own options: leave this section out.")
     for section in ("bf16", "fp16"):
         if config.pop(section, {}).get("enabled", False) not in ("auto", False):
             raise ValueError(f"{path}: {section} would round the weights. They stay float32; --bf16 sets autocast.")

@@ -1,4 +1,4 @@
-"""Make a small byte-level BPE tokenizer for texts, from your own captions or from easy-VQA's (the shipped model's).
+"""Train a small byte-level BPE tokenizer, on your own captions or on easy-VQA's texts (as for the shipped model).
 
 python -m training.text_tokenizer runs/tiny-text-tokenizer
 python -m training.text_tokenizer runs/my-text-tokenizer --captions data/captions.jsonl --vocab-size 4096

@@ -1,1 +1,1 @@
-"""What a training will take: counting, memory, the plans of both trainings, and a check against real steps."""
+"""The cost of a training: counting, memory, the plans of both trainings, and a check against real steps."""

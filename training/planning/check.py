@@ -1,4 +1,4 @@
-"""A few real training steps on this machine, compared with what is predicted of them."""
+"""Compare a few real training steps on this machine with their prediction."""
 
 import statistics
 import time

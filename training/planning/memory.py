@@ -1,4 +1,4 @@
-"""Memory per GPU of one training step under each kind of sharding: model states + activations. And its communication.
+"""Memory per GPU (model states and activations) and communication of a training step under each kind of sharding.
 
 - Model states of the MLLM are DeepSpeed's own estimates for its stages 2 and 3, for bf16 training with Adam: 2 bytes of weights
   and 18 of gradients and optimizer (2 + 4 + 4 + 8) for each trained parameter. It has none for stages 0 and 1; with
