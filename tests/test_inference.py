@@ -137,7 +137,7 @@ def test_tables_computed_from_a_config_and_weights_in_pickles_count_before_memor
     gpt = {"model_type": "gptj", "vocab_size": 300, "n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}
     config = json.loads((saved_mllm / "config.json").read_text(encoding="utf-8"))
     changed_config(saved_mllm, None, text_config=gpt | {"n_positions": 10**8})
-    with pytest.raises(ValueError, match=r"its config asks for tables of 80000\d{4} numbers beside \d+ parameters"):
+    with pytest.raises(ValueError, match=r"its config asks for tables of 80000\d{4} numbers besides \d+ parameters"):
         load(saved_mllm)
     (saved_mllm / "model.safetensors").unlink()
     torch.save(state, saved_mllm / "pytorch_model.bin")
