@@ -411,7 +411,7 @@ def test_a_resumed_run_revives_the_codes_of_one_without_a_break(tmp_path):
 @pytest.mark.parametrize(
     "option, message",
     [
-        ({"codebook_start": "kmeans"}, "codebook_start is random or data, got 'kmeans'"),
+        ({"codebook_start": "kmeans"}, "codebook_start must be random or data, got 'kmeans'"),
         ({"revive_dead_codes": -1}, r"revive_dead_codes \(-1\) is not between 0 and"),
         ({"codebook_learning_rate": math.nan}, r"codebook_learning_rate \(nan\) is not between 0"),
     ],
