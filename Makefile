@@ -1,22 +1,27 @@
 # `make demo` and `make test` are all a newcomer needs; the first of them makes .venv, the others reuse it.
 PYTHON ?= python3
 BIN := .venv/bin
+# processes that share the tests, of one thread and up to 3 GiB each
+JOBS ?= 2
+PARALLEL = -n $(JOBS) --dist worksteal
 
 .PHONY: demo test test-common test-slow test-web test-all lint docs docs-serve bench bench-serve clean
 
 demo: .venv/installed-demo
 	$(BIN)/unitok-mllm demo
 
+test test-all test-common: export OMP_NUM_THREADS ?= 1
+
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # and the evaluations, the page, the guides, other people's tools
 test-all: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu and not web"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not web"
 
 # transformers' own common tests, which its source distribution holds, on the classes of this package
 test-common: .venv/installed-dev
-	$(BIN)/python tests/common/run.py
+	$(BIN)/python tests/common/run.py $(PARALLEL)
 
 # full-size comparisons, sweeps over all options, long runs
 test-slow: .venv/installed-dev

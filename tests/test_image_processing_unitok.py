@@ -516,7 +516,9 @@ def test_a_picture_of_any_mode_is_shrunk_while_it_is_read(tmp_path, mode):
     assert np.abs(np.asarray(shrunk, float) - expected).mean() < 2
 
 
-@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [100, pytest.param(1000, marks=pytest.mark.full), pytest.param(10_000, marks=pytest.mark.slow)]
+)
 def test_odd_and_malformed_images_are_read_or_refused_in_bounded_time_and_memory(count):
     """In a process of its own: a crash, a hang and the memory are those of the images alone."""
     command = [sys.executable, str(Path(__file__).with_name("mutations.py")), str(count)]

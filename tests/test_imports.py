@@ -13,6 +13,8 @@ import pytest
 import training
 
 
+pytestmark = pytest.mark.full  # each starts a process
+
 ROOT = Path(__file__).parents[1]
 WATCHED = ("PIL", "deepspeed", "gradio", "lmms_eval", "numpy", "timm", "torch", "transformers", "wandb")
 

@@ -175,6 +175,7 @@ def test_checkpointing_trades_computation_for_memory(folder):
     assert frugal.memory[0].states == plain.memory[0].states
 
 
+@pytest.mark.full
 def test_tokenizers_losses_are_counted_on_top(folder, tokenizer_config):
     bare = plan_tokenizer(folder, RUN, perceptual=False, gan=False, ema=False)
     full = plan_tokenizer(folder, RUN, gan_start=0.25)

@@ -90,6 +90,7 @@ def assert_equal_results(folder, mllm, processor) -> None:
         assert torch.equal(results[name], value), name
 
 
+@pytest.mark.full
 def test_folders_load_and_agree_where_the_package_is_not_installed(mllm, processor, tmp_path):
     save_parts(tmp_path, mllm, processor)
     mllm.save_pretrained(tmp_path / "mllm")

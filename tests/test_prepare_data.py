@@ -97,6 +97,7 @@ def test_emoji_of_one_category_alone(packages, tmp_path):
         emoji.load(packages, ["Activities", "Drinks"])
 
 
+@pytest.mark.full
 def test_easy_vqa_keeps_its_splits_and_all_its_questions(tmp_path):
     result = CliRunner().invoke(app, ["easy-vqa", str(tmp_path)])
     assert result.exit_code == 0, result.output

@@ -57,6 +57,7 @@ def run_in_ascii(program: str, *args: str) -> bytes:
     return done.stdout
 
 
+@pytest.mark.full
 def test_data_and_configs_are_read_in_an_ascii_locale(tmp_path):
     rows = [{"conversations": [{"from": "human", "value": "Größe?"}, {"from": "gpt", "value": "groß ✨"}]}]
     (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")

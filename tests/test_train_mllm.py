@@ -415,6 +415,7 @@ def test_a_run_without_a_best_model_releases_none(tmp_path, start, data):
     assert not (tmp_path / "run/release").exists()
 
 
+@pytest.mark.full
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, start, data):
     sources = list(data.values())
     options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2}
@@ -547,6 +548,7 @@ def test_a_compiled_training_gives_the_losses_and_the_release_of_a_plain_one(tmp
         torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.full
 def test_two_processes_give_the_losses_of_one(tmp_path, start, data):
     sources = list(data.values())
     rows = Path(data["text"]["path"]).read_text(encoding="utf-8").splitlines()
@@ -609,6 +611,7 @@ sys.stdout.write(processor.batch_decode(ids, skip_special_tokens=True)[0].strip(
 """
 
 
+@pytest.mark.full
 def test_an_adapter_answers_in_a_fresh_process_as_it_did_in_training(tmp_path, start, data):
     pictures = Path(data["read"]["path"]).parent
     question = {"image": str(pictures / "0.png"), "question": "what is this?"}

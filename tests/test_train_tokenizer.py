@@ -614,6 +614,7 @@ def _die_in_step_5(rank: int, folder: str) -> None:
     trainer.train()
 
 
+@pytest.mark.full
 def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
     whole = trainer_of(tmp_path / "whole", RESUMED, small_model(drop_path_rate=0.3), **LONG)
     whole.train()
@@ -664,6 +665,7 @@ def _one_of_two(rank: int, folder: str, ports: list[int]) -> None:
     assert resumed.reports == {step: whole.reports[step] for step in (3, 4, 5, 6)}
 
 
+@pytest.mark.full
 def test_two_processes_train_like_one_and_stop_together(tmp_path):
     one = trainer_of(tmp_path / "one", ALL_TERMS, per_device_train_batch_size=8, eval_dataset=Noise(7), **TWO)
     before = one.evaluate()
