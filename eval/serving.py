@@ -1,33 +1,42 @@
 """Throughput and latency of the API server, compared with one that takes requests in turn.
 
     python -m eval.serving
-    python -m eval.serving --model FOLDER --clients 1 16 --requests 32
+    python -m eval.serving --preset smollm2 --clients 1 16 --requests 32
+    python -m eval.serving --model FOLDER --peer        # beside `transformers serve`
+    python -m eval.serving --soak 10000                 # memory over 10,000 requests
 
 Starts `unitok-mllm api` twice: as it is, and with rows for one guided drawing, so that it takes one request after another.
 Each number of clients asks at once and again as soon as it is answered, over the loopback interface. `plain` is
-`generate` in this process, without any server, once for each of ten requests. Times are of this machine while nothing else
-runs; the ratios are of one run.
+`generate` in this process, without any server, once for each of ten requests. Run it while nothing else runs on the
+machine; compare only ratios between figures of one run.
 """
 
 import argparse
 import asyncio
+import copy
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
 import torch
 from tqdm import tqdm
+from transformers import LlamaForCausalLM
 
 from eval._common import versions
+from eval.timing.subjects import SMOLLM2
 from training.errors import CommandLine, one_line_errors
 from training.files import write_atomically
+from unitok_mllm import UniTokMLLMForConditionalGeneration
 from unitok_mllm.cli import SHIPPED_MODEL
+from unitok_mllm.drawing_unitok import IMAGE_GENERATION
 from unitok_mllm.inference import load
 from unitok_mllm.outputs import check_output_file
 
@@ -58,7 +67,17 @@ def start_server(
     Raises:
         ValueError: it ends, or does not answer within five minutes.
     """
-    command = [*program, "api", "--model", str(model), "--port", str(port), *options]
+    return wait_for([*program, "api", "--model", str(model), "--port", str(port), *options], port, **kwargs)
+
+
+def start_peer(model: Path, port: int) -> subprocess.Popen:
+    """Start `transformers serve`, as it is."""
+    options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    return wait_for([str(Path(sys.executable).parent / "transformers"), "serve", str(model), *options], port)
+
+
+def wait_for(command: list[str], port: int, **kwargs) -> subprocess.Popen:
+    """Run the command of a server, and wait until `/health` answers (see `start_server`)."""
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **kwargs)
     for _ in range(3000):
         if server.poll() is not None:
@@ -83,9 +102,14 @@ async def ask(client: httpx.AsyncClient, path: str, body: dict) -> tuple[float, 
     return first, time.perf_counter() - start
 
 
-async def load_with(port: int, kind: str, num_clients: int, num_requests: int) -> dict:
-    """Measure requests per second of a kind (see `REQUESTS`), and percentiles of their times, in seconds."""
+async def load_with(port: int, kind: str, num_clients: int, num_requests: int, model: str) -> dict:
+    """Measure requests per second of a kind (see `REQUESTS`), and percentiles of their times, in seconds.
+
+    Args:
+        model: name by which the server knows its model.
+    """
     path, body = REQUESTS[kind]
+    body = body | {"model": model}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600, limits=limits) as client:
         await ask(client, path, body | {"seed": 0})
@@ -103,8 +127,11 @@ async def load_with(port: int, kind: str, num_clients: int, num_requests: int) -
     return {
         "requests_per_second": num_requests / seconds,
         **percentiles(wholes),
-        "first_p50": statistics.median(firsts),
+        **{f"first_{name}": seconds for name, seconds in percentiles(firsts).items()},
     }
+
+
+TIMES = ("p50", "p95", "p99", "first_p50", "first_p95", "first_p99")
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
@@ -127,7 +154,7 @@ def plain_times(model: Path, count: int = 10) -> dict[str, dict[str, float]]:
         torch.manual_seed(seed)
         mllm.generate(**text, max_new_tokens=ANSWER_TOKENS, do_sample=True)
         times["answer"].append(time.perf_counter() - start)
-    return {kind: percentiles(of_kind[1:]) for kind, of_kind in times.items()}
+    return {kind: percentiles(row[1:]) | {"mean": statistics.mean(row[1:])} for kind, row in times.items()}
 
 
 def memory_of(server: subprocess.Popen) -> int:
@@ -136,21 +163,60 @@ def memory_of(server: subprocess.Popen) -> int:
     return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
 
 
+def soak(model: Path, port: int, max_rows: int, num_requests: int) -> list[tuple[int, int]]:
+    """Send drawings and answers in turn from 16 clients at once, and watch the server's memory.
+
+    Returns:
+        the number of requests answered and the resident memory in bytes, at the start and after each tenth.
+    """
+    server = start_server(model, port, "--max-rows", str(max_rows), "--queue-size", "1000")
+    try:
+        memory = [(0, memory_of(server))]
+        for tenth in range(10):
+            for kind in REQUESTS:
+                asyncio.run(load_with(port, kind, 16, num_requests // 20, model.name))
+            memory.append(((tenth + 1) * (num_requests // 20) * 2, memory_of(server)))
+            print(f"{memory[-1][0]} requests: {memory[-1][1] / 2**20:.0f} MiB", flush=True)
+    finally:
+        stop(server)
+    return memory
+
+
+def stop(server: subprocess.Popen) -> None:
+    """End a server, and wait for its end."""
+    server.terminate()
+    server.wait()
+
+
 def table(results: dict) -> str:
     """Format the results as Markdown, times in milliseconds."""
     lines = [
-        "| | clients | requests a second | times one after another | p50 | p95 | p99 | first |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | clients | requests a second | times one after another | p50 | p95 | p99 | first event p50 | p95 | p99 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in REQUESTS:
         plain = results["plain"][kind]
-        lines.append(f"| {kind}, `generate` alone | | | | {plain['p50'] * 1e3:.0f} | {plain['p95'] * 1e3:.0f} | | |")
-        for clients, row in results["batched"][kind].items():
-            in_turn = results["in turn"][kind].get(clients)
-            ratio = f"{row['requests_per_second'] / in_turn['requests_per_second']:.1f}" if in_turn else ""
-            times = " | ".join(f"{row[name] * 1e3:.0f}" for name in ("p50", "p95", "p99", "first_p50"))
-            lines.append(f"| {kind} | {clients} | {row['requests_per_second']:.1f} | {ratio} | {times} |")
+        times = " | ".join(f"{plain[name] * 1e3:.0f}" for name in ("p50", "p95"))
+        lines.append(f"| {kind}, `generate` alone | | {1 / plain['mean']:.1f} | | {times} | | | | |")
+        for server, name in (("batched", kind), ("transformers serve", f"{kind}, `transformers serve`")):
+            for clients, row in results.get(server, {}).get(kind, {}).items():
+                in_turn = results["in turn"][kind].get(clients)
+                ratio = f"{row['requests_per_second'] / in_turn['requests_per_second']:.1f}" if in_turn else ""
+                times = " | ".join(f"{row[time] * 1e3:.0f}" for time in TIMES)
+                lines.append(f"| {name} | {clients} | {row['requests_per_second']:.1f} | {ratio} | {times} |")
     return "\n".join(lines)
+
+
+def smollm2_folder(folder: Path) -> Path:
+    """Save an LLM of SmolLM2-135M's size, with random weights and the shipped model's tokenizers (16 positions)."""
+    torch.manual_seed(0)
+    shipped, processor = load(SHIPPED_MODEL)
+    llm = LlamaForCausalLM(copy.deepcopy(SMOLLM2))
+    model = UniTokMLLMForConditionalGeneration.from_parts(
+        llm, shipped.visual, image_generation=IMAGE_GENERATION, **processor.config_token_ids()
+    )
+    model.save_pretrained(folder), processor.save_pretrained(folder)
+    return folder
 
 
 @one_line_errors()
@@ -159,37 +225,61 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--model", type=Path, default=SHIPPED_MODEL, help="folder of an MLLM (default: the shipped one)"
     )
+    parser.add_argument("--preset", choices=["smollm2"], help="an LLM of SmolLM2-135M's size, with random weights")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="numbers of clients at once")
     parser.add_argument("--requests", type=int, default=128, help="requests for each number of clients and kind")
     parser.add_argument("--max_rows", type=int, default=128, help="rows of the batching server")
+    parser.add_argument("--peer", action="store_true", help="also time the answers of `transformers serve`")
+    parser.add_argument("--soak", type=int, metavar="REQUESTS", help="only send that many requests, and print memory")
     parser.add_argument("--port", type=int, default=8765, help="a free port")
     parser.add_argument("--output", type=Path, help="also write all figures to this JSON file")
     options = parser.parse_args(arguments)
     if min(options.clients) < 1 or options.requests < 1:
         parser.error("--clients and --requests must be at least 1.")
+    if options.soak is not None and options.soak < 20:
+        parser.error("--soak must be at least 20.")
     if options.output:
         check_output_file(options.output)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    results = {"plain": plain_times(options.model), "versions": versions()}
-    for name, rows in (("in turn", 2), ("batched", options.max_rows)):
-        server = start_server(options.model, options.port, "--max-rows", str(rows), "--queue-size", "1000")
+    with tempfile.TemporaryDirectory() as folder:
+        model = smollm2_folder(Path(folder)) if options.preset else options.model
+        if options.soak:
+            results = {"memory": soak(model, options.port, options.max_rows, options.soak)}
+        else:
+            results = measure(model, options)
+            print(table(results))
+            before, after = results["batched"]["memory"]
+            print(f"\nMemory of the batching server: {before >> 20} MiB when started, {after >> 20} MiB at the end.")
+    if options.output:
+        write_atomically(options.output, json.dumps(results | {"versions": versions()}, indent=2).encode())
+
+
+def measure(model: Path, options: argparse.Namespace) -> dict:
+    """Time the plain calls, both servers, and on request the peer."""
+    results = {"plain": plain_times(model)}
+    servers = {
+        name: partial(start_server, model, options.port, "--max-rows", str(rows), "--queue-size", "1000")
+        for name, rows in (("in turn", 2), ("batched", options.max_rows))
+    }
+    if options.peer:
+        servers["transformers serve"] = partial(start_peer, model, options.port)
+    for name, start in servers.items():
+        kinds = ["answer"] if name == "transformers serve" else list(REQUESTS)
+        known_as = str(model) if name == "transformers serve" else model.name
+        server = start()
         try:
             before = memory_of(server)
             results[name] = {
-                kind: {n: asyncio.run(load_with(options.port, kind, n, options.requests)) for n in options.clients}
-                for kind in REQUESTS
+                kind: {
+                    n: asyncio.run(load_with(options.port, kind, n, options.requests, known_as))
+                    for n in options.clients
+                }
+                for kind in kinds
             }
             results[name]["memory"] = before, memory_of(server)
         finally:
-            server.terminate()
-            server.wait()
-    print(table(results))
-    before, after = results["batched"]["memory"]
-    print(
-        f"\nMemory of the batching server: {before / 2**20:.0f} MiB when started, {after / 2**20:.0f} MiB at the end."
-    )
-    if options.output:
-        write_atomically(options.output, json.dumps(results, indent=2).encode())
+            stop(server)
+    return results
 
 
 if __name__ == "__main__":
