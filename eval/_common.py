@@ -41,15 +41,19 @@ class DrawingSettings:
     """Command-line options for drawing. An option left out takes the model's own default."""
 
     guidance: float | None = field(
-        default=None, metadata={"help": "guidance scale, 1: none; default: the model's own"}
+        default=None, metadata={"help": "guidance scale; 1 for none; default: the model's own"}
     )
-    temperature: float | None = field(default=None, metadata={"help": "default: the model's own"})
+    temperature: float | None = field(
+        default=None, metadata={"help": "sampling temperature; default: the model's own"}
+    )
     top_k: int | None = field(
-        default=None, metadata={"help": "draw from the k likeliest codes, 0: from all; default: the model's own"}
+        default=None, metadata={"help": "sample from the k likeliest codes; 0 for all; default: the model's own"}
     )
     top_p: float | None = field(
         default=None,
-        metadata={"help": "draw from the likeliest codes of this total probability; default: the model's own"},
+        metadata={
+            "help": "sample from the likeliest codes that have this total probability; default: the model's own"
+        },
     )
 
     def complete(self, folder: str) -> None:
@@ -110,7 +114,7 @@ def read_result(path: str | os.PathLike, *keys: str) -> dict:
     check_finished(path)
     result = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(result, dict) or not result.keys() >= set(keys):
-        raise ValueError(f"{path} is no result of this evaluation. Remove it, or choose another output")
+        raise ValueError(f"{path} is not a result of this evaluation. Remove it, or choose another output")
     return result
 
 
@@ -135,7 +139,7 @@ def in_batches(
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that every number depends on."""
+    """Return the versions of the libraries that every number depends on."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

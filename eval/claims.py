@@ -98,25 +98,28 @@ class ClaimsArguments:
 
     steps: int = field(default=900, metadata={"help": "optimizer steps of each run of the comparison"})
     search_steps: int = field(default=300, metadata={"help": "optimizer steps of each run of the search"})
-    batch_size: int = field(default=48, metadata={"help": "images of a step, over all processes"})
-    total_codes: int = field(default=4096, metadata={"help": "total number of codes of all sub-codebooks"})
+    batch_size: int = field(default=48, metadata={"help": "images per step, over all processes"})
+    total_codes: int = field(default=4096, metadata={"help": "total number of codes in all sub-codebooks"})
     codebooks: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "numbers of sub-codebooks"})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds, one run for each"})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of the comparison, one run for each"}
+    )
     search_seed: int = field(default=100, metadata={"help": "seed of the search"})
     candidates: dict = field(
         default_factory=dict,
-        metadata={"help": "settings by name, each a dict of options that differ, tried for each K (YAML only)"},
+        metadata={"help": "settings to try for each K, by name, each a dict of options to change (YAML only)"},
     )
     validation: dict = field(
-        default_factory=dict, metadata={"help": "as held_out, to choose settings by and for the curves (YAML only)"}
+        default_factory=dict,
+        metadata={"help": "as held_out, for the choice of settings and for the curves (YAML only)"},
     )
     held_out: dict = field(
         default_factory=dict, metadata={"help": "files or folders of captioned images by name (YAML only)"}
     )
     limit: int = field(
-        default=0, metadata={"help": "number of images of each held-out set, from the first on; 0: all"}
+        default=0, metadata={"help": "number of images of each held-out set, the first ones; 0 for all"}
     )
-    processes: int = field(default=1, metadata={"help": "processes of each training, on this machine"})
+    processes: int = field(default=1, metadata={"help": "processes per training, on this machine"})
 
     def __post_init__(self):
         for name in ("steps", "search_steps", "batch_size", "total_codes", "processes"):
@@ -124,7 +127,7 @@ class ClaimsArguments:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
         for name in ("codebooks", "seeds", "candidates", "validation", "held_out"):
             if not vars(self)[name]:
-                raise ValueError(f"{name} is empty, and should name at least one.")
+                raise ValueError(f"{name} must not be empty.")
         if min(self.limit, self.search_seed, *self.seeds) < 0:
             raise ValueError(
                 f"limit and seeds must be at least 0, got {self.limit}, {self.search_seed} and {self.seeds}."
@@ -205,11 +208,11 @@ class Plan:
         if given := [name for name in SET_HERE if vars(training)[name] != defaults[name]]:
             raise ValueError(f"Set steps, seeds and batch_size instead of {', '.join(given)}.")
         if tokenizer.init_from or tokenizer.init_open_clip:
-            raise ValueError("Every run starts from fresh weights: init_from and init_open_clip have no place here.")
+            raise ValueError("Every run starts from new weights: leave out init_from and init_open_clip.")
         if kinds := sorted({source.get("kind", "") for source in tokenizer.datasets} - {"folder"}):
-            raise ValueError(f"The datasets are of kind folder, got {', '.join(kinds)}.")
+            raise ValueError(f"The datasets must be of kind folder, got {', '.join(kinds)}.")
         if tokenizer.eval_datasets:
-            raise ValueError("Name the validation sets in validation instead of eval_datasets.")
+            raise ValueError("Give the validation sets in validation, not in eval_datasets.")
         apart = (*SET_HERE, *WITHOUT_EFFECT, "output_dir")
         self.claims, self.tokenizer = claims, tokenizer
         self.common = {
@@ -223,9 +226,9 @@ class Plan:
         ]
         for name, options in claims.candidates.items():
             if not isinstance(options, dict):
-                raise ValueError(f"The candidate {name!r} must be names and values of options, got {options!r}.")
+                raise ValueError(f"The candidate {name!r} must be a mapping of options to values, got {options!r}.")
             if unknown := sorted(options.keys() - self.common.keys()):
-                raise ValueError(f"The candidate {name!r} sets {', '.join(unknown)}, which no run has.")
+                raise ValueError(f"The candidate {name!r} sets unknown options: {', '.join(unknown)}.")
         for k in claims.codebooks:
             check_geometry(tokenizer.preset, tokenizer.text_overrides, self._vision_overrides(k))
         paths = [source["path"] for source in tokenizer.datasets if "path" in source]
@@ -675,7 +678,7 @@ def compare(
         ValueError: see `Plan`; or this script was started in several processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("Start it once, without torchrun: --processes says how many each training has.")
+        raise ValueError("Start this script without torchrun: --processes sets the processes of each training.")
     plan, output_dir = Plan(claims, tokenizer, losses, training), Path(training.output_dir)
     claim_folder(output_dir)
     accelerator = None if training.use_cpu else torch.accelerator.current_accelerator(check_available=True)

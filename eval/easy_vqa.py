@@ -67,21 +67,27 @@ class Settings(DrawingSettings):
 
     model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder of model and processor"})
     output: str = field(default="runs/easy_vqa.json", metadata={"help": "JSON file for the results"})
-    judge: str = field(default="runs/judge.safetensors", metadata={"help": "the judge's weights; made if missing"})
-    batch_size: int = field(default=64, metadata={"help": "questions, or images, at a time"})
-    limit: int | None = field(
-        default=None, metadata={"help": "number of test images, from the first on; default: all"}
+    judge: str = field(
+        default="runs/judge.safetensors", metadata={"help": "file of the judge's weights; trained if missing"}
     )
-    samples: int = field(default=8, metadata={"help": "drawings of each of the 24 pairs of colour and shape"})
+    batch_size: int = field(default=64, metadata={"help": "questions or images per batch"})
+    limit: int | None = field(default=None, metadata={"help": "number of test images, the first ones; default: all"})
+    samples: int = field(default=8, metadata={"help": "drawings for each of the 24 pairs of colour and shape"})
     candidates: int = field(
         default=1,
-        metadata={"help": "samples for each drawing, of which the best by the tokenizer's embeddings counts; 1: none"},
+        metadata={
+            "help": "samples per drawing, of which the best by the tokenizer's embeddings counts; 1 for no ranking"
+        },
     )
     choices: bool = field(
         default=False, metadata={"help": "also choose the likeliest of the benchmark's 13 answers to each question"}
     )
-    edit_guidance: float = field(default=1.0, metadata={"help": "edits' guidance by words; 1: none"})
-    edit_image_guidance: float = field(default=1.0, metadata={"help": "edits' guidance by picture; 1: none"})
+    edit_guidance: float = field(
+        default=1.0, metadata={"help": "guidance scale of edits by the instruction; 1 for none"}
+    )
+    edit_image_guidance: float = field(
+        default=1.0, metadata={"help": "guidance scale of edits by the picture; 1 for none"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of the first drawing; the next ones count up"})
     skip: str = field(default="", metadata={"help": "parts to leave out: reconstruction,vqa,text_to_image,edit"})
     resume: bool = field(default=True, metadata={"help": "keep parts of the output that have the same settings"})
@@ -115,7 +121,7 @@ def normalize_answer(text: str) -> str:
 
 
 def batches(rows: list[int], size: int, title: str) -> Iterator[list[int]]:
-    """Split rows into batches, with a progress bar that counts rows."""
+    """Iterate over batches of rows, with a progress bar that counts rows."""
     with tqdm(total=len(rows), desc=title) as bar:
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
@@ -123,7 +129,7 @@ def batches(rows: list[int], size: int, title: str) -> Iterator[list[int]]:
 
 
 def conversation(question: str) -> list[dict]:
-    """One user turn for the processor's chat template: an image (any: all take as many positions) and a question."""
+    """Make a conversation of one turn: an image (any, since all take as many positions) and a question."""
     return inference.conversation(question, Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE)))
 
 

@@ -56,10 +56,10 @@ class Settings(DrawingSettings):
     model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder of model and processor"})
     data: str = field(default="runs/data/emoji", metadata={"help": "folder written by training.prepare_data"})
     output: str = field(default="runs/emoji.json", metadata={"help": "JSON file for the results"})
-    batch_size: int = field(default=64, metadata={"help": "pictures at a time"})
+    batch_size: int = field(default=64, metadata={"help": "pictures per batch"})
     seen: int = field(default=400, metadata={"help": "number of training pictures to measure, evenly spread"})
     seed: int = field(default=0, metadata={"help": "seed of the first drawing; the next ones count up"})
-    resume: bool = field(default=True, metadata={"help": "keep parts of an output that has the same settings"})
+    resume: bool = field(default=True, metadata={"help": "keep parts of the output that have the same settings"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
 
     def __post_init__(self):

@@ -72,7 +72,7 @@ def _clean_inception(weights: str) -> torch.nn.Module:
     from cleanfid.inception_torchscript import InceptionV3W
 
     if weights and Path(weights).name != CLEAN_WEIGHTS:
-        raise ValueError(f"clean-fid reads its weights from a file called {CLEAN_WEIGHTS}")
+        raise ValueError(f"clean-fid needs its weights in a file called {CLEAN_WEIGHTS}")
     folder = Path(weights).parent if weights else Path(torch.hub.get_dir(), "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
     return InceptionV3W(str(folder), download=not weights)
@@ -98,7 +98,7 @@ class PictureFiles(Dataset):
             image = ImageOps.fit(image, self.size, Image.Resampling.BICUBIC)
         elif image.size != self.size:
             raise ValueError(
-                f"{self.paths[index]} is {image.size}, {self.paths[0]} {self.size}: --fid_size makes them equal"
+                f"{self.paths[index]} is {image.size}, but {self.paths[0]} is {self.size}: set --fid_size to scale them"
             )
         return pil_to_tensor(image)
 

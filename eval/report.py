@@ -335,7 +335,7 @@ def pictures(result: Any, path: Path) -> list[tuple[str, str]]:
     for file in files:
         data = file.read_bytes()
         if not data.startswith(PNG):
-            raise ValueError(f"{file} is no PNG")
+            raise ValueError(f"{file} is not a PNG file")
         uris.append((file.name, f"data:image/png;base64,{base64.b64encode(data).decode()}"))
     return uris
 
@@ -418,9 +418,9 @@ app = script_app(help=__doc__)
 
 @app.command()
 def main(
-    results: Annotated[list[Path], typer.Argument(help="JSON files.")],
-    output: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Its heading.")] = "Measured and published",
+    results: Annotated[list[Path], typer.Argument(help="JSON files with results.")],
+    output: Annotated[Path, typer.Option(help="HTML file for the page.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Measured and published",
 ) -> None:
     """Write one HTML page of results, with published numbers."""
     check_output_file(output)

@@ -77,28 +77,34 @@ class Settings(DrawingSettings):
         ValueError: a value is out of its range, or a file, a folder or a metric's package is missing.
     """
 
-    prompts: str = field(metadata={"help": "prompt file of a benchmark, or a prompt a line"})
-    output: str = field(metadata={"help": "folder of pictures, settings and results"})
+    prompts: str = field(metadata={"help": "prompt file of a benchmark, or a text file with a prompt on each line"})
+    output: str = field(metadata={"help": "folder for pictures, settings and results"})
     model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder of model and processor"})
-    format: str = field(default="", metadata={"help": f"{', '.join(FORMATS)}; found from the content if not given"})
-    samples: int = field(default=4, metadata={"help": "pictures of each prompt"})
-    limit: int | None = field(default=None, metadata={"help": "number of prompts, from the first on; default: all"})
-    seed: int = field(default=0, metadata={"help": "of all pictures"})
+    format: str = field(
+        default="", metadata={"help": f"format of the prompts: {', '.join(FORMATS)}; default: detected"}
+    )
+    samples: int = field(default=4, metadata={"help": "pictures per prompt"})
+    limit: int | None = field(default=None, metadata={"help": "number of prompts, the first ones; default: all"})
+    seed: int = field(default=0, metadata={"help": "seed of all pictures"})
     image_format: str = field(
         default="png", metadata={"help": "format of the pictures' files: png, or jpg (quality 75)"}
     )
-    truncate: bool = field(default=False, metadata={"help": "cut prompts that are too long for the model"})
-    batch_size: int = field(default=16, metadata={"help": "pictures at a time, in each process"})
-    ray_workers: int = field(default=0, metadata={"help": "draw with so many workers of Ray; 0: in this process"})
+    truncate: bool = field(default=False, metadata={"help": "truncate prompts that are too long for the model"})
+    batch_size: int = field(default=16, metadata={"help": "pictures per batch in each process"})
+    ray_workers: int = field(default=0, metadata={"help": "number of Ray workers; 0 to draw in this process"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
-    clip: str = field(default="", metadata={"help": "CLIP score by this model: a folder, or a name on the hub"})
-    fid_reference: str = field(default="", metadata={"help": "FID to the pictures in this folder and those below it"})
-    fid_tool: str = field(default="torch-fidelity", metadata={"help": " or ".join(TOOLS)})
-    fid_size: int = field(
-        default=0, metadata={"help": "side to which FID scales and crops all pictures; 0: no scaling"}
+    clip: str = field(default="", metadata={"help": "compute the CLIP score with this model: a folder or hub name"})
+    fid_reference: str = field(
+        default="", metadata={"help": "compute FID to the pictures in this folder and below it"}
     )
-    inception_weights: str = field(default="", metadata={"help": "the FID tool's file of weights; '': download"})
-    vqa_score: str = field(default="", metadata={"help": "VQAScore by this model, such as clip-flant5-xxl"})
+    fid_tool: str = field(default="torch-fidelity", metadata={"help": f"tool for FID: {' or '.join(TOOLS)}"})
+    fid_size: int = field(
+        default=0, metadata={"help": "scale and crop pictures to this side before FID; 0 for no scaling"}
+    )
+    inception_weights: str = field(
+        default="", metadata={"help": "file of the FID tool's weights; downloaded if not given"}
+    )
+    vqa_score: str = field(default="", metadata={"help": "compute VQAScore with this model, such as clip-flant5-xxl"})
     vqa_python: str = field(
         default=sys.executable, metadata={"help": "Python interpreter of an environment with t2v-metrics"}
     )
@@ -117,10 +123,10 @@ class Settings(DrawingSettings):
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.format and self.format not in FORMATS:
-            raise ValueError(f"format is one of {', '.join(FORMATS)}, got {self.format}")
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format}")
         for name, known in (("image_format", IMAGE_FORMATS), ("fid_tool", TOOLS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is one of {', '.join(known)}, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)}")
         if self.fid_reference:
             if not importlib.util.find_spec(TOOLS[self.fid_tool]):
                 raise ValueError(f"--fid_reference needs {self.fid_tool}: pip install {self.fid_tool}")
@@ -283,7 +289,7 @@ class Evaluation:
         self.settings, self.folder = settings, Path(settings.output)
         self.state = PartialState(cpu=settings.device == "cpu", timeout=WAIT)
         if settings.ray_workers and self.state.num_processes > 1:
-            raise ValueError("--ray_workers starts its own processes: no torchrun beside it")
+            raise ValueError("--ray_workers starts its own processes: run it without torchrun")
         self.device = str(find_device(settings.device, self.state.device))
         self.format, prompts = read_prompts(settings.prompts, settings.format)
         self.prompts, self.num_prompts = prompts[: settings.limit], len(prompts)

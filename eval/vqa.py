@@ -59,27 +59,30 @@ class Settings:
     """The command line.
 
     Raises:
-        ValueError: a value out of its range, a folder that is no model, or a task that is not there.
+        ValueError: a value is out of its range, the folder holds no model, or there is no such task.
     """
 
     model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder of model and processor"})
-    tasks: str = field(default="easy_vqa", metadata={"help": "names of tasks or groups, with commas between"})
+    tasks: str = field(default="easy_vqa", metadata={"help": "names of tasks or groups, separated by commas"})
     output: str = field(default="runs/vqa.json", metadata={"help": "JSON file for the results"})
-    batch_size: int = field(default=8, metadata={"help": "questions at a time, in each process"})
+    batch_size: int = field(default=8, metadata={"help": "questions per batch in each process"})
     limit: int | None = field(
-        default=None, metadata={"help": "number of questions of each task, from the first on; default: all"}
+        default=None, metadata={"help": "number of questions of each task, the first ones; default: all"}
     )
     gen_kwargs: str = field(
         default="", metadata={"help": "generation options that override the tasks' own: max_new_tokens=32,num_beams=3"}
     )
     vqav2_questions: str = field(
-        default="", metadata={"help": f"{TEST_DEV}: v2_OpenEnded_mscoco_test2015_questions.json, from visualqa.org"}
+        default="",
+        metadata={"help": f"for {TEST_DEV}: path of v2_OpenEnded_mscoco_test2015_questions.json, from visualqa.org"},
     )
     force_simple: bool = field(
-        default=False, metadata={"help": "images, then text, whatever messages a task has; for multiple choice"}
+        default=False, metadata={"help": "make each prompt of the images, then the text (needed for multiple choice)"}
     )
-    dtype: str = field(default="auto", metadata={"help": "dtype: float32, bfloat16, ...; auto: the folder's"})
-    seed: int = field(default=0, metadata={"help": "seed of sampled answers and of a task's own random choices"})
+    dtype: str = field(
+        default="auto", metadata={"help": "dtype to load the model in: float32, bfloat16, ...; auto for the folder's"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of sampled answers and of the tasks' random choices"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
 
     def __post_init__(self):
@@ -91,7 +94,7 @@ class Settings:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.dtype not in ("auto", *FLOAT_TYPES):
-            raise ValueError(f"dtype is one of auto, {', '.join(FLOAT_TYPES)}, got {self.dtype!r}")
+            raise ValueError(f"dtype must be one of auto, {', '.join(FLOAT_TYPES)}, got {self.dtype!r}")
         known = task_manager().all_tasks
         for name in self.task_names:
             if name not in known:
@@ -242,7 +245,7 @@ def read_finished(output: str, wanted: dict) -> dict[str, dict]:
             for key, value in wanted.items()
             if part["settings"].get(key) != value
         ]:
-            raise TaskError(f"{output} holds {name} of other settings ({'; '.join(changed)}): give another --output")
+            raise TaskError(f"{output} has {name} of other settings ({'; '.join(changed)}): give another --output")
     return parts
 
 

@@ -85,19 +85,25 @@ class Settings:
         ValueError: a value is out of its range, a folder does not exist, or there is not exactly one of `images` and `dataset`.
     """
 
-    model: str = field(default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder, hub name or open_clip name"})
-    system: str = field(default="unitok", metadata={"help": "unitok, clip (transformers) or open_clip"})
+    model: str = field(
+        default="unitok_mllm/checkpoints/tiny", metadata={"help": "folder, hub name or open_clip name of the model"}
+    )
+    system: str = field(default="unitok", metadata={"help": "kind of model: unitok, clip (transformers) or open_clip"})
     pretrained: str = field(
-        default="", metadata={"help": "open_clip: a pretrained tag of the model, or a file of weights"}
+        default="", metadata={"help": "open_clip: pretrained tag of the model, or a file of weights"}
     )
     text_tokenizer: str = field(
-        default="", metadata={"help": "unitok: folder or hub name; empty: the model's own, or else CLIP's"}
+        default="",
+        metadata={
+            "help": "unitok: folder or hub name of the text tokenizer; default: the model's own, or else CLIP's"
+        },
     )
     image_mode: str = field(
-        default="", metadata={"help": "unitok: preprocessing; empty: classify for --images, the model's own otherwise"}
+        default="",
+        metadata={"help": "unitok: mode of the image processor; default: classify for --images, else the model's own"},
     )
     images: str = field(default="", metadata={"help": "folder with a subfolder of images for each class"})
-    dataset: str = field(default="", metadata={"help": "in place of --images: easy-vqa or emoji"})
+    dataset: str = field(default="", metadata={"help": "data set instead of --images: easy-vqa or emoji"})
     data: str = field(
         default="runs/data/emoji", metadata={"help": "folder of the emoji, written by training.prepare_data"}
     )
@@ -106,15 +112,15 @@ class Settings:
     )
     output: str = field(default="runs/zero_shot.json", metadata={"help": "JSON file for the results"})
     limit: int | None = field(
-        default=None, metadata={"help": "number of images of each part at most, evenly spread; default: all"}
+        default=None, metadata={"help": "largest number of images of each part, evenly spread; default: all"}
     )
-    batch_size: int = field(default=64, metadata={"help": "images, or prompts, at a time in each process"})
+    batch_size: int = field(default=64, metadata={"help": "images or prompts per batch in each process"})
     workers: int = field(
-        default=4, metadata={"help": "processes that read images, for each process; 0: none besides itself"}
+        default=4, metadata={"help": "image-reading processes for each process; 0 to read in the process itself"}
     )
     max_broken_share: float = field(
         default=0.01,
-        metadata={"help": "largest share of broken images, which are left out; above it there is no result"},
+        metadata={"help": "largest share of broken images, which are left out; no result above it"},
     )
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
     use_cpu: bool = field(default=False, metadata={"help": "the same as --device cpu"})
@@ -125,15 +131,17 @@ class Settings:
         check_output_file(self.output)
         check_ranges(self, max_broken_share=SHARE)
         if self.system not in SYSTEMS:
-            raise ValueError(f"system is one of {', '.join(SYSTEMS)}, not {self.system!r}")
+            raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {self.system!r}")
         if self.templates not in TEMPLATES and self.templates.count("{}") != 1:
-            raise ValueError(f"templates is openai, simple, or a prompt with one {{}} in it, not {self.templates!r}")
+            raise ValueError(
+                f"templates must be openai, simple, or a prompt with one {{}} in it, got {self.templates!r}"
+            )
         if self.image_mode and self.image_mode not in MODES:
-            raise ValueError(f"image_mode is one of {', '.join(MODES)}, not {self.image_mode!r}")
+            raise ValueError(f"image_mode must be one of {', '.join(MODES)}, got {self.image_mode!r}")
         if bool(self.images) == bool(self.dataset):
             raise ValueError("give either --images FOLDER or --dataset NAME")
         if self.dataset and self.dataset not in DATASETS:
-            raise ValueError(f"dataset is one of {', '.join(DATASETS)}, not {self.dataset!r}")
+            raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {self.dataset!r}")
         if self.system == "unitok":
             check_model(self.model)
         if self.batch_size < 1 or self.workers < 0 or (self.limit is not None and self.limit < 1):

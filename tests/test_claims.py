@@ -202,17 +202,17 @@ def test_a_single_candidate_needs_no_search(runs):
 def test_sources_other_than_folders_and_evaluation_sets_of_the_trainings_are_refused(runs):
     arguments = parse_yaml_and_command_line(TYPES, [str(CONFIG)])
     arguments[1].eval_datasets = arguments[1].datasets
-    with pytest.raises(ValueError, match="Name the validation sets in validation instead of eval_datasets"):
+    with pytest.raises(ValueError, match="Give the validation sets in validation, not in eval_datasets"):
         Plan(*arguments)
     arguments[1].datasets = [{"kind": "hf", "path": "owner/name"}]
-    with pytest.raises(ValueError, match="The datasets are of kind folder, got hf"):
+    with pytest.raises(ValueError, match="The datasets must be of kind folder, got hf"):
         Plan(*arguments)
 
 
 def test_a_candidate_with_an_unknown_option_is_refused(runs):
     arguments = parse_yaml_and_command_line(TYPES, [str(CONFIG)])
     arguments[0].candidates["typo"] = {"revive": 7, "learning_rate": 1e-3}
-    with pytest.raises(ValueError, match="The candidate 'typo' sets revive, which no run has"):
+    with pytest.raises(ValueError, match="The candidate 'typo' sets unknown options: revive"):
         Plan(*arguments)
 
 
@@ -251,7 +251,7 @@ def test_a_run_is_named_after_all_that_its_result_hangs_on(runs):
         (("--max_steps", "5", "--seed", "1"), "Set steps, seeds and batch_size instead of max_steps, seed"),
         (("--processes", "5"), r"batch_size \(16\) is not a multiple of 5 processes"),
         (("--search_steps", "0"), "search_steps must be at least 1, got 0"),
-        (("--init_from", "folder"), "Every run starts from fresh weights"),
+        (("--init_from", "folder"), "Every run starts from new weights"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(runs, options, message):
@@ -267,7 +267,7 @@ def test_a_held_out_set_that_is_missing_is_named(runs):
 
 def test_it_is_not_to_be_started_in_several_processes(runs, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="error: Start it once, without torchrun: --processes says how many"):
+    with pytest.raises(SystemExit, match="error: Start this script without torchrun: --processes sets"):
         main([str(CONFIG)])
 
 

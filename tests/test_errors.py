@@ -447,7 +447,7 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
             "cannot skip vqa;edit; the parts are reconstruction, vqa,",
         ),
         ("eval.easy_vqa", f"--model {TINY} --temperature 0", "temperature must be above 0"),
-        ("eval.vqa", f"--model {TINY} --dtype fp32", "dtype is one of auto, float32, "),
+        ("eval.vqa", f"--model {TINY} --dtype fp32", "dtype must be one of auto, float32, "),
         ("eval.speed", "--batches 1,2", "argument --batches: invalid int value: '1,2'"),
         ("eval.text_to_image", f"--model {TINY} --prompts no.txt --output out", "no.txt"),
         ("eval.zero_shot", f"--model {TINY} --images none", "there is no image folder none"),
@@ -530,7 +530,9 @@ def test_a_result_of_something_else_is_refused(tmp_path):
     assert read_result(path, "parts") == {}
     for text in ("[]", "3", '{"part": {}}', "null"):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="out.json is no result of this evaluation. Remove it, or choose another"):
+        with pytest.raises(
+            ValueError, match="out.json is not a result of this evaluation. Remove it, or choose another"
+        ):
             read_result(path, "parts")
     path.write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(ValueError, match="out.json is broken: .* Remove it, or choose another output$"):

@@ -104,7 +104,7 @@ def test_errors_name_what_is_not_there(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty has no images \(.jpg"):
         open_images(f"{tmp_path}/empty")
-    with pytest.raises(ValueError, match="there is no folder .*/nowhere; a data set of the hub needs a split"):
+    with pytest.raises(ValueError, match="there is no folder .*/nowhere; a data set on the hub needs a split"):
         open_images(f"{tmp_path}/nowhere")
     with pytest.raises(FileNotFoundError, match="there is no shard .*/1.tar"):
         (tmp_path / "0.tar").touch()

@@ -401,7 +401,7 @@ def test_results_of_other_versions_are_not_gone_on_with(command, monkeypatch):
         (["--model", "nowhere"], "no model in nowhere: it has no config.json"),
         (["--images", "nowhere"], "there is no folder nowhere"),
         (["--image_size", "40"], "image_size must be a multiple of 16, got 40"),
-        (["--limit", "1"], "gives 1 image, a Fréchet distance needs 2"),
+        (["--limit", "1"], "has 1: --skip rfid"),
     ],
 )
 def test_mistakes_are_told(command, options, error):

@@ -226,7 +226,7 @@ def test_pictures_that_a_result_names_or_has_beside_it_are_embedded(tmp_path):
     assert [name for _, name in uris] == ["run.png", "sheet.png", "run-grid.png", "named.png"]
     assert base64.b64decode(uris[0][0]) == (tmp_path / "run.png").read_bytes()
     (tmp_path / "run.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="run.png is no PNG"):
+    with pytest.raises(ValueError, match="run.png is not a PNG"):
         make_report([path], "t")
 
 

@@ -275,7 +275,7 @@ def test_pictures_of_other_settings_are_refused(prompts, drawn, tmp_path):
     [
         (["--prompts", "no/such.json"], "there is no prompt file no/such.json"),
         (["--model", "no/such/folder"], "no model in no/such/folder"),
-        (["--format", "coco"], "format is one of genai, geneval, mjhq, parti, text, got coco"),
+        (["--format", "coco"], "format must be one of genai, geneval, mjhq, parti, text, got coco"),
         (["--samples", "0"], "samples must be at least 1, got 0"),
         (["--guidance", "0.5"], "guidance_scale must be at least 1"),
         (["--fid_reference", "no/such"], "FID needs at least 2 pictures"),
@@ -285,10 +285,10 @@ def test_pictures_of_other_settings_are_refused(prompts, drawn, tmp_path):
         ),
         (
             ["--fid_reference", "FOLDER", "--fid_tool", "clean-fid", "--inception_weights", "no.pt"],
-            "(no.pt): clean-fid reads its weights from a file called inception-2015-12-05.pt. Give --inception_weights",
+            "(no.pt): clean-fid needs its weights in a file called inception-2015-12-05.pt. Give --inception_weights",
         ),
-        (["--fid_tool", "fid"], "fid_tool is one of torch-fidelity, clean-fid, got fid"),
-        (["--image_format", "gif"], "image_format is one of png, jpg, got gif"),
+        (["--fid_tool", "fid"], "fid_tool must be one of torch-fidelity, clean-fid, got fid"),
+        (["--image_format", "gif"], "image_format must be one of png, jpg, got gif"),
         (
             ["--clip", "no/clip", "--fid_reference", "FOLDER", "--inception_weights", "no.pth"],
             "cannot load a CLIP model from no/clip: ",
@@ -528,7 +528,7 @@ def test_pictures_for_fid_are_of_one_size_or_named(tmp_path):
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     Image.new("RGB", (8, 8), "red").save(paths[0])
     Image.new("RGB", (8, 6), "blue").save(paths[1])
-    with pytest.raises(ValueError, match=r"b.png is \(8, 6\), .*a.png \(8, 8\): --fid_size"):
+    with pytest.raises(ValueError, match=r"b.png is \(8, 6\), but .*a.png is \(8, 8\): set --fid_size"):
         fid_module.PictureFiles(paths)[1]
     fitted = fid_module.PictureFiles(paths, size=4)[1]
     assert torch.equal(fitted, torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None].expand(3, 4, 4))

@@ -162,9 +162,7 @@ def test_other_tasks_are_added_and_other_settings_refused(expected, tmp_path, st
     report, _ = run(tmp_path, "--tasks", "llava_textvqa", limit=2)
     assert list(report["parts"]) == ["easy_vqa", "llava_textvqa"]
     assert [number["benchmark"] for number in report["numbers"]] == ["easy-VQA", "TextVQA"]
-    with pytest.raises(
-        SystemExit, match="out.json holds easy_vqa of other settings .limit was 2, now 3.: give another"
-    ):
+    with pytest.raises(SystemExit, match="out.json has easy_vqa of other settings .limit was 2, now 3.: give another"):
         run(tmp_path, limit=3)
 
 

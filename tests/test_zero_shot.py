@@ -463,15 +463,18 @@ def test_wrong_image_folders_are_named(tmp_path, run, folders, message):
     "options, message",
     [
         (["--dataset", "easy-vqa", "--model", "no/such"], "no model in no/such"),
-        (["--dataset", "easy-vqa", "--system", "siglip"], "system is one of unitok, clip, open_clip, not 'siglip'"),
-        (["--dataset", "cifar"], "dataset is one of easy-vqa, emoji, not 'cifar'"),
+        (
+            ["--dataset", "easy-vqa", "--system", "siglip"],
+            "system must be one of unitok, clip, open_clip, got 'siglip'",
+        ),
+        (["--dataset", "cifar"], "dataset must be one of easy-vqa, emoji, got 'cifar'"),
         ([], "give either --images FOLDER or --dataset NAME"),
         (["--images", "a", "--dataset", "emoji"], "give either --images FOLDER or --dataset NAME"),
         (
             ["--images", "a", "--templates", "none"],
-            "templates is openai, simple, or a prompt with one {} in it, not 'none'",
+            "templates must be openai, simple, or a prompt with one {} in it, got 'none'",
         ),
-        (["--images", "a", "--image_mode", "crop"], "image_mode is one of understand, reconstruct, classify"),
+        (["--images", "a", "--image_mode", "crop"], "image_mode must be one of understand, reconstruct, classify"),
         (["--dataset", "easy-vqa", "--batch_size", "0"], "batch_size and limit must be at least 1"),
         (["--dataset", "emoji", "--data", "no/such"], "no/such has no emoji.json: python -m training.prepare_data"),
         (["--dataset", "easy-vqa", "--system", "clip", "--model", "./no/such"], "no/such"),
