@@ -25,6 +25,7 @@ from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -160,6 +161,26 @@ def test_servers_are_told_the_placeholders_of_an_image(processor):
     assert told["num_image_tokens"] == [placeholders, placeholders] and told["num_image_patches"] == [1, 1]
     assert inputs["mm_token_type_ids"].sum() == placeholders
     assert processor._get_num_multimodal_tokens()["num_image_tokens"] is None
+
+
+def test_engines_find_the_places_and_the_features_of_images(processor, lively_mllm, tmp_path):
+    """What the Transformers backends of vLLM (from transformers 5.15) and SGLang ask for."""
+    pictures = [Image.new("RGB", (30, 70)), Image.new("RGB", (5, 5))]
+    inputs = processor(text="<image> or <image>?", images=pictures, return_text_replacement_offsets=True)
+    (offsets,) = inputs["text_replacement_offsets"]
+    assert [entry["type"] for entry in offsets] == ["image", "image"]
+    for entry in offsets:
+        ids = processor.tokenizer(entry["replacement"], add_special_tokens=False).input_ids
+        assert ids.count(processor.image_token_id) == max(map(ids.count, ids)) == 9
+    lively_mllm.save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    assert {"AutoConfig", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"} <= auto_map.keys()
+    base = AutoModel.from_pretrained(tmp_path, attn_implementation={"text_config": "eager"})
+    assert base.get_decoder().config._attn_implementation == "eager"
+    features = base.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+    embeds, _ = lively_mllm.embed(inputs["input_ids"], inputs["pixel_values"])
+    places = inputs["input_ids"][0] == processor.image_token_id
+    torch.testing.assert_close(features.reshape(-1, features.shape[-1]), embeds[0, places])
 
 
 @pytest.mark.slow  # the server takes about 20 s to start

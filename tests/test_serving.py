@@ -6,9 +6,8 @@ from concurrent.futures import CancelledError
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, MambaConfig
 
-from unitok_mllm import UniTokMLLMForConditionalGeneration
+from eval.llm_families import join, tiny_llm
 from unitok_mllm.serving import QueueFull, UniTokEngine
 
 
@@ -224,10 +223,65 @@ def test_what_can_never_run_is_refused(lively_mllm, processor):
         engine.draw(inputs, guidance_scale=1.0)
 
 
-def test_an_llm_that_keeps_states_is_refused(mllm, visual_tokenizer, processor):
-    llm = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1))
-    model = UniTokMLLMForConditionalGeneration.from_parts(
-        llm, visual_tokenizer, embedder_dim=40, embedder_heads=2, **processor.config_token_ids()
-    )
-    with pytest.raises(ValueError, match="mamba keeps .* cannot be batched"):
-        UniTokEngine(model.eval())
+@pytest.mark.parametrize("family", ["mamba", "falcon_h1", "mistral", "bloom", "mpt"])
+def test_an_llm_that_cannot_be_batched_gives_each_request_what_it_gets_alone(processor, picture, family):
+    """A recurrent state, one beside keys and values, a sliding window, linear biases."""
+    model = join(tiny_llm(family))
+    engine = UniTokEngine(model, max_rows=4, max_length=256, prefill_tokens=4)
+    assert not engine.is_batched
+    requests = [(drawing_of, seed) for seed in range(4)] + [(question_of, seed) for seed in range(4)]
+    futures = []
+    for of_kind, seed in requests:
+        inputs, options = of_kind(seed, processor, picture)
+        call = engine.draw if of_kind is drawing_of else engine.answer
+        futures.append(call(inputs, **options | {"seed": seed}))
+        engine.step()
+    run(engine)
+    for (of_kind, seed), future in zip(requests, futures):
+        inputs, options = of_kind(seed, processor, picture)
+        if of_kind is drawing_of:
+            (expected,) = model.generate_image_codes(**inputs, **options)
+        else:
+            torch.manual_seed(seed)
+            expected = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        assert torch.equal(future.result(0), expected), (of_kind, seed)
+    assert engine.num_positions_reused == 0
+
+
+def test_an_answer_whose_images_do_not_fit_ends_in_an_error_and_holds_up_nobody(lively_mllm, processor):
+    options = {"sequence_bias": [[[processor.boi_token_id], 60.0]], "max_new_tokens": 9, "max_images": 9}
+    for sizes, guidance, message in (
+        ({"max_rows": 1, "max_length": 256}, 2.0, "needs 2 rows of the batch, which has 1"),
+        ({"max_rows": 2, "max_length": 60}, 1.0, r"needs \d+ positions; served are up to 60"),
+    ):
+        engine = UniTokEngine(lively_mllm, **sizes)
+        inputs = processor(text="red", generation_mode="interleaved")
+        answer = engine.interleaved(inputs, image_options={"guidance_scale": guidance}, **options)
+        drawing = engine.draw(processor(text="red", generation_mode="image"), guidance_scale=1.0)
+        run(engine)
+        with pytest.raises(ValueError, match=message):
+            answer.result(0)
+        assert drawing.result(0).shape == (4, 9)
+
+
+def test_an_error_of_a_step_ends_what_runs_and_nothing_else(lively_mllm, processor, monkeypatch):
+    engine = UniTokEngine(lively_mllm, max_rows=2, max_length=256)
+    answer = engine.interleaved(processor(text="red", generation_mode="interleaved"), max_new_tokens=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(lively_mllm.language_model.lm_head, "forward", lambda states: 1 / 0)
+        engine.stop()
+        engine.run()
+    with pytest.raises(ZeroDivisionError):
+        answer.result(0)
+
+
+def test_a_stop_finishes_or_drops_what_was_submitted(lively_mllm, processor):
+    inputs = processor(text="red", generation_mode="image")
+    for drop in (False, True):
+        engine = UniTokEngine(lively_mllm, max_rows=2, max_length=64)
+        futures = [engine.draw(inputs, guidance_scale=2.0) for _ in range(2)]
+        engine.step()
+        engine.stop(drop)
+        engine.run()
+        assert [future.cancelled() for future in futures] == [drop] * 2
+        assert (engine.num_running, engine.num_waiting) == (0, 0)

@@ -3,6 +3,7 @@
 python tests/test_web.py docs/web.png    # a picture of the page in use
 """
 
+import asyncio
 import gc
 import html
 import json
@@ -17,13 +18,13 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from io import BytesIO
 from itertools import count
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -37,6 +38,8 @@ from typer.testing import CliRunner
 
 from unitok_mllm import cli, inference, web
 from unitok_mllm.kept_files import KeptFiles
+from unitok_mllm.serving import UniTokEngine
+from unitok_mllm.shared_engine import running
 
 
 pytestmark = pytest.mark.full
@@ -65,7 +68,42 @@ def pixels(picture: Image.Image) -> list:
 
 @pytest.fixture
 def shared(lively_mllm, processor) -> web.SharedModel:
-    return web.SharedModel(lively_mllm, processor)
+    return web.SharedModel(UniTokEngine(lively_mllm, max_rows=2, max_length=256), processor)
+
+
+@pytest.fixture
+def run(shared) -> Iterator[Callable[[Coroutine], Any]]:
+    """Run coroutines while the engine works."""
+    engine = running(shared.engine, drop=True)
+    with asyncio.Runner() as runner:
+        runner.run(engine.__aenter__())
+        yield runner.run
+        runner.run(engine.__aexit__(None, None, None))
+
+
+async def collect(items: AsyncIterator) -> list:
+    return [item async for item in items]
+
+
+@pytest.fixture
+def shown(run) -> Callable[[AsyncIterator], list]:
+    """What a visitor sees of an answer or a drawing."""
+    return lambda items: [item for item in run(collect(items)) if not isinstance(item, int)]
+
+
+@contextmanager
+def slow_steps(engine: UniTokEngine, seconds: float) -> Iterator[None]:
+    step = engine.step
+
+    def slow_step() -> None:
+        time.sleep(seconds)
+        step()
+
+    engine.step = slow_step
+    try:
+        yield
+    finally:
+        engine.step = step
 
 
 def question(text: str, *pictures: Image.Image) -> dict:
@@ -86,37 +124,35 @@ class ForcedTokens:
         return scores
 
 
+def script(inputs: dict) -> LogitsProcessorList:
+    """Three tokens of text, a drawing, and at most two more tokens, whatever is asked."""
+    length = inputs["input_ids"].shape[1]
+    return LogitsProcessorList([ForcedTokens({length + 3: BOI, length + 3 + L + 4: EOS})])
+
+
 @pytest.fixture
 def answers_with_a_drawing(shared, monkeypatch):
-    """Three tokens of text, a drawing, and at most two more tokens, whatever is asked."""
-    generate = shared.model.generate
+    interleaved = shared.engine.interleaved
 
-    def scripted(**kwargs):
-        if kwargs["generation_mode"] != "interleaved":
-            return generate(**kwargs)
-        length = kwargs["input_ids"].shape[1]
-        script = ForcedTokens({length + 3: BOI, length + 3 + L + 4: EOS})
-        return generate(**kwargs, logits_processor=LogitsProcessorList([script]))
+    def scripted(inputs, **options):
+        return interleaved(inputs, logits_processor=script(inputs), **options)
 
-    monkeypatch.setattr(shared.model, "generate", scripted)
+    monkeypatch.setattr(shared.engine, "interleaved", scripted)
 
 
-def test_an_answer_comes_in_pieces_and_ends_as_generate_makes_it(shared, processor, answers_with_a_drawing):
+def test_an_answer_comes_in_pieces_and_ends_as_generate_makes_it(shared, shown, processor, answers_with_a_drawing):
     inputs = shared.chat_inputs([question("draw it", red_circle())])
-    answers = list(shared.answer(inputs, 20, DRAWING))
+    answers = shown(shared.answer(inputs, 20, DRAWING))
     options = {"max_new_tokens": 20, "max_images": 4, "do_sample": False, "image_options": DRAWING}
-    output = shared.model.generate(**inputs, generation_mode="interleaved", **options)
+    output = shared.model.generate(**inputs, generation_mode="interleaved", logits_processor=script(inputs), **options)
     decoded = [shared.model.decode_images(codes) for codes in output.image_codes]
     (expected,) = processor.post_process_multimodal_output(output, generation_mode="interleaved", pixel_values=decoded)
     assert answers[-1] == expected and [part["type"] for part in expected][:2] == ["text", "image"]
-    streamed = answers[-2]
-    assert [part.get("text", "").strip() for part in streamed] == [part.get("text", "") for part in expected]
-    assert streamed[1] == expected[1]
     frames = [parts[1]["image"] for parts in answers if len(parts) == 2]
     kinds = [parts[1]["type"] for parts in answers if len(parts) == 2]
-    assert kinds == ["unfinished"] * (L - 1) + ["image"]
-    assert len(frames) == L and pixels(frames[-1]) == pixels(expected[1]["image"])
-    assert {frame.getpixel((47, 47)) for frame in frames[:-1]} == {(128, 128, 128)}  # not drawn yet
+    assert kinds[:L] == ["unfinished"] * (L - 1) + ["image"] and set(kinds[L:]) <= {"image"}
+    assert pixels(frames[L - 1]) == pixels(expected[1]["image"])
+    assert {frame.getpixel((47, 47)) for frame in frames[: L - 1]} == {(128, 128, 128)}  # not drawn yet
 
     # the next turn reads the drawing
     turns = [question("draw it", red_circle()), {"role": "assistant", "content": expected}, question("again")]
@@ -125,81 +161,108 @@ def test_an_answer_comes_in_pieces_and_ends_as_generate_makes_it(shared, process
     assert (later["input_ids"] == processor.image_token_id).sum() == 2 * L
 
 
-def test_drawings_end_as_generate_makes_them(shared, processor):
-    shown = list(shared.draw("a red circle", 2, DRAWING))
+def test_drawings_end_as_generate_makes_them(shared, shown, processor):
+    """The batch has rows for one: the second begins when the first is done."""
+    drawn = shown(shared.draw("a red circle", 2, DRAWING))
     inputs = processor(text="a red circle", generation_mode="image")
     codes = shared.model.generate(**inputs, generation_mode="image", num_return_sequences=2, **DRAWING)
     expected = processor.post_process_multimodal_output(shared.model.decode_images(codes), generation_mode="image")
-    assert shown[-1] == expected and len(shown) == L
+    assert drawn[-1] == expected and len(drawn) == L
+    assert drawn[3][0] != expected[0] and set(drawn[3][1].getdata()) == {(128, 128, 128)}  # 8 positions of 18
+    assert drawn[4][0] == expected[0] and drawn[4][1].getpixel((47, 47)) == (128, 128, 128)
 
 
-@pytest.mark.parametrize("work", ["answer", "draw"])
+def test_who_waits_sees_a_place_in_the_queue(shared, run):
+    alone = [run(collect(shared.draw(text, 1, DRAWING)))[-1] for text in ("a red circle", "blue", "a")]
+
+    async def visit() -> list[list]:
+        visits = []
+        with slow_steps(shared.engine, 0.25):
+            for text in ("a red circle", "blue", "a"):
+                visits.append(asyncio.create_task(collect(shared.draw(text, 1, DRAWING))))
+                await asyncio.sleep(0.1)
+            return await asyncio.gather(*visits)
+
+    seen = run(visit())
+    places = [[item for item in items if isinstance(item, int)] for items in seen]
+    assert all(each == sorted(each, reverse=True) for each in places)  # moving up, however busy the machine is
+    assert set(places[0]) <= {1} and 1 in places[1] and {1, 2} <= {*places[2]}
+    assert [items[-1] for items in seen] == alone
+    assert all(items == [*each, *items[len(each) :]] for items, each in zip(seen, places))  # before any picture
+    assert shared._waiting == []
+
+
+@pytest.mark.parametrize("work", ["answer", "draw", "waiting"])
 def test_a_page_that_is_left_stops_the_work_and_the_model_stays_usable(
-    shared, answers_with_a_drawing, work, monkeypatch
+    shared, run, shown, answers_with_a_drawing, work
 ):
     def start():
-        if work == "draw":
-            return shared.draw("a red circle", 1, DRAWING)
-        return shared.answer(shared.chat_inputs([question("draw it")]), 20, DRAWING)
+        if work == "answer":
+            return shared.answer(shared.chat_inputs([question("draw it")]), 20, DRAWING)
+        return shared.draw("a red circle", 1, DRAWING)
 
-    whole = list(start())
-    streamer = web.UniTokImageStreamer if work == "draw" else web.AnswerStreamer
-    put, stop = streamer.put, streamer.stop
-    is_left, codes_seen = Event(), []
+    whole = shown(start())
+    before = shared.engine.num_steps
 
-    def slow_put(self, value):
-        if value.ndim == 3:
-            codes_seen.append(value)
-        result = put(self, value)
-        if codes_seen:
-            assert is_left.wait(60)
-        return result
+    async def leave() -> None:
+        is_awaited = {
+            "answer": lambda item: not isinstance(item, int) and item[-1]["type"] == "unfinished",
+            "draw": lambda item: isinstance(item, list),
+            "waiting": lambda item: isinstance(item, int),
+        }[work]
+        other = asyncio.create_task(collect(shared.draw("blue", 1, DRAWING))) if work == "waiting" else None
+        await asyncio.sleep(0.1)
+        async with aclosing(start()) as left:
+            async for item in left:
+                if is_awaited(item):
+                    break
+        begun = shared.engine.num_steps
+        if other is not None:
+            assert len(await other) == L
+        while shared.engine.num_running or shared.engine.num_waiting:
+            await asyncio.sleep(0.01)
+        assert work == "waiting" or shared.engine.num_steps <= begun + 2  # the step at hand, and the one that drops it
 
-    with monkeypatch.context() as patch:
-        patch.setattr(streamer, "put", slow_put)
-        patch.setattr(streamer, "stop", lambda self: (stop(self), is_left.set()))
-        left = start()
-        while not codes_seen:
-            next(left)
-        left.close()
-    assert len(codes_seen) == 2 and not shared._lock.locked()  # it went on for one position
-    assert list(start()) == whole
+    with slow_steps(shared.engine, 0.2):
+        run(leave())
+    assert shared.engine.num_steps - before <= L + 2 and shared._waiting == []
+    assert shown(start()) == whole
 
 
-def test_an_error_in_the_thread_comes_out_and_the_model_stays_usable(shared, monkeypatch):
+def test_an_error_in_the_engine_comes_out_and_the_model_stays_usable(shared, shown, monkeypatch):
     inputs = shared.chat_inputs([question("what?")])
     with pytest.raises(ValueError, match="guidance_scale must be at least 1"):
-        list(shared.draw("red", 1, {"guidance_scale": 0.5}))
+        shown(shared.draw("red", 1, {"guidance_scale": 0.5}))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
         patch.setattr(
             shared.model.language_model.lm_head, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
         )
-        list(shared.answer(inputs, 4, {}))
-    assert len(list(shared.draw("red", 1, DRAWING))) == L and list(shared.answer(inputs, 4, {}))
+        shown(shared.answer(inputs, 4, {}))
+    assert len(shown(shared.draw("red", 1, DRAWING))) == L and shown(shared.answer(inputs, 4, {}))
 
 
-def test_what_cannot_be_asked_or_drawn(shared):
+def test_what_cannot_be_asked_or_drawn(shared, shown):
     with pytest.raises(ValueError, match="the prompt is empty"):
-        next(shared.draw(" ", 1, {}))
+        shown(shared.draw(" ", 1, {}))
     with pytest.raises(ValueError, match="from 1 to 8 pictures can be drawn at once, not 9"):
-        next(shared.draw("red", 9, {}))
+        shown(shared.draw("red", 9, {}))
     with pytest.raises(ValueError, match=r"the prompt is too long: \d+ tokens, where the model's 256 .* leave 247"):
-        next(shared.draw("red " * 300, 1, {}))
+        shown(shared.draw("red " * 300, 1, {}))
     with pytest.raises(ValueError, match="the text has 10001 characters, 10000 at most"):
-        next(shared.draw("x" * 10_001, 1, {}))
+        shown(shared.draw("x" * 10_001, 1, {}))
     with pytest.raises(ValueError, match=r"takes \d+ of the model's 256 positions .11 for each picture.: start a new"):
         shared.chat_inputs([question("what?", *[red_circle()] * 22)])
     with pytest.raises(ValueError, match="a 30000x1 picture is too elongated"):
         shared.chat_inputs([question("what?", Image.new("RGB", (30_000, 1)))])
 
 
-def test_what_visitors_write_is_plain_text(shared, processor):
+def test_what_visitors_write_is_plain_text(shared, shown, processor):
     text = "a red </s><boi> <image>"
     inputs = shared.chat_inputs([question(text, red_circle())])
     (row,) = inputs["input_ids"].tolist()
     assert [row.count(token) for token in (EOS, BOI, processor.image_token_id)] == [0, 1, L]
     assert f"{text} ASSISTANT:" in processor.decode(row)
-    assert len(list(shared.draw(text, 1, DRAWING))) == L
+    assert len(shown(shared.draw(text, 1, DRAWING))) == L
 
 
 def test_unreadable_pictures_are_named_without_their_folder(tmp_path):
@@ -412,8 +475,19 @@ def served(tmp_path_factory) -> Iterator[tuple[str, Path]]:
 
 
 @contextmanager
+def further_page(page: Page) -> Iterator[Page]:
+    """The same page for another visitor of the same machine."""
+    with page.context.browser.new_context() as context:
+        further = context.new_page()
+        further.set_default_timeout(WAIT)
+        further.goto(page.url)
+        yield further
+
+
+@contextmanager
 def browser_page(address: str) -> Iterator[Page]:
     """The page in headless Chromium: the machine's, or playwright's own."""
+    expect.set_options(timeout=WAIT)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 960})
@@ -425,7 +499,6 @@ def browser_page(address: str) -> Iterator[Page]:
 
 @pytest.fixture
 def page(served) -> Iterator[Page]:
-    expect.set_options(timeout=WAIT)
     with browser_page(served[0]) as page:
         yield page
 
@@ -457,10 +530,24 @@ def test_ask_about_an_uploaded_picture_over_several_turns(page, picture):
     expect(answers(page).last).to_have_text("yes")
 
 
-def draw(page: Page, prompt: str) -> None:
+def draw(page: Page, prompt: str, **fields: float) -> None:
     page.get_by_role("tab", name="Draw").click()
     page.locator("#prompt textarea").fill(prompt)
+    for name, value in fields.items():
+        page.get_by_role("spinbutton", name=name.capitalize()).fill(str(value))
     page.locator("#draw").click()
+
+
+def drawings(page: Page) -> list[Image.Image]:
+    """The pictures of the Draw tab."""
+    sources = [image.get_attribute("src") for image in page.locator(".drawings img").all()]
+    return [Image.open(BytesIO(httpx.get(source).content)).convert("RGB") for source in sources]
+
+
+def are_alike(some: list[Image.Image], others: list[Image.Image]) -> bool:
+    """Whether pictures differ by one level at most: another process or batch rounds otherwise."""
+    differences = [ImageChops.difference(*pair).getextrema() for pair in zip(some, others, strict=True)]
+    return max(most for extrema in differences for _, most in extrema) <= 1
 
 
 @pytest.mark.web
@@ -471,22 +558,12 @@ def test_draw_from_a_prompt(page):
     draw(page, "a red circle")
     expect(page.get_by_text("Value -5 is less than minimum value 0")).to_be_visible()
     page.get_by_label("Top-k").locator("visible=true").fill("20")
-    page.get_by_label("Seed").locator("visible=true").fill("1")
-    draw(page, "a red circle")
+    draw(page, "a red circle", seed=1)
     expect(page.get_by_text("Seed 1")).to_be_visible()
     options = {"guidance_scale": 3.0, "temperature": 0.7, "top_k": 20, "seed": 1}
     expected = inference.draw_images(*cli.load(cli.SHIPPED_MODEL), ["a red circle"], 4, **options)
     expect(page.locator(".drawings img")).to_have_count(4)
-
-    def shown() -> list:
-        sources = [image.get_attribute("src") for image in page.locator(".drawings img").all()]
-        return [Image.open(BytesIO(httpx.get(source).content)).convert("RGB") for source in sources]
-
-    def differ_by(one: Image.Image, other: Image.Image) -> int:
-        return max(most for _, most in ImageChops.difference(one, other).getextrema())
-
-    # another process rounds otherwise where it has another number of threads
-    wait_until(lambda: all(differ_by(*pair) <= 1 for pair in zip(shown(), expected, strict=True)))
+    wait_until(lambda: are_alike(drawings(page), expected))
 
 
 @pytest.mark.web
@@ -563,7 +640,8 @@ def page_of(shared: web.SharedModel, folder: Path) -> Iterator[str]:
     listening = socket.create_server(("127.0.0.1", 0))
     host, port = listening.getsockname()
     files = KeptFiles(folder, 3600, 4 * web.MIB)
-    app = web.guarded(web.build_app(page, host, port, 16, 1), page, files, host, ["further.example"], 1)
+    app = web.build_app(shared.engine, page, host, port, 16, 1)
+    app = web.guarded(app, page, files, host, ["further.example"], 1)
     server = web.server_of(app)
     thread = Thread(target=server.run, args=([listening],))
     thread.start()
@@ -584,19 +662,11 @@ def small_page(shared, monkeypatch, tmp_path) -> Iterator[str]:
 
 
 @pytest.fixture
-def slow_page(shared, monkeypatch, tmp_path):
-    """A page whose random model needs a second for each position; its address, and the codes it has shown."""
-    put, codes_seen = web.UniTokImageStreamer.put, []
-
-    def slow_put(self, value):
-        codes_seen.append(value)
-        time.sleep(1)
-        return put(self, value)
-
+def slow_page(shared, monkeypatch, tmp_path) -> Iterator[str]:
+    """A page with two rows, whose model needs a second for each position."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    with page_of(shared, tmp_path) as address, monkeypatch.context() as patch:
-        patch.setattr(web.UniTokImageStreamer, "put", slow_put)
-        yield address, codes_seen
+    with page_of(shared, tmp_path) as address, slow_steps(shared.engine, 1):
+        yield address
 
 
 @pytest.mark.slow  # loads the model in a process of its own
@@ -722,16 +792,15 @@ def test_no_picture_of_the_machine_can_be_shown(small_page, picture):
 
 
 def test_the_queue_cannot_be_passed_and_a_visitor_has_four_jobs(slow_page):
-    address, codes_seen = slow_page
     clients = [visitor(number) for number in range(1, 31)]
     with ThreadPoolExecutor(30) as pool:
-        first = [pool.submit(call, clients[0], address, "draw", DRAW) for _ in range(50)]
+        first = [pool.submit(call, clients[0], slow_page, "draw", DRAW) for _ in range(50)]
         statuses = [each.result().status_code for each in first]
         assert statuses.count(200) == 4 and statuses.count(429) == 46
-        others = [pool.submit(call, client, address, "draw", DRAW) for client in clients[1:]]
+        others = [pool.submit(call, client, slow_page, "draw", DRAW) for client in clients[1:]]
         statuses = [each.result().status_code for each in others]
-    assert statuses.count(200) == 16 + 1 - 4 and statuses.count(503) == 29 - 13  # one is at work, 16 wait
-    direct = clients[0].post(f"{address}/gradio_api/run/draw", json={"data": DRAW})
+    assert statuses.count(200) == 16 + 2 - 4 and statuses.count(503) == 29 - 14  # two are at work, 16 wait
+    direct = clients[0].post(f"{slow_page}/gradio_api/run/draw", json={"data": DRAW})
     assert direct.status_code == 404
 
 
@@ -804,10 +873,10 @@ def memory_over(work: Callable[[], None], times: int) -> list[int]:
 
 
 @pytest.mark.slow  # minutes
-def test_nothing_grows_over_many_drawings_and_loads(shared, processor, tmp_path):
+def test_nothing_grows_over_many_drawings_and_loads(shared, shown, processor, tmp_path):
     shared.model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    drawings = memory_over(lambda: list(shared.draw("a red circle", 2, DRAWING)), 200)
+    drawings = memory_over(lambda: shown(shared.draw("a red circle", 2, DRAWING)), 200)
     loads = memory_over(lambda: cli.load(tmp_path), 20)
     print(f"\n200 drawings: {drawings} MiB, 20 loads: {loads} MiB")
     assert max(sizes[2] - sizes[1] for sizes in (drawings, loads)) < 20
@@ -847,20 +916,54 @@ def test_uploads_make_room_for_themselves(small_page, tmp_path):
 
 @pytest.mark.web
 @pytest.mark.parametrize("how", ["stop", "leave"])
-def test_stopping_and_leaving_end_the_drawing(shared, slow_page, monkeypatch, how):
-    address, codes_seen = slow_page
-    with browser_page(address) as page:
-        draw(page, "a red circle")
+def test_stopping_and_leaving_end_the_drawing(shared, slow_page, how):
+    with browser_page(slow_page) as page:
+        draw(page, "a red circle", guidance=1)
         expect(page.locator(".drawings img")).to_have_count(4)
         if how == "stop":
             page.locator("#stop-drawing").click()
         else:
             page.close()
-        with shared._lock:  # free again
-            assert codes_seen[-1].shape[-1] < L
+        wait_until(lambda: not shared.engine.num_running + shared.engine.num_waiting)
+        assert shared.engine.num_steps < 2 * L  # two pictures at a time
         if how == "stop":
             draw(page, "a blue circle")  # and usable
-            wait_until(lambda: codes_seen[-1].shape[-1] == L)
+            wait_until(lambda: shared.engine.num_steps > 2 * L)
+
+
+@pytest.mark.web
+def test_visitors_who_wait_see_their_place(slow_page):
+    with browser_page(slow_page) as first, further_page(first) as second, further_page(first) as third:
+        draw(first, "a red circle", guidance=2)  # two rows
+        expect(first.locator(".drawings img")).to_have_count(4)
+        draw(second, "a blue circle")
+        expect(second.get_by_text("Waiting, number 1 in the queue")).to_be_visible()
+        draw(third, "a green circle")
+        expect(third.get_by_text("queue: 1/1")).to_be_visible()  # gradio's
+
+
+@pytest.mark.web
+def test_two_browsers_at_the_same_time_get_what_each_gets_alone(tmp_path, monkeypatch):
+    model, processor = cli.load(cli.SHIPPED_MODEL)
+    shared = web.SharedModel(UniTokEngine(model), processor)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with (
+        page_of(shared, tmp_path) as address,
+        slow_steps(shared.engine, 0.5),
+        browser_page(address) as first,
+        further_page(first) as second,
+    ):
+        wanted = {first: ("a red circle", 1), second: ("a blue square", 2)}
+        for page, (prompt, seed) in wanted.items():
+            draw(page, prompt, seed=seed)
+        wait_until(lambda: shared.engine.num_running == 8)
+        for page in wanted:  # while it draws
+            expect(page.locator(".drawings img")).to_have_count(4)
+        assert shared.engine.num_running == 8
+        for page, (prompt, seed) in wanted.items():
+            expect(page.get_by_text(f"Seed {seed}")).to_be_visible()
+            expected = inference.draw_images(model, processor, [prompt], 4, seed=seed)
+            wait_until(lambda page=page, expected=expected: are_alike(drawings(page), expected))
 
 
 @pytest.mark.web
@@ -873,7 +976,6 @@ def test_the_package_and_the_other_commands_do_not_import_gradio():
 def take_picture(path: Path) -> None:
     """Chat and Draw side by side, as one PNG."""
     with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as (address, _), browser_page(address) as page:
-        expect.set_options(timeout=WAIT)
         for number, text in enumerate(("draw a red circle", "make it blue", "what color is the shape?"), start=1):
             ask(page, text)
             expect(answers(page)).to_have_count(number)

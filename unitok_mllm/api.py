@@ -9,7 +9,6 @@ import base64
 import hmac
 import logging
 import os
-import threading
 import time
 from collections.abc import Collection
 from concurrent.futures import Future
@@ -35,9 +34,10 @@ from .api_requests import (
     ImageRequest,
     Pictures,
 )
-from .api_responses import Answers, Events, Service, Stream, image_events, of_engine, results, submit
+from .api_responses import Answers, Events, Service, image_events, of_engine, refusals, results
 from .guard import MAX_OPEN, Guard, Refused, own_hosts
 from .serving import UniTokEngine
+from .shared_engine import Stream, running, submit
 
 
 ROUTES = (
@@ -72,14 +72,11 @@ def create_app(
         max_open: requests of one address at the same time.
     """
     service = Service(engine, processor, name, url_hosts)
-    thread = threading.Thread(target=engine.run, name="engine", daemon=True)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
-        thread.start()
-        yield
-        engine.stop()
-        await asyncio.to_thread(thread.join)  # finishes what is under way
+        async with running(engine) as app.state.thread:
+            yield
 
     app = FastAPI(title="unitok_mllm", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -103,7 +100,7 @@ def create_app(
 
     @app.get("/health")
     async def health() -> dict:
-        if not thread.is_alive():
+        if not app.state.thread.is_alive():
             raise APIError(503, "the engine has ended")
         return {"status": "ok", "running": engine.num_running, "waiting": engine.num_waiting}
 
@@ -183,10 +180,11 @@ def create_app(
             drawing["seed"] = int(torch.randint(2**31, ()))
 
         def drawn(j: int) -> Future:
-            tell = (lambda codes: stream.tell((j, codes))) if body.stream else None
+            tell = partial(stream.tell, j) if body.stream else None
             return engine.draw(inputs, tell, sample=j, **drawing)
 
-        futures = await submit(partial(drawn, j) for j in range(num_drawn))
+        with refusals():
+            futures = await submit(partial(drawn, j) for j in range(num_drawn))
         if not body.stream:
             drawings, scores = await results(request, futures), [{}] * body.n
             head = {"created": int(time.time()), "size": service.size, "output_format": "png"}
@@ -198,8 +196,6 @@ def create_app(
                 {"b64_json": await of_engine(service.picture, codes)} | score for codes, score in zip(drawings, scores)
             ]
             return JSONResponse(head | {"data": data})
-        for future in futures:
-            stream.end_with(future)
         prefix = "image_generation" if pictures is None else "image_edit"
         return Events(image_events(service, stream, futures, body.partial_images, prefix), futures)
 

@@ -5,8 +5,9 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Collection
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -19,21 +20,21 @@ from .drawing_unitok import image_generation
 from .inference import has_text_tower, picture_bytes, text_tower_inputs
 from .ranking_unitok import UniTokDrawingOutput, check_ranking, choose_drawings, score_drawings
 from .serving import QueueFull, UniTokEngine
-from .streaming_unitok import UniTokImageStreamer
+from .shared_engine import SharedEngine, Stream, cancel, submit
 
 
 MAX_TOKENS = 256  # of an answer, where a request does not say, and there is room
 
 
-class Service:
+class Service(SharedEngine):
     """What the endpoints do with a model, a processor and an engine."""
 
     def __init__(self, engine: UniTokEngine, processor, name: str, url_hosts: Collection[str]):
-        self.engine, self.processor, self.name, self.url_hosts = engine, processor, name, url_hosts
-        self.model, self.metrics, self.created = engine.model, Metrics(engine), int(time.time())
+        super().__init__(engine, processor)
+        self.name, self.url_hosts = name, url_hosts
+        self.metrics, self.created = Metrics(engine), int(time.time())
         config = self.model.config.visual_config.vision_config
         self.size = f"{config.image_size}x{config.image_size}"
-        self._decoder = UniTokImageStreamer(engine.model, processor)
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
@@ -65,11 +66,9 @@ class Service:
             return {"type": "image", "image": pictures.add_url(url)}
         raise APIError(400, f"a part must be a text or an image_url, got {str(kind)[:50]!r}", "messages")
 
-    @torch.inference_mode()
     def picture(self, codes: torch.Tensor) -> str:
         """The PNG, in base64, of codes (K, L), or of fewer positions: the others are grey."""
-        pixels = self._decoder.decode(codes[None])
-        (image,) = self.processor.post_process_multimodal_output(pixels, generation_mode="image")
+        (image,) = self.pictures([codes.unbind(dim=1)])
         return base64.b64encode(picture_bytes(image)).decode()
 
     def num_candidates(self, body: ImageRequest, inputs: dict) -> int:
@@ -123,45 +122,21 @@ class Service:
         return rows, num_tokens
 
 
-async def of_engine(call, *args, **options):
-    """A call into the engine, or into the model, in a thread; its errors become the API's."""
+@contextmanager
+def refusals():
+    """Turn the refusals of the engine and the model into the API's errors."""
     try:
-        return await asyncio.to_thread(call, *args, **options)
+        yield
     except QueueFull as error:
         raise APIError(429, str(error)) from error
     except (ValueError, TypeError) as error:
         raise APIError(400, str(error)) from error
 
 
-class Stream:
-    """What the engine tells in its thread, for a coroutine: items, then the end of the future."""
-
-    def __init__(self):
-        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
-
-    def tell(self, item) -> None:
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
-
-    def end_with(self, future: Future) -> None:
-        future.add_done_callback(lambda future: self.loop.call_soon_threadsafe(self.queue.put_nowait, future))
-
-
-async def submit(calls: Iterable[Callable[[], Future]]) -> list[Future]:
-    """The futures of all calls into the engine. Where one is refused, those before it are cancelled."""
-    futures = []
-    try:
-        for call in calls:
-            futures.append(await of_engine(call))
-    except BaseException:
-        cancel(futures)
-        raise
-    return futures
-
-
-def cancel(futures: list[Future]) -> None:
-    """Cancel requests; those that are done stay as they are."""
-    for future in futures:
-        future.cancel()
+async def of_engine(call, *args, **options):
+    """A call into the engine, or into the model, in a thread; its errors become the API's."""
+    with refusals():
+        return await asyncio.to_thread(call, *args, **options)
 
 
 async def results(request: Request, futures: list[Future]) -> list:
@@ -174,7 +149,8 @@ async def results(request: Request, futures: list[Future]) -> list:
 
     watcher = asyncio.create_task(watch())
     try:
-        return await asyncio.gather(*map(asyncio.wrap_future, futures))
+        with refusals():
+            return await asyncio.gather(*map(asyncio.wrap_future, futures))
     except asyncio.CancelledError as error:
         if not watcher.done():  # the time is up
             raise
@@ -260,7 +236,7 @@ class Answers:
             seed = int(torch.randint(2**31, ()))
 
         def asked(index: int, inputs: dict) -> Future:
-            tell = (lambda item: stream.tell((index, item))) if body.stream else None
+            tell = partial(stream.tell, index) if body.stream else None
             room = engine.max_length - inputs["input_ids"].shape[1]  # for text alone; an answer with images has more
             return call(
                 inputs,
@@ -270,11 +246,10 @@ class Answers:
                 **options,
             )
 
-        futures = await submit(partial(asked, index, inputs) for index, inputs in enumerate(prompts))
+        with refusals():
+            futures = await submit(partial(asked, index, inputs) for index, inputs in enumerate(prompts))
         num_prompt = sum(inputs["input_ids"].shape[1] for inputs in prompts)
         if body.stream:
-            for future in futures:
-                stream.end_with(future)
             return Events(self._events(stream, futures, num_prompt), futures)
         start = time.monotonic()
         choices, num_tokens = [], 0
@@ -309,7 +284,7 @@ class Answers:
         model = self.service.model
         pieces = [TextPieces(self.service.processor.tokenizer, self.body.stops, self.is_chat) for _ in futures]
         groups: list[list[torch.Tensor]] = [[] for _ in futures]
-        num_tokens = num_done = 0
+        num_tokens = 0
 
         def chunk(index: int, delta: dict, reason: str | None = None) -> dict:
             choice = {"index": index, "finish_reason": reason, "logprobs": None}
@@ -320,21 +295,17 @@ class Answers:
         if self.is_chat:
             for index in range(len(futures)):
                 yield chunk(index, {"role": "assistant", "content": ""})
-        while num_done < len(futures):
-            item = await stream.queue.get()
-            if isinstance(item, Future):
-                num_done += 1
-                index = futures.index(item)
-                if item.cancelled() or item.exception() is not None:
+        async for index, value in stream.items(futures):
+            if value is None:
+                if is_broken_off(futures[index]):
                     yield {"error": {"message": "the answer was broken off", "type": "server_error"}}
                     return
-                result = item.result()
+                result = futures[index].result()
                 ids = result[0] if isinstance(result, tuple) else result
                 if text := pieces[index].add(None):
                     yield chunk(index, {"content": text})
                 yield chunk(index, {}, self._reason(ids, pieces[index]))
                 continue
-            index, value = item
             if value.ndim:
                 groups[index].append(value)
                 if len(groups[index]) == model.config.num_image_positions:
@@ -350,6 +321,11 @@ class Answers:
             yield {"object": kind, **self.head, "choices": [], "usage": usage(num_prompt, num_tokens)}
 
 
+def is_broken_off(future: Future) -> bool:
+    """Whether a request that is done has no result."""
+    return future.cancelled() or future.exception() is not None
+
+
 async def image_events(
     service: Service, stream: Stream, futures: list[Future], num_partial: int, prefix: str
 ) -> AsyncIterator[dict]:
@@ -357,22 +333,19 @@ async def image_events(
     groups: list[list[torch.Tensor]] = [[] for _ in futures]
     num_positions, start = service.model.config.num_image_positions, time.monotonic()
     shown = [num_positions * (i + 1) // (num_partial + 1) for i in range(num_partial)]
-    num_done, has_begun = 0, False
+    has_begun = False
 
     def event(kind: str, index: int, png: str) -> dict:
         head = {"type": f"{prefix}.{kind}", "index": index, "created_at": int(time.time())}
         return head | {"b64_json": png, "output_format": "png", "size": service.size}
 
-    while num_done < len(futures):
-        item = await stream.queue.get()
-        if isinstance(item, Future):
-            num_done += 1
-            if item.cancelled() or item.exception() is not None:
+    async for index, codes in stream.items(futures):
+        if codes is None:
+            if is_broken_off(futures[index]):
                 yield {"type": "error", "error": {"message": "the drawing was broken off", "type": "server_error"}}
                 return
-            yield event("completed", futures.index(item), await of_engine(service.picture, item.result()))
+            yield event("completed", index, await of_engine(service.picture, futures[index].result()))
             continue
-        index, codes = item
         groups[index].append(codes)
         if len(groups[index]) in shown:
             png = await of_engine(service.picture, torch.stack(groups[index], dim=1))

@@ -109,6 +109,15 @@ Proxy = Annotated[
     str | None,
     typer.Option(help="Address of a reverse proxy whose X-Forwarded-For tells visitors apart.", show_default="none"),
 ]
+MaxRows = Annotated[
+    int, typer.Option(min=1, help="Rows of the running batch: one for an answer, two for a guided drawing.")
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Positions of a row, prompt and answer or image.", show_default="the LLM's, at most 2048"
+    ),
+]
 OwnGuidance = Annotated[
     float | None,
     typer.Option(
@@ -453,6 +462,17 @@ def convert(
     typer.echo(report)
 
 
+def make_engine(mllm, max_rows: int, max_length: int | None, max_queue: int):
+    """Make the engine of a server. A line on stderr says if it does not batch."""
+    from .serving import UniTokEngine
+
+    engine = UniTokEngine(mllm, max_rows=max_rows, max_length=max_length, max_queue=max_queue)
+    if not engine.is_batched:
+        kind = mllm.config.text_config.model_type
+        typer.echo(f"{kind} cannot be batched: each step computes its rows one after another", err=True)
+    return engine
+
+
 @app.command()
 def serve(
     model: ModelFolder = SHIPPED_MODEL,
@@ -460,6 +480,8 @@ def serve(
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in, without a password.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    max_rows: MaxRows = 32,
+    max_length: MaxLength = None,
     queue_size: Annotated[int, typer.Option(min=1, help="How many requests may wait.")] = 16,
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest file to take, in MiB.")] = 10,
     max_kept_mb: Annotated[
@@ -487,9 +509,10 @@ def serve(
             from . import web
 
             mllm, processor = load(model, device=device)
+            engine = make_engine(mllm, max_rows, max_length, max_queue=max_rows * web.MAX_COUNT)
             title = f"{model.resolve().name}, {mllm.num_parameters() / 1e6:.0f} M parameters"
             limits = {"queue_size": queue_size, "max_upload_mb": max_upload_mb, "max_kept_mb": max_kept_mb}
-            web.serve(mllm, processor, title, folder, host, port, further_hosts=allow_host, proxy=proxy, **limits)
+            web.serve(engine, processor, title, folder, host, port, further_hosts=allow_host, proxy=proxy, **limits)
         except (ValueError, OSError) as error:
             show_error(error)
             sys.exit(2)
@@ -505,15 +528,8 @@ def api(
     name: Annotated[
         str | None, typer.Option(help="The model's name for clients.", show_default="the folder's")
     ] = None,
-    max_rows: Annotated[
-        int, typer.Option(min=1, help="Rows of the running batch: one for an answer, two for a guided drawing.")
-    ] = 32,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Positions of a row, prompt and answer or image.", show_default="the LLM's, at most 2048"
-        ),
-    ] = None,
+    max_rows: MaxRows = 32,
+    max_length: MaxLength = None,
     queue_size: Annotated[int, typer.Option(min=1, help="How many requests may wait; then clients get a 429.")] = 256,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest request to take, in MiB.")] = 32,
@@ -543,11 +559,10 @@ def api(
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"api needs {package}: pip install 'unitok_mllm[serve]'")
     from . import api as server
-    from .serving import UniTokEngine
 
     key = server.read_key(api_key_file)
     mllm, processor = load(model, device=device)
-    engine = UniTokEngine(mllm, max_rows=max_rows, max_length=max_length, max_queue=queue_size)
+    engine = make_engine(mllm, max_rows, max_length, queue_size)
     limits = {
         "max_body": max_body_mb * 2**20,
         "timeout": timeout,

@@ -10,10 +10,14 @@ Keys and values are in preallocated slots of one length, one slot a row. The num
 requests, which come in the order of submission. A slot keeps the keys of a prompt after its request has left. A prompt
 with the same beginning (another question about the same picture) continues from a copy of them.
 
+Slots hold the keys and values of plain attention. The rows of another LLM (with a recurrent state, a sliding window,
+linear biases) have caches of their own, and each step computes them one after another.
+
 Each request gets the result that it gets alone with its seed. It has its own random numbers, and its positions start
 at 0. Its attention and its logits processors do not see other rows.
 """
 
+import copy
 import itertools
 import threading
 from collections import deque
@@ -28,8 +32,8 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
-from .drawing_unitok import UniTokCodeSampler, UniTokDrawingOptions
-from .fast_drawing_unitok import prepare_drawing
+from .drawing_unitok import UniTokCodeSampler, UniTokDrawingOptions, has_keys
+from .fast_drawing_unitok import UniTokDrawingCaches, prepare_drawing
 from .growing_cache_unitok import UniTokGrowingLayer, growing_cache
 from .interleaved_unitok import UniTokAnswerEnd
 from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
@@ -100,11 +104,15 @@ class UniTokSlotLayer(CacheLayerMixin):
         return self.max_length
 
 
-class _Given(nn.Module):
-    """Replaces the decoder of a causal LM, to compute the logits of states that the decoder returned before."""
+def _without_layers(decoder: nn.Module) -> nn.Module:
+    """Copy a decoder to one that returns its inputs: its causal LM then computes the logits of known states."""
 
-    def forward(self, *args, inputs_embeds: torch.Tensor, **kwargs) -> BaseModelOutputWithPast:
+    def forward(*args, inputs_embeds: torch.Tensor, **kwargs) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+    decoder = copy.copy(decoder)  # with its attributes, which some causal LMs read
+    decoder._modules, decoder.forward = {}, forward
+    return decoder
 
 
 @dataclass(eq=False, repr=False)
@@ -117,6 +125,7 @@ class _Row:
         length: number of its positions that the LLM has processed.
         state: the LLM's last state, (D,), once nothing is pending.
         pending: inputs that the LLM has not processed yet, (T', D).
+        caches: its own, if rows are not batched.
     """
 
     prompt: torch.Tensor
@@ -124,6 +133,7 @@ class _Row:
     length: int = 0
     state: torch.Tensor | None = None
     pending: torch.Tensor = None
+    caches: UniTokDrawingCaches | None = None
 
     def __post_init__(self):
         self.pending = self.prompt
@@ -187,10 +197,13 @@ class UniTokEngine:
         max_length: positions of a slot, for prompt and answer or image; None for the LLM's number, at most 2048.
         max_queue: requests that may wait for rows.
         prefill_tokens: prompt positions in one step, at most (but one for each row), so that a long prompt does not
-            delay running requests.
+            delay running requests. If rows are not batched, a prompt is processed whole.
+
+    Attributes:
+        is_batched: whether the LLM computes all rows in one pass. False if that gives other logits than the model.
 
     Raises:
-        ValueError: a size is not positive, or the LLM cannot be batched in this way.
+        ValueError: a size is not positive, or the LLM gives other logits even row by row.
 
     Example:
         >>> engine = UniTokEngine(model)
@@ -216,15 +229,13 @@ class UniTokEngine:
         self.max_length = min(max_length or 2048, most)
         self._parts = prepare_drawing(model)
         self._llm, cache = growing_cache(self._parts.llm, self.max_length)
-        if foreign := {type(layer).__name__ for layer in cache.layers if type(layer) is not UniTokGrowingLayer}:
-            raise ValueError(
-                f"{model.config.text_config.model_type} keeps {', '.join(foreign)}: it cannot be batched."
-            )
-        self._cache = Cache(layers=[UniTokSlotLayer(max_rows, self.max_length, layer.dtype) for layer in cache.layers])
+        self.is_batched = all(type(layer) is UniTokGrowingLayer for layer in cache.layers)
+        layers = cache.layers if self.is_batched else []
+        self._cache = Cache(layers=[UniTokSlotLayer(max_rows, self.max_length, layer.dtype) for layer in layers])
         self._embedder_cache = Cache(layers=[UniTokSlotLayer(max_rows, model.config.num_image_positions)])
         decoder = model.get_decoder()
         self._output_layer = pack_linears(
-            copy_changed(model.language_model, lambda module: _Given() if module is decoder else module)
+            copy_changed(model.language_model, lambda module: _without_layers(module) if module is decoder else module)
         )
         self._free = deque(range(max_rows))  # the slot that has been free longest comes first
         self._held = [model.get_input_embeddings().weight[:0].detach()] * max_rows  # the prompts in the slots, (T, D)
@@ -234,7 +245,11 @@ class UniTokEngine:
         self._is_stopping = False
         self._seeds = itertools.count(torch.seed() % 2**31)
         self.num_steps = self.num_rows_computed = self.num_positions_reused = 0
-        self._check_batching()
+        self.is_batched = self.is_batched and self._can_batch()
+        if not self.is_batched:
+            self.prefill_tokens = self.max_length  # after it, a recurrent state takes single positions
+            if not self._is_exact():
+                raise ValueError(f"{model.config.text_config.model_type} gives other logits position by position.")
 
     # --- what callers call ---
 
@@ -315,12 +330,14 @@ class UniTokEngine:
                 return
             try:
                 request = pieces.send(done.result())
+                self._check_size(request)
             except StopIteration as stop:
                 if whole.set_running_or_notify_cancel():
                     whole.set_result(stop.value)
                 return
-            except ValueError as error:
-                whole.set_exception(error)
+            except Exception as error:  # of a step, or of the next piece
+                if whole.set_running_or_notify_cancel():
+                    whole.set_exception(error)
                 return
             current = request.future
             current.add_done_callback(go_on)
@@ -355,11 +372,18 @@ class UniTokEngine:
                     if request.future.set_running_or_notify_cancel():
                         request.future.set_exception(error)
 
-    def stop(self) -> None:
-        """Refuse new requests, and let `run` end after those submitted."""
+    def stop(self, drop: bool = False) -> None:
+        """Refuse new requests, and let `run` end after those submitted.
+
+        Args:
+            drop: cancel these.
+        """
         with self._changed:
             self._is_stopping = True
+            submitted = [*self._queue, *self._running] if drop else []
             self._changed.notify_all()
+        for request in submitted:
+            request.future.cancel()
 
     # --- a step ---
 
@@ -463,11 +487,18 @@ class UniTokEngine:
             ids = torch.cat([ids, ids.new_tensor([[*[placeholder] * new.shape[-1], eoi]])], dim=1)
         return ids[0, prompt.shape[1] :], drawn
 
-    def _submit(self, request: _Request) -> Future:
+    def _check_size(self, request: _Request) -> None:
+        """
+        Raises:
+            ValueError: a request needs more rows or positions than there are.
+        """
         if len(request.rows) > self.max_rows:
             raise ValueError(f"This needs {len(request.rows)} rows of the batch, which has {self.max_rows}.")
         if request.length > self.max_length:
             raise ValueError(f"This needs {request.length} positions; served are up to {self.max_length}.")
+
+    def _submit(self, request: _Request) -> Future:
+        self._check_size(request)
         with self._changed:
             if self._is_stopping:
                 raise QueueFull("The server is stopping.")
@@ -521,13 +552,16 @@ class UniTokEngine:
     def _advance(self, rows: list[_Row]) -> None:
         """Run the LLM on the next pending positions of each row, at most `prefill_tokens`."""
         counts = [min(len(row.pending), self.prefill_tokens) for row in rows]
-        embeds = nn.utils.rnn.pad_sequence([r.pending[:n] for r, n in zip(rows, counts)], batch_first=True)
-        starts = [row.length for row in rows]
-        states = self._states(embeds, [row.slot for row in rows], starts, counts)
+        if self.is_batched:
+            embeds = nn.utils.rnn.pad_sequence([r.pending[:n] for r, n in zip(rows, counts)], batch_first=True)
+            states = self._states(embeds, [row.slot for row in rows], [row.length for row in rows], counts)
+        else:
+            states = [self._state(row) for row in rows]
         self.num_rows_computed += len(rows)
         for row, count, state in zip(rows, counts, states):
             row.length += count
-            self._held[row.slot] = row.prompt[: row.length]
+            if self.is_batched:
+                self._held[row.slot] = row.prompt[: row.length]
             row.pending = row.pending[count:]
             row.state = None if len(row.pending) else state
 
@@ -548,6 +582,20 @@ class UniTokEngine:
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, cache=self._cache, use_cache=True
         ).last_hidden_state
         return hidden_states[torch.arange(len(counts), device=device), counts - 1]
+
+    def _state(self, row: _Row) -> torch.Tensor:
+        """Run the pending positions of a row with caches of its own. Returns the last state (D,)."""
+        if not row.length:
+            row.caches = self._parts.begin(self.max_length, 1, use_cache=True, cuda_graph=False)
+        cache, device, end = row.caches.llm_cache, row.pending.device, row.length + len(row.pending)
+        hidden_states = row.caches.llm(
+            inputs_embeds=row.pending[None],
+            attention_mask=torch.ones(1, end, dtype=torch.long, device=device) if has_keys(cache) else None,
+            position_ids=torch.arange(row.length, end, device=device)[None],
+            cache=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return hidden_states[0, -1]
 
     def _bring_on_drawings(self, drawings: list[_Drawing]) -> None:
         """Draw the K codes of the next position of each drawing."""
@@ -621,31 +669,31 @@ class UniTokEngine:
 
     # --- whether it can ---
 
-    @torch.inference_mode()
-    def _check_batching(self) -> None:
-        """Compare a pass over rows of unequal lengths with the model's own passes.
+    def _can_batch(self) -> bool:
+        try:
+            return self._is_exact()
+        except (RuntimeError, TypeError, ValueError):  # as when a model makes its biases from a mask of two dimensions
+            return False
 
-        Raises:
-            ValueError: they differ, since the LLM uses more than its arguments (linear biases of attention, states).
-        """
+    @torch.inference_mode()
+    def _is_exact(self) -> bool:
+        """Whether passes over rows of unequal lengths give the logits of the model's own passes."""
         model = self.model
         ids = torch.arange(8, device=model.device) % model.get_input_embeddings().num_embeddings
         embeds = model.get_input_embeddings()(ids)
-        rows = [_Row(embeds[:3]), _Row(embeds)]
-        del rows[self.max_rows :]
-        for row in rows:
-            row.slot = self._free.popleft()
+        rows = [_Row(embeds[:3], slot=0), _Row(embeds, slot=1)][: self.max_rows]
         self._advance(rows)
         rows[0].push(embeds[3:4])
         self._advance(rows[:1])
+        is_exact = True
         for row in rows:
             expected = model.language_model(inputs_embeds=embeds[None, : row.length], use_cache=False).logits[0, -1]
             logits = self._output_layer(inputs_embeds=row.state[None, None]).logits[0, -1]
             far = (logits.float() - expected.float()).abs().max()
-            if not far <= (1e-3 if expected.dtype == torch.float32 else 5e-2) * expected.float().abs().max():
-                raise ValueError(f"{model.config.text_config.model_type} gives other logits in a running batch.")
-            self._free.append(row.slot)
-            self._held[row.slot] = embeds[:0]
+            tolerance = 1e-3 if expected.dtype == torch.float32 else 5e-2
+            is_exact = is_exact and bool(far <= tolerance * expected.float().abs().max())
+        self._held = [embeds[:0]] * self.max_rows
+        return is_exact
 
 
 def _common_length(one: torch.Tensor, other: torch.Tensor) -> int:

@@ -94,16 +94,18 @@ class UniTokImageStreamer:
             raise error or StopIteration
         return self.processor.post_process_multimodal_output(self.decode(codes), generation_mode="image")
 
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, num_drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Decode the codes of the first l positions, (B, K, l), to pixels (B, 3, H, W) in [-1, 1].
 
-        Positions not drawn yet are 0.
+        Positions not drawn yet are 0: those from l on, or from `num_drawn` (B,) of each image.
         """
-        length, drawn = self.model.config.num_image_positions, codes.shape[-1]
-        filled = torch.cat([codes, codes[..., -1:].expand(-1, -1, length - drawn)], dim=-1)
+        length, known = self.model.config.num_image_positions, codes.shape[-1]
+        num_drawn = codes.new_tensor([known]) if num_drawn is None else num_drawn
+        filled = torch.cat([codes, codes[..., -1:].expand(-1, -1, length - known)], dim=-1)
         pixels = self.model.decode_images(filled)
         height, width = self.model.visual.vision_model.grid_size(pixels)
-        is_drawn = (torch.arange(length, device=pixels.device) < drawn).view(1, 1, height, width)
+        is_drawn = torch.arange(length, device=pixels.device) < num_drawn.to(pixels.device)[:, None]
+        is_drawn = is_drawn.view(-1, 1, height, width)
         return pixels * F.interpolate(is_drawn.to(pixels.dtype), size=pixels.shape[-2:])
 
 

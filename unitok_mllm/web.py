@@ -1,28 +1,26 @@
 """The page of `unitok-mllm serve`: a chat with pictures, drawings, and the visual tokenizer; on gradio (extra `web`).
 
-`SharedModel` does the work and knows nothing of pages; `build_page` lays out the page; `serve` runs the server. A
-visitor's error is a ValueError, shown on the page; any other exception is a bug, whose traceback appears only in the
-terminal.
+`SharedModel` does the work, in the running batch of an engine, and knows nothing of pages; `build_page` lays out the
+page; `serve` runs the server. A visitor's error is a ValueError, shown on the page; any other exception is a bug, whose
+traceback appears only in the terminal.
 
 The browser sends only pictures and texts. The conversation stays on the server, so that no visitor can submit
 another's. Uploads and drawings lie in one folder, the only one that the page serves files from. A `Guard` protects the
 server; docs/robustness.md lists the attacks.
 """
 
+import asyncio
 import colorsys
 import html
 import json
 import math
 import random
 import socket
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
-from queue import Queue
 from threading import Lock
-from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -31,14 +29,15 @@ import uvicorn
 from fastapi import FastAPI
 from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
-from transformers import BatchFeature, TextStreamer
+from transformers import BatchFeature
 
 from .guard import Guard, Refused, own_hosts, visitor_of
 from .image_processing_unitok import load_image, picture_size
 from .inference import has_text_tower, psnr, sampling_options, text_tower_inputs
 from .kept_files import KeptFiles
+from .serving import QueueFull, UniTokEngine
+from .shared_engine import SharedEngine, Stream, cancel, running, submit
 from .sheet import COLORS, SHAPES
-from .streaming_unitok import UniTokImageStreamer
 
 
 FRAMES = 16  # pictures shown while one is drawn
@@ -57,6 +56,7 @@ MAX_PICTURES = 8  # in one message
 MAX_PIXELS = 50_000_000  # of all pictures in one message
 MAX_SIDE = 1024  # pixels; a larger picture is shrunk while it is read
 JOBS_OF_A_VISITOR = 4  # waiting or at work
+JOBS_AT_WORK = 32  # of all visitors; gradio's own limit is 40
 MIB = 2**20
 MULTIPART_HEADERS = 2**16  # bytes that an upload may have besides its files
 MAX_SESSIONS = 1000  # conversations remembered
@@ -71,6 +71,7 @@ ROUTES = (
     r"(GET|HEAD) /gradio_api/file=/.*",  # a path, no URL
     r"POST /gradio_api/(upload|cancel|reset|queue/join|call/[^/]*)",
 )
+READING = Lock()  # one picture of all visitors at a time
 WORDS = "\n".join(f"a {color} {shape}" for color in COLORS for shape in SHAPES)
 CSS = """
 .chat .image-frame img {width: 128px !important; height: 128px !important; object-fit: contain}
@@ -79,87 +80,46 @@ CSS = """
 """
 
 
-class Stopped(Exception):
-    """Raised to end a `generate` whose visitor has left."""
+class SharedModel(SharedEngine):
+    """A model shared by several visitors, whose requests run in one batch.
 
-
-class AnswerStreamer(TextStreamer):
-    """Streamer of text and drawings of an interleaved `generate`; pass it as `streamer` and in `image_options`.
-
-    Iterates over pieces of text (str) and the codes of a drawing so far, (1, K, l).
-    """
-
-    def __init__(self, tokenizer):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._items: Queue[str | torch.Tensor | None] = Queue()
-        self._is_stopped = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take token ids, (T,) or (1, T), or codes; called by `generate`.
-
-        Raises:
-            Stopped: after `stop`.
-        """
-        if self._is_stopped:
-            raise Stopped
-        if value.ndim == 3:
-            if self.token_cache:  # the words before it
-                super().end()
-                self.next_tokens_are_prompt = False
-            self._items.put(value)
-        else:
-            super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._items.put(text)
-
-    def finish(self) -> None:
-        """End the stream, whether there was an answer or not."""
-        self._items.put(None)
-
-    def stop(self) -> None:
-        """End the answer after the current token or position."""
-        self._is_stopped = True
-
-    def __iter__(self) -> Iterator[str | torch.Tensor]:
-        return iter(self._items.get, None)
-
-
-class SharedModel:
-    """A model shared by several visitors. It works for one at a time, and stays usable after an error or a stop.
-
-    `answer` and `draw` are generators; closing one stops the work behind it.
+    `answer` and `draw` are generators; closing one cancels its requests. While these wait for rows of the batch, the
+    generator yields its place in the queue (int, from 1) once a second.
 
     Args:
-        model: a `UniTokMLLMForConditionalGeneration`.
+        engine: of a `UniTokMLLMForConditionalGeneration`.
         processor: its `UniTokMLLMProcessor`.
     """
 
-    def __init__(self, model, processor):
-        self.model, self.processor = model, processor
-        self.num_positions = model.config.num_image_positions
-        self.max_positions = model.config.llm_sizes.max_positions or sys.maxsize
+    def __init__(self, engine: UniTokEngine, processor):
+        super().__init__(engine, processor)
+        self.num_positions = self.model.config.num_image_positions
+        self.max_positions = engine.max_length
         self.every = max(1, self.num_positions // FRAMES)
-        self._lock = Lock()
+        self._waiting: list[Stream] = []  # in their order
 
-    @contextmanager
-    def _thread(self, work: Callable[[], Any], finish: Callable[[], None], stop: Callable[[], None]):
-        """Works in a thread, and calls `finish` there at the end; on leaving, stops it, waits, raises what it raised."""
-
-        def locked():
-            try:
-                with self._lock:
-                    return work()
-            finally:
-                finish()
-
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(locked)
-            try:
-                yield future
-            finally:
-                stop()
-        future.result()
+    async def _told(self, *calls: Callable) -> AsyncIterator[int | tuple[int, torch.Tensor]]:
+        """Submit requests by `calls` of the engine, and yield what it tells: the index of the call, and the item."""
+        stream, futures = Stream(), []
+        self._waiting.append(stream)
+        try:
+            futures = await submit(partial(call, tell=partial(stream.tell, index)) for index, call in enumerate(calls))
+            async for told in stream.items(futures, idle=1):
+                if told is None:
+                    if stream in self._waiting and self.engine.num_waiting:
+                        yield self._waiting.index(stream) + 1
+                    continue
+                if stream in self._waiting:
+                    self._waiting.remove(stream)
+                index, item = told
+                if item is not None:
+                    yield told
+                elif not futures[index].cancelled():  # as at the end of the server
+                    futures[index].result()  # raises its error
+        finally:
+            cancel(futures)
+            if stream in self._waiting:
+                self._waiting.remove(stream)
 
     def _check_length(self, length: int) -> None:
         if length >= self.max_positions:
@@ -206,7 +166,9 @@ class SharedModel:
         self._check_length(inputs["input_ids"].shape[1])
         return inputs.to(self.model.device)
 
-    def answer(self, inputs: BatchFeature, max_new_tokens: int, image_options: dict) -> Iterator[list[dict]]:
+    async def answer(
+        self, inputs: BatchFeature, max_new_tokens: int, image_options: dict
+    ) -> AsyncIterator[int | list[dict]]:
         """Stream an answer: each item is the turn's `content` so far, the last one the whole answer.
 
         An incomplete drawing has the type "unfinished" instead of "image", and is gray where nothing is drawn yet.
@@ -219,56 +181,42 @@ class SharedModel:
         Raises:
             ValueError: an option out of its range.
         """
-        streamer = AnswerStreamer(self.processor.tokenizer)
         room = self.max_positions - inputs["input_ids"].shape[1]
         max_new_tokens = min(max_new_tokens, room)
-        max_images = min(MAX_IMAGES, (room - max_new_tokens) // (self.num_positions + 1))
-
-        def work() -> list[dict] | None:
-            try:
-                output = self.model.generate(
-                    **inputs,
-                    generation_mode="interleaved",
-                    do_sample=False,
-                    max_new_tokens=max_new_tokens,
-                    max_images=max_images,
-                    streamer=streamer,
-                    image_options={**image_options, "streamer": streamer},
-                )
-            except Stopped:
-                return None
-            pixels = [self.model.decode_images(codes) for codes in output.image_codes]
-            (parts,) = self.processor.post_process_multimodal_output(
-                output, generation_mode="interleaved", pixel_values=pixels
-            )
-            return parts
-
-        with self._thread(work, streamer.finish, streamer.stop) as whole:
-            yield from self._parts_so_far(streamer)
-        yield whole.result()
-
-    def _parts_so_far(self, streamer: AnswerStreamer) -> Iterator[list[dict]]:
-        decoder = UniTokImageStreamer(self.model, self.processor)
-        parts: list[dict] = []
-        for item in streamer:
-            if isinstance(item, str):
-                is_going_on = parts and parts[-1]["type"] == "text"
-                if not item or not is_going_on and not item.strip():
+        image_options = dict(image_options)
+        call = partial(
+            self.engine.interleaved,
+            inputs,
+            seed=image_options.pop("seed", None),
+            max_images=min(MAX_IMAGES, (room - max_new_tokens) // (self.num_positions + 1)),
+            image_options=image_options,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        finished, current, words, groups = [], [], [], []
+        async with aclosing(self._told(call)) as told:
+            async for item in told:
+                if isinstance(item, int):
+                    yield item
                     continue
-                so_far = parts.pop()["text"] if is_going_on else ""
-                parts.append({"type": "text", "text": so_far + item})
-            else:
-                drawn = item.shape[-1]
-                if drawn not in (1, self.num_positions) and drawn % self.every:
-                    continue
-                if drawn > 1:
-                    parts.pop()
-                pixels = decoder.decode(item)
-                (picture,) = self.processor.post_process_multimodal_output(pixels, generation_mode="image")
-                parts.append({"type": "image" if drawn == self.num_positions else "unfinished", "image": picture})
-            yield list(parts)
+                _, item = item
+                if not item.ndim:  # a token
+                    words.append(int(item))
+                    text = self.processor.tokenizer.decode(words, skip_special_tokens=True).strip()
+                    current = [{"type": "text", "text": text}] if text else []
+                else:
+                    if words:  # those before the drawing
+                        finished, current, words = finished + current, [], []
+                    groups.append(item)
+                    if len(groups) % self.every and len(groups) < self.num_positions:
+                        continue
+                    (picture,) = await asyncio.to_thread(self.pictures, [groups])
+                    current = [{"type": "unfinished", "image": picture}]
+                    if len(groups) == self.num_positions:
+                        finished, current, groups = [*finished, {"type": "image", "image": picture}], [], []
+                yield finished + current
 
-    def draw(self, prompt: str, count: int, image_options: dict) -> Iterator[list[Image.Image]]:
+    async def draw(self, prompt: str, count: int, image_options: dict) -> AsyncIterator[int | list[Image.Image]]:
         """Stream `count` drawings of a prompt, gray where nothing is drawn yet; the last item is complete.
 
         Raises:
@@ -279,21 +227,25 @@ class SharedModel:
         if not 1 <= count <= MAX_COUNT:
             raise ValueError(f"from 1 to {MAX_COUNT} pictures can be drawn at once, not {count}")
         self.check_text(prompt)
-        inputs = self.processor(text=prompt.strip(), generation_mode="image").to(self.model.device)
+        inputs = await asyncio.to_thread(self.processor, text=prompt.strip(), generation_mode="image")
         length = inputs["input_ids"].shape[1]
         if length + self.num_positions > self.max_positions:
             raise ValueError(
                 f"the prompt is too long: {length} tokens, where the model's {self.max_positions} positions "
                 f"leave {self.max_positions - self.num_positions} beside a picture"
             )
-        streamer = UniTokImageStreamer(self.model, self.processor, self.every)
-
-        def work() -> torch.Tensor:
-            options = {"num_return_sequences": count, "streamer": streamer, **image_options}
-            return self.model.generate(**inputs, generation_mode="image", **options)
-
-        with self._thread(work, streamer.end, streamer.stop):
-            yield from streamer
+        inputs, drawings, num_told = inputs.to(self.model.device), [[] for _ in range(count)], 0
+        calls = (partial(self.engine.draw, inputs, sample=index, **image_options) for index in range(count))
+        async with aclosing(self._told(*calls)) as told:
+            async for item in told:
+                if isinstance(item, int):
+                    yield item
+                    continue
+                index, codes = item
+                drawings[index].append(codes)
+                num_told += 1
+                if num_told % (self.every * count) == 0 or num_told == self.num_positions * count:
+                    yield await asyncio.to_thread(self.pictures, drawings)
 
     @torch.inference_mode()
     def tokenize(self, picture: Image.Image) -> tuple[Image.Image, Image.Image, torch.Tensor, tuple[int, int]]:
@@ -304,9 +256,8 @@ class SharedModel:
         """
         image_processor, visual = self.processor.image_processor, self.model.visual
         pixel_values = image_processor(images=[picture], mode="understand")["pixel_values"].to(visual.device)
-        with self._lock:
-            codes = visual.encode(pixel_values)
-            pixels = visual.decode(codes, tuple(pixel_values.shape[-2:]))
+        codes = visual.encode(pixel_values)
+        pixels = visual.decode(codes, tuple(pixel_values.shape[-2:]))
         (seen,), (reconstruction,) = image_processor.post_process(pixel_values), image_processor.post_process(pixels)
         return seen, reconstruction, codes[0].cpu(), visual.vision_model.grid_size(pixel_values)
 
@@ -326,11 +277,11 @@ class SharedModel:
             raise ValueError(f"the words have {length} characters, {MAX_TEXT} at most can be read")
         if not 1 <= len(words) <= MAX_WORDS:
             raise ValueError(f"the list has {len(words)} words; it needs 1 to {MAX_WORDS}, one a line")
-        visual, texts = self.model.visual, text_tower_inputs(self.model, self.processor, words, truncate=True)
+        visual = self.model.visual
+        texts = text_tower_inputs(self.model, self.processor, words, truncate=True)
         pixels = self.processor.image_processor(images=[picture], mode="understand")["pixel_values"]
-        with self._lock:
-            text_embeds = visual.get_text_features(**texts).pooler_output
-            image_embeds = visual.get_image_features(pixels.to(visual.device)).pooler_output
+        text_embeds = visual.get_text_features(**texts).pooler_output
+        image_embeds = visual.get_image_features(pixels.to(visual.device)).pooler_output
         logit_scale = visual.logit_scale.float().clamp(0, math.log(100)).exp()
         logits = logit_scale * image_embeds.float() @ text_embeds.float().T
         return dict(zip(words, logits.softmax(dim=-1)[0].tolist()))
@@ -363,7 +314,7 @@ def code_maps(codes: torch.Tensor, grid_size: tuple[int, int], codebook_size: in
 def read_pictures(paths: list[str]) -> list[Image.Image]:
     """Pictures that were uploaded or drawn, none with a side above `MAX_SIDE`.
 
-    Counted first, then measured by their headers, then decoded one by one.
+    Counted first, then measured by their headers, then decoded one by one, whoever else reads some.
 
     Raises:
         ValueError: too many, too many pixels, or one that is no picture of `PICTURE_FORMATS` or no longer there; with
@@ -383,7 +334,7 @@ def read_pictures(paths: list[str]) -> list[Image.Image]:
             )
     pictures = []
     for path in paths:
-        with _picture_errors(path):
+        with _picture_errors(path), READING:
             pictures.append(load_image(path, formats=PICTURE_FORMATS, max_side=MAX_SIDE))
     return pictures
 
@@ -419,25 +370,31 @@ def shown_errors():
     """Show errors that a visitor can correct, and a full GPU, as a message on the page."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, QueueFull) as error:
         raise gr.Error(html.escape(str(error)), print_exception=False) from error
     except torch.OutOfMemoryError as error:
         raise gr.Error("The device has no memory left for this: ask for less at once.") from error
 
 
 def build_page(shared: SharedModel, title: str) -> gr.Blocks:
-    """Build the page: three tabs, one request at a time; `title` describes the model."""
-    one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
+    """Build the page: three tabs; `title` describes the model."""
+    jobs = min(shared.engine.max_rows, JOBS_AT_WORK)
+    in_the_engine = {"concurrency_id": "engine", "concurrency_limit": jobs, "show_progress": "minimal"}
+    one_at_a_time = {"concurrency_id": "tokenizer", "concurrency_limit": 1, "show_progress": "minimal"}
     with gr.Blocks(title="UniTok", analytics_enabled=False) as page:
         gr.Markdown("# UniTok: one model reads images and draws them")
         gr.HTML(html.escape(title))
         with gr.Tab("Chat"):
-            _chat_tab(shared, one_at_a_time)
+            _chat_tab(shared, in_the_engine)
         with gr.Tab("Draw"):
-            _draw_tab(shared, one_at_a_time)
+            _draw_tab(shared, in_the_engine)
         with gr.Tab("Tokenizer"):
             _tokenizer_tab(shared, one_at_a_time)
     return page
+
+
+def _place(number: int) -> str:
+    return f"Waiting, number {number} in the queue"
 
 
 def _drawing_fields(shared: SharedModel, **given: float) -> list[gr.components.Component]:
@@ -505,25 +462,34 @@ def _chat_tab(shared: SharedModel, event_options: dict) -> None:
         ]
         return {"role": turn["role"], "content": parts}
 
-    def chat(message, conversation, longest, *sampling):
+    def read(message: dict | None, conversation: list[dict]) -> tuple[list[dict], BatchFeature]:
+        """Return the turns with a new question, and the model's inputs for them."""
+        message = message or {"files": [], "text": ""}
+        text = message["text"].strip()
+        if not (text or message["files"]):
+            raise ValueError("write something, or add a picture")
+        shared.check_pictures(len(message["files"]), conversation)
+        pictures = [{"type": "image", "image": picture} for picture in read_pictures(message["files"])]
+        content = [kept(part) for part in pictures] + ([{"type": "text", "text": text}] if text else [])
+        turns = [*conversation, {"role": "user", "content": content}]
+        return turns, shared.chat_inputs([loaded(turn) for turn in turns])
+
+    async def chat(message, conversation, longest, *sampling):
         with shown_errors():
-            message = message or {"files": [], "text": ""}
-            text = message["text"].strip()
-            if not (text or message["files"]):
-                raise ValueError("write something, or add a picture")
-            shared.check_pictures(len(message["files"]), conversation)
-            pictures = [{"type": "image", "image": picture} for picture in read_pictures(message["files"])]
-            content = [kept(part) for part in pictures] + ([{"type": "text", "text": text}] if text else [])
-            turns = [*conversation, {"role": "user", "content": content}]
-            inputs = shared.chat_inputs([loaded(turn) for turn in turns])
+            turns, inputs = await asyncio.to_thread(read, message, conversation)
             options = drawing_options(*sampling)
             yield None, shown_as_text(turns), gr.skip()
-            for parts in shared.answer(inputs, longest, options):
-                shown = [kept(part) for part in parts]
-                whole = [part for part in shown if part["type"] != "unfinished"]  # what stays after a stop
-                answered = [*turns, {"role": "assistant", "content": whole}] if whole else gr.skip()
-                so_far = [*turns, {"role": "assistant", "content": shown}] if shown else turns
-                yield gr.skip(), shown_as_text(so_far), answered
+            async with aclosing(shared.answer(inputs, longest, options)) as answer:
+                async for parts in answer:
+                    if isinstance(parts, int):
+                        waiting = {"role": "assistant", "content": [{"type": "text", "text": _place(parts)}]}
+                        yield gr.skip(), shown_as_text([*turns, waiting]), gr.skip()
+                        continue
+                    shown = await asyncio.to_thread(lambda parts=parts: [kept(part) for part in parts])
+                    whole = [part for part in shown if part["type"] != "unfinished"]  # what stays after a stop
+                    answered = [*turns, {"role": "assistant", "content": whole}] if whole else gr.skip()
+                    so_far = [*turns, {"role": "assistant", "content": shown}] if shown else turns
+                    yield gr.skip(), shown_as_text(so_far), answered
 
     asked = box.submit(chat, [box, conversation, longest, *fields], [box, chatbot, conversation], **event_options)
     stop.click(None, cancels=asked)
@@ -559,11 +525,15 @@ def _draw_tab(shared: SharedModel, event_options: dict) -> None:
     with gr.Accordion("Sampling", open=True):
         fields = _drawing_fields(shared)
 
-    def draw(prompt, count, *sampling):
+    async def draw(prompt, count, *sampling):
         with shown_errors():
             options = drawing_options(*sampling)
-            for pictures in shared.draw(prompt, count, options):
-                yield pictures, f"Seed {options['seed']}"
+            async with aclosing(shared.draw(prompt, count, options)) as drawn:
+                async for pictures in drawn:
+                    if isinstance(pictures, int):
+                        yield gr.skip(), _place(pictures)
+                    else:
+                        yield pictures, f"Seed {options['seed']}"
 
     drawn = gr.on([start.click, prompt.submit], draw, [prompt, count, *fields], [gallery, used], **event_options)
     stop.click(None, cancels=drawn)
@@ -610,13 +580,21 @@ def _tokenizer_tab(shared: SharedModel, event_options: dict) -> None:
         event(compare, [upload, words], nearest, **event_options)
 
 
-def build_app(page: gr.Blocks, host: str, port: int, queue_size: int, max_upload_mb: int) -> FastAPI:
-    """Build the page's application, without the guard. Arguments are those of `serve`."""
+def build_app(
+    engine: UniTokEngine, page: gr.Blocks, host: str, port: int, queue_size: int, max_upload_mb: int
+) -> FastAPI:
+    """Build the page's application, without the guard. It runs the engine. Arguments are those of `serve`."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with running(engine, drop=True):
+            yield
+
     page.queue(max_size=queue_size, api_open=False)
     page.state_session_capacity = MAX_SESSIONS
     fonts = ("system-ui", "sans-serif")
     app = gr.mount_gradio_app(
-        FastAPI(openapi_url=None),
+        FastAPI(openapi_url=None, lifespan=lifespan),
         page,
         "/",
         server_name=host,
@@ -683,7 +661,7 @@ def server_of(app: Guard, proxy: str | None = None) -> uvicorn.Server:
 
 
 def serve(
-    model,
+    engine: UniTokEngine,
     processor,
     title: str,
     folder: str,
@@ -698,10 +676,11 @@ def serve(
     """Serve the page until a signal ends it.
 
     Args:
+        engine, processor: of one model.
         title: see `build_page`.
         folder: gradio's folder of files.
         host, port: where to listen.
-        queue_size: number of visitors that may wait; the next one is refused.
+        queue_size: number of requests that may wait for those at work; the next one is refused.
         max_upload_mb: size limit of a file, in MiB.
         max_kept_mb: size limit of all uploads and drawings together, in MiB; the oldest are deleted first.
         further_hosts: other names by which browsers reach the server.
@@ -710,10 +689,10 @@ def serve(
     Raises:
         OSError: the port is taken.
     """
-    page = build_page(SharedModel(model, processor), title)
+    page = build_page(SharedModel(engine, processor), title)
     files = KeptFiles(folder, UPLOADS_KEPT, max_kept_mb * MIB)
     app = guarded(
-        build_app(page, host, port, queue_size, max_upload_mb), page, files, host, further_hosts, max_upload_mb
+        build_app(engine, page, host, port, queue_size, max_upload_mb), page, files, host, further_hosts, max_upload_mb
     )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listening, files.tidied(TIDY_EVERY):

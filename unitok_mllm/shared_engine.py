@@ -1,0 +1,107 @@
+"""What a server does with an engine: it runs it, and passes on tokens and pictures as they come.
+
+The API server and the web page share it.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+
+import torch
+from PIL import Image
+
+from .serving import UniTokEngine
+from .streaming_unitok import UniTokImageStreamer
+
+
+class SharedEngine:
+    """An engine and its processor, for many coroutines.
+
+    Args:
+        engine: the engine, which `running` runs.
+        processor: of the same model.
+    """
+
+    def __init__(self, engine: UniTokEngine, processor):
+        self.engine, self.processor, self.model = engine, processor, engine.model
+        self._decoder = UniTokImageStreamer(engine.model, processor)
+
+    @torch.inference_mode()
+    def pictures(self, drawings: list[Sequence[torch.Tensor]]) -> list[Image.Image]:
+        """Decode drawings, each as the codes (K,) of its positions so far. Positions not drawn yet are grey."""
+        nothing = torch.zeros(self.model.depth_head.num_codebooks, dtype=torch.long, device=self.model.device)
+        num_drawn = [len(groups) for groups in drawings]
+        longest = max(1, *num_drawn)
+        drawings = [[*groups, *[(groups or [nothing])[-1]] * (longest - len(groups))] for groups in drawings]
+        codes = torch.stack([torch.stack(groups, dim=1) for groups in drawings])  # (B, K, l)
+        pixels = self._decoder.decode(codes, torch.tensor(num_drawn, device=codes.device))
+        return self.processor.post_process_multimodal_output(pixels, generation_mode="image")
+
+
+@asynccontextmanager
+async def running(engine: UniTokEngine, drop: bool = False) -> AsyncIterator[threading.Thread]:
+    """Run an engine in a thread. In the end, wait for the requests submitted; or cancel them, with `drop`."""
+    thread = threading.Thread(target=engine.run, name="engine", daemon=True)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        engine.stop(drop)
+        await asyncio.to_thread(thread.join)
+
+
+class Stream:
+    """What the engine tells about some requests, in its thread, for a coroutine."""
+
+    def __init__(self):
+        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue()
+
+    def tell(self, index: int, item: torch.Tensor | None) -> None:
+        """Pass on a token () or codes (K,) of one of the requests; None when it is done."""
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
+
+    async def items(
+        self, futures: list[Future], idle: float | None = None
+    ) -> AsyncIterator[tuple[int, torch.Tensor | None] | None]:
+        """Yield what comes until all requests are done: the index of the request and the item, as in `tell`.
+
+        Args:
+            futures: of the requests, in the order of their indices.
+            idle: seconds after which None is yielded if nothing has come; None to wait.
+        """
+        for index, future in enumerate(futures):
+            future.add_done_callback(lambda _, index=index: self.tell(index, None))
+        num_left = len(futures)
+        while num_left:
+            try:
+                async with asyncio.timeout(idle):
+                    index, item = await self._queue.get()
+            except TimeoutError:
+                yield None
+                continue
+            num_left -= item is None
+            yield index, item
+
+
+async def submit(calls: Iterable[Callable[[], Future]]) -> list[Future]:
+    """Make calls into the engine, in a thread. If one is refused, those before it are cancelled.
+
+    Returns:
+        The futures of all calls.
+    """
+    futures = []
+    try:
+        for call in calls:
+            futures.append(await asyncio.to_thread(call))
+    except BaseException:
+        cancel(futures)
+        raise
+    return futures
+
+
+def cancel(futures: list[Future]) -> None:
+    """Cancel requests; those that are done stay as they are."""
+    for future in futures:
+        future.cancel()
