@@ -192,9 +192,8 @@ def create_app(
                 ranked = await of_engine(service.rank, torch.stack(drawings), inputs, body.n)
                 drawings, scores = ranked.codes, [{"score": score} for score in ranked.scores.tolist()]
                 head["candidate_scores"] = ranked.candidate_scores[0].tolist()
-            data = [
-                {"b64_json": await of_engine(service.picture, codes)} | score for codes, score in zip(drawings, scores)
-            ]
+            pngs = await asyncio.gather(*map(service.picture, drawings))
+            data = [{"b64_json": png} | score for png, score in zip(pngs, scores)]
             return JSONResponse(head | {"data": data})
         prefix = "image_generation" if pictures is None else "image_edit"
         return Events(image_events(service, stream, futures, body.partial_images, prefix), futures)

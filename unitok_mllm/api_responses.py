@@ -66,10 +66,10 @@ class Service(SharedEngine):
             return {"type": "image", "image": pictures.add_url(url)}
         raise APIError(400, f"a part must be a text or an image_url, got {str(kind)[:50]!r}", "messages")
 
-    def picture(self, codes: torch.Tensor) -> str:
+    async def picture(self, codes: torch.Tensor) -> str:
         """The PNG, in base64, of codes (K, L), or of fewer positions: the others are grey."""
-        (image,) = self.pictures([codes.unbind(dim=1)])
-        return base64.b64encode(picture_bytes(image)).decode()
+        (image,) = await self.decode([codes.unbind(dim=1)])
+        return base64.b64encode(await asyncio.to_thread(picture_bytes, image)).decode()
 
     def num_candidates(self, body: ImageRequest, inputs: dict) -> int:
         """Return the number of candidates that a request asks for, or else the model's own; 1 for no ranking.
@@ -271,7 +271,7 @@ class Answers:
             return {"text": text}, reason
         message = {"role": "assistant", "content": text}
         if len(images):
-            message["images"] = [image_part(await of_engine(self.service.picture, codes)) for codes in images]
+            message["images"] = [*map(image_part, await asyncio.gather(*map(self.service.picture, images)))]
         return {"message": message}, reason
 
     def _reason(self, ids: torch.Tensor, pieces: TextPieces) -> str:
@@ -309,7 +309,7 @@ class Answers:
             if value.ndim:
                 groups[index].append(value)
                 if len(groups[index]) == model.config.num_image_positions:
-                    png = await of_engine(self.service.picture, torch.stack(groups[index], dim=1))
+                    png = await self.service.picture(torch.stack(groups[index], dim=1))
                     yield chunk(index, {"images": [image_part(png)]})
                     groups[index] = []
                 continue
@@ -344,11 +344,11 @@ async def image_events(
             if is_broken_off(futures[index]):
                 yield {"type": "error", "error": {"message": "the drawing was broken off", "type": "server_error"}}
                 return
-            yield event("completed", index, await of_engine(service.picture, futures[index].result()))
+            yield event("completed", index, await service.picture(futures[index].result()))
             continue
         groups[index].append(codes)
         if len(groups[index]) in shown:
-            png = await of_engine(service.picture, torch.stack(groups[index], dim=1))
+            png = await service.picture(torch.stack(groups[index], dim=1))
             if not has_begun:
                 service.metrics.observe("first_partial_image", time.monotonic() - start)
                 has_begun = True

@@ -463,9 +463,15 @@ def convert(
 
 
 def make_engine(mllm, max_rows: int, max_length: int | None, max_queue: int):
-    """Make the engine of a server. A line on stderr says if it does not batch."""
+    """Make the engine of a server. A line on stderr says if it does not batch.
+
+    The engine's passes leave one CPU core to the requests and to the decoding of pictures.
+    """
+    import torch
+
     from .serving import UniTokEngine
 
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - 1)))
     engine = UniTokEngine(mllm, max_rows=max_rows, max_length=max_length, max_queue=max_queue)
     if not engine.is_batched:
         kind = mllm.config.text_config.model_type

@@ -5,15 +5,20 @@ The API server and the web page share it.
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from itertools import islice
 
 import torch
 from PIL import Image
 
 from .serving import UniTokEngine
 from .streaming_unitok import UniTokImageStreamer
+
+
+DECODED_AT_ONCE = 16  # drawings, at least: those of one call are decoded together
 
 
 class SharedEngine:
@@ -27,6 +32,8 @@ class SharedEngine:
     def __init__(self, engine: UniTokEngine, processor):
         self.engine, self.processor, self.model = engine, processor, engine.model
         self._decoder = UniTokImageStreamer(engine.model, processor)
+        self._undecoded: deque[tuple[list, asyncio.Future]] = deque()
+        self._decoding: asyncio.Task | None = None
 
     @torch.inference_mode()
     def pictures(self, drawings: list[Sequence[torch.Tensor]]) -> list[Image.Image]:
@@ -38,6 +45,32 @@ class SharedEngine:
         codes = torch.stack([torch.stack(groups, dim=1) for groups in drawings])  # (B, K, l)
         pixels = self._decoder.decode(codes, torch.tensor(num_drawn, device=codes.device))
         return self.processor.post_process_multimodal_output(pixels, generation_mode="image")
+
+    async def decode(self, drawings: list[Sequence[torch.Tensor]]) -> list[Image.Image]:
+        """Decode drawings (see `pictures`) in a thread, in one batch with those of other coroutines that wait for it."""
+        future = asyncio.get_running_loop().create_future()
+        self._undecoded.append((drawings, future))
+        if self._decoding is None or self._decoding.done():
+            self._decoding = asyncio.create_task(self._decode_waiting())
+        return await future
+
+    async def _decode_waiting(self) -> None:
+        while self._undecoded:
+            calls, batch = [], []
+            while self._undecoded and len(batch) < DECODED_AT_ONCE:
+                calls.append(self._undecoded.popleft())
+                batch.extend(calls[-1][0])
+            try:
+                decoded = iter(await asyncio.to_thread(self.pictures, batch))
+            except Exception as error:
+                for _, future in calls:
+                    if not future.done():  # its coroutine may have been cancelled
+                        future.set_exception(error)
+                continue
+            for drawings, future in calls:
+                pictures = list(islice(decoded, len(drawings)))
+                if not future.done():
+                    future.set_result(pictures)
 
 
 @asynccontextmanager

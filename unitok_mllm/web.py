@@ -210,7 +210,7 @@ class SharedModel(SharedEngine):
                     groups.append(item)
                     if len(groups) % self.every and len(groups) < self.num_positions:
                         continue
-                    (picture,) = await asyncio.to_thread(self.pictures, [groups])
+                    (picture,) = await self.decode([groups])
                     current = [{"type": "unfinished", "image": picture}]
                     if len(groups) == self.num_positions:
                         finished, current, groups = [*finished, {"type": "image", "image": picture}], [], []
@@ -245,7 +245,7 @@ class SharedModel(SharedEngine):
                 drawings[index].append(codes)
                 num_told += 1
                 if num_told % (self.every * count) == 0 or num_told == self.num_positions * count:
-                    yield await asyncio.to_thread(self.pictures, drawings)
+                    yield await self.decode(drawings)
 
     @torch.inference_mode()
     def tokenize(self, picture: Image.Image) -> tuple[Image.Image, Image.Image, torch.Tensor, tuple[int, int]]:
