@@ -68,8 +68,9 @@ class Settings(DrawingSettings):
         check_output_file(self.output)
         if not (Path(self.data) / TABLE).is_file():
             raise ValueError(f"{self.data} has no emoji: python -m training.prepare_data emoji {self.data}")
-        if self.batch_size < 1 or self.seen < 1:
-            raise ValueError("batch_size and seen must be at least 1")
+        for name, least in (("batch_size", 1), ("seen", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         self.complete(self.model)
 
 
@@ -85,12 +86,11 @@ def retrieval(pictures: torch.Tensor, gallery: torch.Tensor, truths: torch.Tenso
 
 
 class Evaluation:
-    """Evaluation of a loaded model on the emoji, with one method for each part."""
+    """Evaluation of a model, which is loaded, on the emoji, with one method for each part."""
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
+    def __init__(self, settings: Settings, emoji: list[Emoji]):
+        self.settings, self.emoji = settings, emoji
         self.model, self.processor = load_model(settings.model, settings.device)
-        self.emoji = read_table(Path(settings.data))
         trained_on = [i for i, e in enumerate(self.emoji) if not e.held_out]
         step = max(1, len(trained_on) // settings.seen)
         self.sets = {
@@ -203,14 +203,17 @@ def read_finished(output: str, wanted: dict) -> dict[str, dict]:
 
 def evaluate(settings: Settings) -> dict:
     """Measure the missing parts; the JSON is written after each part."""
-    evaluation = Evaluation(settings)
-    pictures = [f"{e.image} {stamp(Path(settings.data) / e.image)}" for e in evaluation.emoji]
+    emoji = read_table(settings.data)
+    if len({e.held_out for e in emoji}) < 2:
+        raise ValueError(f"{settings.data} needs emoji that are held out and others, it has {len(emoji)} of one kind")
+    pictures = [f"{e.image} {stamp(Path(settings.data) / e.image)}" for e in emoji]
     digests = {
         "model_sha256": folder_digest(settings.model),
         "data_sha256": hashlib.sha256("\n".join(pictures).encode()).hexdigest(),
     }
     wanted = asdict(settings) | digests
     earlier = read_finished(settings.output, wanted) if settings.resume else {}
+    evaluation = Evaluation(settings, emoji)
     report = {
         "benchmark": "emoji of two styles",
         "settings": wanted,

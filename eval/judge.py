@@ -21,6 +21,7 @@ from eval._common import parse_settings
 from training.easy_vqa import COLORS, SHAPES, Sample, load
 from training.errors import one_line_errors
 from training.files import write_atomically
+from unitok_mllm.configuration_unitok import check_ranges
 from unitok_mllm.outputs import check_output_file
 
 
@@ -182,6 +183,7 @@ class JudgeArguments:
     def __post_init__(self):
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        check_ranges(self, seed=(0, 2**63 - 1))
         check_output_file(self.output)
 
 

@@ -289,6 +289,8 @@ def read_result(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from error
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
     except json.JSONDecodeError as error:
         lines = [line for line in text.splitlines() if line.strip()]
         try:

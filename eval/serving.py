@@ -36,8 +36,9 @@ from training.errors import CommandLine, one_line_errors
 from training.files import write_atomically
 from unitok_mllm import UniTokMLLMForConditionalGeneration
 from unitok_mllm.cli import SHIPPED_MODEL
+from unitok_mllm.configuration_unitok import check_ranges
 from unitok_mllm.drawing_unitok import IMAGE_GENERATION
-from unitok_mllm.inference import load
+from unitok_mllm.inference import check_model, load
 from unitok_mllm.outputs import check_output_file
 
 
@@ -234,10 +235,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8765, help="a free port")
     parser.add_argument("--output", type=Path, help="also write all figures to this JSON file")
     options = parser.parse_args(arguments)
-    if min(options.clients) < 1 or options.requests < 1:
-        parser.error("--clients and --requests must be at least 1.")
-    if options.soak is not None and options.soak < 20:
-        parser.error("--soak must be at least 20.")
+    check_ranges(
+        options, clients=(1, 2**16), requests=(1, 2**40), max_rows=(2, 2**16), port=(1, 65535), soak=(20, 2**40)
+    )
+    check_model(options.model)
     if options.output:
         check_output_file(options.output)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

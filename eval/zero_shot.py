@@ -53,6 +53,7 @@ from eval._common import check_finished, parse_settings, read_result, versions
 from eval.images import FolderImages, load_batches, stamp
 from eval.protocol import number
 from training import easy_vqa
+from training.arguments import check_open_clip
 from training.emoji import STYLES, TABLE, Emoji, read_table
 from training.errors import one_line_errors
 from training.extract_codes import file_digest
@@ -377,13 +378,7 @@ class OpenCLIPSystem:
         import open_clip
 
         name, pretrained = settings.model, settings.pretrained
-        if ":" not in name:
-            if name not in open_clip.list_models():
-                raise ValueError(f"open_clip has no model {name!r}; it has {', '.join(open_clip.list_models())}")
-            tags = open_clip.list_pretrained_tags_by_model(name)
-            if pretrained not in tags and not Path(pretrained).is_file():
-                known = ", ".join(tags) or "none"
-                raise ValueError(f"pretrained is a file or a tag of {name}'s ({known}), not {pretrained!r}")
+        check_open_clip(name, pretrained, "pretrained")
         self.device = device
         model, self.preprocess = open_clip.create_model_from_pretrained(name, pretrained or None, device=device)
         self.model = model.eval()

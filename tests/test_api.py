@@ -270,6 +270,7 @@ def test_many_clients_at_once_get_what_each_gets_alone(lively_mllm, processor):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.attack
 def test_a_client_that_leaves_makes_room(lively_mllm, processor, stream):
     with served(lively_mllm, processor, max_rows=1) as (address, engine):
         body = {"prompt": "red", "max_tokens": 200, "stream": stream}
@@ -303,6 +304,7 @@ def slow_steps(engine, monkeypatch, seconds: float):
 
 
 @pytest.mark.parametrize("kind", ["whole", "stream without partial images"])
+@pytest.mark.attack
 def test_a_slot_is_free_within_a_position_after_its_client_has_gone(lively_mllm, processor, monkeypatch, kind):
     with (
         served(lively_mllm, processor, max_rows=2) as (address, engine),
@@ -322,6 +324,7 @@ def test_a_slot_is_free_within_a_position_after_its_client_has_gone(lively_mllm,
         assert len(engine._free) == 2
 
 
+@pytest.mark.attack
 def test_a_client_that_does_not_read_holds_up_nobody_and_gets_all_when_it_reads(lively_mllm, processor):
     with served(lively_mllm, processor, max_rows=16) as (address, engine):
         body = {"prompt": "red", "n": 8, "seed": 0, "stream": True, "partial_images": 8}
@@ -334,6 +337,7 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_gets_all_when_it_reads(
     assert len(events) == 8 * 9 and events.count("event: image_generation.completed") == 8
 
 
+@pytest.mark.attack
 def test_a_request_of_which_a_part_is_refused_leaves_nothing_in_the_queue(lively_mllm, processor, monkeypatch):
     engine = UniTokEngine(lively_mllm, max_rows=2, max_length=256, max_queue=2)
     monkeypatch.setattr(engine, "run", lambda: None)  # nobody works
@@ -361,6 +365,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.attack
 def test_what_cannot_be_is_refused_in_the_apis_form(lively_mllm, processor, case):
     options, status, message = REFUSED[case]
     with served(lively_mllm, processor, api_key=KEY, max_body=2**20) as (address, _):
@@ -380,6 +385,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("case", PARTS)
+@pytest.mark.attack
 def test_pictures_that_are_none_are_refused(client, case):
     url, message = PARTS[case]
     content = [{"type": "image_url", "image_url": {"url": url}}]
@@ -387,6 +393,7 @@ def test_pictures_that_are_none_are_refused(client, case):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])
 
 
+@pytest.mark.attack
 def test_other_refusals(client, server):
     with pytest.raises(openai.BadRequestError, match="this model draws 48x48, got '512x512'"):
         client.images.generate(prompt="red", size="512x512")
@@ -402,6 +409,7 @@ def test_other_refusals(client, server):
     assert response.status_code == 403
 
 
+@pytest.mark.attack
 def test_pictures_are_counted_and_measured_before_they_are_decoded(monkeypatch):
     data = base64.b64decode(data_url(PICTURE).partition(",")[2])
     pictures = api_requests.Pictures(())
@@ -419,6 +427,7 @@ def test_pictures_are_counted_and_measured_before_they_are_decoded(monkeypatch):
         pictures.add(data)
 
 
+@pytest.mark.attack
 def test_a_request_that_takes_too_long_ends(lively_mllm, processor, monkeypatch):
     engine = UniTokEngine(lively_mllm, max_length=256)
     monkeypatch.setattr(engine, "run", lambda: None)  # nobody works
@@ -439,6 +448,7 @@ def asked(app, body: dict | None = None) -> httpx.Response:
     return asyncio.run(post())
 
 
+@pytest.mark.attack
 def test_a_full_queue_is_a_429(lively_mllm, processor, monkeypatch):
     engine = UniTokEngine(lively_mllm, max_rows=1, max_length=256, max_queue=1)
     engine.answer(processor(text="red"), max_new_tokens=5)
@@ -465,6 +475,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow  # starts the server twice, in processes of its own
+@pytest.mark.attack
 def test_a_server_that_is_killed_starts_again_on_its_port():
     port = free_port()
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)

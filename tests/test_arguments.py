@@ -10,6 +10,9 @@ from training.errors import one_line_errors
 from training.image_text_data import ImageTextStream, check_shards
 
 
+pytestmark = pytest.mark.attack
+
+
 @dataclasses.dataclass
 class Options:
     output_dir: str = "runs"

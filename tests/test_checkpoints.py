@@ -7,6 +7,9 @@ from safetensors.torch import save_file
 from training.checkpoints import newest_checkpoint
 
 
+pytestmark = pytest.mark.attack
+
+
 def test_a_truncated_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, caplog):
     for step in (2, 4):
         folder = tmp_path / f"checkpoint-{step}"

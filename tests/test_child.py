@@ -12,6 +12,9 @@ import pytest
 from unitok_mllm import child
 
 
+pytestmark = pytest.mark.attack
+
+
 SCRIPT = """
 import importlib.util, pathlib, sys, threading, time
 spec = importlib.util.spec_from_file_location("child", sys.argv[1])

@@ -216,6 +216,16 @@ def test_a_candidate_with_an_unknown_option_is_refused(runs):
         Plan(*arguments)
 
 
+@pytest.mark.parametrize("options", [7, "revive_dead_codes: 7", None, ["revive_dead_codes"]])
+def test_a_candidate_that_is_no_dict_is_refused(config, capsys, options):
+    values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) | {"candidates": {"odd": options}}
+    Path(config).write_text(yaml.safe_dump(values), encoding="utf-8")
+    with pytest.raises(SystemExit) as end:
+        main([config])
+    said = f"error: The candidate 'odd' must be names and values of options, got {options!r}.\n"
+    assert end.value.code == 2 and capsys.readouterr().err == said
+
+
 def test_validation_psnr_is_the_mean_over_images_not_over_sets():
     sets = {"a": {"images": 1, "psnr_db": 20.0}, "b": {"images": 3, "psnr_db": 24.0}}
     assert validation_psnr({"sets": sets}) == 23.0
@@ -337,6 +347,7 @@ def test_zero_shot_counts_the_images_whose_own_class_is_nearest():
     assert zero_shot(embeds[1:2], classes, captions[1:2]) is None
 
 
+@pytest.mark.attack
 def test_a_killed_comparison_goes_on_and_a_finished_one_is_not_repeated(config, tmp_path, capsys, monkeypatch):
     measure, calls, step = claims.measure, [], claims.train_tokenizer.TokenizerTrainer._train_on
 

@@ -505,6 +505,7 @@ def test_unknown_model(workplace, picture, command):
 @pytest.mark.parametrize(
     "flaw", ["not json", "a list", "no type", "other type", "bad geometry", "sizes", "no weights"]
 )
+@pytest.mark.attack
 def test_broken_model(workplace, models, picture, flaw):
     folder = shutil.copytree(models / "mllm", workplace / "broken")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -658,6 +659,7 @@ def test_nothing_is_cut_from_a_text_that_is_too_long(
 
 
 @pytest.mark.parametrize("name", ["right to left", "special tokens"])
+@pytest.mark.attack
 def test_odd_texts_on_the_command_line(saved_mllm, picture, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     text, model = ODD_TEXTS[name], ("--model", saved_mllm)

@@ -48,6 +48,7 @@ def code_folder(folder: Path, **changes) -> Path:
         ({"num_shards": True}, "num_shards .* got True"),
     ],
 )
+@pytest.mark.attack
 def test_settings_of_codes_that_cannot_be_are_named(tmp_path, changes, message):
     code_folder(tmp_path)
     (tmp_path / "metadata.json").write_text(json.dumps(METADATA | {"num_shards": 1} | changes), encoding="utf-8")
@@ -56,6 +57,7 @@ def test_settings_of_codes_that_cannot_be_are_named(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00\xff"])
+@pytest.mark.attack
 def test_settings_of_codes_that_are_no_settings_are_named(tmp_path, content):
     code_folder(tmp_path)
     (tmp_path / "metadata.json").write_text(content, encoding="utf-8")
@@ -63,6 +65,7 @@ def test_settings_of_codes_that_are_no_settings_are_named(tmp_path, content):
         CodeStore(tmp_path)
 
 
+@pytest.mark.attack
 def test_broken_parquet_shards_are_named(tmp_path):
     shard = code_folder(tmp_path) / "000000.parquet"
     data = shard.read_bytes()
@@ -84,6 +87,7 @@ def test_broken_parquet_shards_are_named(tmp_path):
             CodeStore(tmp_path)["a.png"]
 
 
+@pytest.mark.attack
 def test_broken_tar_shards_and_what_lies_in_them_are_named(tmp_path):
     shard = code_folder(tmp_path, format="webdataset") / "000000.tar"
     data = shard.read_bytes()
@@ -120,6 +124,7 @@ def test_broken_tar_shards_and_what_lies_in_them_are_named(tmp_path):
             CodeStore(tmp_path)["a.png"]
 
 
+@pytest.mark.attack
 def test_a_kill_while_codes_are_written_leaves_whole_shards(tmp_path):
     codes = {"b.png": torch.ones(1, K, L, dtype=torch.long)}
     for format, suffix in (("parquet", "parquet"), ("webdataset", "tar")):
@@ -133,6 +138,7 @@ def test_a_kill_while_codes_are_written_leaves_whole_shards(tmp_path):
         assert event > 1 and list(CodeStore(store)) == ["b.png"]
 
 
+@pytest.mark.attack
 def test_a_full_disk_leaves_codes_and_reports_as_they_were(tmp_path):
     many = {f"{i}.png": torch.randint(V, (1, K, L)) for i in range(2000)}
     for format, suffix in (("parquet", "parquet"), ("webdataset", "tar")):

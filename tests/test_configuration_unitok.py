@@ -126,6 +126,7 @@ def test_an_mllm_config_counts_the_positions_of_an_image(mllm, tmp_path):
 
 
 @pytest.mark.parametrize("config_class", [UniTokVisionConfig, UniTokConfig, UniTokDepthConfig, UniTokMLLMConfig])
+@pytest.mark.attack
 def test_absurd_values_in_a_config_are_refused_with_field_and_value(config_class):
     own = config_class.__annotations__.keys() & {field.name for field in dataclasses.fields(config_class)}
     assert len(own) >= 4
@@ -159,6 +160,7 @@ def test_absurd_values_in_a_config_are_refused_with_field_and_value(config_class
         ),
     ],
 )
+@pytest.mark.attack
 def test_parts_and_lists_of_a_config_are_checked_too(build: Callable[[], PreTrainedConfig], message):
     with pytest.raises(StrictDataclassError, match=message):
         build()

@@ -321,6 +321,7 @@ def put(name, make):
         (lambda checkpoint: checkpoint.update(trainer={}), "not a UniTok tokenizer checkpoint.*unitok"),
     ],
 )
+@pytest.mark.attack
 def test_a_checkpoint_that_does_not_fit_raises_and_names_the_tensor(small_checkpoint, tmp_path, change, message):
     change(small_checkpoint)
     path = saved(small_checkpoint, tmp_path)
@@ -330,6 +331,7 @@ def test_a_checkpoint_that_does_not_fit_raises_and_names_the_tensor(small_checkp
 
 
 @pytest.mark.parametrize("content", [torch.ones(3), [1, 2], {"state_dict": {"weight": torch.ones(3)}}, None, "words"])
+@pytest.mark.attack
 def test_a_torch_file_of_something_else_raises_and_names_the_file(tmp_path, content):
     with pytest.raises(ConversionError, match="tokenizer.pth is not a UniTok tokenizer checkpoint"):
         load_original_tokenizer(saved(content, tmp_path))
@@ -337,6 +339,7 @@ def test_a_torch_file_of_something_else_raises_and_names_the_file(tmp_path, cont
 
 @pytest.mark.parametrize("allow_pickle", [False, True])
 @pytest.mark.parametrize("damage", ["text", "truncated", "empty", "missing", "folder"])
+@pytest.mark.attack
 def test_a_file_that_is_no_torch_file_raises_and_names_the_file(small_checkpoint, tmp_path, damage, allow_pickle):
     path = saved(small_checkpoint, tmp_path)
     if damage == "text":
@@ -364,6 +367,7 @@ class Touch:
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+@pytest.mark.attack
 def test_a_pickle_is_executed_only_with_the_flag(tmp_path, write):
     mark, path = tmp_path / "executed", tmp_path / "tokenizer.pth"
     write({"args": Touch(mark), "trainer": {"unitok": {}}}, path)
@@ -404,6 +408,7 @@ def test_an_mllm_folder_of_pickles_converts_like_one_of_safetensors(small_checkp
         ("misshapen tensor", r"does not fit: .*language_model\.lm_head\.weight"),
     ],
 )
+@pytest.mark.attack
 def test_an_mllm_folder_that_does_not_fit_raises(small_checkpoint, llama_tokenizer, tmp_path, damage, message):
     state = reference_state("mllm_tiny", shrink=8)
     if damage == "plain llama":
@@ -458,6 +463,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.attack
 def test_hostile_checkpoints_end_in_one_line(small_checkpoint, tmp_path, name):
     change, message = HOSTILE[name]
     change(small_checkpoint)
@@ -469,6 +475,7 @@ def test_hostile_checkpoints_end_in_one_line(small_checkpoint, tmp_path, name):
     assert not (tmp_path / "to").exists()
 
 
+@pytest.mark.attack
 def test_small_files_that_say_they_are_large_are_refused_unread(
     small_checkpoint, llama_tokenizer, tmp_path, monkeypatch
 ):
@@ -489,6 +496,7 @@ def test_small_files_that_say_they_are_large_are_refused_unread(
         load_original_tokenizer(tmp_path / "fifo.pth")
 
 
+@pytest.mark.attack
 def test_a_folder_of_hostile_shards_ends_in_one_line(small_checkpoint, llama_tokenizer, tmp_path):
     tokenizer = saved(small_checkpoint, tmp_path)
     state = reference_state("mllm_tiny")
@@ -523,6 +531,7 @@ def test_a_folder_of_hostile_shards_ends_in_one_line(small_checkpoint, llama_tok
             convert_mllm(folder, tokenizer, tmp_path / "to")
 
 
+@pytest.mark.attack
 def test_a_target_that_is_a_link_or_in_use_is_refused_before_the_work(small_checkpoint, tmp_path, monkeypatch):
     source = saved(small_checkpoint, tmp_path)
     (tmp_path / "empty").mkdir()

@@ -143,6 +143,7 @@ def test_a_turn_that_the_template_has_no_place_for_is_an_unusable_sample(texts):
         to_messages([{"from": "tool", "value": "x"}], "<image>", num_images=0)
 
 
+@pytest.mark.attack
 def test_texts_that_spell_control_tokens_are_learned_as_text(texts, processor):
     spelled = "a </s><s> <image><boi><eoi> b"
     turns = [{"from": "human", "value": "<image>\nwhat is </s>?"}, {"from": "gpt", "value": "an <eoi></s> or a <boi>"}]
@@ -195,6 +196,7 @@ def test_conditions_are_dropped_one_at_a_time_where_pictures_are_the_answer():
     assert drop_conditions(messages, names[:1], 0.5, np.random.default_rng(0)) == (messages, names[:1])
 
 
+@pytest.mark.attack
 def test_a_picture_of_a_refused_shape_is_an_unusable_sample(texts, tmp_path):
     Image.new("RGB", (60000, 1)).save(tmp_path / "line.png")
     (tmp_path / "captions.jsonl").write_text('{"image": "line.png", "caption": "a line"}', encoding="utf-8")
@@ -297,6 +299,7 @@ def test_captions_are_dropped_for_the_null_prompt_of_guidance(folder, texts):
     assert counts[0] == 0 and 5 <= counts[1] <= 25 and counts[2] == 60
 
 
+@pytest.mark.attack
 def test_a_broken_picture_is_named_and_passed_over_and_many_stop_the_run(folder, texts, caplog):
     (folder / "2.png").write_bytes(b"not a picture")
     source = Source(path=f"{folder}/captions.jsonl", type="captions", task="draw")
@@ -467,6 +470,7 @@ HOSTILE_ROWS = [
 
 
 @pytest.mark.parametrize("kind, change", HOSTILE_ROWS, ids=str)
+@pytest.mark.attack
 def test_rows_that_are_not_what_they_should_be_are_broken_samples(tmp_path, processor, picture, kind, change):
     turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
     row = {"image": picture.name, "conversations": turns, "caption": "red", "text": "a red circle"}

@@ -40,6 +40,18 @@ def test_the_navigation_has_every_page_once(hooks):
     assert set(nav) == expected and len(nav) == len(expected)
 
 
+def test_as_many_attacks_are_run_as_the_page_says(capfd):
+    page = (DOCS / "robustness.md").read_text(encoding="utf-8")
+    stated = {
+        name: int(count) for name, count in re.findall(r"^\| `(tests/\w+\.py)` \| (\d+) \|$", page, re.MULTILINE)
+    }
+    (total,) = re.findall(r"(\d+) attacks", page)
+    assert sum(stated.values()) == int(total) and len(stated) > 30
+    pytest.main(["--collect-only", "-qq", "-m", "attack", "-p", "no:cacheprovider", *(str(ROOT / f) for f in stated)])
+    counted = dict(re.findall(r"^(tests/\w+\.py): (\d+)$", capfd.readouterr().out, re.MULTILINE))
+    assert [name for name in stated if stated[name] > int(counted.get(name, 0))] == []
+
+
 def test_every_script_has_a_page(hooks):
     config = SimpleNamespace(nav=["index.md", "security.md"])
     (_, scripts, _) = hooks.on_config(config).nav

@@ -29,6 +29,7 @@ def parts(path: Path) -> dict:
     return {part: {name: value | {"seconds": 0} for name, value in sets.items()} for part, sets in found.items()}
 
 
+@pytest.mark.attack
 def test_a_signal_keeps_finished_parts_and_the_same_command_goes_on(arguments, tmp_path, monkeypatch, capsys):
     drawing, measured = evaluation.Evaluation.drawing, []
 

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import TrainingArguments
 from eval._common import read_result
 from training import train_mllm, train_tokenizer
 from training.arguments import Parser, check_source, parse_yaml_and_command_line, use_cpu_of
+from training.emoji import STYLES, Emoji
 from training.errors import check_keys, one_line_errors, underscored
 from training.interrupts import ENDS, Interrupted, StopRequest
 from training.train_mllm import MLLMArguments
@@ -75,6 +77,7 @@ def test_ctrl_c_ends_in_one_line(text, said, capsys):
 
 @pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
 @pytest.mark.parametrize("with_typer", [False, True])
+@pytest.mark.attack
 def test_every_signal_that_ends_a_script_is_ctrl_c(number, with_typer, capsys):
     before, app = {end: signal.getsignal(end) for end in ENDS}, typer.Typer()
 
@@ -103,6 +106,7 @@ def test_scripts_run_in_other_threads_too():
         assert pool.submit(one_line_errors()(lambda: 3)).result() == 3
 
 
+@pytest.mark.attack
 def test_the_second_signal_does_not_wait_for_the_step(capsys):
     with StopRequest(Accelerator(cpu=True)) as stopping:
         assert not stopping.is_due()
@@ -264,15 +268,56 @@ def config(tmp_path) -> str:
             "Repo id must be in the form",
         ),
         ("--caption_dropout 3", "caption_dropout (3.0) is not between 0.0 and 1.0"),
+        ("--attn_implementation sdap", "attn_implementation has no 'sdap': did you mean 'sdpa'?"),
+        ("--embedder_heads 3", "embedder_dim (1024) is not a multiple of embedder_heads (3)."),
+        ("--embedder_dim 0", "embedder_dim (0) is not between 1 and "),
+        ("--depth_config '{hidden_size: 64, num_attention_heads: 3}'", "hidden_size (64) is not a multiple of num_"),
+        ("--sample_prompts a --sample_options '{top_k: -3}'", "top_k must be at least 0 (0: all codes), got -3."),
+        ("--learning_rates '{embeder: 1}'", "learning_rates has no 'embeder': did you mean 'embedder'?"),
+        ("--trainable embeder", "trainable has no 'embeder': did you mean 'embedder'?"),
+        (
+            "--datasets '{path: row.json, type: captions}'",
+            "row.json: none of the 1 rows that were tried can be used: cannot read image 'a.png'",
+        ),
+        (
+            "--datasets '{path: rows.json, type: captions}' --max_length 10",
+            "rows.json: none of the 100 rows that were tried can be used: max_length 10 would cut through an image",
+        ),
+        (
+            "--datasets '{path: text.json, type: text, weight: 1}' '{path: text.json, type: text}'",
+            "Give every source of `datasets` a weight, or none.",
+        ),
         ("stray", "unexpected argument stray: it belongs to no option"),
     ],
 )
+@pytest.mark.attack
 def test_a_wrong_mllm_training_ends_in_one_line(options, said, config, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("list.json").write_text("[3]", encoding="utf-8")
     Path("cut.json").write_text('{"a": ', encoding="utf-8")
     Path("row.jsonl").write_text('{"image": "a.png", "caption": "a"}\n', encoding="utf-8")
+    for name, rows in {"row": [{"image": "a.png", "caption": "a"}], "text": [{"text": "a red circle"}]}.items():
+        Path(f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    Path("rows.json").write_text(json.dumps([{"image": "a.png", "caption": "a"}] * 250), encoding="utf-8")
+    monkeypatch.setattr(train_mllm, "build_model", None)
     assert said in train(capsys, "mllm", config, *shlex.split(options))
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ("--init_open_clip ViTamin-L256", "open_clip has no 'ViTamin-L256': did you mean 'ViTamin-L-256'?"),
+        (
+            "--init_open_clip ViTamin-L-256 --init_open_clip_weights no.pt",
+            "init_open_clip_weights is a file or a tag of ViTamin-L-256's (datacomp1b), not 'no.pt'",
+        ),
+    ],
+)
+def test_a_wrong_tokenizer_training_ends_in_one_line(options, said, capsys, tmp_path, monkeypatch):
+    config = {"output_dir": str(tmp_path / "run"), "bf16": False, "datasets": [{"kind": "folder"}]}
+    (tmp_path / "run.yaml").write_text(json.dumps(config | {"text_tokenizer": TINY}), encoding="utf-8")
+    monkeypatch.setattr(train_tokenizer, "build_model", None)
+    assert said in train(capsys, "tokenizer", str(tmp_path / "run.yaml"), *shlex.split(options))
 
 
 @pytest.mark.parametrize(
@@ -283,6 +328,7 @@ def test_a_wrong_mllm_training_ends_in_one_line(options, said, config, capsys, t
         ("just words", "has a str, expected a mapping of names to values"),
     ],
 )
+@pytest.mark.attack
 def test_a_typo_in_a_config_ends_in_one_line(text, said, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     for name in ("mllm", "tokenizer"):
@@ -435,7 +481,37 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
             "Unknown preset 'huge'; known: large, base,",
         ),
         ("training.plan", "mllm --llm none --samples 9 --gpus 1", "Unknown LLM 'none': no folder with a config.json"),
+        ("training.text_tokenizer", "out --vocab_size 99999999999", "--vocab-size 99999999999 is above 1048576"),
+        ("training.text_tokenizer", "out --captions empty.json", "empty.json has no rows."),
+        (
+            "training.extend_vocabulary",
+            f"{TINY} out --captions uncaptioned.json",
+            "Row 1 of uncaptioned.json has no text under 'caption'.",
+        ),
+        ("training.extend_vocabulary", "broken out --captions empty.json", "broken/config.json is broken: "),
+        (
+            "training.extract_codes",
+            f"no.jsonl out --visual-model {TINY} --max_broken_share nan",
+            "'--max-broken-share': Input should be less than or equal to 1, got nan",
+        ),
+        (
+            "training.extract_codes",
+            f"no.jsonl out --visual-model {TINY} --workers 5000",
+            "'--workers': Input should be less than or equal to 1024, got 5000",
+        ),
         ("eval.report", "no.json", "there is no result file no.json"),
+        ("eval.report", "deep.json", "deep.json is nested too deeply"),
+        ("eval.judge", "--seed -1", "seed (-1) is not between 0 and "),
+        ("eval.serving", "--max_rows 0", "max_rows (0) is not between 2 and "),
+        ("eval.serving", "--port 70000", "port (70000) is not between 1 and 65535"),
+        ("eval.serving", "--clients 4 0", "clients ([4, 0]) is not between 1 and "),
+        ("eval.serving", "--model none", "no model in none: it has no config.json"),
+        (
+            "eval.emoji",
+            f"--model {TINY} --data data",
+            "data needs emoji that are held out and others, it has 0 of one",
+        ),
+        ("eval.emoji", f"--model {TINY} --data broken", "broken/emoji.json is no table of emoji ("),
         ("eval.judge", "--epochs 0", "epochs must be at least 1, got 0"),
         ("eval.llm_families", "lama", "the library's list of causal LMs has no 'lama': did you mean 'llama'?"),
         ("eval.image_loss_share", "--runs 0", "'--runs': Input should be greater than or equal to 1"),
@@ -457,7 +533,13 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
 )
 def test_what_is_missing_or_wrong_ends_any_script_in_one_line(script, words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
+    for folder, text in (("data", "[]"), ("broken", "[3")):
+        Path(folder).mkdir()
+        Path(folder, "emoji.json").write_text(text, encoding="utf-8")
+        Path(folder, "config.json").write_text(text, encoding="utf-8")
+    Path("empty.json").write_text("[]", encoding="utf-8")
+    Path("deep.json").write_text("[" * 100_000, encoding="utf-8")
+    Path("uncaptioned.json").write_text('[{"image": "a.png"}]', encoding="utf-8")
     if script == "eval.vqa_score":
         with pytest.raises(SystemExit) as end:
             importlib.import_module(script).main(words.split())
@@ -492,6 +574,7 @@ def test_what_is_missing_or_wrong_ends_any_script_in_one_line(script, words, sai
         ("eval.zero_shot", f"--model {TINY} --dataset easy-vqa --output file/x.json"),
     ],
 )
+@pytest.mark.attack
 def test_an_output_that_cannot_be_written_is_found_out_before_any_work(script, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("no folder", encoding="utf-8")
@@ -506,6 +589,7 @@ def test_an_output_that_cannot_be_written_is_found_out_before_any_work(script, w
     "script, words, written",
     [
         ("eval.easy_vqa", "--output out.json", "out.json"),
+        ("eval.emoji", "--data photos --output out.json", "out.json"),
         ("eval.reconstruction", "--images photos --skip rfid,lpips --output out.json", "out.json"),
         ("eval.text_to_image", "--prompts prompts.txt --output out", "out/results.json"),
         ("eval.text_to_image", "--prompts prompts.txt --output out", "out/settings.json"),
@@ -513,18 +597,26 @@ def test_an_output_that_cannot_be_written_is_found_out_before_any_work(script, w
         ("eval.zero_shot", "--dataset easy-vqa --output out.json", "out.nearest.safetensors"),
     ],
 )
+@pytest.mark.attack
 def test_a_truncated_result_is_named_before_any_work(script, words, written, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("photos", "out"):
         Path(folder).mkdir()
     Image.new("RGB", (64, 64)).save("photos/0.png")
     Path("prompts.txt").write_text("a red circle\n", encoding="utf-8")
+    rows = [Emoji("0.png", "rose", style, "any", style == "twitter") for style in STYLES]
+    for row in rows:
+        Path("photos", row.image).parent.mkdir(parents=True)
+        Path("photos", row.image).touch()
+    Path("photos/emoji.json").write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+    monkeypatch.setattr(f"{script}.load_model", None, raising=False)
     Path(written).write_text('{"parts": {"vqa"', encoding="utf-8")
     said = line_of(capsys, main_of(script), ["--model", TINY, *words.split()])
     assert said.startswith(f"error: {written} is broken: ")
     assert said.endswith("Remove it, or choose another output\n")
 
 
+@pytest.mark.attack
 def test_a_result_of_something_else_is_refused(tmp_path):
     path = tmp_path / "out.json"
     assert read_result(path, "parts") == {}
@@ -560,6 +652,7 @@ def test_ctrl_c_ends_every_evaluation_in_one_line_that_says_how_to_go_on(name, c
 
 
 @pytest.mark.parametrize("main", [train_mllm.main, train_tokenizer.main], ids=lambda main: main.__module__)
+@pytest.mark.attack
 def test_an_output_folder_that_cannot_be_is_found_out_before_anything_is_loaded(tmp_path, main):
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
     config = {"output_dir": str(tmp_path / "file/run"), "use_cpu": True, "bf16": False, "report_to": []}
@@ -581,6 +674,7 @@ def test_an_output_folder_that_cannot_be_is_found_out_before_anything_is_loaded(
     ],
     ids=str,
 )
+@pytest.mark.attack
 def test_numbers_that_train_nothing_are_refused_before_anything_is_loaded(tmp_path, options, message):
     config = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": [], "model": "nowhere"}
     arguments = [argument for name, value in options.items() for argument in (f"--{name}", str(value))]
@@ -591,6 +685,7 @@ def test_numbers_that_train_nothing_are_refused_before_anything_is_loaded(tmp_pa
 
 
 @pytest.mark.parametrize("main", [train_mllm.main, train_tokenizer.main], ids=lambda main: main.__module__)
+@pytest.mark.attack
 def test_a_training_on_nothing_is_refused_before_anything_is_loaded(tmp_path, main, monkeypatch):
     config = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": [], "datasets": []}
     config |= {"model": "."} if main is train_mllm.main else {"text_tokenizer": "."}

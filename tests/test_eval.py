@@ -178,6 +178,7 @@ def test_contact_sheet_frames_what_is_wrong():
     assert sheet.getpixel((63, 27)) == sheet.getpixel((133, 27)) == (0, 0, 255)
 
 
+@pytest.mark.attack
 def test_finished_parts_outlive_an_interruption_and_are_not_measured_again(arguments, tmp_path, monkeypatch, capsys):
     def interrupted(self):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -169,6 +169,7 @@ def test_data_without_images_is_refused(folder):
         image_keys(f"{folder}/missing.jsonl")
 
 
+@pytest.mark.attack
 def test_images_that_are_named_by_no_text_are_skipped(folder, caplog):
     images = [NAMES[0], 3, {"path": NAMES[1]}, [NAMES[2], None, 4.5], [[NAMES[3]]], None, NAMES[4]]
     (folder / "odd.json").write_text(json.dumps([{"image": image} for image in images]), encoding="utf-8")
@@ -197,6 +198,7 @@ def test_processes_share_the_work_and_a_broken_off_run_is_gone_on_with(folder, e
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.attack
 def test_a_signal_leaves_whole_shards_and_the_same_command_goes_on(folder, extract, monkeypatch, capsys, number):
     alone, encode, told = contents(extract("alone")), extract_codes.encode, []
 
@@ -248,6 +250,7 @@ def test_other_settings_in_the_same_folder_are_refused(folder, extract):
         extract("new", "--visual-model", f"{folder}/images")
 
 
+@pytest.mark.attack
 def test_broken_images_are_named_and_left_out_up_to_a_share(folder, extract, caplog):
     expected = CodeStore(extract("whole"))
     (folder / NAMES[4]).write_bytes((folder / NAMES[4]).read_bytes()[:300])
@@ -267,6 +270,7 @@ def test_broken_images_are_named_and_left_out_up_to_a_share(folder, extract, cap
 
 
 @pytest.mark.parametrize("format", ["parquet", "webdataset"])
+@pytest.mark.attack
 def test_a_store_checks_what_it_reads(tmp_path, format):
     metadata = {"format": format, "variants": 2, "num_codebooks": 3, "codebook_size": 70, "num_positions": 4}
     good = torch.randint(70, (2, 3, 4))

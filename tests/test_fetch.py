@@ -9,6 +9,9 @@ import pytest
 from unitok_mllm.fetch import fetch
 
 
+pytestmark = pytest.mark.attack
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(302 if self.path == "/elsewhere" else 200)

@@ -9,6 +9,9 @@ from faulty_disk import killed_at
 from training.files import read_rows, write_atomically
 
 
+pytestmark = pytest.mark.attack
+
+
 @pytest.mark.parametrize(
     "name, content",
     [

@@ -760,6 +760,7 @@ def test_a_module_given_to_from_pretrained_is_no_option_of_generation(mllm, visu
     assert loaded.generation_config.to_dict() == mllm.generation_config.to_dict()
 
 
+@pytest.mark.attack
 def test_two_threads_get_what_they_get_alone(lively_mllm, processor):
     picture = Image.effect_noise((40, 30), 90).convert("RGB")
     requests = []
@@ -823,6 +824,7 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize("options", EXTREME, ids=str)
+@pytest.mark.attack
 def test_extreme_sampling_gives_codes(lively_mllm, processor, options):
     inputs = processor(text=["a red circle", "blue"], generation_mode="image")
     options = {"generation_mode": "image", "seed": 5, **options}
@@ -837,6 +839,7 @@ def test_extreme_sampling_gives_codes(lively_mllm, processor, options):
 
 
 @pytest.mark.parametrize("name, value", IMPOSSIBLE, ids=str)
+@pytest.mark.attack
 def test_impossible_sampling_is_refused_with_option_and_value(lively_mllm, processor, name, value):
     inputs = processor(text=["a red circle", "blue"], generation_mode="image")
     with pytest.raises(ValueError) as error:

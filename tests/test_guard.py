@@ -10,7 +10,7 @@ from unitok_mllm import guard
 from unitok_mllm.guard import Guard, Refused, own_hosts, visitor_of
 
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.attack]
 
 
 ROUTES = (r"(GET|HEAD) /", "GET /file/.*", "POST /(job|upload)")

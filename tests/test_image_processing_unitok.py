@@ -128,6 +128,7 @@ def test_cover_and_crop_on_a_non_square_target(backend, mode, resample, width, h
     assert np.abs(got - expected).max() <= (0 if backend is UniTokImageProcessorPil else 2)
 
 
+@pytest.mark.attack
 def test_too_elongated_a_picture_is_refused_before_it_fills_the_memory(backend):
     strip = Image.new("RGB", (60_000, 1))
     for mode in MODES:
@@ -233,6 +234,7 @@ def test_alpha_of_arrays_is_composited_on_white(backend, scale):
         (None, r"images\[1\]: cannot read image 'None': expected str.*not NoneType"),
     ],
 )
+@pytest.mark.attack
 def test_bad_images_are_refused_with_their_position(backend, image, message):
     with pytest.raises(ValueError, match=message):
         backend(size=64)([np.zeros((8, 8, 3), np.uint8), image])
@@ -408,6 +410,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("file", BAD_FILES)
+@pytest.mark.attack
 def test_unreadable_files_are_named(backend, file, tmp_path):
     save, reason = BAD_FILES[file]
     save(tmp_path / file)
@@ -419,6 +422,7 @@ def test_unreadable_files_are_named(backend, file, tmp_path):
             assert raised.value.__cause__ is not None
 
 
+@pytest.mark.attack
 def test_truncated_pillow_images_are_named_or_counted(backend, tmp_path):
     save_truncated(tmp_path / "cut.jpg")
     good = Image.new("RGB", (8, 8))
@@ -429,6 +433,7 @@ def test_truncated_pillow_images_are_named_or_counted(backend, tmp_path):
         backend(size=64)([good, good, in_memory])
 
 
+@pytest.mark.attack
 def test_decompression_bombs_are_refused_by_name(backend, tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
@@ -519,6 +524,7 @@ def test_a_picture_of_any_mode_is_shrunk_while_it_is_read(tmp_path, mode):
 @pytest.mark.parametrize(
     "count", [100, pytest.param(1000, marks=pytest.mark.full), pytest.param(10_000, marks=pytest.mark.slow)]
 )
+@pytest.mark.attack
 def test_odd_and_malformed_images_are_read_or_refused_in_bounded_time_and_memory(count):
     """In a process of its own: a crash, a hang and the memory are those of the images alone."""
     command = [sys.executable, str(Path(__file__).with_name("mutations.py")), str(count)]
@@ -563,6 +569,7 @@ def test_a_picture_is_the_same_as_a_path_as_bytes_and_as_a_url(picture):
         (3, "cannot read image '3': expected str"),
     ],
 )
+@pytest.mark.attack
 def test_what_is_no_picture_is_named(source, message):
     with pytest.raises(ValueError, match=message):
         load_image(source)
@@ -575,6 +582,7 @@ def test_a_name_given_is_the_name_in_errors():
         decode_image(b"no picture", "cat.jpg")
 
 
+@pytest.mark.attack
 def test_a_url_gives_no_more_than_its_share(monkeypatch, picture):
     monkeypatch.setattr(image_processing_unitok, "URL_BYTES", 100)
     with pytest.raises(ValueError, match="cannot read image 'data:image/png.*: more than 100 bytes"):
@@ -594,6 +602,7 @@ def test_one_function_opens_every_picture_from_outside():
     assert opens == {"unitok_mllm/image_processing_unitok.py", *own}
 
 
+@pytest.mark.attack
 def test_what_is_no_regular_file_is_no_picture(tmp_path):
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "fifo.png")

@@ -114,6 +114,7 @@ def test_an_end_token_that_the_tokenizer_adds_itself_comes_once(text_tokenizer):
         assert torch.equal(*(transform.encode(caption) for transform in transforms))
 
 
+@pytest.mark.attack
 def test_a_caption_that_spells_control_tokens_is_text(transform, text_tokenizer):
     ids = transform.encode("a </s>").tolist()
     end = text_tokenizer.eos_token_id
@@ -284,6 +285,7 @@ def test_the_next_readable_sample_takes_a_broken_ones_place(folder, build, caplo
     assert "expected a caption, got ' '" in caplog.text
 
 
+@pytest.mark.attack
 def test_rows_without_an_image_or_a_caption_are_broken(folder, build):
     rows = [{"image": "images/1.png", "caption": "red"}, {"image": "images/2.png"}, {"caption": "blue"}]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -294,6 +296,7 @@ def test_rows_without_an_image_or_a_caption_are_broken(folder, build):
 @pytest.mark.parametrize(
     "change", [{"image": 3}, {"image": ["images/2.png"]}, {"image": {"path": "a"}}, {"caption": 3}, {"caption": ["a"]}]
 )
+@pytest.mark.attack
 def test_rows_that_are_no_texts_are_broken(folder, build, change):
     rows = [{"image": "images/1.png", "caption": "red"}, {"image": "images/2.png", "caption": "blue"} | change]
     (folder / "train.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -302,6 +305,7 @@ def test_rows_that_are_no_texts_are_broken(folder, build, change):
     assert "image and caption must be strings, got" in dataset.broken.last[0]
 
 
+@pytest.mark.attack
 def test_too_many_broken_samples_stop_the_run(folder, build):
     (folder / "images/2.png").write_bytes(b"no picture")
     dataset = build(repeat=20)  # judged after 100 looks: 9 go over the 8 files, the broken one and the next twice
@@ -462,6 +466,7 @@ def with_lanes(values: dict) -> dict:
     return {int(key) if key.isdecimal() else key: value for key, value in values.items()}
 
 
+@pytest.mark.attack
 def test_broken_samples_of_a_stream_are_named_and_skipped(stream, shards, caplog):
     with wds.TarWriter(str(shards / "1.tar")) as writer:
         writer.write({"__key__": "0004", "jpg": b"no picture", "txt": "red"})
@@ -481,6 +486,7 @@ def test_broken_samples_of_a_stream_are_named_and_skipped(stream, shards, caplog
         epoch_of(stream(resampled=True, samples_per_epoch=1000), workers=1)
 
 
+@pytest.mark.attack
 def test_a_shard_that_breaks_off_is_skipped_and_a_missing_one_stops_the_run(stream, shards, caplog):
     with tarfile.open(shards / "2.tar") as archive:
         third = archive.getmember("0010.jpg").offset_data
@@ -506,6 +512,7 @@ def test_shards_of_a_web_address_give_the_same_samples_and_missing_ones_are_skip
     assert "skipping the rest of a shard" in caplog.text and f"{address}/5.tar" in caplog.text
 
 
+@pytest.mark.attack
 def test_compressed_shards_are_read_and_bombs_among_them_skipped(stream, shards, caplog, monkeypatch):
     for name in ("0.tar", "1.tar"):
         (shards / name).write_bytes(gzip.compress((shards / name).read_bytes()))

@@ -16,6 +16,9 @@ from unitok_mllm import inference
 from unitok_mllm.inference import load
 
 
+pytestmark = pytest.mark.attack
+
+
 def damaged_weights(data: bytes, rng: np.random.Generator) -> dict[str, bytes]:
     """Files that are no longer what they were, by what was done to them."""
     (length,) = struct.unpack_from("<Q", data)

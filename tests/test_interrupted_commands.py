@@ -27,6 +27,9 @@ from training.mllm_trainer import WHOLE
 from training.tokenizer_trainer import STATE
 
 
+pytestmark = pytest.mark.attack
+
+
 ROOT = Path(__file__).parents[1]
 OF_THE_PROCESS = re.compile(  # in a result: times, and what was there before
     r".*seconds?(/.*)?|data_wait_share|decode_ms|drawn|resumed_from_step"

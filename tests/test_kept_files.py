@@ -5,7 +5,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from unitok_mllm.kept_files import KeptFiles
+
+
+pytestmark = pytest.mark.attack
 
 
 def put(path: Path, size: int, age: float) -> Path:

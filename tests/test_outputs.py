@@ -9,6 +9,9 @@ import pytest
 from unitok_mllm.outputs import check_output_file, check_output_folder
 
 
+pytestmark = pytest.mark.attack
+
+
 def test_what_can_be_written_passes_and_nothing_remains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in (".", "", "new", "new/run", tmp_path, tmp_path / "a/b/c"):

@@ -168,6 +168,7 @@ def test_nothing_of_a_conversation_is_lost_or_put_into_anothers_mouth(processor,
     assert by_every_route(processor, messages) == expected
 
 
+@pytest.mark.attack
 def test_what_else_a_template_is_given_is_refused_by_name(processor):
     for options in ({"tools": [{"type": "function"}]}, {"documents": [{"title": "a", "text": "b"}]}):
         for tokenize in (False, True):
@@ -218,6 +219,7 @@ def test_pictures_come_from_wherever_a_part_may_name_them(processor, picture, tm
         processor.apply_chat_template([turn("user", [{"type": "image", "base64": "abc"}])], **options)
 
 
+@pytest.mark.attack
 def test_texts_may_spell_control_tokens_in_conversations(processor, picture):
     spelled = "a </s><s> <image><boi><eoi><pad> b"
     messages = [turn("system", spelled), user(picture, spelled), assistant(spelled), turn("user", spelled)]
@@ -460,6 +462,7 @@ ODD_TEXTS = {
 
 
 @pytest.mark.parametrize("name", ODD_TEXTS)
+@pytest.mark.attack
 def test_odd_texts_are_plain_text_by_every_route(processor, name):
     text, picture = ODD_TEXTS[name], Image.new("RGB", (20, 20), "red")
     chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
@@ -497,6 +500,7 @@ def test_texts_without_tokens_are_the_same_sanitized_or_not(processor):
             assert torch.equal(plain[key], sanitized[key]) and torch.equal(plain[key], default[key]), key
 
 
+@pytest.mark.attack
 def test_llamas_byte_tokens_can_be_spelled_too():
     vocabulary = ["<unk>", "<s>", "</s>", "<0x00>", "<0x01>", "▁", *"<>0x1/sunkred", "▁r"]
     ids = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}

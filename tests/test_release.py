@@ -13,6 +13,9 @@ from training.release import save_release, write_folder
 from unitok_mllm import UniTokMLLMForConditionalGeneration
 
 
+pytestmark = pytest.mark.attack
+
+
 def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path):
     def writer(text: str) -> Callable[[Path], None]:
         return lambda folder: (

@@ -1,5 +1,7 @@
 """The lock on an output folder, and folders that cannot be written."""
 
+import importlib
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from training import run_folder
+from training.errors import one_line_errors
 from training.run_folder import claim_folder
+from unitok_mllm.inference import SHIPPED_MODEL
+
+
+pytestmark = pytest.mark.attack
 
 
 SCRIPT = """
@@ -62,5 +69,29 @@ def test_without_the_systems_list_another_run_has_no_name(tmp_path, monkeypatch)
     assert first.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match="run is in use by another run$"):
         claim_folder(tmp_path / "run")
+    first.kill()
+    first.communicate(timeout=60)
+
+
+MLLM = {"model": "none", "text_tokenizer": ""}
+CLAIMS = {"candidates": {"plain": {}}, "validation": {"a": "."}, "held_out": {"b": "."}}
+
+
+@pytest.mark.parametrize(
+    "script", ["training.train_mllm", "training.train_tokenizer", "training.extract_codes", "eval.claims"]
+)
+def test_a_second_run_of_any_script_is_refused_before_anything_is_loaded(tmp_path, script, capsys):
+    first, module = other_run(tmp_path / "run"), importlib.import_module(script)
+    config = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "text_tokenizer": "none"}
+    config |= {"training.train_mllm": MLLM, "eval.claims": CLAIMS}.get(script, {})
+    (tmp_path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")
+    words = [str(tmp_path / "run.yaml")]
+    if script == "training.extract_codes":
+        words = ["no.jsonl", str(tmp_path / "run"), "--visual-model", str(SHIPPED_MODEL)]
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(SystemExit) as end:
+        one_line_errors()(module.__dict__.get("app", module.main))(words)
+    said = f"error: the output folder {tmp_path}/run is in use by process {first.pid}\n"
+    assert end.value.code == 2 and capsys.readouterr().err == said
     first.kill()
     first.communicate(timeout=60)

@@ -14,6 +14,9 @@ from training.files import ImageStore
 from training.shards import shard_files, tar_members
 
 
+pytestmark = pytest.mark.attack
+
+
 FILES = {"a.png": b"first", "a.txt": b"red", "folder/b.png": b"", "__meta__/c.json": b"{}"}
 
 

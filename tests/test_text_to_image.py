@@ -217,6 +217,7 @@ def test_two_processes_and_other_batches_draw_the_same(prompts, drawn, tmp_path)
     assert pictures(tmp_path / "three") == pictures(drawn)
 
 
+@pytest.mark.attack
 def test_a_signal_leaves_whole_pictures_and_the_same_command_goes_on(prompts, drawn, tmp_path, monkeypatch):
     draw, batches = evaluation.draw, []
 
@@ -236,6 +237,7 @@ def test_a_signal_leaves_whole_pictures_and_the_same_command_goes_on(prompts, dr
     assert pictures(tmp_path / "told") == pictures(drawn) and len(batches) == 5
 
 
+@pytest.mark.attack
 def test_only_missing_and_broken_pictures_are_drawn_again(prompts, drawn, tmp_path, capsys):
     before, times = pictures(drawn), {}
     first, second, *others = [drawn / "images" / name for name in sorted(before)]

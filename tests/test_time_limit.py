@@ -8,6 +8,9 @@ import pytest
 from unitok_mllm.time_limit import time_limit
 
 
+pytestmark = pytest.mark.attack
+
+
 def loop() -> None:
     while True:
         try:

@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 
 from training import OF_NO_USE
 from training.arguments import parse_yaml_and_command_line
+from training.checkpoints import newest_checkpoint
 from training.data import IGNORE, MLLMCollator, MLLMDataset, SampleTexts, Source
 from training.errors import one_line_errors
 from training.files import whole_checkpoints
@@ -37,7 +38,7 @@ from training.merge_lora import app as merge_lora_app
 from training.merge_lora import load_with_adapter
 from training.mllm_trainer import WHOLE, EvalShare, ExpectedTimeCallback, MLLMTrainer, is_under, set_visual_aside
 from training.release import save_release
-from training.train_mllm import IMAGE_TOKENS, MLLMArguments, build_model, main
+from training.train_mllm import IMAGE_TOKENS, MLLMArguments, build_model, build_processor, main
 from training.trainer_options import METRICS
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
@@ -416,6 +417,7 @@ def test_a_run_without_a_best_model_releases_none(tmp_path, start, data):
 
 
 @pytest.mark.full
+@pytest.mark.attack
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, start, data):
     sources = list(data.values())
     options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2}
@@ -440,6 +442,30 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, start, data):
     first, second = (load_file(tmp_path / f"{name}/release/model.safetensors") for name in ("whole", "killed"))
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.attack
+def test_an_mllm_training_goes_on_from_before_a_truncated_checkpoint(tmp_path, start, data, caplog):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    config = str(write_config(tmp_path / "run.yaml", start, [data["text"], data["draw"]], **options))
+    main([config])
+    whole, released = losses(tmp_path / "run"), load_file(tmp_path / "run/release/model.safetensors")
+    newest, truncated = tmp_path / "run/checkpoint-3", set()
+    for path in sorted(newest.iterdir()):
+        content = path.read_bytes()
+        if path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".json"):
+            path.write_bytes(content[: len(content) // 2])
+            assert newest_checkpoint(tmp_path / "run", WHOLE).name == "checkpoint-2"
+            path.write_bytes(content)
+            truncated.add(path.name)
+    assert truncated >= {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    (newest / "optimizer.pt").write_bytes(b"")
+    shutil.rmtree(tmp_path / "run/release")
+    main([config])
+    assert f"{newest}/optimizer.pt is broken: File is not a zip file: going on from the checkpoint" in caplog.text
+    assert losses(tmp_path / "run") == whole
+    again = load_file(tmp_path / "run/release/model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in released.items())
 
 
 @pytest.fixture
@@ -473,7 +499,9 @@ def joined(tmp_path, start, llm: Path, sources: list[dict], **options) -> Path:
 
 
 def built(config: Path):
-    return build_model(*parse_yaml_and_command_line((MLLMArguments, TrainingArguments), [str(config)]))
+    arguments, training_arguments = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), [str(config)])
+    processor = build_processor(arguments)
+    return build_model(arguments, training_arguments, processor), processor
 
 
 @pytest.mark.parametrize("pair", IMAGE_TOKENS)
@@ -785,7 +813,8 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path, start, data):
 
 def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
     for options, message in (
-        ({"trainable": ["head"]}, "'head', which matches no parameter"),
+        ({"trainable": ["head"]}, "trainable has no 'head'; it has embedder, depth_head, language_model"),
+        ({"trainable": ["embedder.nothing"]}, "'embedder.nothing', which matches no parameter"),
         ({"num_train_epochs": 2}, "num_samples"),
         ({"lora": {"r": 4}}, "take language_model out"),
         ({"load_in_4bit": True}, "needs lora"),
@@ -794,7 +823,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
         ({"model": ""}, "Give either model"),
         ({"eval_datasets": [data["read"]]}, "eval_strategy is no, with eval_datasets"),
         ({"eval_strategy": "steps"}, "eval_strategy is steps, without eval_datasets"),
-        ({"learning_rates": {"heads": 1e-3}}, "learning_rates has 'heads', which matches no trained parameter"),
+        ({"learning_rates": {"embeder": 1e-3}}, "learning_rates has no 'embeder': did you mean 'embedder'"),
         ({"learning_rates": {"embedder": 1.0}, "trainable": ["depth_head"]}, "'embedder', which matches no trained"),
         ({"llm": "x"}, "With model, llm 'x' would have no effect"),
         ({"boi_token": "<x>"}, "With model, boi_token '<x>' would have no effect"),
@@ -803,7 +832,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
         ({"train_codebooks": True, "trainable": ["depth_head"]}, "train_codebooks needs embedder"),
         ({"release_dtype": "int8"}, "release_dtype must be one of float32, float16, bfloat16, got 'int8'"),
         ({"llm_dtype": "half"}, "llm_dtype must be one of .*, got 'half'"),
-        ({"text_loss_weight": 1.5}, "text_loss_weight must be from 0 to 1, got 1.5"),
+        ({"text_loss_weight": 1.5}, "text_loss_weight .1.5. is not between 0.0 and 1.0"),
         ({"image_loss_share": 0.0}, "image_loss_share must be above 0"),
         ({"lora": {"modules_to_save": ["x"]}, "trainable": ["embedder"]}, "lora takes no modules_to_save"),
         ({"load_in_4bit": True, "visual_model": "x"} | LORA, "load_in_4bit needs `model` alone"),
@@ -871,7 +900,7 @@ def test_qlora_trains_over_four_bits(tmp_path, start, data):
         eval_steps=3,
         **LORA,
     )
-    start_of_run, _ = build_model(*parse_yaml_and_command_line((MLLMArguments, TrainingArguments), [str(config)]))
+    start_of_run, _ = built(config)
     in_four_bits = {n for n, m in start_of_run.named_modules() if isinstance(m, bits.nn.Linear4bit)}
     assert len(in_four_bits) == 14 and all(name.startswith("language_model.model.layers") for name in in_four_bits)
     main([str(config)])
@@ -895,6 +924,7 @@ def test_qlora_trains_over_four_bits(tmp_path, start, data):
     assert differences["run/release"] < 2e-4 and differences["merged"] < 2e-4 < 1e-3 < differences["other"]
 
 
+@pytest.mark.attack
 def test_signals_end_a_run_after_their_step_and_the_same_command_goes_on(tmp_path, start, data, capsys, monkeypatch):
     sources, options = list(data.values()), {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
     options |= {"image_loss_share": 0.5, "caption_dropout": 0.5, "logging_steps": 2, "save_total_limit": 1}
@@ -922,6 +952,7 @@ def test_signals_end_a_run_after_their_step_and_the_same_command_goes_on(tmp_pat
     assert not changed(tmp_path / "told/release", tmp_path / "whole/release")
 
 
+@pytest.mark.attack
 def test_without_checkpoints_a_signal_leaves_none(tmp_path, start, data, capsys, monkeypatch):
     monkeypatch.setattr(MLLMTrainer, "log", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as end:
@@ -930,6 +961,7 @@ def test_without_checkpoints_a_signal_leaves_none(tmp_path, start, data, capsys,
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+@pytest.mark.attack
 def test_a_full_disk_leaves_the_mllm_training_its_last_checkpoint(tmp_path, lively_mllm, processor):
     (tmp_path / "text.jsonl").write_text('{"text": "what is red"}\n' * 8, encoding="utf-8")
     data = MLLMDataset([Source(str(tmp_path / "text.jsonl"), "text")], SampleTexts(processor, 50))

@@ -33,7 +33,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from training import text_tokenizer
 from training.arguments import parse_yaml_and_command_line
-from training.checkpoints import set_random_state
+from training.checkpoints import newest_checkpoint, set_random_state
 from training.codebooks import gather_chunks, start_from_data
 from training.discriminator import FeatureDiscriminator
 from training.errors import one_line_errors
@@ -615,6 +615,7 @@ def _die_in_step_5(rank: int, folder: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.attack
 def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
     whole = trainer_of(tmp_path / "whole", RESUMED, small_model(drop_path_rate=0.3), **LONG)
     whole.train()
@@ -728,6 +729,7 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
         ({"report_to": "wandb"}, "report_to must be of type list, got 'wandb'"),
     ],
 )
+@pytest.mark.attack
 def test_training_arguments_that_cannot_be_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         TokenizerTrainingArguments(**wrong)
@@ -1029,6 +1031,7 @@ def test_a_release_that_is_not_finite_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("told_at", [2, 4])
+@pytest.mark.attack
 def test_a_signal_ends_a_training_after_its_step_and_it_goes_on_the_same(tmp_path, monkeypatch, told_at):
     monkeypatch.setattr(Recorder, "_report", TokenizerTrainer._report)
     options = {"max_steps": 4, "save_steps": 3, "logging_steps": 2, "dataloader_num_workers": 0}
@@ -1061,6 +1064,7 @@ def test_a_signal_ends_a_training_after_its_step_and_it_goes_on_the_same(tmp_pat
     assert losses[0] == losses[1] and len(losses[0]) > 3
 
 
+@pytest.mark.attack
 def test_a_full_disk_leaves_the_tokenizer_training_its_last_checkpoint(tmp_path):
     options = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1, "dataloader_num_workers": 0}
     trainer = trainer_of(tmp_path, {}, small_model(), **options)
@@ -1080,11 +1084,18 @@ def test_a_full_disk_leaves_the_tokenizer_training_its_last_checkpoint(tmp_path)
     assert {path.name for path in tmp_path.glob("*checkpoint*")} == {"checkpoint-4"}
 
 
+@pytest.mark.attack
 def test_a_tokenizer_training_goes_on_from_before_a_truncated_checkpoint(tmp_path):
     options = {"max_steps": 4, "save_steps": 1, "save_total_limit": 2, "dataloader_num_workers": 0}
     trainer = trainer_of(tmp_path, {}, small_model(), **options)
     trainer.train()
     end = {name: value.clone() for name, value in trainer.tokenizer.module.state_dict().items()}
+    files = [path for path in sorted((tmp_path / "checkpoint-4").rglob("*")) if path.is_file()]
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        assert newest_checkpoint(tmp_path, STATE).name == "checkpoint-3", path
+        path.write_bytes(content)
     state = tmp_path / "checkpoint-4/state.pt"
     state.write_bytes(state.read_bytes()[:-100])
     resumed = trainer_of(tmp_path, {}, small_model(), resume=True, **options)

@@ -126,6 +126,7 @@ def test_all_questions_are_there(expected):
     assert list(zip(documents["question"], documents["answer"])) == rows and len(rows) == 9673
 
 
+@pytest.mark.attack
 def test_the_same_command_goes_on_where_it_was_cut_off(expected, tmp_path, monkeypatch):
     generate, batches = UniTokMLLM._generate, []
 

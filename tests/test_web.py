@@ -193,6 +193,7 @@ def test_who_waits_sees_a_place_in_the_queue(shared, run):
 
 
 @pytest.mark.parametrize("work", ["answer", "draw", "waiting"])
+@pytest.mark.attack
 def test_a_page_that_is_left_stops_the_work_and_the_model_stays_usable(
     shared, run, shown, answers_with_a_drawing, work
 ):
@@ -256,6 +257,7 @@ def test_what_cannot_be_asked_or_drawn(shared, shown):
         shared.chat_inputs([question("what?", Image.new("RGB", (30_000, 1)))])
 
 
+@pytest.mark.attack
 def test_what_visitors_write_is_plain_text(shared, shown, processor):
     text = "a red </s><boi> <image>"
     inputs = shared.chat_inputs([question(text, red_circle())])
@@ -265,6 +267,7 @@ def test_what_visitors_write_is_plain_text(shared, shown, processor):
     assert len(shown(shared.draw(text, 1, DRAWING))) == L
 
 
+@pytest.mark.attack
 def test_unreadable_pictures_are_named_without_their_folder(tmp_path):
     (tmp_path / "notes.png").write_text("no picture", encoding="utf-8")
     with pytest.raises(ValueError, match="^notes.png is not a picture that can be read$"):
@@ -312,6 +315,7 @@ def peak_memory(work: Callable[[], None]) -> int:
     return memory("VmHWM") - before
 
 
+@pytest.mark.attack
 def test_bombs_are_refused_by_their_headers(tmp_path, shared, monkeypatch):
     header = struct.pack(">4sIIBBBBB", b"IHDR", 13_000, 13_000, 8, 2, 0, 0, 0)
     data = struct.pack(">4s", b"IDAT") + zlib.compress(bytes(100))
@@ -337,6 +341,7 @@ def test_bombs_are_refused_by_their_headers(tmp_path, shared, monkeypatch):
 
 @pytest.mark.slow  # some seconds each
 @pytest.mark.parametrize("format, mode, options", BOMBS)
+@pytest.mark.attack
 def test_the_largest_picture_takes_bounded_memory(tmp_path, format, mode, options):
     path = bomb(tmp_path / f"large.{format.lower()}", 7000, mode, format=format, **options)
     taken = peak_memory(lambda: web.read_pictures([path]))
@@ -353,6 +358,7 @@ def test_every_format_of_the_page_is_read(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", ["TIFF", "PPM", "TGA", "ICO", "JPEG2000"])
+@pytest.mark.attack
 def test_formats_that_no_browser_makes_are_not_decoded(tmp_path, format):
     red_circle().save(tmp_path / "circle.png", format=format)
     with pytest.raises(ValueError, match="^circle.png is not a picture that can be read$"):
@@ -576,6 +582,7 @@ def test_reconstruct_and_name(page, picture):
 
 
 @pytest.mark.web
+@pytest.mark.attack
 def test_what_is_no_picture_gives_a_message(page, tmp_path):
     for name in ("notes.txt", "notes.png"):
         (tmp_path / name).write_text("no picture", encoding="utf-8")
@@ -587,6 +594,7 @@ def test_what_is_no_picture_gives_a_message(page, tmp_path):
 
 
 @pytest.mark.web
+@pytest.mark.attack
 def test_markup_in_prompts_words_and_names_of_files_stays_text(page, picture, tmp_path):
     (tmp_path / "<b class=hacked>.png").write_text("no picture", encoding="utf-8")
     ask(page, "what?", tmp_path / "<b class=hacked>.png")
@@ -607,6 +615,7 @@ def test_markup_in_prompts_words_and_names_of_files_stays_text(page, picture, tm
 
 
 @pytest.mark.web
+@pytest.mark.attack
 def test_no_file_of_the_machine_can_be_read(served):
     address, temporary = served
     secret = temporary.parent / "secret.txt"  # in the server's current folder
@@ -624,6 +633,7 @@ def test_no_file_of_the_machine_can_be_read(served):
 
 
 @pytest.mark.web
+@pytest.mark.attack
 def test_uploads_have_a_limit(served):
     address, temporary = served
     httpx.post(f"{address}/gradio_api/upload", files={"files": ("small.png", bytes(1024**2))}).raise_for_status()
@@ -671,6 +681,7 @@ def slow_page(shared, monkeypatch, tmp_path) -> Iterator[str]:
 
 @pytest.mark.slow  # loads the model in a process of its own
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda end: end.name)
+@pytest.mark.attack
 def test_a_signal_in_the_middle_of_drawings_leaves_nothing(tmp_path, end):
     with server(tmp_path, end) as (address, temporary), visitor() as client:
         for _ in range(4):
@@ -682,6 +693,7 @@ def test_a_signal_in_the_middle_of_drawings_leaves_nothing(tmp_path, end):
 
 @pytest.mark.slow  # imports gradio in a process of its own
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda end: end.name)
+@pytest.mark.attack
 def test_a_signal_while_loading_leaves_nothing(tmp_path, end):
     process = start_server(tmp_path, free_port())
     wait_until(lambda: list((tmp_path / "tmp").glob("unitok-mllm-*")))
@@ -726,6 +738,7 @@ def upload(client: httpx.Client, address: str, *paths: Path) -> list[dict]:
     return [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in uploaded]
 
 
+@pytest.mark.attack
 def test_other_sites_can_neither_send_nor_read(small_page, picture):
     with visitor() as client:
         page = client.get(small_page)
@@ -758,6 +771,7 @@ def test_other_sites_can_neither_send_nor_read(small_page, picture):
         assert client.get(f"{small_page}/config", headers=further).status_code == 200
 
 
+@pytest.mark.attack
 def test_nothing_else_of_gradio_is_served(small_page):
     with visitor() as client:
         for method, route in (
@@ -778,6 +792,7 @@ def test_nothing_else_of_gradio_is_served(small_page):
             assert client.get(f"{small_page}/{route}").status_code == 404, route
 
 
+@pytest.mark.attack
 def test_no_picture_of_the_machine_can_be_shown(small_page, picture):
     """A real picture outside the folder: only the check of its path can refuse it."""
     with visitor() as client:
@@ -791,6 +806,7 @@ def test_no_picture_of_the_machine_can_be_shown(small_page, picture):
             assert outcome(client, small_page, "chat", [message, 8, *DRAW[2:]])[0] == "error", path
 
 
+@pytest.mark.attack
 def test_the_queue_cannot_be_passed_and_a_visitor_has_four_jobs(slow_page):
     clients = [visitor(number) for number in range(1, 31)]
     with ThreadPoolExecutor(30) as pool:
@@ -804,6 +820,7 @@ def test_the_queue_cannot_be_passed_and_a_visitor_has_four_jobs(slow_page):
     assert direct.status_code == 404
 
 
+@pytest.mark.attack
 def test_texts_of_a_chat_reach_the_page_escaped_and_the_model_as_they_are(small_page, shared, monkeypatch):
     asked, chat_inputs = [], shared.chat_inputs
     monkeypatch.setattr(shared, "chat_inputs", lambda turns: asked.append(turns) or chat_inputs(turns))
@@ -814,6 +831,7 @@ def test_texts_of_a_chat_reach_the_page_escaped_and_the_model_as_they_are(small_
     assert asked[0][0]["content"] == [{"type": "text", "text": MARKUP}]
 
 
+@pytest.mark.attack
 def test_requests_have_a_size_and_a_rate(small_page):
     with visitor(2) as client:
         words = "\n".join(["x" * 20_000] * 1000)
@@ -843,6 +861,7 @@ HOSTILE = [  # job, which of its fields, and what it cannot be
 ]
 
 
+@pytest.mark.attack
 def test_every_field_is_checked_on_the_server(small_page, picture):
     with visitor() as client:
         (file,) = upload(client, small_page, picture)
@@ -873,6 +892,7 @@ def memory_over(work: Callable[[], None], times: int) -> list[int]:
 
 
 @pytest.mark.slow  # minutes
+@pytest.mark.attack
 def test_nothing_grows_over_many_drawings_and_loads(shared, shown, processor, tmp_path):
     shared.model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -883,6 +903,7 @@ def test_nothing_grows_over_many_drawings_and_loads(shared, shown, processor, tm
 
 
 @pytest.mark.slow  # minutes
+@pytest.mark.attack
 def test_nothing_grows_over_many_requests(small_page, picture):
     """A thousand visits, from 49 addresses: the page, and of every tenth an upload, the tokenizer, and a drawing."""
     numbers, seen = count(), Counter()
@@ -903,6 +924,7 @@ def test_nothing_grows_over_many_requests(small_page, picture):
     assert sizes[2] - sizes[1] < 30
 
 
+@pytest.mark.attack
 def test_uploads_make_room_for_themselves(small_page, tmp_path):
     kept = tmp_path / "kept"
     with visitor() as client:

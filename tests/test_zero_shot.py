@@ -478,7 +478,10 @@ def test_wrong_image_folders_are_named(tmp_path, run, folders, message):
         (["--dataset", "easy-vqa", "--batch_size", "0"], "batch_size and limit must be at least 1"),
         (["--dataset", "emoji", "--data", "no/such"], "no/such has no emoji.json: python -m training.prepare_data"),
         (["--dataset", "easy-vqa", "--system", "clip", "--model", "./no/such"], "no/such"),
-        (["--dataset", "easy-vqa", "--system", "open_clip", "--model", "ViT-0"], "open_clip has no model 'ViT-0'"),
+        (
+            ["--dataset", "easy-vqa", "--system", "open_clip", "--model", "ViT-0"],
+            "open_clip has no 'ViT-0': did you mean 'ViT-",
+        ),
         (
             ["--dataset", "easy-vqa", "--system", "open_clip", "--model", "ViT-S-32", "--pretrained", "no.pt"],
             "pretrained is a file or a tag of ViT-S-32's (none), not 'no.pt'",
@@ -491,6 +494,7 @@ def test_errors_say_what_is_wrong(run, options, message):
     assert str(error.value).startswith("error: ") and message in str(error.value)
 
 
+@pytest.mark.attack
 def test_a_signal_keeps_what_is_classified_and_the_same_command_goes_on(unitok_folder, run, monkeypatch, capsys):
     options = ["--model", str(unitok_folder), "--dataset", "easy-vqa", "--limit", "8", "--batch_size", "1"]
     expected, tensors = run(*options, output="whole")

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_origin
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import httpx
 import torch
@@ -16,6 +17,7 @@ import yaml
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import HfArgumentParser, TrainingArguments
 
+from training.checkpoints import check_file
 from training.errors import CommandLine, check_keys
 from unitok_mllm.configuration_unitok import check_ranges
 from unitok_mllm.devices import AUTO, find_device
@@ -26,16 +28,23 @@ BELOW_ONE = (0.0, 1 - 1e-9)
 
 
 def check_arguments(arguments: Any, **ranges: tuple[float, float]) -> None:
-    """Check the types of a dataclass's fields, and that those named lie in their inclusive ranges.
+    """Check the types of a dataclass's fields (None passes where it is the default), and that those named lie in their
+    inclusive ranges.
 
     Raises:
         ValueError: a field has another type, or lies outside its range (NaN always does).
     """
     for field in fields(arguments):
-        value, kind = getattr(arguments, field.name), get_origin(field.type) or field.type
+        value, kind, inner = getattr(arguments, field.name), get_origin(field.type), get_args(field.type)
+        if value is None is field.default:
+            continue
+        kind = field.type if kind in (None, UnionType) else kind
         is_of_kind = isinstance(value, int | float if kind is float else kind)
+        if is_of_kind and kind is list and inner:
+            is_of_kind = all(isinstance(item, inner) for item in value)
         if not is_of_kind or isinstance(value, bool) and kind is not bool:
-            raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}.")
+            name = kind.__name__ if isinstance(field.type, type) else field.type
+            raise ValueError(f"{field.name} must be of type {name}, got {value!r}.")
     check_ranges(arguments, **ranges)
 
 
@@ -68,10 +77,13 @@ def check_source(option: str, name: str | os.PathLike) -> None:
     """Check, within seconds, that a folder or a model on the hub (or in its cache) exists; "" passes.
 
     Raises:
-        ValueError: neither exists.
+        ValueError: neither exists, or the folder's config is no JSON.
     """
     name = str(name)
     if not name or Path(name).is_dir():
+        config = Path(name, "config.json")
+        if name and config.is_file():
+            check_file(config)
         return
     if (
         Path(name).parent == Path() or not Path(name).parent.exists()
@@ -86,6 +98,26 @@ def check_source(option: str, name: str | os.PathLike) -> None:
     else:
         reason = ""
     raise ValueError(f"{option}: there is no folder {name}{reason}")
+
+
+def check_open_clip(name: str, weights: str, option: str) -> None:
+    """Check that open_clip knows a model and its weights; `hf-hub:OWNER/NAME` and `local-dir:FOLDER` pass.
+
+    Args:
+        weights: a file, or one of open_clip's tags for this model.
+        option: that gave the weights.
+
+    Raises:
+        ValueError: it does not.
+    """
+    import open_clip  # takes seconds, which neither `--help` nor a mistake should
+
+    if ":" in name:
+        return
+    check_keys("open_clip", [name], open_clip.list_models())
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights not in tags and not Path(weights).is_file():
+        raise ValueError(f"{option} is a file or a tag of {name}'s ({', '.join(tags) or 'none'}), not {weights!r}")
 
 
 def mapping(text: str) -> dict:

@@ -139,6 +139,7 @@ class SampleTexts:
         return {"input_ids": input_ids, "labels": labels, "image_targets": image_targets}
 
 
+CHECKED_ROWS = 100  # of each source, before a training
 COLUMNS = {"conversations": "conversations", "captions": "caption", "text": "text"}  # of each type of source
 
 
@@ -250,6 +251,22 @@ class Source:
             raise UnusableSample(f"its text has {places} image placeholders, but its `image` names {names or 'none'}")
         mode = self._mode(draws_only) if names else ""
         return encoded | {"images": [self._image(name, mode, texts.processor, rng) for name in names]}
+
+    def check_samples(self, texts: SampleTexts) -> None:
+        """Check that one of up to 100 rows, evenly spread over all, makes a sample.
+
+        Raises:
+            ValueError: none does; the message gives the reason of the last. Or see `sample`.
+        """
+        rows = np.unique(np.linspace(0, len(self.rows) - 1, CHECKED_ROWS, dtype=int)).tolist()
+        for row in rows:
+            try:
+                self.sample(row, texts, 0.0, np.random.default_rng(0))
+            except UnusableSample as error:
+                reason = error
+            else:
+                return
+        raise ValueError(f"{self.path}: none of the {len(rows)} rows that were tried can be used: {reason}")
 
     def _image(self, name: str, mode: str, processor: UniTokMLLMProcessor, rng: np.random.Generator) -> torch.Tensor:
         if isinstance(self.store, CodeStore):

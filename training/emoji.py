@@ -98,9 +98,16 @@ def load(packages: str | os.PathLike, categories: list[str] | None = None) -> li
 
 
 def read_table(folder: str | os.PathLike) -> list[Emoji]:
-    """Read the emoji that `training.prepare_data` has written to a folder."""
-    folder = Path(folder)
-    return [Emoji(**row) for row in json.loads((folder / TABLE).read_text(encoding="utf-8"))]
+    """Read the emoji that `training.prepare_data` has written to a folder.
+
+    Raises:
+        ValueError: the table is no list of emoji.
+    """
+    path = Path(folder) / TABLE
+    try:
+        return [Emoji(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no table of emoji ({error}): write it anew with training.prepare_data") from error
 
 
 def write_images(emoji: list[Emoji], packages: str | os.PathLike, folder: str | os.PathLike) -> None:

@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from typer.exceptions import TyperException
 
 from training.interrupts import Interrupted, ends_handled_by
+from unitok_mllm.cli import OneLineErrors
 
 
 MENDABLE = (ValueError, OSError, FloatingPointError, StrictDataclassError, subprocess.CalledProcessError)
@@ -71,6 +72,8 @@ def one_line_errors(
                 message = error.format_message()
                 if not message:  # the help was printed
                     sys.exit(error.exit_code)
+                words = list(args[0]) if args else sys.argv[1:]
+                message += OneLineErrors.value_given(words, getattr(error, "param", None))
             except MENDABLE as error:
                 message = str(error)
             end(f"error: {' '.join(message.split())}", 2)

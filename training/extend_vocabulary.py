@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from training.arguments import check_source
 from training.errors import one_line_errors, script_app
-from training.files import read_rows
 from training.release import save_release
+from training.text_tokenizer import read_captions
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.outputs import check_output_folder
 
@@ -99,11 +99,11 @@ def main(
     """Write MODEL, an MLLM's folder, to FOLDER, with new tokens for the words of the captions."""
     check_source("MODEL", model)
     check_output_folder(folder)
-    mllm = UniTokMLLMForConditionalGeneration.from_pretrained(model)
+    texts = [before + caption for path in captions for caption in read_captions(path) for before in ("", " ")]
     processor = UniTokMLLMProcessor.from_pretrained(model)
     old = processor.tokenizer
-    texts = [before + row["caption"] for path in captions for row in read_rows(path) for before in ("", " ")]
     processor.tokenizer = extend_tokenizer(old, texts, vocab_size)
+    mllm = UniTokMLLMForConditionalGeneration.from_pretrained(model)
     added = range(len(old), len(processor.tokenizer))
     spellings = {i: old(processor.tokenizer.decode([i]), add_special_tokens=False)["input_ids"] for i in added}
     for part in (mllm.language_model, mllm.visual.text_model):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from training.codes import shard_path, write_metadata, write_shard
 from training.errors import one_line_errors, script_app
-from training.files import IMAGE_SUFFIXES, BrokenSamples, ImageStore, read_rows
+from training.files import IMAGE_SUFFIXES, MOST_WORKERS, BrokenSamples, ImageStore, read_rows
 from training.image_text_data import augmentation, random_numbers, sample_seed
 from training.ray_jobs import run_jobs
 from training.run_folder import claim_folder
@@ -163,11 +163,15 @@ def main(
     mode: Annotated[Mode, typer.Option(help="mode of the image processor")] = Mode.understand,
     batch_size: Annotated[int, typer.Option(min=1, help="images encoded at a time")] = 64,
     shard_size: Annotated[int, typer.Option(min=1, help="images per shard")] = 4096,
-    workers: Annotated[int, typer.Option(min=0, help="image-decoding processes for each encoding process")] = 4,
+    workers: Annotated[
+        int, typer.Option(min=0, max=MOST_WORKERS, help="image-decoding processes for each encoding process")
+    ] = 4,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = AUTO,
     bf16: Annotated[bool, typer.Option(help="encode in bfloat16; the search for codes stays float32")] = False,
     seed: Annotated[int, typer.Option(help="seed of mirroring and shifts")] = 0,
-    max_broken_share: Annotated[float, typer.Option(help="share of broken images above which a process stops")] = 0.01,
+    max_broken_share: Annotated[
+        float, typer.Option(min=0, max=1, help="share of broken images above which a process stops")
+    ] = 0.01,
     ray_workers: Annotated[int, typer.Option(min=0, help="number of Ray workers; 0 to encode in this process")] = 0,
 ) -> None:
     """Write the codes of the images that DATA names to OUT."""

@@ -21,6 +21,7 @@ from unitok_mllm.processing_unitok import GENERATION_SUFFIX, UNCONDITIONAL_PROMP
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<boi>", "<eoi>", "<image>")
 TURNS = "USER: ASSISTANT: "
 SMALLEST = len(SPECIAL_TOKENS) + 256  # a token for each byte
+LARGEST = 2**20  # memory is reserved for all of them
 
 
 def train_text_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
@@ -53,18 +54,28 @@ def easy_vqa_texts() -> list[str]:
     return texts + [f"{TURNS}{question} {answer}" for s in samples for question, answer in s.questions]
 
 
+def read_captions(path: str | os.PathLike) -> list[str]:
+    """Read the captions of a table.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such table, or it has no rows, or one without a caption; it is named.
+    """
+    rows = read_rows(path)
+    if not len(rows):
+        raise ValueError(f"{path} has no rows.")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get("caption"), str):
+            raise ValueError(f"Row {number} of {path} has no text under 'caption'.")
+    return [row["caption"] for row in rows]
+
+
 def caption_texts(paths: list[str | os.PathLike]) -> list[str]:
     """Return the captions of tables as prompts, with a null prompt and the words around turns for every ten of them.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such table, or a row of it has no caption; it is named.
+        FileNotFoundError, ValueError: see `read_captions`.
     """
-    prompts = []
-    for path in paths:
-        for number, row in enumerate(read_rows(path), start=1):
-            if not isinstance(row.get("caption"), str):
-                raise ValueError(f"Row {number} of {path} has no text under 'caption'.")
-            prompts.append(row["caption"] + GENERATION_SUFFIX)
+    prompts = [caption + GENERATION_SUFFIX for path in paths for caption in read_captions(path)]
     return prompts + [UNCONDITIONAL_PROMPT, TURNS] * (len(prompts) // 10 + 1)
 
 
@@ -83,6 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     check_output_folder(arguments.folder)
     if arguments.vocab_size < SMALLEST:
         parser.error(f"--vocab-size {arguments.vocab_size} is below {SMALLEST}, the special tokens and all bytes")
+    if arguments.vocab_size > LARGEST:
+        parser.error(f"--vocab-size {arguments.vocab_size} is above {LARGEST}")
     texts = caption_texts(arguments.captions) if arguments.captions else easy_vqa_texts()
     tokenizer = train_text_tokenizer(texts, arguments.vocab_size)
     tokenizer.save_pretrained(arguments.folder)

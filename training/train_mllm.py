@@ -37,9 +37,17 @@ from transformers.integrations.deepspeed import (
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer import TRAINER_STATE_NAME
 
-from training.arguments import BELOW_ONE, check_datasets, check_source, checked_number, parse_yaml_and_command_line
+from training.arguments import (
+    BELOW_ONE,
+    check_arguments,
+    check_datasets,
+    check_source,
+    checked_number,
+    parse_yaml_and_command_line,
+)
 from training.checkpoints import check_files, newest_checkpoint
 from training.codes import CodeStore
 from training.data import MLLMCollator, MLLMDataset, SampleTexts, Source
@@ -61,6 +69,7 @@ from training.release import FLOAT_TYPES, check_weight, save_release, write_fold
 from training.run_folder import claim_folder
 from training.trainer_options import check_trainer_options
 from unitok_mllm import (
+    UniTokConfig,
     UniTokImageProcessor,
     UniTokMLLMConfig,
     UniTokMLLMForConditionalGeneration,
@@ -76,7 +85,7 @@ from unitok_mllm.configuration_unitok import (
     UniTokVisionConfig,
     check_ranges,
 )
-from unitok_mllm.drawing_unitok import IMAGE_GENERATION
+from unitok_mllm.drawing_unitok import IMAGE_GENERATION, UniTokDrawingOptions
 from unitok_mllm.image_processing_unitok import load_image
 from unitok_mllm.interleaved_unitok import IMAGE_OPTIONS
 from unitok_mllm.processing_unitok import VICUNA_SYSTEM, vicuna_chat_template
@@ -185,12 +194,16 @@ class MLLMArguments:
     )
 
     def __post_init__(self):
+        limits = {"num_samples": (0, 2**40), "max_length": (2, 2**24)}
+        limits |= dict.fromkeys(("embedder_dim", "embedder_heads"), (1, 2**20))
+        check_arguments(self, **limits, caption_dropout=SHARE, max_broken_share=SHARE, text_loss_weight=SHARE)
         self._check_keys()
+        if not self.trainable:
+            raise ValueError(f"trainable names nothing to train; the parts are {', '.join(PARTS)}.")
         if joined := [name for name in self.trainable if "," in name]:
             raise ValueError(f"Separate the names in trainable by spaces on the command line, got {joined[0]!r}.")
-        check_ranges(
-            self, num_samples=(0, 2**40), max_length=(2, 2**24), caption_dropout=SHARE, max_broken_share=SHARE
-        )
+        for option in ("trainable", "learning_rates"):
+            check_keys(option, [name.partition(".")[0] for name in getattr(self, option)], PARTS)
         if not self.model and not (self.visual_model and (self.llm or self.llm_config)):
             raise ValueError("Give either model, or visual_model with llm or llm_config.")
         if self.load_in_4bit and not self.lora:
@@ -201,11 +214,11 @@ class MLLMArguments:
             raise ValueError("lora freezes the LLM's own weights: take language_model out of trainable.")
         if self.lora and "modules_to_save" in self.lora:
             raise ValueError("lora takes no modules_to_save: use trainable for the parts to train in full.")
+        if "/" not in self.attn_implementation:  # which names a kernel of the hub
+            check_keys("attn_implementation", [self.attn_implementation], ["eager", *ALL_ATTENTION_FUNCTIONS])
         for name in ("llm_dtype", "release_dtype"):
             if getattr(self, name) not in FLOAT_TYPES:
                 raise ValueError(f"{name} must be one of {', '.join(FLOAT_TYPES)}, got {getattr(self, name)!r}.")
-        if not 0 <= self.text_loss_weight <= 1:
-            raise ValueError(f"text_loss_weight must be from 0 to 1, got {self.text_loss_weight}.")
         if not 0 < self.image_loss_share <= 1:
             raise ValueError(f"image_loss_share must be above 0 and at most 1, got {self.image_loss_share}.")
         if self.train_codebooks and not any(is_under("embedder.quantizer.codebooks", p) for p in self.trainable):
@@ -227,7 +240,7 @@ class MLLMArguments:
             )
 
     def _check_keys(self) -> None:
-        """Refuse unknown nested names."""
+        """Refuse unknown nested names, and impossible nested values."""
         check_metadata(self.card)
         names = [option.name for option in fields(LoraConfig)]
         check_keys("lora", self.lora or {}, names)
@@ -242,6 +255,11 @@ class MLLMArguments:
             name: checked_number(f"learning_rates of {name}", rates[name], *WEIGHT) for name in rates
         }
         check_keys("depth_config", self.depth_config or {}, UniTokDepthConfig.own_fields())
+        UniTokDepthConfig(**self.depth_config or {})
+        if self.embedder_dim % self.embedder_heads:
+            raise ValueError(
+                f"embedder_dim ({self.embedder_dim}) is not a multiple of embedder_heads ({self.embedder_heads})."
+            )
         for source in (*self.datasets, *self.eval_datasets):
             check_keys(
                 f"the data set {source.get('path', source)}", source, [option.name for option in fields(Source)]
@@ -252,7 +270,9 @@ class MLLMArguments:
             check_keys("a sample question", question, ("image", "question"))
             if len(question) < 2 or not all(isinstance(text, str) for text in question.values()):
                 raise ValueError(f"A sample question must have an image and a question, both texts, got {question}.")
-        check_keys("sample_options", self.sample_options or {}, IMAGE_OPTIONS)
+        known = IMAGE_OPTIONS & {option.name for option in fields(UniTokDrawingOptions)}
+        check_keys("sample_options", self.sample_options or {}, sorted(known))
+        UniTokDrawingOptions(**self.sample_options or {})
         if self.llm_config:
             model_type = self.llm_config.get("model_type")
             if model_type not in CONFIG_MAPPING:
@@ -292,18 +312,14 @@ def choose_image_tokens(arguments: MLLMArguments, text_tokenizer: PreTrainedToke
     return pair
 
 
-def build_processor(arguments: MLLMArguments, image_size: int) -> UniTokMLLMProcessor:
-    """Load the processor of the model to go on from, or make one of the LLM's text tokenizer.
-
-    Args:
-        arguments: name the model, or the LLM.
-        image_size: pixels of a side, for a new processor.
-    """
+def build_processor(arguments: MLLMArguments) -> UniTokMLLMProcessor:
+    """Load the processor of the model to go on from, or make one of the LLM's text tokenizer."""
     if arguments.model:
         return UniTokMLLMProcessor.from_pretrained(arguments.model)
     gguf = {"gguf_file": arguments.llm_gguf_file} if arguments.llm_gguf_file and not arguments.text_tokenizer else {}
     text_tokenizer = AutoTokenizer.from_pretrained(arguments.text_tokenizer or arguments.llm, **gguf)
     boi_token, eoi_token = choose_image_tokens(arguments, text_tokenizer)
+    image_size = UniTokConfig.from_pretrained(arguments.visual_model).vision_config.image_size
     return UniTokMLLMProcessor(
         UniTokImageProcessor(size={"height": image_size, "width": image_size}),
         text_tokenizer,
@@ -341,14 +357,13 @@ def build_language_model(arguments: MLLMArguments) -> PreTrainedModel:
 
 
 def build_model(
-    arguments: MLLMArguments, training_arguments: TrainingArguments
-) -> tuple[UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor]:
-    """Build the initial model, with its tokenizer unsharded and set aside, and its processor."""
+    arguments: MLLMArguments, training_arguments: TrainingArguments, processor: UniTokMLLMProcessor
+) -> UniTokMLLMForConditionalGeneration:
+    """Build the initial model for a processor of `build_processor`, with its tokenizer unsharded and set aside."""
     with whole_weights(training_arguments):
         visual = UniTokModel.from_pretrained(arguments.visual_model or arguments.model).eval()
         if arguments.model:  # a place for the folder's own tokenizer, which ZeRO-3 would shard; dropped below
             own_visual = UniTokModel(UniTokMLLMConfig.from_pretrained(arguments.model).visual_config)
-    processor = build_processor(arguments, visual.config.vision_config.image_size)
     if arguments.model:
         model = UniTokMLLMForConditionalGeneration.from_pretrained(
             arguments.model, visual=own_visual, **loading_options(arguments)
@@ -378,7 +393,7 @@ def build_model(
     if arguments.train_codebooks:
         model.embedder.unfreeze_codebooks()
     set_visual_aside(model)
-    return model, processor
+    return model
 
 
 def check_numbers(training_arguments: TrainingArguments) -> None:
@@ -396,8 +411,8 @@ def check_numbers(training_arguments: TrainingArguments) -> None:
         raise ValueError(f"max_steps must be at least 1, got {training_arguments.max_steps}.")
 
 
-def checked(source: Source, vision: UniTokVisionConfig) -> Source:
-    """Check that a source's codes fit the tokenizer, and return the source.
+def check_codes(source: Source, vision: UniTokVisionConfig) -> None:
+    """Check that a source's codes fit the tokenizer.
 
     Raises:
         ValueError: they have another geometry.
@@ -410,7 +425,6 @@ def checked(source: Source, vision: UniTokVisionConfig) -> Source:
                 "{}: the codes are for {} codebooks of {} and {} positions, ".format(source.codes, *theirs)
                 + "the tokenizer's for {} codebooks of {} and {} positions.".format(*ours)
             )
-    return source
 
 
 def freeze_all_but(model: torch.nn.Module, trainable: list[str]) -> None:
@@ -599,22 +613,20 @@ def main(argv: list[str] | None = None) -> None:
     train_sources = [Source(**source) for source in arguments.datasets]
     eval_sources = [Source(**source) for source in arguments.eval_datasets]
     logger.info("training on %s, %d processes", training_arguments.device, training_arguments.world_size)
-    model, processor = build_model(arguments, training_arguments)
-    vision = model.config.visual_config.vision_config
+    vision = UniTokConfig.from_pretrained(arguments.visual_model or arguments.model).vision_config
+    processor = build_processor(arguments)
     texts = SampleTexts(processor, arguments.max_length)
-
+    for source in (*train_sources, *eval_sources):
+        check_codes(source, vision)
+        source.check_samples(texts)
     seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
 
     def dataset(sources: list[Source], num_samples: int, caption_dropout: float) -> MLLMDataset:
-        return MLLMDataset(
-            [checked(source, vision) for source in sources],
-            texts,
-            num_samples,
-            seed,
-            caption_dropout,
-            arguments.max_broken_share,
-        )
+        return MLLMDataset(sources, texts, num_samples, seed, caption_dropout, arguments.max_broken_share)
 
+    train_dataset = dataset(train_sources, arguments.num_samples, arguments.caption_dropout)
+    eval_dataset = dataset(eval_sources, 0, 0.0) if eval_sources else None
+    model = build_model(arguments, training_arguments, processor)
     flash = arguments.attn_implementation.startswith("flash")
     collator = MLLMCollator(
         pad_token_id=processor.tokenizer.pad_token_id,
@@ -630,8 +642,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer = MLLMTrainer(
         model=trained,
         args=training_arguments,
-        train_dataset=dataset(train_sources, arguments.num_samples, arguments.caption_dropout),
-        eval_dataset=dataset(eval_sources, 0, 0.0) if eval_sources else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         data_collator=collator,
         processing_class=processor,
         callbacks=[ExpectedTimeCallback(), *[samples] * bool(arguments.sample_prompts or arguments.sample_questions)],

@@ -25,7 +25,13 @@ from huggingface_hub.utils import validate_repo_id
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, CLIPTextConfig, PreTrainedTokenizerBase
 
-from training.arguments import check_arguments, check_datasets, check_source, parse_yaml_and_command_line
+from training.arguments import (
+    check_arguments,
+    check_datasets,
+    check_open_clip,
+    check_source,
+    parse_yaml_and_command_line,
+)
 from training.discriminator import FeatureDiscriminator
 from training.errors import check_keys, one_line_errors
 from training.files import how_to_go_on
@@ -263,6 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     check_source("text_tokenizer", arguments.text_tokenizer)
     check_source("init_from", arguments.init_from)
     check_datasets(arguments.datasets)
+    if arguments.init_open_clip:
+        check_open_clip(arguments.init_open_clip, arguments.init_open_clip_weights, "init_open_clip_weights")
     with PartialState(cpu=training.use_cpu).local_main_process_first():  # what comes from a hub comes once
         text_tokenizer = AutoTokenizer.from_pretrained(arguments.text_tokenizer)
         model = build_model(arguments, text_tokenizer)
