@@ -285,7 +285,7 @@ def config(tmp_path) -> str:
         ),
         (
             "--datasets '{path: text.json, type: text, weight: 1}' '{path: text.json, type: text}'",
-            "Give every source of `datasets` a weight, or none.",
+            "Give all sources of `datasets` a weight, or none of them.",
         ),
         ("stray", "unexpected argument stray: it belongs to no option"),
     ],

@@ -43,7 +43,7 @@ def check_arguments(arguments: Any, **ranges: tuple[float, float]) -> None:
         if is_of_kind and kind is list and inner:
             is_of_kind = all(isinstance(item, inner) for item in value)
         if not is_of_kind or isinstance(value, bool) and kind is not bool:
-            name = kind.__name__ if isinstance(field.type, type) else field.type
+            name = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"{field.name} must be of type {name}, got {value!r}.")
     check_ranges(arguments, **ranges)
 
