@@ -222,7 +222,7 @@ def test_a_candidate_that_is_no_dict_is_refused(config, capsys, options):
     Path(config).write_text(yaml.safe_dump(values), encoding="utf-8")
     with pytest.raises(SystemExit) as end:
         main([config])
-    said = f"error: The candidate 'odd' must be names and values of options, got {options!r}.\n"
+    said = f"error: The candidate 'odd' must be a mapping of options to values, got {options!r}.\n"
     assert end.value.code == 2 and capsys.readouterr().err == said
 
 
