@@ -1,20 +1,21 @@
-"""The engine: drawings, edits and answers of many callers in one running batch.
+"""The engine: continuous batching of the drawings, edits and answers of many callers.
 
-    submit -> queue -> prompt, in chunks -> position after position, together with all others -> result
+    submit -> queue -> prefill, in chunks -> decoding, one position a step, batched with all others -> result
 
-A request takes a row of the batch for its prompt, and one for each null prompt of guidance. It joins at any time and
-leaves when it is done or cancelled. A step of the engine is one pass of the LLM over all rows, so that the weights are
-read once for all of them. Then drawings choose the K codes of their next position, and answers their next token.
+A request takes one row of the batch for its prompt and one more for each null prompt of classifier-free guidance. It
+joins the batch at any step and leaves when it is done or cancelled. A step is one pass of the LLM over all rows, so
+that the weights are read once for all of them. Then each drawing samples the K codes of its next position, and each
+answer its next token.
 
-Keys and values are in preallocated slots of one length, one slot a row. The number of slots limits the admitted
-requests, which come in the order of submission. A slot keeps the keys of a prompt after its request has left. A prompt
-with the same beginning (another question about the same picture) continues from a copy of them.
+The KV cache is preallocated in slots of equal length, one per row. Requests are admitted in the order of submission
+as slots become free. A slot keeps the keys and values of its prompt after the request has left: a later prompt with the
+same prefix (another question about the same picture) continues from a copy of them.
 
-Slots hold the keys and values of plain attention. The rows of another LLM (with a recurrent state, a sliding window,
-linear biases) have caches of their own, and each step computes them one after another.
+Slots work for plain attention only. With any other LLM (recurrent state, sliding window, linear biases), each row has
+its own cache, and a step computes the rows one after another.
 
-Each request gets the result that it gets alone with its seed. It has its own random numbers, and its positions start
-at 0. Its attention and its logits processors do not see other rows.
+A request gets the same result as it would alone with the same seed. It has its own random numbers, its positions start
+at 0, and its attention and logits processors do not see other rows.
 """
 
 import copy
@@ -48,15 +49,15 @@ class QueueFull(RuntimeError):
 
 
 class UniTokSlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, in slots. A pass uses some of the slots, each with its own length.
+    """KV cache of one layer, divided into slots. A pass uses some of the slots, each with its own length.
 
     Args:
-        num_slots: sequences.
-        max_length: positions of each. The memory is allocated at the first pass.
-        dtype: of the stored keys and values; None for their own.
+        num_slots: number of slots, each of which holds one sequence.
+        max_length: positions per slot. The memory is allocated in the first pass.
+        dtype: data type of the stored keys and values; None to keep the type they come in.
     """
 
-    is_compileable = True  # slots have a fixed length, of which a part is in use
+    is_compileable = True  # slots have a fixed length, only part of which is in use
 
     def __init__(self, num_slots: int, max_length: int, dtype: torch.dtype | None = None):
         super().__init__()
@@ -70,18 +71,18 @@ class UniTokSlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def place(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
-        """Set the place of the next pass's keys and values: slots (N,) and positions (N, T)."""
+        """Set where the next pass stores its keys and values: slots (N,) and positions (N, T)."""
         self.slots, self.positions = slots, positions
         self.end = int(positions.max()) + 1
         first, last = int(slots[0]), int(slots[-1])
         is_range = last - first + 1 == len(slots) and bool((slots.diff() == 1).all())
-        self.rows = slice(first, last + 1) if is_range else slots  # a view of the memory, or a copy of rows of it
+        self.rows = slice(first, last + 1) if is_range else slots  # a slice gives a view, an index a copy
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store the keys and values of a pass, (N, heads, T, dims).
 
         Returns:
-            All keys and values of these slots up to the end of the longest, (N, heads, end, dims).
+            The keys and values of these slots up to the end of the longest, each (N, heads, end, dims).
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -94,7 +95,7 @@ class UniTokSlotLayer(CacheLayerMixin):
             memory[target, :, :length] = memory[source, :, :length]
 
     def get_seq_length(self) -> torch.Tensor:
-        """Return the lengths as (N, 1, 1, 1), so that a comparison with the positions of keys gives a mask."""
+        """Return the lengths as (N, 1, 1, 1), so that comparing them with key positions gives a mask."""
         return self.positions[:, -1, None, None, None] + 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -105,12 +106,12 @@ class UniTokSlotLayer(CacheLayerMixin):
 
 
 def _without_layers(decoder: nn.Module) -> nn.Module:
-    """Copy a decoder to one that returns its inputs: its causal LM then computes the logits of known states."""
+    """Copy a decoder without its layers. It returns its inputs, so that its causal LM turns given states into logits."""
 
     def forward(*args, inputs_embeds: torch.Tensor, **kwargs) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
-    decoder = copy.copy(decoder)  # with its attributes, which some causal LMs read
+    decoder = copy.copy(decoder)  # keeps its attributes, which some causal LMs read
     decoder._modules, decoder.forward = {}, forward
     return decoder
 
@@ -120,12 +121,12 @@ class _Row:
     """A sequence in a slot.
 
     Attributes:
-        prompt: its embeddings, (T, D).
-        slot: the slot of its keys and values.
-        length: number of its positions that the LLM has processed.
-        state: the LLM's last state, (D,), once nothing is pending.
-        pending: inputs that the LLM has not processed yet, (T', D).
-        caches: its own, if rows are not batched.
+        prompt: embeddings of the prompt, (T, D).
+        slot: index of the slot that holds its keys and values.
+        length: number of positions that the LLM has processed.
+        state: last hidden state of the LLM, (D,); None while inputs are pending.
+        pending: embeddings that the LLM has not processed yet, (T', D).
+        caches: the row's own caches, if rows are not batched.
     """
 
     prompt: torch.Tensor
@@ -144,12 +145,12 @@ class _Row:
 
 @dataclass(eq=False, repr=False)
 class _Request:
-    """A request: common to drawings and answers.
+    """What drawings and answers have in common.
 
     Attributes:
-        rows: its rows, the prompt's first.
-        length: final length of the longest row.
-        tell: called with each new group of codes (K,) or token (), in the engine's thread.
+        rows: rows of the request; the prompt's comes first.
+        length: final length of the longest row, in positions.
+        tell: called in the engine's thread with each new token, (), or the codes of each new position, (K,).
     """
 
     rows: list[_Row]
@@ -164,13 +165,13 @@ class _Request:
 
 @dataclass(eq=False, repr=False)
 class _Drawing(_Request):
-    """A request of one image.
+    """A request for one image.
 
     Attributes:
-        options: of the drawing.
-        weights: guidance scale minus 1, of each row but the first.
-        noise: (positions, K), uniform in [0, 1).
-        groups: the codes of each position so far, (K,).
+        options: sampling options.
+        weights: guidance scale minus 1 of each row except the first.
+        noise: random numbers for sampling, (L, K), uniform in [0, 1).
+        groups: codes of each position so far, (K,) each.
     """
 
     options: UniTokDrawingOptions = None
@@ -185,25 +186,26 @@ class _Answer(_Request):
     prompt_length: int = 0
     processors: LogitsProcessorList = None
     criteria: StoppingCriteriaList = None
-    random: torch.Generator | None = None  # None for the likeliest token
+    random: torch.Generator | None = None  # None for greedy decoding
 
 
 class UniTokEngine:
-    """Run the requests for one model in one batch. Its methods may be called from any thread.
+    """Run all requests to one model in one batch. Its methods may be called from any thread.
 
     Args:
-        model: in eval mode; its weights must not change while the engine uses it.
-        max_rows: rows of the batch, and slots.
-        max_length: positions of a slot, for prompt and answer or image; None for the LLM's number, at most 2048.
-        max_queue: requests that may wait for rows.
-        prefill_tokens: prompt positions in one step, at most (but one for each row), so that a long prompt does not
-            delay running requests. If rows are not batched, a prompt is processed whole.
+        model: model in eval mode; its weights must not change while the engine uses it.
+        max_rows: number of rows in the batch, and of slots.
+        max_length: positions per slot, for the prompt and the answer or image together; None for the LLM's maximum, but
+            no more than 2048.
+        max_queue: number of requests that may wait for rows.
+        prefill_tokens: maximum number of prompt positions, padding included, in one step, so that a long prompt does
+            not delay running requests. If rows are not batched, a prompt is processed in one piece.
 
     Attributes:
-        is_batched: whether the LLM computes all rows in one pass. False if that gives other logits than the model.
+        is_batched: whether the LLM computes all rows in one pass. False if that changes the logits.
 
     Raises:
-        ValueError: a size is not positive, or the LLM gives other logits even row by row.
+        ValueError: a size is not positive, or decoding position by position changes the logits even for single rows.
 
     Example:
         >>> engine = UniTokEngine(model)
@@ -237,8 +239,8 @@ class UniTokEngine:
         self._output_layer = pack_linears(
             copy_changed(model.language_model, lambda module: _without_layers(module) if module is decoder else module)
         )
-        self._free = deque(range(max_rows))  # the slot that has been free longest comes first
-        self._held = [model.get_input_embeddings().weight[:0].detach()] * max_rows  # the prompts in the slots, (T, D)
+        self._free = deque(range(max_rows))  # least recently used first
+        self._held = [model.get_input_embeddings().weight[:0].detach()] * max_rows  # prompts in the slots, (T, D)
         self._queue: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._changed = threading.Condition()
@@ -247,46 +249,49 @@ class UniTokEngine:
         self.num_steps = self.num_rows_computed = self.num_positions_reused = 0
         self.is_batched = self.is_batched and self._can_batch()
         if not self.is_batched:
-            self.prefill_tokens = self.max_length  # after it, a recurrent state takes single positions
+            self.prefill_tokens = self.max_length  # after a prefill, a recurrent state takes single positions only
             if not self._is_exact():
                 raise ValueError(f"{model.config.text_config.model_type} gives other logits position by position.")
 
     # --- what callers call ---
 
     def draw(self, inputs: dict, tell: Callable | None = None, sample: int = 0, **options) -> Future:
-        """Submit a drawing of one image.
+        """Submit a request to draw one image.
 
         Args:
-            inputs: of `processor(text=..., generation_mode="image" or "edit")`, one prompt.
+            inputs: output of `processor(text=..., generation_mode="image" or "edit")` for one prompt.
             tell: called in the engine's thread with the codes of each position, (K,).
             sample: index of the sample for this seed: sample j is row j of
                 `generate_image_codes(num_return_sequences=...)`.
-            options: of `generate_image_codes`, but for `candidates`: submit samples, and rank their codes.
+            options: options of `generate_image_codes` except `candidates`: submit several samples and rank their codes
+                instead.
 
         Returns:
-            The future of the codes, (K, L).
+            A future of the codes, (K, L).
 
         Raises:
-            ValueError: see `generate_image_codes`; `candidates` above 1; the request needs more rows or positions than the engine has.
-            QueueFull: too many requests are waiting.
+            ValueError: see `generate_image_codes`; also if `candidates` is above 1, or the request needs more rows or
+                positions than the engine has.
+            QueueFull: too many requests are waiting, or the engine is stopping.
         """
         return self._submit(self._drawing(inputs, tell, sample, **options))
 
     def answer(self, inputs: dict, tell: Callable | None = None, seed: int | None = None, **options) -> Future:
-        """Submit an answer to one prompt.
+        """Submit a request for a text answer to one prompt.
 
         Args:
-            inputs: of `processor(...)` or its chat template, one prompt.
+            inputs: output of `processor(...)` or its chat template for one prompt.
             tell: called in the engine's thread with each token, ().
-            seed: for `do_sample`: the answer equals that of `generate` after `torch.manual_seed(seed)`.
-            options: of transformers' `generate`, except those for several sequences.
+            seed: seed for `do_sample`; the answer equals that of `generate` after `torch.manual_seed(seed)`.
+            options: options of transformers' `generate`, except those that need several sequences.
 
         Returns:
-            The future of the answer's ids, (T,), with the token that ends it.
+            A future of the answer's token ids, (T,), including the token that ends it.
 
         Raises:
-            ValueError: see `generate`; options that need several sequences; too many positions.
-            QueueFull: too many requests are waiting.
+            ValueError: see `generate`; also if an option needs several sequences, or the request needs more positions
+                than a slot has.
+            QueueFull: too many requests are waiting, or the engine is stopping.
         """
         random = torch.Generator(self.model.device).manual_seed(next(self._seeds) if seed is None else seed)
         return self._submit(self._answer(inputs, tell, random, **options))
@@ -300,22 +305,23 @@ class UniTokEngine:
         image_options: dict | None = None,
         **options,
     ) -> Future:
-        """Submit an answer of text and images to one prompt.
+        """Submit a request for an answer of text and images to one prompt.
 
         Args:
-            inputs: of `processor(..., generation_mode="interleaved")`, one prompt.
+            inputs: output of `processor(..., generation_mode="interleaved")` for one prompt.
             tell: called in the engine's thread with each token, (), and the codes of each position, (K,).
-            seed: of the text, as in `answer`, and of the images: image n (from 0) is drawn with the seed plus n.
+            seed: seed of the text, as in `answer`, and of the images: image n (from 0) is drawn with `seed + n`.
             max_images: see `generate_interleaved`.
             image_options: see `generate_interleaved`.
             options: see `generate_interleaved`.
 
         Returns:
-            The future of the new ids (T,) and of the codes (N, K, L), as of `generate_interleaved`.
+            A future of the new token ids, (T,), and the codes of the images, (N, K, L), as `generate_interleaved`
+            returns them.
 
         Raises:
             ValueError: see `generate_interleaved` and `answer`.
-            QueueFull: too many requests are waiting.
+            QueueFull: too many requests are waiting, or the engine is stopping.
         """
         seed = next(self._seeds) if seed is None else seed
         random = torch.Generator(self.model.device).manual_seed(seed)
@@ -323,7 +329,7 @@ class UniTokEngine:
         whole, current = Future(), self._submit(next(pieces))
 
         def go_on(done: Future) -> None:
-            """Submit the next piece when one is done, before all waiting requests."""
+            """Submit the next piece when one is done, ahead of all waiting requests."""
             nonlocal current
             if done.cancelled() or whole.cancelled():
                 whole.cancel()
@@ -335,7 +341,7 @@ class UniTokEngine:
                 if whole.set_running_or_notify_cancel():
                     whole.set_result(stop.value)
                 return
-            except Exception as error:  # of a step, or of the next piece
+            except Exception as error:  # raised by a step or by the next piece
                 if whole.set_running_or_notify_cancel():
                     whole.set_exception(error)
                 return
@@ -357,7 +363,7 @@ class UniTokEngine:
         return len(self._running)
 
     def run(self) -> None:
-        """Serve until `stop`, then finish the running requests. Needs its own thread."""
+        """Serve requests until `stop` is called and all submitted ones are done. Run it in a thread of its own."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._running or self._is_stopping)
@@ -365,7 +371,7 @@ class UniTokEngine:
                     return
             try:
                 self.step()
-            except Exception as error:  # ends the running requests, but not the engine
+            except Exception as error:  # fails the running requests; the engine continues
                 logger.exception("A step failed.")
                 for request in [*self._running]:
                     self._leave(request)
@@ -373,10 +379,10 @@ class UniTokEngine:
                         request.future.set_exception(error)
 
     def stop(self, drop: bool = False) -> None:
-        """Refuse new requests, and let `run` end after those submitted.
+        """Refuse new requests, and let `run` return once the submitted ones are done.
 
         Args:
-            drop: cancel these.
+            drop: whether to cancel the submitted requests instead of finishing them.
         """
         with self._changed:
             self._is_stopping = True
@@ -389,7 +395,7 @@ class UniTokEngine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admit requests for which there are rows, then advance each by a chunk of its prompt or by a position."""
+        """Admit the requests that fit, then advance each by a chunk of its prompt or by one position."""
         self._drop_cancelled()
         self._admit()
         rows = [row for request in self._running for row in request.rows if row.state is None]
@@ -428,7 +434,7 @@ class UniTokEngine:
             prepared.update(kwargs, input_ids=input_ids, processors=logits_processor, criteria=stopping_criteria)
             return generation_config
 
-        # the library prepares everything as for its own loop, except that it drops the tokenizer
+        # transformers prepares everything as for its own loop, but drops the tokenizer that stop strings need
         stops, tokenizer = options.pop("stop_strings", None), options.pop("tokenizer", None)
         if stops:
             criteria = [*(options.pop("stopping_criteria", None) or []), StopStringCriteria(tokenizer, stops)]
@@ -452,7 +458,7 @@ class UniTokEngine:
         )
 
     def _pieces(self, inputs, tell, random, seed, max_images, image_options, options):
-        """Yield the requests of an interleaved answer, texts and images in turn; the result of each is sent back."""
+        """Yield the requests of an interleaved answer, alternating text and image. The caller sends back each result."""
         model = self.model
         boi, eoi, placeholder = model.config.boi_token_id, model.config.eoi_token_id, model.config.image_token_id
         unconditional = {name: inputs.pop(name) for name in [*inputs] if name.startswith("unconditional_")}
@@ -488,9 +494,10 @@ class UniTokEngine:
         return ids[0, prompt.shape[1] :], drawn
 
     def _check_size(self, request: _Request) -> None:
-        """
+        """Check that a request fits into the engine.
+
         Raises:
-            ValueError: a request needs more rows or positions than there are.
+            ValueError: the request needs more rows or positions than the engine has.
         """
         if len(request.rows) > self.max_rows:
             raise ValueError(f"This needs {len(request.rows)} rows of the batch, which has {self.max_rows}.")
@@ -523,10 +530,10 @@ class UniTokEngine:
             self._running.append(request)
 
     def _take_slot(self, row: _Row) -> None:
-        """Take a slot for a row, which continues from the longest common beginning of a prompt, in place or copied."""
+        """Assign a slot to a row, and reuse the longest prefix that it shares with a prompt in any slot."""
         shared = [_common_length(held, row.prompt) for held in self._held]
         source = max(range(self.max_rows), key=lambda slot: (shared[slot], slot in self._free))
-        length = min(shared[source], len(row.prompt) - 1)  # the last position must be computed, for its state
+        length = min(shared[source], len(row.prompt) - 1)  # the last position must be computed to get its state
         row.slot = source if source in self._free and length else self._free[0]
         self._free.remove(row.slot)
         if length and row.slot != source:
@@ -541,7 +548,7 @@ class UniTokEngine:
         self._free.extend(row.slot for row in request.rows)
 
     def _chunk(self, prompts: list[_Row]) -> list[_Row]:
-        """Select as many of the first rows as fit into `prefill_tokens`."""
+        """Select the first rows that together, padded, fit into `prefill_tokens`; at least one."""
         longest, count = 0, 0
         for count, row in enumerate(prompts):
             longest = max(longest, min(len(row.pending), self.prefill_tokens))
@@ -550,7 +557,7 @@ class UniTokEngine:
         return prompts
 
     def _advance(self, rows: list[_Row]) -> None:
-        """Run the LLM on the next pending positions of each row, at most `prefill_tokens`."""
+        """Run the LLM on the pending positions of each row, at most `prefill_tokens` per row."""
         counts = [min(len(row.pending), self.prefill_tokens) for row in rows]
         if self.is_batched:
             embeds = nn.utils.rnn.pad_sequence([r.pending[:n] for r, n in zip(rows, counts)], batch_first=True)
@@ -566,11 +573,21 @@ class UniTokEngine:
             row.state = None if len(row.pending) else state
 
     def _states(self, embeds: torch.Tensor, slots: list[int], starts: list[int], counts: list[int]) -> torch.Tensor:
-        """Run embeddings (N, T, D). Returns the states (N, D) at the last of the `counts` positions of each slot."""
+        """Run the LLM on embeddings (N, T, D), padded on the right.
+
+        Args:
+            embeds: the embeddings.
+            slots: slot of each row.
+            starts: first position of each row.
+            counts: number of positions of each row that are not padding.
+
+        Returns:
+            The hidden state at the last of these positions, (N, D).
+        """
         device = embeds.device
         starts, counts = torch.tensor(starts, device=device), torch.tensor(counts, device=device)
         positions = starts[:, None] + torch.arange(embeds.shape[1], device=device)
-        positions = positions.clamp_max(self.max_length - 1)  # padding, which the row's next positions overwrite
+        positions = positions.clamp_max(self.max_length - 1)  # of padding, which later positions overwrite
         slots = torch.tensor(slots, device=device)
         for layer in self._cache.layers:
             layer.place(slots, positions)
@@ -584,7 +601,7 @@ class UniTokEngine:
         return hidden_states[torch.arange(len(counts), device=device), counts - 1]
 
     def _state(self, row: _Row) -> torch.Tensor:
-        """Run the pending positions of a row with caches of its own. Returns the last state (D,)."""
+        """Run the pending positions of a row with its own caches. Returns the last hidden state, (D,)."""
         if not row.length:
             row.caches = self._parts.begin(self.max_length, 1, use_cache=True, cuda_graph=False)
         cache, device, end = row.caches.llm_cache, row.pending.device, row.length + len(row.pending)
@@ -598,7 +615,7 @@ class UniTokEngine:
         return hidden_states[0, -1]
 
     def _bring_on_drawings(self, drawings: list[_Drawing]) -> None:
-        """Draw the K codes of the next position of each drawing."""
+        """Sample the K codes of the next position of each drawing."""
         rows = [row for drawing in drawings for row in drawing.rows]
         states = torch.stack([row.state for row in rows])
         device = states.device
@@ -667,17 +684,17 @@ class UniTokEngine:
         if request.future.set_running_or_notify_cancel():
             request.future.set_result(result.clone())
 
-    # --- whether it can ---
+    # --- checks that the engine gives the model's logits ---
 
     def _can_batch(self) -> bool:
         try:
             return self._is_exact()
-        except (RuntimeError, TypeError, ValueError):  # as when a model makes its biases from a mask of two dimensions
+        except (RuntimeError, TypeError, ValueError):  # such as a model that needs a 2-D mask for its biases
             return False
 
     @torch.inference_mode()
     def _is_exact(self) -> bool:
-        """Whether passes over rows of unequal lengths give the logits of the model's own passes."""
+        """Return whether batches of rows with unequal lengths give the same logits as the model alone."""
         model = self.model
         ids = torch.arange(8, device=model.device) % model.get_input_embeddings().num_embeddings
         embeds = model.get_input_embeddings()(ids)
@@ -697,7 +714,7 @@ class UniTokEngine:
 
 
 def _common_length(one: torch.Tensor, other: torch.Tensor) -> int:
-    """Count the equal embeddings at the beginning of two prompts, (T, D) and (T', D)."""
+    """Return the length of the common prefix of two prompts, (T, D) and (T', D)."""
     length = min(len(one), len(other))
     return int((one[:length] == other[:length]).all(dim=1).cumprod(dim=0).sum())
 
