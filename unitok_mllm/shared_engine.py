@@ -1,6 +1,6 @@
-"""What a server does with an engine: it runs it, and passes on tokens and pictures as they come.
+"""Asynchronous use of an engine: run it in a thread, and stream its tokens and pictures to coroutines.
 
-The API server and the web page share it.
+The API server and the web page share this module.
 """
 
 import asyncio
@@ -18,15 +18,15 @@ from .serving import UniTokEngine
 from .streaming_unitok import UniTokImageStreamer
 
 
-DECODED_AT_ONCE = 16  # drawings, at least: those of one call are decoded together
+DECODED_AT_ONCE = 16  # drawings in a batch; a call is never split, so a batch may be larger
 
 
 class SharedEngine:
-    """An engine and its processor, for many coroutines.
+    """An engine and its processor, shared by many coroutines.
 
     Args:
-        engine: the engine, which `running` runs.
-        processor: of the same model.
+        engine: the engine; `running` runs it.
+        processor: the `UniTokMLLMProcessor` of the same model.
     """
 
     def __init__(self, engine: UniTokEngine, processor):
@@ -37,7 +37,7 @@ class SharedEngine:
 
     @torch.inference_mode()
     def pictures(self, drawings: list[Sequence[torch.Tensor]]) -> list[Image.Image]:
-        """Decode drawings, each as the codes (K,) of its positions so far. Positions not drawn yet are grey."""
+        """Decode drawings, each given by the codes (K,) of its positions so far. The other positions are grey."""
         nothing = torch.zeros(self.model.depth_head.num_codebooks, dtype=torch.long, device=self.model.device)
         num_drawn = [len(groups) for groups in drawings]
         longest = max(1, *num_drawn)
@@ -47,7 +47,7 @@ class SharedEngine:
         return self.processor.post_process_multimodal_output(pixels, generation_mode="image")
 
     async def decode(self, drawings: list[Sequence[torch.Tensor]]) -> list[Image.Image]:
-        """Decode drawings (see `pictures`) in a thread, in one batch with those of other coroutines that wait for it."""
+        """Decode drawings in a thread, batched with those that other coroutines are waiting for; see `pictures`."""
         future = asyncio.get_running_loop().create_future()
         self._undecoded.append((drawings, future))
         if self._decoding is None or self._decoding.done():
@@ -75,7 +75,15 @@ class SharedEngine:
 
 @asynccontextmanager
 async def running(engine: UniTokEngine, drop: bool = False) -> AsyncIterator[threading.Thread]:
-    """Run an engine in a thread. In the end, wait for the requests submitted; or cancel them, with `drop`."""
+    """Context manager that runs an engine in a thread.
+
+    Args:
+        engine: the engine.
+        drop: whether to cancel the submitted requests on exit instead of finishing them.
+
+    Yields:
+        The engine's thread.
+    """
     thread = threading.Thread(target=engine.run, name="engine", daemon=True)
     thread.start()
     try:
@@ -86,23 +94,23 @@ async def running(engine: UniTokEngine, drop: bool = False) -> AsyncIterator[thr
 
 
 class Stream:
-    """What the engine tells about some requests, in its thread, for a coroutine."""
+    """A queue that passes tokens and codes from the engine's thread to a coroutine."""
 
     def __init__(self):
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue()
 
     def tell(self, index: int, item: torch.Tensor | None) -> None:
-        """Pass on a token () or codes (K,) of one of the requests; None when it is done."""
+        """Put an item of the request with this index: a token, (), the codes of a position, (K,), or None at its end."""
         self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
 
     async def items(
         self, futures: list[Future], idle: float | None = None
     ) -> AsyncIterator[tuple[int, torch.Tensor | None] | None]:
-        """Yield what comes until all requests are done: the index of the request and the item, as in `tell`.
+        """Yield the arguments of each `tell`, the index of the request and the item, until all requests are done.
 
         Args:
-            futures: of the requests, in the order of their indices.
-            idle: seconds after which None is yielded if nothing has come; None to wait.
+            futures: futures of the requests, in the order of their indices.
+            idle: seconds without an item after which None is yielded; None to wait without limit.
         """
         for index, future in enumerate(futures):
             future.add_done_callback(lambda _, index=index: self.tell(index, None))
@@ -119,10 +127,13 @@ class Stream:
 
 
 async def submit(calls: Iterable[Callable[[], Future]]) -> list[Future]:
-    """Make calls into the engine, in a thread. If one is refused, those before it are cancelled.
+    """Submit requests to the engine from a thread. If one is refused, cancel those before it and raise its error.
+
+    Args:
+        calls: functions that submit one request each.
 
     Returns:
-        The futures of all calls.
+        The futures of all requests, in the order of the calls.
     """
     futures = []
     try:
@@ -135,6 +146,6 @@ async def submit(calls: Iterable[Callable[[], Future]]) -> list[Future]:
 
 
 def cancel(futures: list[Future]) -> None:
-    """Cancel requests; those that are done stay as they are."""
+    """Cancel requests. Those that are already done stay as they are."""
     for future in futures:
         future.cancel()
