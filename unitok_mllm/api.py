@@ -1,7 +1,7 @@
-"""An HTTP server with OpenAI's API over the engine: chat about pictures, completions, images, embeddings.
+"""An HTTP server with OpenAI's API in front of the engine: chat about pictures, completions, images, embeddings.
 
-Requests carry what they are about; nothing of them is kept or logged but counts and times. What this model cannot do, or an
-option that it does not know, is refused by name, in the API's own form of an error.
+The server is stateless: it keeps and logs only counts and times, never the content of a request. Unknown options and
+requests that the model cannot serve get an error in the API's format that names the option.
 """
 
 import asyncio
@@ -59,17 +59,19 @@ def create_app(
     url_hosts: Collection[str] = (),
     max_open: int = MAX_OPEN,
 ) -> Guard:
-    """The ASGI application.
+    """Create the ASGI application.
 
     Args:
-        engine, processor: of one model; the engine's thread is started and stopped with the application.
-        name: of the model, for clients.
-        api_key: that clients must send; None to let anybody in.
-        hosts, further_hosts: names by which it is reached, see `guard`; by default those of this machine alone.
-        max_body: bytes of a request.
-        timeout: seconds that a request may take.
-        url_hosts: where pictures may be fetched from, see `fetch`.
-        max_open: requests of one address at the same time.
+        engine: engine of the model; its thread starts and stops with the application.
+        processor: processor of the same model.
+        name: name of the model in the API.
+        api_key: key that clients must send; None to accept requests without a key.
+        hosts: names by which clients reach the server, see `guard`; None for the loopback names only.
+        further_hosts: other such names, which are also accepted in `Origin`.
+        max_body: maximum size of a request's body in bytes.
+        timeout: time limit of a request in seconds.
+        url_hosts: hosts from which pictures may be fetched, see `fetch`.
+        max_open: maximum number of concurrent requests from one address.
     """
     service = Service(engine, processor, name, url_hosts)
 
@@ -221,12 +223,12 @@ def create_app(
 
 
 def refusal(refused: Refused) -> tuple[str, str]:
-    """The guard's refusals in the API's form of an error."""
+    """Format a refusal of the guard as an error of the API: its content type and body."""
     return "application/json", APIError(refused.status, str(refused)).response().body.decode()
 
 
 class Front:
-    """ASGI middleware: asks for the key, counts and times the responses, and ends what takes longer than `timeout`."""
+    """ASGI middleware that checks the API key, counts and times responses, and enforces the timeout (seconds)."""
 
     def __init__(self, app, metrics: Metrics, api_key: str | None, timeout: float):
         self.app, self.metrics, self.timeout = app, metrics, timeout
@@ -261,7 +263,7 @@ class Front:
 
 
 def read_key(file: str | os.PathLike | None) -> str | None:
-    """The API key in a file, or without one in `UNITOK_API_KEY`; None if there is none.
+    """Read the API key from a file or, if `file` is None, from `UNITOK_API_KEY`; None if that is not set.
 
     Raises:
         ValueError: the file or the variable is empty.
@@ -276,12 +278,16 @@ def read_key(file: str | os.PathLike | None) -> str | None:
 def serve(
     engine: UniTokEngine, processor, name: str, host: str, port: int, proxy: str | None = None, **options
 ) -> None:
-    """Serves until SIGINT or SIGTERM, then finishes what is under way.
+    """Serve until SIGINT or SIGTERM, then finish the running requests.
 
     Args:
-        engine, processor, name: see `create_app`, as for the further `options`.
-        host, port: to listen on.
-        proxy: the address of a reverse proxy whose `X-Forwarded-For` tells clients apart.
+        engine: see `create_app`.
+        processor: see `create_app`.
+        name: see `create_app`.
+        host: address to listen on.
+        port: port to listen on.
+        proxy: address of a reverse proxy that is trusted to name clients in `X-Forwarded-For`.
+        options: further arguments of `create_app`.
     """
     import uvicorn
 
