@@ -1,4 +1,4 @@
-"""Requests of the HTTP server: their fields, their pictures, and the errors that refuse them."""
+"""Requests to the HTTP server: their fields, their pictures, and the errors with which they are refused."""
 
 import base64
 import binascii
@@ -15,19 +15,22 @@ from .image_processing_unitok import load_image, picture_size
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PICTURES = 16
-MAX_PIXELS = 50_000_000  # of all pictures of a request
-MAX_SIDE = 1024  # that pictures are shrunk to
+MAX_PIXELS = 50_000_000  # of all pictures in a request
+MAX_SIDE = 1024  # pixels; larger pictures are shrunk to it
 
 
 def needs_stream(value: Any, info: ValidationInfo) -> Any:
-    """A field that says something about a stream; `stream` stands before it."""
+    """Check a field that applies only to streams. The field `stream` must be declared before it."""
     if value and not info.data.get("stream"):
         raise ValueError("goes with stream: true alone")
     return value
 
 
 def needs_no_stream(value: int | None, info: ValidationInfo) -> int | None:
-    """Check candidates, of which the best is known when all are drawn; `stream` stands before them."""
+    """Check that several candidates are not streamed: they are ranked only once all are drawn.
+
+    The field `stream` must be declared before `candidates`.
+    """
     if (value or 1) > 1 and info.data.get("stream"):
         raise ValueError("goes without stream alone: which drawing is the best is known at the end")
     return value
@@ -43,7 +46,13 @@ Seed = Annotated[int | None, Field(ge=0, lt=2**31)]
 
 
 class APIError(Exception):
-    """What a client gets: a status, a message and the field that it is about."""
+    """An error that the client receives.
+
+    Args:
+        status: HTTP status.
+        message: text of the error.
+        field: name of the request's field that caused it, if any.
+    """
 
     def __init__(self, status: int, message: str, field: str | None = None):
         super().__init__(message)
@@ -58,15 +67,15 @@ class APIError(Exception):
 
 
 class Strict(BaseModel):
-    """The fields of a request. Others are refused: an option that is passed over in silence would be missed later."""
+    """Fields that all requests have. Unknown fields are errors, so that no option is silently ignored."""
 
     model_config = ConfigDict(extra="forbid")
     model: str | None = None
-    user: str | None = None  # identifies somebody elsewhere; not looked at
+    user: str | None = None  # part of OpenAI's API; ignored
 
 
 class TextOptions(Strict):
-    """What chats and completions have in common. `top_k`, `repetition_penalty`: as in transformers."""
+    """Options that chats and completions share. `top_k` and `repetition_penalty` are extensions, as in transformers."""
 
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Temperature = None
@@ -80,7 +89,10 @@ class TextOptions(Strict):
     stream_options: StreamOptions = None
 
     def generation(self) -> dict:
-        """The arguments of `generate`; at temperature 0, and where none of the three options is given, greedy."""
+        """Return the arguments of `generate`.
+
+        Decoding is greedy at temperature 0, and if none of `temperature`, `top_p` and `top_k` is given.
+        """
         given = {n: v for n in ("temperature", "top_p", "top_k") if (v := getattr(self, n)) is not None}
         is_greedy = not given or self.temperature == 0
         options = {"do_sample": False} if is_greedy else {"do_sample": True, **given}
@@ -94,9 +106,10 @@ class TextOptions(Strict):
 
 
 class ChatRequest(TextOptions):
-    """https://platform.openai.com/docs/api-reference/chat/create
+    """Body of a chat request, https://platform.openai.com/docs/api-reference/chat/create.
 
-    `modalities` with "image": the answer may hold images, which come as the message's `images`.
+    With "image" in `modalities`, the answer may contain images, which are returned in the message's `images`.
+    `guidance` is the guidance scale of these images.
     """
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -106,15 +119,16 @@ class ChatRequest(TextOptions):
 
 
 class CompletionRequest(TextOptions):
-    """https://platform.openai.com/docs/api-reference/completions/create"""
+    """Body of a completion request, https://platform.openai.com/docs/api-reference/completions/create."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=64)]
 
 
 class ImageRequest(Strict):
-    """https://platform.openai.com/docs/api-reference/images/create
+    """Body of a request for images, https://platform.openai.com/docs/api-reference/images/create.
 
-    `guidance`, `temperature`, `top_k`, `top_p`, `seed`: of the drawing; what is left out is as the model has it.
+    `guidance`, `image_guidance`, `temperature`, `top_k`, `top_p` and `seed` are extensions, see `generate_image_codes`.
+    The model's own values are the defaults.
     """
 
     prompt: Annotated[str, Field(min_length=1)]
@@ -133,7 +147,7 @@ class ImageRequest(Strict):
     top_p: float | None = None
 
     def drawing(self) -> dict:
-        """The arguments of `generate_image_codes`; at temperature 0 the likeliest codes."""
+        """Return the arguments of `generate_image_codes`; temperature 0 means greedy decoding."""
         options = {"guidance_scale": self.guidance, "image_guidance_scale": self.image_guidance, "seed": self.seed}
         options |= {"top_k": self.top_k, "top_p": self.top_p}
         options |= {"do_sample": False} if self.temperature == 0 else {"temperature": self.temperature}
@@ -141,17 +155,20 @@ class ImageRequest(Strict):
 
 
 class EmbeddingRequest(Strict):
-    """https://platform.openai.com/docs/api-reference/embeddings/create, of texts and of images (data URLs)."""
+    """Body of a request for embeddings, https://platform.openai.com/docs/api-reference/embeddings/create.
+
+    Each input is a text or the data URL of an image.
+    """
 
     input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PICTURES)]
     encoding_format: Literal["float", "base64"] = "float"
 
 
 class Pictures:
-    """The pictures of one request: counted, measured by their headers, then decoded.
+    """The pictures of one request. Their number and total size are checked before a picture is decoded.
 
     Args:
-        url_hosts: where they may be fetched from.
+        url_hosts: hosts from which pictures may be fetched.
     """
 
     def __init__(self, url_hosts: Collection[str]):
@@ -160,9 +177,10 @@ class Pictures:
         self.num_pixels = 0
 
     def add(self, data: bytes) -> Image.Image:
-        """
+        """Check and decode the bytes of a picture file.
+
         Raises:
-            APIError: too many, too large, or no picture.
+            APIError: there are too many pictures or pixels, or the file is not a readable picture.
         """
         try:
             if len(self.pictures) == MAX_PICTURES:
@@ -177,7 +195,11 @@ class Pictures:
         return self.pictures[-1]
 
     def add_url(self, url: str) -> Image.Image:
-        """The picture of a data URL, or of one of the hosts that are allowed."""
+        """Add the picture of a data URL, or fetch it from one of the allowed hosts.
+
+        Raises:
+            APIError: the URL is neither, the picture cannot be fetched, or see `add`.
+        """
         if self.url_hosts and url.startswith(("http://", "https://")):
             try:
                 data = fetch(url, self.url_hosts)
