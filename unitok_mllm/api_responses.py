@@ -1,4 +1,4 @@
-"""Responses of the HTTP server: answers and drawings of the engine, whole or as a stream of events."""
+"""Responses of the HTTP server: the engine's answers and drawings, whole or as a stream of events."""
 
 import asyncio
 import base64
@@ -23,11 +23,18 @@ from .serving import QueueFull, UniTokEngine
 from .shared_engine import SharedEngine, Stream, cancel, submit
 
 
-MAX_TOKENS = 256  # of an answer, where a request does not say, and there is room
+MAX_TOKENS = 256  # default length of an answer, if the slot has room for it
 
 
 class Service(SharedEngine):
-    """What the endpoints do with a model, a processor and an engine."""
+    """The engine and the model as the endpoints use them.
+
+    Args:
+        engine: engine of the model.
+        processor: processor of the same model.
+        name: name of the model in the API.
+        url_hosts: hosts from which pictures may be fetched, see `fetch`.
+    """
 
     def __init__(self, engine: UniTokEngine, processor, name: str, url_hosts: Collection[str]):
         super().__init__(engine, processor)
@@ -41,7 +48,11 @@ class Service(SharedEngine):
             raise APIError(404, f"there is no model {name!r}, only {self.name!r}", "model")
 
     def conversation(self, messages: list[dict]) -> list[dict]:
-        """The processor's conversation of the API's, pictures decoded."""
+        """Convert the API's messages to the processor's conversation, with decoded pictures.
+
+        Raises:
+            APIError: a message or one of its parts is malformed, or a picture is unusable.
+        """
         pictures, turns = Pictures(self.url_hosts), []
         for message in messages:
             role, content = message.get("role"), message.get("content")
@@ -51,7 +62,7 @@ class Service(SharedEngine):
             if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
                 raise APIError(400, "a message's content must be a text or a list of parts", "messages")
             turns.append({"role": role, "content": [self._part(part, pictures) for part in parts]})
-            for part in message.get("images") or []:  # of an answer of ours, sent back
+            for part in message.get("images") or []:  # of an earlier answer that the client sends back
                 turns[-1]["content"].append(self._part(part, pictures))
         return turns
 
@@ -67,20 +78,20 @@ class Service(SharedEngine):
         raise APIError(400, f"a part must be a text or an image_url, got {str(kind)[:50]!r}", "messages")
 
     async def picture(self, codes: torch.Tensor) -> str:
-        """The PNG, in base64, of codes (K, L), or of fewer positions: the others are grey."""
+        """Return the base64 PNG of a drawing, codes (K, l). Its positions from l on, if any, are grey."""
         (image,) = await self.decode([codes.unbind(dim=1)])
         return base64.b64encode(await asyncio.to_thread(picture_bytes, image)).decode()
 
     def num_candidates(self, body: ImageRequest, inputs: dict) -> int:
-        """Return the number of candidates that a request asks for, or else the model's own; 1 for no ranking.
+        """Return how many candidates to draw: as the request says, else the model's default; 1 for no ranking.
 
         Args:
             body: the request.
-            inputs: the processor's, of a description; those of an edit have no text to rank by.
+            inputs: the processor's output for the prompt. That of an edit has no text to rank by.
 
         Raises:
-            APIError: fewer candidates than drawings, or candidates of an edit.
-            ValueError: the model cannot rank, see `check_ranking`.
+            APIError: there are fewer candidates than drawings, or the request for candidates is an edit.
+            ValueError: the model cannot rank drawings, see `check_ranking`.
         """
         ids, count = inputs.get("ranking_input_ids"), body.candidates
         if count is None and ids is not None and not body.stream:
@@ -96,7 +107,13 @@ class Service(SharedEngine):
 
     @torch.inference_mode()
     def rank(self, codes: torch.Tensor, inputs: dict, count: int) -> UniTokDrawingOutput:
-        """Choose the best `count` of the drawings of one prompt, codes (N, K, L), by the processor's inputs for it."""
+        """Choose the best `count` drawings of one prompt.
+
+        Args:
+            codes: codes of the drawings, (N, K, L).
+            inputs: the processor's output for the prompt.
+            count: number of drawings to return.
+        """
         ids, mask = inputs["ranking_input_ids"], inputs["ranking_attention_mask"]
         visual, codes = self.model.visual, codes[None]
         scores = score_drawings(visual, codes, ids.to(visual.device), mask.to(visual.device))
@@ -104,7 +121,14 @@ class Service(SharedEngine):
 
     @torch.inference_mode()
     def embed(self, texts: list[str]) -> tuple[torch.Tensor, int]:
-        """The vectors of texts and of images (data URLs), (N, D), float32, and the number of the texts' tokens."""
+        """Embed texts and images (data URLs).
+
+        Returns:
+            The vectors, (N, D), float32, and the number of text tokens.
+
+        Raises:
+            APIError: the model has no text tower for the tokenizer, or a picture is unusable.
+        """
         pictures, visual = Pictures(self.url_hosts), self.model.visual
         is_image = torch.tensor([text.startswith("data:") for text in texts])
         rows, num_tokens = torch.empty(len(texts), visual.config.vision_config.projection_dim), 0
@@ -124,7 +148,7 @@ class Service(SharedEngine):
 
 @contextmanager
 def refusals():
-    """Turn the refusals of the engine and the model into the API's errors."""
+    """Context manager that turns errors of the engine and the model into errors of the API."""
     try:
         yield
     except QueueFull as error:
@@ -134,13 +158,17 @@ def refusals():
 
 
 async def of_engine(call, *args, **options):
-    """A call into the engine, or into the model, in a thread; its errors become the API's."""
+    """Call a function of the engine or the model in a thread, and turn its errors into errors of the API."""
     with refusals():
         return await asyncio.to_thread(call, *args, **options)
 
 
 async def results(request: Request, futures: list[Future]) -> list:
-    """The results of all; they are cancelled when the client has gone."""
+    """Wait for the results of all futures. Cancel them if the client disconnects.
+
+    Raises:
+        APIError: the engine or the model refused a request, or the client has disconnected.
+    """
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -152,7 +180,7 @@ async def results(request: Request, futures: list[Future]) -> list:
         with refusals():
             return await asyncio.gather(*map(asyncio.wrap_future, futures))
     except asyncio.CancelledError as error:
-        if not watcher.done():  # the time is up
+        if not watcher.done():  # the request timed out
             raise
         raise APIError(499, "the client has gone") from error
     finally:
@@ -161,7 +189,12 @@ async def results(request: Request, futures: list[Future]) -> list:
 
 
 class Events(StreamingResponse):
-    """Server-sent events. The futures that they tell of are cancelled when the client has gone."""
+    """A response of server-sent events.
+
+    Args:
+        events: events, each an object to send as JSON.
+        futures: the futures behind the events; they are cancelled if the client disconnects.
+    """
 
     def __init__(self, events: AsyncIterator[dict], futures: list[Future]):
         super().__init__(self._lines(events), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -182,9 +215,12 @@ class Events(StreamingResponse):
 
 
 class TextPieces:
-    """The text of tokens as they come: whole characters, up to the first of the stop texts.
+    """Incremental detokenizer: whole characters only, and nothing from the first stop string on.
 
-    An answer of a chat begins without the space that tokenizers put before its first word.
+    Args:
+        tokenizer: the tokenizer.
+        stops: stop strings.
+        is_chat: whether to strip the space that tokenizers put before the first word.
     """
 
     def __init__(self, tokenizer, stops: list[str], is_chat: bool):
@@ -193,7 +229,7 @@ class TextPieces:
         self.sent, self.is_over = "", False
 
     def add(self, token: int | None) -> str:
-        """What the token adds; None: what had been held back, at the end."""
+        """Return the text that a token adds. At the end, call it with None for the text that was held back."""
         if token is not None:
             self.ids.append(token)
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
@@ -210,7 +246,14 @@ class TextPieces:
 
 
 class Answers:
-    """Answers to chats and completions, whole or as a stream."""
+    """Responses to chats and completions, whole or as a stream.
+
+    Args:
+        service: the service.
+        body: the request.
+        kind: the response's `object`, "chat.completion" or "text_completion".
+        prefix: prefix of the response's id.
+    """
 
     def __init__(self, service: Service, body: TextOptions, kind: str, prefix: str):
         self.service, self.body, self.kind = service, body, kind
@@ -218,9 +261,15 @@ class Answers:
         self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
 
     async def respond(self, request: Request, prompts: list[dict], with_images: bool) -> Response:
-        """
+        """Submit the prompts to the engine and respond with the answers.
+
         Args:
-            prompts: inputs of the engine, one for each answer.
+            request: the HTTP request.
+            prompts: inputs of the engine, one per answer.
+            with_images: whether the answers may contain images.
+
+        Raises:
+            APIError: the engine or the model refused a prompt, or an option does not apply.
         """
         body, engine, stream = self.body, self.service.engine, Stream()
         options, call = body.generation(), engine.answer
@@ -237,7 +286,7 @@ class Answers:
 
         def asked(index: int, inputs: dict) -> Future:
             tell = partial(stream.tell, index) if body.stream else None
-            room = engine.max_length - inputs["input_ids"].shape[1]  # for text alone; an answer with images has more
+            room = engine.max_length - inputs["input_ids"].shape[1]  # exact for text only: images take more
             return call(
                 inputs,
                 self.service.metrics.first("first_token", tell),
@@ -280,7 +329,7 @@ class Answers:
         return "stop" if pieces.is_over or len(ids) and int(ids[-1]) in ends else "length"
 
     async def _events(self, stream: Stream, futures: list[Future], num_prompt: int) -> AsyncIterator[dict]:
-        """The chunks of all answers, in the order in which they come."""
+        """Yield the chunks of all answers in the order in which they are generated."""
         model = self.service.model
         pieces = [TextPieces(self.service.processor.tokenizer, self.body.stops, self.is_chat) for _ in futures]
         groups: list[list[torch.Tensor]] = [[] for _ in futures]
@@ -322,14 +371,22 @@ class Answers:
 
 
 def is_broken_off(future: Future) -> bool:
-    """Whether a request that is done has no result."""
+    """Return whether a finished request was cancelled or failed."""
     return future.cancelled() or future.exception() is not None
 
 
 async def image_events(
     service: Service, stream: Stream, futures: list[Future], num_partial: int, prefix: str
 ) -> AsyncIterator[dict]:
-    """Partial and whole drawings as they come; `index` says of which of the n drawings an event tells."""
+    """Yield events of partial and finished drawings as they are drawn.
+
+    Args:
+        service: the service.
+        stream: stream of the requests.
+        futures: futures of the requests, one per drawing. Each event has the `index` of its drawing.
+        num_partial: number of partial images per drawing.
+        prefix: prefix of the events' types.
+    """
     groups: list[list[torch.Tensor]] = [[] for _ in futures]
     num_positions, start = service.model.config.num_image_positions, time.monotonic()
     shown = [num_positions * (i + 1) // (num_partial + 1) for i in range(num_partial)]
@@ -357,10 +414,10 @@ async def image_events(
 
 
 def image_part(png: str) -> dict:
-    """The part of a message for an image."""
+    """Build the message part of an image from its base64 PNG."""
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}
 
 
 def usage(num_prompt: int, num_tokens: int) -> dict:
-    """Build the `usage` object of a response, in numbers of tokens."""
+    """Build the `usage` object of a response from the numbers of prompt and generated tokens."""
     return {"prompt_tokens": num_prompt, "completion_tokens": num_tokens, "total_tokens": num_prompt + num_tokens}
