@@ -1,4 +1,4 @@
-"""Counts and times of the HTTP server, for Prometheus."""
+"""Metrics of the HTTP server, for Prometheus."""
 
 import threading
 import time
@@ -12,7 +12,11 @@ BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds
 
 
 class Metrics:
-    """Counts and times in Prometheus's text format."""
+    """Counters and histograms of times in Prometheus's text format.
+
+    Args:
+        engine: the engine, whose own counters are included.
+    """
 
     def __init__(self, engine: UniTokEngine):
         self.engine, self.lock = engine, threading.Lock()
@@ -27,7 +31,7 @@ class Metrics:
             self.sums[name] += seconds
 
     def first(self, name: str, tell: Callable | None = None) -> Callable:
-        """A callback that times its first call from now on, and passes all calls on to `tell`."""
+        """Return a callback that records the time until its first call, and passes each call on to `tell`."""
         start, is_first = time.monotonic(), True
 
         def called(item) -> None:
