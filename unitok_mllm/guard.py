@@ -1,10 +1,10 @@
-"""ASGI middleware in front of a server. It passes the requests of the server's own page, within limits.
+"""ASGI middleware that protects a server: it passes only requests from the server's own page, and limits them.
 
-Browsers send requests on behalf of any page that the user opens. The headers `Host` and `Origin` therefore decide: a
-foreign page can neither send requests nor read responses under a name of its own (DNS rebinding). Bytes, requests and
-jobs are limited by address, for IPv6 by /64 network.
+A browser sends requests on behalf of any page that the user opens. The guard therefore checks `Host` and `Origin`:
+another site's page can neither send requests nor read responses through a name of its own (DNS rebinding). Bytes,
+requests and jobs are limited per address, for IPv6 per /64 network.
 
-The guard knows nothing of the application: every server of this package can use it.
+The guard does not depend on the application, so every server of this package can use it.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 
 BODY_SECONDS = 300  # for a whole request to arrive
-MAX_BODY = 2**16  # bytes of a request that is no upload
-MAX_OPEN = 64  # requests of one visitor at the same time; a page holds two
-POSTS, POSTS_A_SECOND = 60, 2  # of one visitor: at once, and on average
-MAX_VISITORS = 10_000  # remembered
+MAX_BODY = 2**16  # bytes of a request other than an upload
+MAX_OPEN = 64  # concurrent requests of one visitor; an open page holds two
+POSTS, POSTS_A_SECOND = 60, 2  # token bucket of one visitor: its size and its rate
+MAX_VISITORS = 10_000  # whose token buckets are kept
 HEADERS = (
     (b"content-security-policy", b"frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
@@ -30,7 +30,7 @@ HEADERS = (
 
 
 class Refused(Exception):
-    """Raised for a refused request, with the status and the text of the response."""
+    """A request was refused; has the status and the text of the response."""
 
     def __init__(self, status: int, text: str):
         super().__init__(text)
@@ -40,8 +40,8 @@ class Refused(Exception):
 def own_hosts(host: str) -> set[str]:
     """Return the names by which browsers reach a server that listens on `host`.
 
-    A wildcard address ("0.0.0.0", "::") adds the machine's name, and "*" for every IP address: unlike a name, an address
-    cannot be made to resolve elsewhere.
+    For a wildcard address ("0.0.0.0", "::") these are the machine's names, and "*" for any IP address. Unlike a name,
+    an address cannot be made to resolve to another machine.
     """
     if host in ("0.0.0.0", "::"):
         return {"*", "localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
@@ -66,20 +66,21 @@ def visitor_of(address: str) -> str:
 
 
 class Guard:
-    """ASGI middleware. A refused request gets a 4xx with a line of text and never reaches `app`.
+    """ASGI middleware. A refused request gets a 4xx with a line of text and does not reach `app`.
 
     Args:
         app: the guarded application.
-        hosts: names and addresses in `Host`, as of `own_hosts`; those of `further_hosts` also as `Origin` behind a
-            proxy that puts another name in `Host`.
-        routes: regular expressions of what is served, each of a method, a space and a path, such as "GET /file/.*".
-        max_upload: bytes of a multipart request; any other has `MAX_BODY`.
-        make_room: called with the size of an upload before it is read, in a thread.
-        admit: called with the visitor, the path and the whole body of every other POST, one at a time until `app` has
-            answered it; raises `Refused`. None where `app` limits its visitors itself: then `max_upload` is the limit of
-            every body, and POSTs are not counted.
-        refusal: makes the content type and the body of a refusal.
-        max_open: requests of one visitor at the same time.
+        hosts: names and addresses that are accepted in `Host`, see `own_hosts`.
+        further_hosts: other names for `Host`. They are also accepted in `Origin`, for a proxy that puts another name
+            into `Host`.
+        routes: regular expressions of the served routes: method, space and path, such as "GET /file/.*".
+        max_upload: maximum size of a multipart request in bytes; `MAX_BODY` limits all others.
+        make_room: called in a thread with the size of an upload, in bytes, before it is read.
+        admit: called with the visitor, the path and the body of every other POST; raises `Refused`. The POSTs are
+            admitted one at a time: the next one waits until `app` has answered. None if `app` limits its visitors
+            itself: then `max_upload` applies to every body, and POSTs are not counted.
+        refusal: returns the content type and the body of a refusal.
+        max_open: maximum number of concurrent requests of one visitor.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Guard:
         self.max_upload, self.make_room, self.admit, self.refusal = max_upload, make_room, admit, refusal
         self.max_open = max_open
         self._open: Counter[str] = Counter()
-        self._posts: OrderedDict[str, tuple[float, float]] = OrderedDict()  # visitor -> what is left, and when
+        self._posts: OrderedDict[str, tuple[float, float]] = OrderedDict()  # visitor -> tokens left, and when
         self._admission = asyncio.Lock()
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
@@ -147,7 +148,7 @@ class Guard:
 
     @staticmethod
     def _host(scope: dict) -> tuple[str, str]:
-        """Return the name in `Host` without its port, and unchanged."""
+        """Return the name in `Host` without its port, and the whole header in lower case."""
         values = _header(scope, b"host")
         if len(values) != 1:
             raise Refused(400, "a request has one Host")
@@ -157,7 +158,7 @@ class Guard:
             raise Refused(400, "no such Host can be") from error
 
     def _is_foreign(self, scope: dict, netloc: str) -> bool:
-        """Return whether another site's page sends the request, other than by navigating here."""
+        """Return whether another site's page sent the request, other than by a link to this server."""
         for origin in _header(scope, b"origin"):
             try:
                 parts = urlsplit(origin)
@@ -198,7 +199,11 @@ class Guard:
 
 
 class _Body:
-    """The body of a request, which may take `BODY_SECONDS`; `length` is its declared length."""
+    """The body of a request, which must arrive within `BODY_SECONDS`.
+
+    Attributes:
+        length: declared length in bytes, or None.
+    """
 
     def __init__(self, scope: dict, receive: Callable):
         lengths = _header(scope, b"content-length")
@@ -208,15 +213,16 @@ class _Body:
         self._deadline = time.monotonic() + BODY_SECONDS
 
     def check_length(self, limit: int) -> None:
-        """
+        """Check the declared length.
+
         Raises:
-            Refused: it says that it is longer.
+            Refused: it exceeds the limit.
         """
         if self.length is not None and self.length > limit:
             raise Refused(413, f"the request is longer than {limit} bytes")
 
     async def receive(self) -> dict:
-        """Receive the next piece; a client that is too slow counts as disconnected."""
+        """Receive the next message. A client that is too slow counts as disconnected."""
         if self._is_whole:
             return await self._receive()  # waits for the client to leave
         try:
@@ -227,9 +233,10 @@ class _Body:
         return message
 
     async def whole(self, limit: int) -> bytes:
-        """
+        """Receive the whole body.
+
         Raises:
-            Refused: it is longer, or too slow.
+            Refused: the body is longer than `limit` bytes, or did not arrive in time.
         """
         self.check_length(limit)
         body = b""
@@ -243,14 +250,14 @@ class _Body:
         return body
 
     async def drain(self, limit: int) -> None:
-        """Read on, up to a limit, so that a client that is still sending can read the refusal."""
+        """Read and discard up to `limit` bytes, so that a client that is still sending can read the refusal."""
         num_bytes = 0
         while not self._is_whole and num_bytes <= limit:
             message = await self.receive()
             num_bytes += len(message.get("body", b""))
 
     def again(self, body: bytes) -> Callable:
-        """Make a `receive` that replays a body already read."""
+        """Return a `receive` that replays a body that was already read."""
         pending = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> dict:
