@@ -1,4 +1,4 @@
-"""A folder whose files are kept up to an age, and up to a total size."""
+"""A folder whose files are deleted above a certain age or total size."""
 
 import os
 import sys
@@ -11,12 +11,12 @@ from threading import Event, Lock, Thread
 
 
 class KeptFiles:
-    """The files in a folder and below it, whoever wrote them.
+    """All files in a folder and its subfolders, whichever process wrote them.
 
     Args:
         folder: the folder, which need not exist yet.
-        seconds: age, since the last change, at which a file is deleted.
-        max_bytes: largest size of all files together; the oldest are deleted first.
+        seconds: time after its last change at which a file is deleted.
+        max_bytes: maximum size of all files together; the oldest are deleted first.
     """
 
     def __init__(self, folder: str | os.PathLike, seconds: float, max_bytes: int):
@@ -24,7 +24,11 @@ class KeptFiles:
         self._lock = Lock()
 
     def tidy(self, room: int = 0) -> int:
-        """Remove files that are too old, then the oldest until `room` more bytes fit. Returns the remaining bytes."""
+        """Delete files that are too old, then the oldest until `room` more bytes fit.
+
+        Returns:
+            The size of the remaining files in bytes.
+        """
         with self._lock:
             files = sorted(self._files())
             total = sum(size for _, size, _ in files)
@@ -37,7 +41,7 @@ class KeptFiles:
             return total
 
     def _files(self) -> Iterator[tuple[float, int, str]]:
-        """List each file's modification time, size and path; others may write and delete files meanwhile."""
+        """List each file's modification time, size and path. Others may write and delete files meanwhile."""
         for parent, _, names in os.walk(self.folder):
             for name in names:
                 path = os.path.join(parent, name)
@@ -51,13 +55,13 @@ class KeptFiles:
         try:
             os.unlink(path)
             os.rmdir(os.path.dirname(path))
-        except OSError as error:  # gone already, or the folder has more in it
+        except OSError as error:  # already gone, or the folder is not empty
             if os.path.lexists(path):
                 print(f"cannot remove {path}: {error}", file=sys.stderr)
 
     @contextmanager
     def tidied(self, every: float) -> Iterator[None]:
-        """Context in which a thread calls `tidy` every `every` seconds, and continues after any error."""
+        """Context manager in which a thread calls `tidy` every `every` seconds, even after an error."""
         is_over = Event()
 
         def work() -> None:
