@@ -1,9 +1,9 @@
-"""The API server as an application of Ray Serve (extra `ray`): replicas on many machines, more of them when requests wait.
+"""The API server as a Ray Serve application (extra `ray`): replicas on many machines, autoscaled with the load.
 
     serve run unitok_mllm.ray_serving:build model=FOLDER max_replicas=8
 
-Each replica is the server of `unitok-mllm api` with an engine of its own. A request goes to one of the two less busy of
-them. When a replica dies, its requests end in an error of the status 500, and another replica is started.
+Each replica is the server of `unitok-mllm api` with an engine of its own. A request goes to the less busy of two
+replicas. When a replica dies, its requests fail with status 500, and Ray starts another replica.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from .serving import UniTokEngine
 
 
 class Arguments(BaseModel):
-    """What `build` takes: the options of `unitok-mllm api` but address and proxy, and `max_replicas`, the most replicas."""
+    """Arguments of `build`: the options of `unitok-mllm api` except address and proxy, and the maximum of replicas."""
 
     model_config = ConfigDict(extra="forbid")
     model: str = str(SHIPPED_MODEL)
@@ -41,7 +41,7 @@ class Arguments(BaseModel):
 @serve.deployment
 @serve.ingress()
 class UniTokServer:
-    """A replica."""
+    """One replica of the server, with its own model and engine."""
 
     def __init__(self, arguments: Arguments):
         self.arguments = arguments
@@ -50,7 +50,7 @@ class UniTokServer:
         self.engine = UniTokEngine(model, max_queue=arguments.queue_size, **sizes)
 
     def __serve_build_asgi_app__(self):
-        """The application, which Ray asks for after the constructor."""
+        """Return the ASGI application. Ray calls this after the constructor."""
         arguments = self.arguments
         return create_app(
             self.engine,
@@ -66,10 +66,10 @@ class UniTokServer:
 
 
 def build(arguments: Arguments) -> Application:
-    """Build the application. A config file of Ray Serve may change what is set here, see docs/serving.md.
+    """Build the Ray Serve application. A Ray Serve config file can override its settings, see docs/serving.md.
 
-    A replica takes `max_rows` requests at once. Others wait before the replicas, at most `queue_size`: a further one gets
-    a 503. There is another replica for each half of `max_rows` that are running or waiting, on average.
+    A replica takes `max_rows` requests at once. Up to `queue_size` more wait for a replica; the next one gets status
+    503. Ray aims at one replica for every `max_rows / 2` running or waiting requests.
 
     Raises:
         ValueError: see `check_model`.
