@@ -3,7 +3,7 @@
     serve run unitok_mllm.ray_serving:build model=FOLDER max_replicas=8
 
 Each replica is the server of `unitok-mllm api` with an engine of its own. A request goes to the less busy of two
-replicas. When a replica dies, its requests fail with status 500, and Ray starts another replica.
+random replicas. When a replica dies, its requests fail with status 500, and Ray starts another one.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from .serving import UniTokEngine
 
 
 class Arguments(BaseModel):
-    """Arguments of `build`: the options of `unitok-mllm api` except address and proxy, and the maximum of replicas."""
+    """Arguments of `build`: `max_replicas`, and the options of `unitok-mllm api` except its address and proxy."""
 
     model_config = ConfigDict(extra="forbid")
     model: str = str(SHIPPED_MODEL)

@@ -1,11 +1,11 @@
-"""The page of `unitok-mllm serve`: a chat with pictures, drawings, and the visual tokenizer; on gradio (extra `web`).
+"""The web page of `unitok-mllm serve`: chat with pictures, drawings, and the visual tokenizer; on gradio (extra `web`).
 
-`SharedModel` does the work, in the running batch of an engine, and knows nothing of pages; `build_page` lays out the
-page; `serve` runs the server. A visitor's error is a ValueError, shown on the page; any other exception is a bug, whose
-traceback appears only in the terminal.
+`SharedModel` runs requests in the engine's batch and does not depend on the page, `build_page` lays out the page, and
+`serve` runs the server. An error that a visitor can correct is a `ValueError` and is shown on the page. Any other
+exception is a bug, whose traceback appears only in the terminal.
 
-The browser sends only pictures and texts. The conversation stays on the server, so that no visitor can submit
-another's. Uploads and drawings lie in one folder, the only one that the page serves files from. A `Guard` protects the
+The browser sends only pictures and texts. Conversations stay on the server, so that no visitor can submit another's.
+Uploads and drawings are stored in one folder, the only one that the page serves files from. A `Guard` protects the
 server; docs/robustness.md lists the attacks.
 """
 
@@ -40,7 +40,7 @@ from .shared_engine import SharedEngine, Stream, cancel, running, submit
 from .sheet import COLORS, SHAPES
 
 
-FRAMES = 16  # pictures shown while one is drawn
+FRAMES = 16  # previews of a drawing while it is drawn
 MAX_IMAGES = 4  # drawings in one answer
 MAX_COUNT = 8  # drawings of one prompt
 MAX_TEXT = 10_000  # characters
@@ -55,11 +55,11 @@ PICTURE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "AVIF")  # few, s
 MAX_PICTURES = 8  # in one message
 MAX_PIXELS = 50_000_000  # of all pictures in one message
 MAX_SIDE = 1024  # pixels; a larger picture is shrunk while it is read
-JOBS_OF_A_VISITOR = 4  # waiting or at work
-JOBS_AT_WORK = 32  # of all visitors; gradio's own limit is 40
+JOBS_OF_A_VISITOR = 4  # waiting or running
+JOBS_AT_WORK = 32  # running jobs of all visitors; gradio's own limit is 40
 MIB = 2**20
-MULTIPART_HEADERS = 2**16  # bytes that an upload may have besides its files
-MAX_SESSIONS = 1000  # conversations remembered
+MULTIPART_HEADERS = 2**16  # bytes of an upload besides its files
+MAX_SESSIONS = 1000  # conversations kept
 MAX_CONNECTIONS = 1000
 SESSION_NAME = 64  # characters; gradio's own have 11
 ROUTES = (
@@ -68,10 +68,10 @@ ROUTES = (
     r"GET /(assets|static|svelte)/.*",
     r"GET /gradio_api/(info|app_id|startup-events|upload_progress|queue/data|heartbeat/[^/]*)",
     r"GET /gradio_api/call/[^/]*/[^/]*",
-    r"(GET|HEAD) /gradio_api/file=/.*",  # a path, no URL
+    r"(GET|HEAD) /gradio_api/file=/.*",  # a path, not a URL
     r"POST /gradio_api/(upload|cancel|reset|queue/join|call/[^/]*)",
 )
-READING = Lock()  # one picture of all visitors at a time
+READING = Lock()  # decode one picture at a time, over all visitors
 WORDS = "\n".join(f"a {color} {shape}" for color in COLORS for shape in SHAPES)
 CSS = """
 .chat .image-frame img {width: 128px !important; height: 128px !important; object-fit: contain}
@@ -83,12 +83,12 @@ CSS = """
 class SharedModel(SharedEngine):
     """A model shared by several visitors, whose requests run in one batch.
 
-    `answer` and `draw` are generators; closing one cancels its requests. While these wait for rows of the batch, the
-    generator yields its place in the queue (int, from 1) once a second.
+    `answer` and `draw` are generators; closing one cancels its requests. While the requests wait for rows of the batch,
+    the generator yields their place in the queue (an int, from 1) once a second.
 
     Args:
-        engine: of a `UniTokMLLMForConditionalGeneration`.
-        processor: its `UniTokMLLMProcessor`.
+        engine: engine of a `UniTokMLLMForConditionalGeneration`.
+        processor: the `UniTokMLLMProcessor` of the same model.
     """
 
     def __init__(self, engine: UniTokEngine, processor):
@@ -96,10 +96,14 @@ class SharedModel(SharedEngine):
         self.num_positions = self.model.config.num_image_positions
         self.max_positions = engine.max_length
         self.every = max(1, self.num_positions // FRAMES)
-        self._waiting: list[Stream] = []  # in their order
+        self._waiting: list[Stream] = []  # in the order of submission
 
     async def _told(self, *calls: Callable) -> AsyncIterator[int | tuple[int, torch.Tensor]]:
-        """Submit requests by `calls` of the engine, and yield what it tells: the index of the call, and the item."""
+        """Submit requests to the engine, one per call, and yield each item that it reports.
+
+        Yields:
+            The index of the call and the item, see `Stream.tell`; or the place in the queue, while waiting.
+        """
         stream, futures = Stream(), []
         self._waiting.append(stream)
         try:
@@ -114,8 +118,8 @@ class SharedModel(SharedEngine):
                 index, item = told
                 if item is not None:
                     yield told
-                elif not futures[index].cancelled():  # as at the end of the server
-                    futures[index].result()  # raises its error
+                elif not futures[index].cancelled():  # as when the server shuts down
+                    futures[index].result()  # raises the request's error
         finally:
             cancel(futures)
             if stream in self._waiting:
@@ -129,10 +133,10 @@ class SharedModel(SharedEngine):
             )
 
     def check_pictures(self, count: int, conversation: list[dict]) -> None:
-        """Check, before any is read, that `count` more pictures fit into a conversation.
+        """Check that `count` more pictures fit into a conversation, before any of them is read.
 
         Raises:
-            ValueError: they do not.
+            ValueError: they do not fit.
         """
         count += sum(part["type"] == "image" for turn in conversation for part in turn["content"])
         self._check_length(count * (self.num_positions + 2))
@@ -141,7 +145,7 @@ class SharedModel(SharedEngine):
         """Check the length of a text.
 
         Raises:
-            ValueError: it is too long.
+            ValueError: the text is too long.
         """
         if len(text) > MAX_TEXT:
             raise ValueError(f"the text has {len(text)} characters, {MAX_TEXT} at most can be read")
@@ -174,12 +178,12 @@ class SharedModel(SharedEngine):
         An incomplete drawing has the type "unfinished" instead of "image", and is gray where nothing is drawn yet.
 
         Args:
-            inputs: of `chat_inputs`.
-            max_new_tokens: text tokens at most.
-            image_options: of `generate_image_codes`, for the drawings in it.
+            inputs: output of `chat_inputs`.
+            max_new_tokens: maximum number of text tokens.
+            image_options: options of `generate_image_codes` for the drawings in the answer.
 
         Raises:
-            ValueError: an option out of its range.
+            ValueError: an option is out of its range.
         """
         room = self.max_positions - inputs["input_ids"].shape[1]
         max_new_tokens = min(max_new_tokens, room)
@@ -205,7 +209,7 @@ class SharedModel(SharedEngine):
                     text = self.processor.tokenizer.decode(words, skip_special_tokens=True).strip()
                     current = [{"type": "text", "text": text}] if text else []
                 else:
-                    if words:  # those before the drawing
+                    if words:  # the text before the drawing ends here
                         finished, current, words = finished + current, [], []
                     groups.append(item)
                     if len(groups) % self.every and len(groups) < self.num_positions:
@@ -249,10 +253,13 @@ class SharedModel(SharedEngine):
 
     @torch.inference_mode()
     def tokenize(self, picture: Image.Image) -> tuple[Image.Image, Image.Image, torch.Tensor, tuple[int, int]]:
-        """Return the picture as the model sees it, its reconstruction, its codes (K, L), and their grid (rows, columns).
+        """Encode a picture and decode it again.
+
+        Returns:
+            The picture as the model sees it, its reconstruction, its codes (K, L), and their grid (rows, columns).
 
         Raises:
-            ValueError: it is too elongated.
+            ValueError: the picture is too elongated.
         """
         image_processor, visual = self.processor.image_processor, self.model.visual
         pixel_values = image_processor(images=[picture], mode="understand")["pixel_values"].to(visual.device)
@@ -263,15 +270,15 @@ class SharedModel(SharedEngine):
 
     @property
     def knows_words(self) -> bool:
-        """Return whether words can be compared with a picture, see `has_text_tower`."""
+        """Whether words can be compared with a picture, see `has_text_tower`."""
         return has_text_tower(self.model, self.processor)
 
     @torch.inference_mode()
     def compare(self, picture: Image.Image, words: list[str]) -> dict[str, float]:
-        """Compute the probability that each of these texts describes the picture; the probabilities sum to 1.
+        """Compute the probability that each text describes the picture; the probabilities sum to 1.
 
         Raises:
-            ValueError: no words, too many or too long, or the picture is too elongated.
+            ValueError: there are no words, too many or too long ones, or the picture is too elongated.
         """
         if (length := sum(map(len, words))) > MAX_TEXT:
             raise ValueError(f"the words have {length} characters, {MAX_TEXT} at most can be read")
@@ -288,10 +295,10 @@ class SharedModel(SharedEngine):
 
 
 def code_maps(codes: torch.Tensor, grid_size: tuple[int, int], codebook_size: int) -> Image.Image:
-    """Draw codes as maps: one for each codebook, four in a row, a square for each position, a colour for each code.
+    """Draw codes as maps, one per codebook, four in a row: a square per position, a colour per code.
 
     Args:
-        codes: (K, L) integers in [0, codebook_size), L row-major.
+        codes: integers in [0, codebook_size), (K, L), positions in row-major order.
         grid_size: rows and columns of positions.
         codebook_size: V. Code v has the hue v / golden ratio (mod 1), so that neighbouring codes look different.
     """
@@ -312,13 +319,14 @@ def code_maps(codes: torch.Tensor, grid_size: tuple[int, int], codebook_size: in
 
 
 def read_pictures(paths: list[str]) -> list[Image.Image]:
-    """Pictures that were uploaded or drawn, none with a side above `MAX_SIDE`.
+    """Read uploaded or drawn pictures, shrunk to sides of at most `MAX_SIDE` pixels.
 
-    Counted first, then measured by their headers, then decoded one by one, whoever else reads some.
+    Their number is checked first, then their sizes by their headers. Only then are they decoded, one at a time over all
+    visitors.
 
     Raises:
-        ValueError: too many, too many pixels, or one that is no picture of `PICTURE_FORMATS` or no longer there; with
-            the file's name, not its folder.
+        ValueError: there are too many pictures or pixels, or a file is gone or has none of the `PICTURE_FORMATS`. The
+            message has the file's name without its folder.
     """
     if len(paths) > MAX_PICTURES:
         raise ValueError(f"{len(paths)} pictures are too many: {MAX_PICTURES} can be read at once")
@@ -367,7 +375,7 @@ def drawing_options(guidance: float, temperature: float, top_k: int, top_p: floa
 
 @contextmanager
 def shown_errors():
-    """Show errors that a visitor can correct, and a full GPU, as a message on the page."""
+    """Context manager that shows errors that a visitor can correct, or a full GPU, as a message on the page."""
     try:
         yield
     except (ValueError, QueueFull) as error:
@@ -377,7 +385,12 @@ def shown_errors():
 
 
 def build_page(shared: SharedModel, title: str) -> gr.Blocks:
-    """Build the page: three tabs; `title` describes the model."""
+    """Build the page with its three tabs.
+
+    Args:
+        shared: the model.
+        title: description of the model, as plain text.
+    """
     jobs = min(shared.engine.max_rows, JOBS_AT_WORK)
     in_the_engine = {"concurrency_id": "engine", "concurrency_limit": jobs, "show_progress": "minimal"}
     one_at_a_time = {"concurrency_id": "tokenizer", "concurrency_limit": 1, "show_progress": "minimal"}
@@ -398,7 +411,7 @@ def _place(number: int) -> str:
 
 
 def _drawing_fields(shared: SharedModel, **given: float) -> list[gr.components.Component]:
-    """Build the fields of `drawing_options`, in its order; they start with the model's own values if none are given."""
+    """Build the fields of `drawing_options`, in its order. Their defaults are those `given`, else the model's own."""
     values = sampling_options(shared.model, **given)
     with gr.Row():
         return [
@@ -411,7 +424,7 @@ def _drawing_fields(shared: SharedModel, **given: float) -> list[gr.components.C
 
 
 def _chat_tab(shared: SharedModel, event_options: dict) -> None:
-    conversation = gr.State([])  # turns as for a chat template, pictures by path
+    conversation = gr.State([])  # turns as for a chat template, with paths of pictures
     chatbot = gr.Chatbot(
         show_label=False,
         height="60vh",
@@ -437,13 +450,13 @@ def _chat_tab(shared: SharedModel, event_options: dict) -> None:
         fields = _drawing_fields(shared, guidance_scale=1.0)
 
     def kept(part: dict) -> dict:
-        """Keep a picture as a file, to show it and to read it again in later turns."""
+        """Save a picture to a file, to show it and to read it again in later turns."""
         if part["type"] == "text":
             return part
         return {"type": part["type"], "path": save_pil_to_cache(part["image"], chatbot.GRADIO_CACHE, format="png")}
 
     def shown_as_text(turns: list[dict]) -> list[dict]:
-        """Escape the texts of turns, since the page renders HTML."""
+        """Escape the texts in turns, since the page renders HTML."""
         return [
             turn
             | {
@@ -486,7 +499,7 @@ def _chat_tab(shared: SharedModel, event_options: dict) -> None:
                         yield gr.skip(), shown_as_text([*turns, waiting]), gr.skip()
                         continue
                     shown = await asyncio.to_thread(lambda parts=parts: [kept(part) for part in parts])
-                    whole = [part for part in shown if part["type"] != "unfinished"]  # what stays after a stop
+                    whole = [part for part in shown if part["type"] != "unfinished"]  # what a stopped answer keeps
                     answered = [*turns, {"role": "assistant", "content": whole}] if whole else gr.skip()
                     so_far = [*turns, {"role": "assistant", "content": shown}] if shown else turns
                     yield gr.skip(), shown_as_text(so_far), answered
@@ -583,7 +596,7 @@ def _tokenizer_tab(shared: SharedModel, event_options: dict) -> None:
 def build_app(
     engine: UniTokEngine, page: gr.Blocks, host: str, port: int, queue_size: int, max_upload_mb: int
 ) -> FastAPI:
-    """Build the page's application, without the guard. It runs the engine. Arguments are those of `serve`."""
+    """Build the page's application, without the guard. It runs the engine. For the arguments see `serve`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -611,14 +624,14 @@ def build_app(
         theme=gr.themes.Soft(font=fonts, font_mono=("ui-monospace", "monospace")),
         css=CSS,
     )
-    page.has_launched = True  # otherwise gradio skips its check that a path is its own
+    page.has_launched = True  # otherwise gradio does not check that a path is in its own folder
     return app
 
 
 def guarded(
     app: FastAPI, page: gr.Blocks, files: KeptFiles, host: str, further_hosts: list[str], max_upload_mb: int
 ) -> Guard:
-    """Put the page's application behind a guard. Arguments are those of `serve`."""
+    """Put the page's application behind a guard. For the arguments see `serve`."""
 
     def num_jobs(visitor: str) -> int:
         queue = page._queue
@@ -646,7 +659,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def server_of(app: Guard, proxy: str | None = None) -> uvicorn.Server:
-    """Make the HTTP server of an application; for `proxy` see `serve`."""
+    """Create the HTTP server of an application; for `proxy` see `serve`."""
     config = uvicorn.Config(
         app,
         ws="none",
@@ -673,18 +686,20 @@ def serve(
     further_hosts: list[str],
     proxy: str | None,
 ) -> None:
-    """Serve the page until a signal ends it.
+    """Serve the page until SIGINT or SIGTERM.
 
     Args:
-        engine, processor: of one model.
+        engine: engine of the model.
+        processor: processor of the same model.
         title: see `build_page`.
         folder: gradio's folder of files.
-        host, port: where to listen.
-        queue_size: number of requests that may wait for those at work; the next one is refused.
+        host: address to listen on.
+        port: port to listen on.
+        queue_size: number of requests that may wait; the next one is refused.
         max_upload_mb: size limit of a file, in MiB.
         max_kept_mb: size limit of all uploads and drawings together, in MiB; the oldest are deleted first.
         further_hosts: other names by which browsers reach the server.
-        proxy: the address of a reverse proxy whose `X-Forwarded-For` tells visitors apart.
+        proxy: address of a reverse proxy that is trusted to name visitors in `X-Forwarded-For`.
 
     Raises:
         OSError: the port is taken.
