@@ -1,8 +1,8 @@
 """The training loop of the visual tokenizer, on accelerate: one process, several, or several machines.
 
-A step runs, for each accumulated batch, the tokenizer's forward and backward pass with every term of the loss, and,
-after the GAN's start, the discriminator's on the same images. Then come both optimizers, the schedules and the average
-of the weights, which is released.
+For each accumulated batch, a step runs the forward and backward pass of the tokenizer with all terms of the loss. Once
+the GAN term has started, the discriminator's passes on the same images follow. The step ends with both optimizers, the
+schedules, and the running average of the weights, which is what a training releases.
 """
 
 import json
@@ -70,8 +70,8 @@ from unitok_mllm.modeling_unitok import LOGIT_SCALE_BOUNDS, UniTokOutput
 
 
 logger = logging.getLogger(__name__)
-STATE = "state.pt"  # the last file of a checkpoint
-LAG = 0.01  # share of the first weights in the released average, above which there is a warning
+STATE = "state.pt"  # the file of a checkpoint that is written last
+LAG = 0.01  # share of the initial weights in the released average above which a warning is logged
 HISTORY = "history.jsonl"
 CODEBOOKS = "vision_model.quantizer.codebooks"
 LOGIT_SCALE = "logit_scale"
@@ -87,31 +87,31 @@ NOT_ON_CARD = (
 
 
 class TokenizerTrainer:
-    """The trainer of a `UniTokModel`.
+    """Trainer of a `UniTokModel`.
 
     Args:
-        model: trained in place; its weights stay float32.
-        arguments: options of the loop.
-        losses: terms of the loss.
-        train_dataset: of dicts with `pixel_values` (3, H, W) in [-1, 1] and `input_ids` (T,). A map-style one is
-            accessed by (epoch, index), in an order chosen here. An `ImageTextStream` that ends is restarted in its
-            next epoch.
-        image_processor: released with the model.
-        text_tokenizer: released with the model.
-        samples_per_epoch: of a stream, over all processes.
-        perceptual: distance of (reconstruction, pixels), if the perceptual term has a weight.
-        discriminator: if the GAN term has a weight.
-        eval_pixels: (N, 3, H, W) in [-1, 1], for the grids; None for none.
-        eval_dataset: gives dicts of `pixel_values`, and is evaluated whole; an iterable one must give each process its
-            own share, and end. Without it the `eval_pixels` are evaluated.
-        run: what the model card says beside what is known here.
+        model: model to train in place; its weights stay float32.
+        arguments: options of the training loop.
+        losses: weights and options of the loss terms.
+        train_dataset: dataset of dicts with `pixel_values`, (3, H, W) in [-1, 1], and `input_ids`, (T,). A map-style
+            dataset is indexed by (epoch, index), in an order that the trainer chooses. An `ImageTextStream` that ends
+            starts again with its next epoch.
+        image_processor: image processor to release with the model.
+        text_tokenizer: text tokenizer to release with the model.
+        samples_per_epoch: samples in an epoch over all processes; required for streams, and only for them.
+        perceptual: network that computes the distance of (reconstruction, pixels); required if the perceptual term has
+            a weight.
+        discriminator: discriminator; required if the GAN term has a weight.
+        eval_pixels: images for the grids of reconstructions, (N, 3, H, W) in [-1, 1]; None for no grids.
+        eval_dataset: dataset of dicts with `pixel_values`, evaluated as a whole. An iterable dataset must give each
+            process its own share, and end. None to evaluate `eval_pixels`.
+        run: further facts for the model card.
 
     Raises:
-        ValueError: a network is missing that a term needs, or there is one that none needs; a term would begin after
-            the last step; `samples_per_epoch` and the kind of dataset do not go together; a tracker is not installed;
-            the data does not fill one step; `output_dir` has checkpoints and `resume` is off; or the checkpoint is of
-            another global batch size or other options of the optimizers, or, of a stream, of another number of
-            processes or workers.
+        ValueError: a term lacks its network, or a network has no term; a term would start after the last step;
+            `samples_per_epoch` does not fit the kind of dataset; a tracker is not installed; the data does not fill one
+            step; `output_dir` has checkpoints and `resume` is off; or the checkpoint was written with another global
+            batch size, other optimizer options or, for a stream, another number of processes or workers.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class TokenizerTrainer:
                 raise ValueError(f"{name}_start is {start}: none of the {self.total_steps} steps begins that late.")
 
     def _freeze_what_no_term_trains(self, model: UniTokModel) -> None:
-        """Freeze parameters that no term trains: DistributedDataParallel waits for a gradient of all others."""
+        """Freeze parameters that no term trains: DistributedDataParallel waits for the gradients of all others."""
         if not self.losses.contrastive_weight:
             if model.text_model is not None:
                 model.text_model.requires_grad_(False)
@@ -236,7 +236,7 @@ class TokenizerTrainer:
         return ZeroNetwork(*parts, arguments.max_grad_norm, config=config)
 
     def _discriminator_network(self, discriminator: FeatureDiscriminator) -> TrainedNetwork:
-        """Replicate the discriminator: its heads are too small to be worth sharding."""
+        """Wrap the discriminator. It is replicated, since its heads are too small to be worth sharding."""
         arguments = self.arguments
 
         def optimizer(discriminator: FeatureDiscriminator) -> torch.optim.AdamW:
@@ -257,7 +257,7 @@ class TokenizerTrainer:
         )
 
     def _keep_features(self, quantizer: nn.Module, args: tuple[torch.Tensor], kwargs: dict) -> None:
-        """Keep the features of images, but not of reconstructions, for codes to start from."""
+        """Keep the features of images, but not of reconstructions, to initialize codes from them."""
         if kwargs.get("track_usage", True):
             self._features = args[0].detach()
 
@@ -265,10 +265,10 @@ class TokenizerTrainer:
         self._last_inputs = args[0].detach()
 
     def train(self) -> None:
-        """Train to the end, and write `<output_dir>/release`.
+        """Train to the last step, and write `<output_dir>/release`.
 
         Raises:
-            Interrupted: a signal came; the step at hand was finished and is in a checkpoint.
+            Interrupted: a signal arrived. The current step was finished and saved in a checkpoint.
         """
         arguments, accelerator = self.arguments, self.accelerator
         if arguments.report_to:
@@ -348,7 +348,7 @@ class TokenizerTrainer:
         self.tokenizer.write(CODEBOOKS, codebooks)
         self.ema.start()
         if stream is not None:
-            stream.load_state_dict(position)  # the training begins with the same images
+            stream.load_state_dict(position)  # training starts with the same images
 
     @torch.no_grad()
     def _revive_dead_codes(self) -> None:
@@ -362,16 +362,16 @@ class TokenizerTrainer:
         self.history.record(self.step, {"revived_codes": is_moved[..., 0].sum()})
 
     def _speed(self, images: int, seconds: float, waited: float) -> dict[str, float]:
-        """Compute the figures that tell apart computing, waiting for data, and decoding it.
+        """Compute the throughput, and how much of the time goes into data loading.
 
         Args:
-            images: over all processes, since the last log.
-            seconds: since then.
-            waited: those in which this process waited for batches.
+            images: number of images since the last log, over all processes.
+            seconds: time since the last log.
+            waited: seconds of it in which this process waited for batches.
 
         Returns:
-            `images_per_second`; `data_wait_share` of the time, the mean over processes; and `decode_ms`, the time of one
-            image in a worker of this process.
+            `images_per_second`; `data_wait_share`, the share of time spent waiting, averaged over processes; and
+            `decode_ms`, the time per image in a worker of this process, if known.
         """
         share = torch.tensor(waited / seconds, device=self.accelerator.device)
         speed = {"images_per_second": images / seconds}
@@ -382,11 +382,11 @@ class TokenizerTrainer:
         return speed
 
     def _generator(self, purpose: str) -> torch.Generator:
-        """Make a random generator that is the same on every process and after resuming."""
+        """Create a random generator that is the same on every process and after resuming."""
         return torch.Generator().manual_seed(sample_seed(self.arguments.seed, purpose, self.step))
 
     def _log_start(self) -> None:
-        """Log what is trained, on what, and for how long."""
+        """Log the sizes and learning rates of the networks, and the number of steps."""
         for name, network in (("tokenizer", self.tokenizer), ("discriminator", self.discriminator)):
             if network is not None:
                 rate = network.optimizer.param_groups[0]["initial_lr"]
@@ -400,7 +400,7 @@ class TokenizerTrainer:
         )
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Iterate over batches from the current step on, without end."""
+        """Iterate endlessly over batches, from the current step on."""
         arguments, accelerator = self.arguments, self.accelerator
         dataset = self.train_dataset
         stream = dataset if isinstance(dataset, ImageTextStream) else None
@@ -420,7 +420,7 @@ class TokenizerTrainer:
             dataset,
             num_workers=arguments.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator().manual_seed(arguments.seed),  # or it would draw from the training's own
+            generator=torch.Generator().manual_seed(arguments.seed),  # else it would use the training's random numbers
             **options,
         )
         if stream is None:
@@ -439,7 +439,7 @@ class TokenizerTrainer:
             was_resumed = False
 
     def _train_on_step(self, batches: list[dict[str, torch.Tensor]], weights: dict[str, float]) -> None:
-        """Run the passes and updates of a step on its accumulated batches."""
+        """Run the passes and updates of one step on its accumulated batches."""
         device, losses = self.accelerator.device, self.losses
         batches = [{name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in batches]
         draws = [None] * len(batches)
@@ -453,10 +453,10 @@ class TokenizerTrainer:
             self._train_on(batch, weights, progress, augmentation, contrastive)
 
     def _augmentations(self, num_batches: int) -> list[torch.Tensor]:
-        """Draw the discriminator's augmentations of a step, (B, 7) for each accumulated batch.
+        """Sample the discriminator's augmentations of a step, (B, 7) for each accumulated batch.
 
-        They are drawn for all images of the step in the order of its batches, so that they do not depend on the number
-        of processes.
+        They are sampled for all images of the step, in the order of its batches, so that they do not depend on the
+        number of processes.
         """
         accelerator = self.accelerator
         draws = draw_augmentation(self.images_per_step, self._generator("augmentation"))
@@ -470,12 +470,12 @@ class TokenizerTrainer:
     ) -> list[tuple[torch.Tensor, Callable[[UniTokOutput], torch.Tensor]]]:
         """Compute the contrastive loss of all accumulated batches together, as GradCache does.
 
-        See https://arxiv.org/abs/2101.06983. A first pass without gradients embeds all batches; the loss's gradients at
-        these embeddings are then those to send back in each batch's own pass.
+        See https://arxiv.org/abs/2101.06983. A first pass without gradients embeds all batches. The gradients of the
+        loss at these embeddings are then backpropagated in each batch's own pass.
 
         Returns:
-            For each batch, the state of the random numbers of its pass, and a function of the pass's output. It gives
-            the loss of the whole step, with the gradient of this batch's share.
+            For each batch, the random state of its pass, and a function of the pass's output that returns the loss of
+            the whole step with the gradient of this batch's share.
         """
         network, device = self.tokenizer, self.accelerator.device
         states, outputs = [], []
@@ -509,11 +509,11 @@ class TokenizerTrainer:
         """Run the passes of one batch, and the updates if it is the last one of its step.
 
         Args:
-            batch: of this process.
-            weights: of each term.
-            progress: share of the training.
-            draws: (B, 7), the discriminator's augmentations; None without a GAN.
-            contrastive: see `_whole_batch_contrastive`.
+            batch: the batch of this process.
+            weights: current weight of each term.
+            progress: finished share of the training, in [0, 1).
+            draws: augmentations for the discriminator, (B, 7); None if the GAN term is off.
+            contrastive: entry of `_whole_batch_contrastive` for this batch; None for negatives from this batch only.
         """
         accelerator, losses, pixels = self.accelerator, self.losses, batch["pixel_values"]
         tokenizer, judge = self.tokenizer, self.discriminator
@@ -529,7 +529,7 @@ class TokenizerTrainer:
                 with_reconstruction_embeds=losses.consistency_weight > 0,
             )
             reconstruction = output.reconstruction
-            if gan_on:  # its gradients are balanced before they go on
+            if gan_on:  # gradients stop here, to be balanced before they go on to the decoder
                 output.reconstruction = reconstruction.detach().requires_grad_()
             whole = None if contrastive is None else contrastive[1](output)
             total, values = tokenizer_losses(output, pixels, weights, self.perceptual, whole)
@@ -567,7 +567,7 @@ class TokenizerTrainer:
         self.history.record(self.step, values)
 
     def _frozen_judge(self, images: torch.Tensor) -> torch.Tensor:
-        """Compute the discriminator's logits, which train the tokenizer and not the discriminator."""
+        """Compute the discriminator's logits without training the discriminator."""
         judge = self.discriminator.module
         judge.heads.requires_grad_(False)
         logits = judge(images)
@@ -595,7 +595,7 @@ class TokenizerTrainer:
         """Evaluate the averaged weights on the evaluation set; every process must call it.
 
         Returns:
-            See `evaluate_reconstructions`. Empty without an evaluation set.
+            The metrics, see `evaluate_reconstructions`. Empty without an evaluation set.
 
         Raises:
             ValueError: the evaluation set has no images.
@@ -615,7 +615,7 @@ class TokenizerTrainer:
             dataset,
             arguments.per_device_train_batch_size,
             num_workers=arguments.dataloader_num_workers,
-            generator=torch.Generator(),  # or it would draw from the training's own
+            generator=torch.Generator(),  # else it would use the training's random numbers
         )
         for batch in loader:
             pixels = batch[0] if self.eval_dataset is None else batch["pixel_values"]
@@ -623,7 +623,7 @@ class TokenizerTrainer:
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Put the averaged weights into the tokenizer, in eval mode."""
+        """Context manager with the averaged weights in the tokenizer, in eval mode."""
         module = self.tokenizer.module
         module.eval()
         try:
@@ -634,7 +634,7 @@ class TokenizerTrainer:
 
     @torch.no_grad()
     def _save_grid(self) -> None:
-        """Save originals above reconstructions by the averaged weights, as PNG and to the trackers."""
+        """Save a grid of originals above their reconstructions by the averaged weights, as PNG and to the trackers."""
         if self.eval_pixels is None:
             return
         pixels = self.eval_pixels.to(self.accelerator.device)
@@ -717,13 +717,13 @@ class TokenizerTrainer:
         average = load_file(folder / "ema.safetensors")
         for name, part in self.ema.parts.items():
             part.copy_(self.tokenizer.part_of(name, average[name]))
-        self.dead_codes.chosen.copy_(state.get("chosen_codes", self.dead_codes.chosen))  # older ones lack it
+        self.dead_codes.chosen.copy_(state.get("chosen_codes", self.dead_codes.chosen))  # older checkpoints lack it
         self.step = state["step"]
         if len(state["random_states"]) == self.accelerator.num_processes:
             set_random_state(state["random_states"][self.accelerator.process_index], self.accelerator.device)
             if "histories" in state:  # older checkpoints have none
                 self.history.load_state_dict(state["histories"][self.accelerator.process_index])
-        if (history := self.output_dir / HISTORY).is_file():  # for the card of a run that has no step left
+        if (history := self.output_dir / HISTORY).is_file():  # for the model card, if no step is left to run
             for values in map(json.loads, history.read_text(encoding="utf-8").splitlines()):
                 if values.pop("step") <= self.step:
                     self._note_on_card(values)
@@ -731,7 +731,7 @@ class TokenizerTrainer:
 
     @property
     def _lanes(self) -> int:
-        """Number of lanes of a stream in each process."""
+        """Number of lanes in which each process reads a stream, one per worker."""
         return max(1, self.arguments.dataloader_num_workers)
 
     def _load_stream(self, folder: Path, state: dict) -> None:
@@ -752,7 +752,7 @@ class TokenizerTrainer:
         return list(self._named_networks().values())
 
     def _weights(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Gather the weights of the networks, and the averaged ones, on the first process; all must call it."""
+        """Gather the networks' weights and the averaged ones on the first process; every process must call it."""
         weights = {name: network.state_dict() for name, network in self._named_networks().items()}
         with self.ema:
             return weights | {"ema": self.tokenizer.state_dict()}
