@@ -1,14 +1,14 @@
-"""How a trained network is spread over processes: replicated, DeepSpeed's ZeRO (1 to 3, offload), or FSDP2.
+"""Networks that are replicated, or sharded by DeepSpeed's ZeRO (stages 1 to 3, with CPU offload) or by FSDP2.
 
-A training sees the parameters in two ways, however they are spread:
+The interface to the parameters is the same for every kind of sharding:
 
-* `parts` are the pieces that this process holds, for elementwise arithmetic. A running average of them is sharded as the
-  weights are.
-* `read` and `write` take a parameter, or a moment of its optimizer, whole. Checkpoints hold whole tensors by name, and
-  can be resumed with any sharding and any number of processes.
+* `parts` returns this process's shards, for elementwise arithmetic. A running average of them is sharded as the weights
+  are.
+* `read` and `write` access a whole parameter, or a whole moment of its optimizer. Checkpoints store whole tensors by
+  name, and can be resumed with any kind of sharding and any number of processes.
 
-Weights are float32 everywhere, and bf16 is autocast's. ZeRO's own bf16 would round the codebooks, and the running
-average could not resolve its small steps.
+The weights always are float32; bf16 is used by autocast only. With ZeRO's own bf16, codebooks would be rounded, and the
+steps of the running average would be too small to change it.
 """
 
 import json
@@ -36,19 +36,21 @@ class TrainedNetwork:
     """A network with its AdamW and its schedule, replicated on each process (DistributedDataParallel).
 
     Args:
-        accelerator: of the training.
-        module: trained in place.
-        build_optimizer: of the module, whose parameters may be sharded by then.
-        build_schedule: of the optimizer, and of the `last_epoch` of PyTorch's schedules.
-        max_grad_norm: longer gradients are cut to this norm.
+        accelerator: accelerator of the training.
+        module: network to train in place.
+        build_optimizer: function of the module that builds its optimizer, after any sharding of the parameters.
+        build_schedule: function of the optimizer and of `last_epoch` (as in PyTorch's schedules) that builds the
+            learning-rate schedule.
+        max_grad_norm: norm to which gradients are clipped.
 
     Attributes:
         module: the network.
-        wrapped: for training passes.
-        inference: for passes without gradients. If `is_sharded`, all processes must make the same number of them.
-        optimizer: its `param_groups` hold the options of each group.
-        schedule: of the learning rates.
-        updates: number of the optimizer's steps.
+        wrapped: the network for training passes.
+        inference: the network for passes without gradients. If `is_sharded`, all processes must run the same number of
+            them.
+        optimizer: the optimizer, whose `param_groups` have the options of each group.
+        schedule: the learning-rate schedule.
+        updates: number of optimizer steps so far.
     """
 
     is_sharded = False
@@ -73,18 +75,18 @@ class TrainedNetwork:
         self.inference = self.module
 
     def _start_after(self, updates: int) -> None:
-        """Set the count of updates, and the learning rates to those after them."""
+        """Set the number of updates, and the learning rates that follow them."""
         self.updates, self.schedule = updates, self._build_schedule(self._adamw, last_epoch=updates - 1)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of an accumulated batch to those of the step."""
+        """Backpropagate the loss of one accumulated batch."""
         self.accelerator.backward(loss)
 
     def update(self) -> torch.Tensor | None:
-        """Clip and apply the gradients, if the batch before was the last one of its step.
+        """Clip and apply the gradients if the current batch is the last one of its step.
 
         Returns:
-            The norm of the gradients before clipping; None within a step.
+            The norm of the gradients before clipping; None for any other batch.
         """
         if not self.accelerator.sync_gradients:
             return None
@@ -104,19 +106,19 @@ class TrainedNetwork:
 
     @torch.no_grad()
     def parts(self) -> dict[str, torch.Tensor]:
-        """Return this process's part of each parameter. The next pass uses what is written into it."""
+        """Return this process's shard of each parameter. The next pass uses what is written into it."""
         return {name: parameter.data for name, parameter in self.module.named_parameters()}
 
     def part_of(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Return this process's part of a whole tensor that has the shape of a parameter."""
+        """Return this process's shard of a whole tensor that has the shape of the parameter `name`."""
         return value
 
     @torch.no_grad()
     def read(self, name: str, moment: str | None = None) -> torch.Tensor:
-        """Return a parameter, or a moment of its optimizer, whole; every process must call it.
+        """Return a whole parameter, or a whole moment of its optimizer; every process must call it.
 
         Args:
-            name: of the parameter.
+            name: name of the parameter.
             moment: one of `MOMENTS`, which are 0 before the first update; None for the parameter itself.
         """
         parameter = self._parameter(name)
@@ -126,7 +128,7 @@ class TrainedNetwork:
 
     @torch.no_grad()
     def write(self, name: str, value: torch.Tensor, moment: str | None = None) -> None:
-        """Replace what `read` returns by a tensor that is the same on every process; every process must call it."""
+        """Write what `read` returns. Every process must call it with the same tensor."""
         parameter = self._parameter(name)
         (parameter.data if moment is None else self._state_of(parameter)[moment]).copy_(value)
 
@@ -138,7 +140,7 @@ class TrainedNetwork:
         return self.module.get_parameter(name)
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return AdamW's state of a parameter, in which moments are 0 if it has not been updated."""
+        """Return AdamW's state of a parameter; create it with zero moments if there was no update yet."""
         state = self.optimizer.state[parameter]
         if not state:
             state |= {"step": torch.tensor(0.0)} | {moment: torch.zeros_like(parameter) for moment in MOMENTS}
@@ -157,7 +159,7 @@ class TrainedNetwork:
         """Gather weights and buffers; every process must call it.
 
         Returns:
-            Whole tensors by name, on the CPU of the first process; an empty dict on the others.
+            Whole CPU tensors by name on the main process; an empty dict on the others.
         """
         weights = self._whole()
         persistent = self.module.state_dict().keys() if weights else ()
@@ -173,10 +175,10 @@ class TrainedNetwork:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Load the weights and buffers of `state_dict`; every process must call it.
+        """Load weights and buffers from `state_dict`; every process must call it.
 
         Raises:
-            KeyError: one is missing.
+            KeyError: a parameter is missing.
         """
         for name, _ in self.module.named_parameters():
             self.write(name, state[name])
@@ -185,15 +187,15 @@ class TrainedNetwork:
             buffers[name].copy_(state[name])
 
     def load_optimizer(self, state: dict) -> None:
-        """Load the state dict of an optimizer that was not sharded, as older checkpoints have it."""
+        """Load the state dict of an unsharded optimizer, which older checkpoints have."""
         self._adamw.load_state_dict(state)
         self._start_after(max((int(of_one["step"]) for of_one in self._adamw.state.values()), default=0))
 
     def load_moments(self, moments: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Load the `moments` after so many updates; every process must call it.
+        """Load the result of `moments` after `updates` updates; every process must call it.
 
         Raises:
-            KeyError: one is missing.
+            KeyError: a moment is missing.
         """
         self._start_after(updates)
         for moment in MOMENTS if updates else ():
@@ -205,10 +207,10 @@ class TrainedNetwork:
 
 
 class ZeroNetwork(TrainedNetwork):
-    """A network whose moments (stage 1), gradients (2) and weights (3) DeepSpeed shards.
+    """A network of which DeepSpeed shards the optimizer's moments (stage 1), the gradients (2) and the weights (3).
 
     Args:
-        config: of DeepSpeed, see `zero_config`.
+        config: DeepSpeed's config, see `zero_config`.
     """
 
     def __init__(self, *args, config: dict, **kwargs):
@@ -231,7 +233,7 @@ class ZeroNetwork(TrainedNetwork):
         self.wrapped.backward(loss)
 
     def update(self) -> torch.Tensor | None:
-        self.wrapped.step()  # counts the accumulated batches by itself
+        self.wrapped.step()  # counts the accumulated batches itself
         if not self.accelerator.sync_gradients:
             return None
         self.schedule.step()
@@ -242,13 +244,13 @@ class ZeroNetwork(TrainedNetwork):
     def parts(self) -> dict[str, torch.Tensor]:
         if self.stage < 3:
             return super().parts()
-        self.zero.empty_partition_cache()  # gathered copies of what may change
+        self.zero.empty_partition_cache()  # drop gathered copies, which a write would make stale
         return {name: parameter.ds_tensor.data for name, parameter in self.module.named_parameters()}
 
     def part_of(self, name: str, value: torch.Tensor) -> torch.Tensor:
         if self.stage < 3:
             return value
-        part = torch.zeros_like(self._parameter(name).ds_tensor, dtype=value.dtype)  # the last one is padded
+        part = torch.zeros_like(self._parameter(name).ds_tensor, dtype=value.dtype)  # the last shard is padded
         first = dist.get_rank() * part.numel()
         mine = value.flatten()[first : first + part.numel()]
         part[: mine.numel()].copy_(mine)
@@ -290,9 +292,9 @@ class ZeroNetwork(TrainedNetwork):
             self.write(name, value.clamp(low, high))
 
     def _make_states(self) -> None:
-        """Make AdamW's states of the flat partitions, which it makes at its first step otherwise.
+        """Create AdamW's states of the flat partitions, which it would otherwise create in its first step.
 
-        DeepSpeed looks for them after the first group's step, when those of the other groups would not be there yet.
+        DeepSpeed looks for all of them after the first group's step, when those of the other groups would be missing.
         """
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
@@ -306,7 +308,7 @@ class ZeroNetwork(TrainedNetwork):
 
 
 class FSDPNetwork(TrainedNetwork):
-    """A network whose weights, gradients and moments are sharded by FSDP2, one unit a block."""
+    """A network whose weights, gradients and moments are sharded by FSDP2, in one unit per block."""
 
     is_sharded = True
 
@@ -333,7 +335,7 @@ class FSDPNetwork(TrainedNetwork):
         return super()._parameter(name)
 
     def _release(self) -> None:
-        """Drop the whole copies of parameters that a pass without gradients leaves behind."""
+        """Free the unsharded parameters that a pass without gradients leaves behind."""
         for unit in self._units:
             unit.reshard()
 
@@ -368,13 +370,15 @@ class FSDPNetwork(TrainedNetwork):
 
 
 class WeightAverage:
-    """The exponential running average of a network's weights, sharded as they are. Buffers are the network's.
+    """Exponential moving average of a network's weights, sharded as they are. Buffers are not averaged.
+
+    As a context manager, it exchanges the network's weights with the average, for evaluation, saving and loading.
 
     Args:
-        network: whose weights it begins with.
+        network: network whose current weights are the initial average.
 
     Attributes:
-        parts: this process's part of each average, by the parameter's name.
+        parts: this process's shard of each average, by the parameter's name.
     """
 
     def __init__(self, network: TrainedNetwork):
@@ -382,22 +386,28 @@ class WeightAverage:
         self.start()
 
     def start(self) -> None:
-        """Begin anew with the network's weights."""
+        """Restart the average from the network's current weights."""
         self.parts = {name: part.clone() for name, part in self.network.parts().items()}
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """Take the network's weights into the average."""
+        """Update the average with the network's weights: average = decay * average + (1 - decay) * weights."""
         torch._foreach_lerp_(list(self.parts.values()), list(self.network.parts().values()), 1 - decay)
 
     @torch.no_grad()
     def write(self, name: str, where: torch.Tensor, value: torch.Tensor) -> None:
-        """Replace elements of an average by those of `value`, both masks and values of the parameter's whole shape."""
+        """Replace elements of an average.
+
+        Args:
+            name: name of the parameter.
+            where: mask of the elements to replace, in the parameter's whole shape.
+            value: new values, in the same shape.
+        """
         where, value = (self.network.part_of(name, tensor) for tensor in (where, value))
         self.parts[name].copy_(torch.where(where, value, self.parts[name]))
 
     def __enter__(self) -> None:
-        """Exchange the network's weights with the average, for evaluation, saving and loading."""
+        """Exchange the network's weights with the average."""
         self._exchange()
 
     def __exit__(self, *error) -> None:
@@ -412,16 +422,16 @@ class WeightAverage:
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
-    """List a model's blocks, of transformers and convolutions alike, which are sharded and recomputed as units."""
+    """List a model's blocks (transformer and convolution blocks), the units of sharding and of recomputation."""
     return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
 
 
 def checkpoint_blocks(model: PreTrainedModel, share: float) -> None:
-    """Compute the activations of a share of the model's blocks again in the backward pass.
+    """Recompute the activations of some of a model's blocks in the backward pass (gradient checkpointing).
 
     Args:
-        model: its blocks, of transformers and convolutions alike, are changed in place.
-        share: of the blocks, which are spread evenly.
+        model: model whose blocks are changed in place, see `blocks_of`.
+        share: share of the blocks, in [0, 1], spread evenly over the model.
     """
     for index, block in enumerate(blocks_of(model)):
         if int((index + 1) * share) > int(index * share):
@@ -429,14 +439,14 @@ def checkpoint_blocks(model: PreTrainedModel, share: float) -> None:
 
 
 def give_scalars_a_dim(module: nn.Module) -> None:
-    """Reshape scalar parameters to (1,): neither DeepSpeed nor FSDP2 takes scalars."""
+    """Reshape scalar parameters to (1,): neither DeepSpeed nor FSDP2 supports scalars."""
     for parameter in module.parameters():
         if not parameter.ndim:
             parameter.data = parameter.data.reshape(1)
 
 
 def ensure_process_group() -> None:
-    """Make the process group of a single process that no launcher started."""
+    """Create the process group of a single process, if no launcher has created one."""
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -445,18 +455,21 @@ def ensure_process_group() -> None:
 def zero_config(
     path: str | os.PathLike, batch_size: int, accumulation_steps: int, num_processes: int, max_grad_norm: float
 ) -> dict:
-    """Read a DeepSpeed config, and fill in what is "auto" in it.
+    """Read a DeepSpeed config, and fill in its "auto" values.
 
     Args:
-        path: of the JSON file.
-        batch_size: samples of a process in a forward pass.
-        accumulation_steps: forward passes of an optimizer step.
-        num_processes: of the training.
-        max_grad_norm: longer gradients are cut to this norm.
+        path: path of the JSON file.
+        batch_size: samples per process in a forward pass.
+        accumulation_steps: forward passes per optimizer step.
+        num_processes: number of processes of the training.
+        max_grad_norm: norm to which gradients are clipped.
+
+    Returns:
+        The config for `deepspeed.initialize`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no config of ZeRO, or asks for what the training does otherwise.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a ZeRO config, or contradicts the training's own options.
     """
     with open(path, encoding="utf-8") as file:
         try:
