@@ -1,11 +1,13 @@
-"""The Trainer of transformers, with additions for training an MLLM on mixed data.
+"""A transformers `Trainer` for training the MLLM on mixed data.
 
-* One loss for any number of processes and accumulated batches: the sum over targets, divided by their number in the
-  global batch. Logged losses are the same over all steps since the last log; so are those of evaluations.
-* Samples in the data set's own order (which is shuffled, see `training.data.MLLMDataset`).
-* A learning rate for each part, and no weight decay on parameters of fewer than two dims.
-* Each loss logged under its own name, with tokens and images per second.
-* Checkpoints that count only once they are whole; the best is kept. A signal ends it with one, after the step at hand.
+* The loss does not depend on how the global batch is split into processes and accumulated batches: it is the sum over
+  all targets, divided by their number. Logged losses average over all targets since the last log in the same way, and
+  evaluation losses over all targets of the evaluation set.
+* Samples come in the data set's own order (which is shuffled, see `training.data.MLLMDataset`).
+* Each part of the model can have its own learning rate. Parameters of fewer than two dims have no weight decay.
+* Each loss is logged under its own name, with tokens and images per second.
+* A checkpoint counts only once it is complete, and the best one is kept. After a signal, training finishes its step,
+  writes a checkpoint and stops.
 """
 
 import json
@@ -32,19 +34,19 @@ from unitok_mllm.inference import answer_questions, draw_images
 from unitok_mllm.sheet import contact_sheet
 
 
-LOSSES = "losses.json"  # in a checkpoint: the records since the last log, and since the start
-WHOLE = "whole"  # a checkpoint folder without this file in it was broken off
+LOSSES = "losses.json"  # in a checkpoint: the records since the last log and since the start
+WHOLE = "whole"  # a checkpoint folder without this file is incomplete
 
 
 def unwrapped(model: torch.nn.Module) -> UniTokMLLMForConditionalGeneration:
-    """Return the MLLM inside LoRA's wrapper, if it has one."""
+    """Return the MLLM without LoRA's wrapper, if it has one."""
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
 def set_visual_aside(model: UniTokMLLMForConditionalGeneration) -> None:
-    """Take the frozen tokenizer out of the tree of modules; `model.visual` still reaches it.
+    """Take the frozen tokenizer out of the module tree; `model.visual` still returns it.
 
-    It is then not wrapped, sharded, optimized or written into every checkpoint.
+    It is then not wrapped, sharded, optimized or saved in checkpoints.
     """
     model.__dict__["visual"] = model._modules.pop("visual")
 
@@ -55,15 +57,15 @@ def put_visual_back(model: UniTokMLLMForConditionalGeneration) -> None:
 
 
 def is_under(name: str, prefix: str) -> bool:
-    """Whether a parameter's name is the prefix, or continues it after a dot."""
+    """Return whether a parameter's name equals the prefix, or continues it after a dot."""
     return f"{name}.".startswith(f"{prefix}.")
 
 
 class EvalShare(Dataset):
     """Every n-th sample of a data set, for one of n processes.
 
-    DDP and ZeRO need the same number of samples on all processes. The last sample, without its targets, fills the
-    gaps.
+    DDP and ZeRO need the same number of samples on all processes. Missing samples are replaced by the last one without
+    its targets.
     """
 
     def __init__(self, dataset: Dataset, process_index: int, num_processes: int):
@@ -85,16 +87,17 @@ class EvalShare(Dataset):
 
 
 class MLLMTrainer(Trainer):
-    """The trainer of a `UniTokMLLMForConditionalGeneration`, with or without LoRA, whose `visual` is set aside.
+    """Trainer of a `UniTokMLLMForConditionalGeneration`, with or without LoRA, after `set_visual_aside`.
 
     Args:
-        args: of transformers' Trainer.
-        learning_rates: by prefix of a parameter's name ("depth_head", "embedder.projection"). The longest match
-            counts; other parameters have `args.learning_rate`.
-        text_loss_weight: weight of the mean text loss; the image loss has the rest. 0 weighs both by their numbers of
-            targets.
-        image_loss_share: see the model's `forward`; evaluations use all positions.
-        kwargs: of transformers' Trainer.
+        args: positional arguments of transformers' `Trainer`.
+        learning_rates: learning rates by prefix of a parameter's name ("depth_head", "embedder.projection"). The longest
+            match applies; other parameters have `args.learning_rate`.
+        text_loss_weight: weight w of the mean text loss; the mean image loss has weight 1 - w. With 0, both are weighted
+            by their numbers of targets.
+        image_loss_share: share of image positions that the training loss is computed on, see the model's `forward`;
+            evaluations use all positions.
+        kwargs: keyword arguments of transformers' `Trainer`.
 
     Raises:
         ValueError: a prefix of `learning_rates` matches no trained parameter.
@@ -109,7 +112,7 @@ class MLLMTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # the loss is divided by the counts of the whole step
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the number of targets of the whole step
         self.learning_rates = learning_rates or {}
         self.text_loss_weight, self.image_loss_share = text_loss_weight, image_loss_share
         trained = [plain_name(name) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -122,7 +125,7 @@ class MLLMTrainer(Trainer):
         self._last_log = time.perf_counter()
         self._saved_step = 0
         self._keep = self.args.save_total_limit
-        self.args.save_total_limit = None  # old checkpoints go when the new one is known to be whole
+        self.args.save_total_limit = None  # old checkpoints are removed only once the new one is complete
 
     def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
@@ -140,15 +143,17 @@ class MLLMTrainer(Trainer):
         )
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
-        """The library's; a signal ends it after the step at hand, with a checkpoint unless `save_strategy` is "no".
+        """Train as transformers' `Trainer` does, but stop after the current step if a signal arrives.
+
+        It then writes a checkpoint, unless `save_strategy` is "no".
 
         Raises:
-            Interrupted: a signal came.
+            Interrupted: a signal arrived.
         """
         if resume_from_checkpoint and (path := Path(resume_from_checkpoint, LOSSES)).is_file():  # older ones lack it
             since_log, since_start = torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64)
             if self.is_world_process_zero():
-                self._since_log[:4] = since_log[:4]  # throughput is that since the start of the process
+                self._since_log[:4] = since_log[:4]  # tokens and images count from the start of this process
             self._since_start += since_start.to(self._since_start)
         try:
             with StopRequest(self.accelerator) as self._stopping:
@@ -158,13 +163,13 @@ class MLLMTrainer(Trainer):
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                     callback.on_train_end(
                         self.args, self.state, self.control
-                    )  # otherwise the bar is printed after the last message
+                    )  # otherwise the bar would be printed after the last message
             raise
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         saves, is_done = self.args.save_strategy != SaveStrategy.NO, self.state.global_step == self.state.max_steps
-        if self._stopping.is_due() and (saves or not is_done):  # otherwise the release follows at once
+        if self._stopping.is_due() and (saves or not is_done):  # otherwise the release is written next
             if saves and self._saved_step != self.state.global_step:
                 self._save_checkpoint(model, trial)
             self._stopping.stop()
@@ -172,7 +177,7 @@ class MLLMTrainer(Trainer):
     # --- loss ---
 
     def _counts(self, inputs: dict) -> torch.Tensor:
-        """Count text targets and codes to draw, (2,)."""
+        """Count text targets and target codes, (2,)."""
         text = (inputs["labels"][:, 1:] != -100).sum()
         codes = (
             inputs["image_codes"][0].numel() * inputs["image_targets"].sum() if "image_codes" in inputs else 0 * text
@@ -185,7 +190,11 @@ class MLLMTrainer(Trainer):
         return self.accelerator.reduce(counts, "sum")
 
     def _sums(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, ModelOutput]:
-        """Sum the losses of text targets and of codes to draw, (2,); also return their numbers (2,) and the output."""
+        """Run the model, and add its losses to the record.
+
+        Returns:
+            The summed losses of text targets and target codes, (2,); their numbers, (2,); and the model's output.
+        """
         inputs = dict(inputs)
         num_tokens, counts = inputs.pop("num_tokens"), self._counts(inputs)
         if "pixel_values" in inputs:
@@ -202,11 +211,11 @@ class MLLMTrainer(Trainer):
         return sums, counts, output
 
     def _new_record(self) -> torch.Tensor:
-        """Make a record of zeros, (6,): sums of losses and numbers of targets (text, then images), tokens, images."""
+        """Create a record of zeros, (6,): summed losses (text, image), numbers of targets (text, image), tokens, images."""
         return torch.zeros(6, dtype=torch.float64, device=self.args.device)
 
     def _loss(self, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Compute the loss from sums (2,) and numbers of targets (2,)."""
+        """Compute the loss from summed losses (2,) and numbers of targets (2,)."""
         if weight := self.text_loss_weight:
             return (sums / counts.clamp_min(1) * sums.new_tensor([weight, 1 - weight])).sum()
         return sums.sum() / counts.sum().clamp_min(1)
@@ -227,7 +236,7 @@ class MLLMTrainer(Trainer):
         return None, None, None
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
-        """Evaluate as the library does, with losses over all targets of all processes."""
+        """Evaluate as transformers does, but average the losses over all targets of all processes."""
         self._evaluated = self._new_record()
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         losses = self._named_losses(self.accelerator.reduce(self._evaluated, "sum"))
@@ -243,16 +252,16 @@ class MLLMTrainer(Trainer):
     # --- logging ---
 
     def _named_losses(self, record: torch.Tensor) -> dict[str, float]:
-        """Compute the means over a record's targets; a loss without targets is left out."""
+        """Compute the mean losses of a record; a loss without targets is left out."""
         sums, counts = record[:2], record[2:4]
         named = zip(("text_loss", "image_loss"), sums.tolist(), counts.tolist())
         losses = {name: total / count for name, total, count in named if count}
         return losses | {"loss": self._loss(sums, counts).item()}
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the losses since the last log and the throughput, over all processes, to the training's logs.
+        """Add the losses and the throughput since the last log, over all processes, to the logs of a training.
 
-        The last line gets the loss of the run.
+        `train_loss`, in the last log, is the mean loss of the whole run.
 
         Raises:
             FloatingPointError: a loss is not finite.
@@ -302,14 +311,14 @@ class MLLMTrainer(Trainer):
     # --- checkpoints ---
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """Load as the library does; frozen parameters stay frozen, also in LoRA's copies."""
+        """Load as transformers does, but keep frozen parameters frozen, also in LoRA's copies."""
         frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for parameter in frozen:
             parameter.requires_grad_(False)
 
     def _issue_warnings_after_load(self, load_result) -> None:
-        """Warn as the library does, except about tied weights, which a checkpoint has once."""
+        """Warn as transformers does, except about tied weights, which a checkpoint stores only once."""
         tied = self.mllm.all_tied_weights_keys
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
@@ -332,14 +341,14 @@ class MLLMTrainer(Trainer):
 
 
 def plain_name(name: str) -> str:
-    """Return a parameter's name without the parts of LoRA's and other wrappers."""
+    """Return a parameter's name without the prefixes of LoRA and other wrappers."""
     for wrapper in ("module.", "base_model.model."):
         name = name.removeprefix(wrapper)
     return name.replace(".modules_to_save.default", "").replace(".base_layer", "")
 
 
 class ExpectedTimeCallback(TrainerCallback):
-    """See `ExpectedTime`."""
+    """Log the expected duration of the training, see `ExpectedTime`."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.say = ExpectedTime(state.max_steps)
@@ -349,14 +358,15 @@ class ExpectedTimeCallback(TrainerCallback):
 
 
 class SamplesCallback(TrainerCallback):
-    """Draw prompts and answer questions at every evaluation and at the end, to `<output_dir>/samples/`.
+    """Draw prompts and answer questions at every evaluation and at the end, and save the results in `samples/`.
 
-    Every process computes them, as ZeRO-3 requires; the first one writes.
+    Every process computes them, as ZeRO-3 requires; the main process writes the files.
 
     Args:
-        prompts: what to draw.
-        questions: {"image": file, "question": text} each.
-        image_options: of the drawing, over the model's own.
+        processor: the model's processor.
+        prompts: prompts to draw.
+        questions: questions to answer, each {"image": file, "question": text}.
+        image_options: options of `generate_image_codes` that override the model's own.
     """
 
     def __init__(
@@ -374,7 +384,7 @@ class SamplesCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_evaluate(self, args, state, control, **kwargs):
-        if state.global_step != self.last_step:  # the end is often an evaluation too
+        if state.global_step != self.last_step:  # training often ends with an evaluation
             self.write(Path(args.output_dir) / "samples", state.global_step)
             self.last_step = state.global_step
 
@@ -382,12 +392,12 @@ class SamplesCallback(TrainerCallback):
 
     @torch.no_grad()
     def write(self, folder: Path, step: int) -> None:
-        """Write `step-N.png` and `step-N.json`."""
+        """Write the drawings to `step-N.png`, and the answers to `step-N.json`."""
         trainer, model = self.trainer, self.trainer.mllm
         was_training = model.training
         model.eval()
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-            pictures = [self._draw(model, prompt) for prompt in self.prompts]  # one by one, as they would be alone
+            pictures = [self._draw(model, prompt) for prompt in self.prompts]  # unbatched: independent of each other
             answers = [self._answer(model, **question) for question in self.questions]
         model.train(was_training)
         if not trainer.is_world_process_zero():
