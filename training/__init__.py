@@ -1,4 +1,4 @@
-"""Training of the visual tokenizer (on accelerate) and of the unified MLLM (on the Hugging Face Trainer)."""
+"""Training of the visual tokenizer (on accelerate) and of the unified MLLM (on transformers' `Trainer`)."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ import warnings
 from unitok_mllm.interruption import end_imports_at_once
 
 
-OF_NO_USE = (  # messages at import or from each worker on which no user can act
+OF_NO_USE = (  # messages at import, or from each worker, that users can do nothing about
     "is an Enum subclass and is now natively supported",  # torch, of torchao's
     "Setting accelerator to CPU. If you have GPU",  # DeepSpeed
     "Detected no triton, on systems without Triton certain kernels will not work",  # torchao
@@ -21,12 +21,12 @@ OF_NO_USE = (  # messages at import or from each worker on which no user can act
 
 
 def is_of_use(record: logging.LogRecord) -> bool:
-    """Return whether a user can act on what a library logs."""
+    """Return whether users can do something about a library's log record."""
     return not any(text in record.getMessage() for text in OF_NO_USE)
 
 
 def quiet_libraries() -> None:
-    """Silence warnings and logs on which no user can act. To be called in every process, before libraries are imported."""
+    """Silence warnings and logs that users can do nothing about. Call it in every process, before importing libraries."""
     for name in ("torch.utils._pytree", "DeepSpeed", "torchao", "torchao.kernel.intmm"):
         logging.getLogger(name).addFilter(is_of_use)
     for text in OF_NO_USE:

@@ -1,4 +1,4 @@
-"""Command lines of the training scripts: a YAML file, and `--name value` to override its fields."""
+"""Command lines of the training scripts: a YAML file, and `--name value` options that override its fields."""
 
 import argparse
 import json
@@ -28,11 +28,14 @@ BELOW_ONE = (0.0, 1 - 1e-9)
 
 
 def check_arguments(arguments: Any, **ranges: tuple[float, float]) -> None:
-    """Check the types of a dataclass's fields (None passes where it is the default), and that those named lie in their
-    inclusive ranges.
+    """Check the types and ranges of a dataclass's fields.
+
+    Args:
+        arguments: the dataclass. None is allowed in a field whose default is None.
+        ranges: inclusive range of each field to check, by name.
 
     Raises:
-        ValueError: a field has another type, or lies outside its range (NaN always does).
+        ValueError: a field has another type, or is outside its range (NaN always is).
     """
     for field in fields(arguments):
         value, kind, inner = getattr(arguments, field.name), get_origin(field.type), get_args(field.type)
@@ -49,10 +52,10 @@ def check_arguments(arguments: Any, **ranges: tuple[float, float]) -> None:
 
 
 def checked_number(name: str, value: Any, least: float, most: float) -> float:
-    """Read a number of a config. YAML takes 1e-3 (without a dot) for a string.
+    """Convert a value of a config to a number. It may be a string, since YAML reads 1e-3 (without a dot) as one.
 
     Raises:
-        ValueError: it is not a number, or outside the inclusive range.
+        ValueError: the value is not a number, or outside the inclusive range.
     """
     try:
         found = math.nan if isinstance(value, bool) else float(value)
@@ -64,20 +67,20 @@ def checked_number(name: str, value: Any, least: float, most: float) -> float:
 
 
 def check_datasets(datasets: list[dict]) -> None:
-    """Check that a config names data.
+    """Check that a config has data sets.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the config has none.
     """
     if not datasets:
         raise ValueError("There is no training data: `datasets` is empty.")
 
 
 def check_source(option: str, name: str | os.PathLike) -> None:
-    """Check, within seconds, that a folder or a model on the hub (or in its cache) exists; "" passes.
+    """Check that a folder or a model on the hub (or in its cache) exists, which takes seconds at most; "" passes.
 
     Raises:
-        ValueError: neither exists, or the folder's config is no JSON.
+        ValueError: neither exists, or the folder's config is not JSON.
     """
     name = str(name)
     if not name or Path(name).is_dir():
@@ -104,13 +107,14 @@ def check_open_clip(name: str, weights: str, option: str) -> None:
     """Check that open_clip knows a model and its weights; `hf-hub:OWNER/NAME` and `local-dir:FOLDER` pass.
 
     Args:
+        name: name of the model.
         weights: a file, or one of open_clip's tags for this model.
-        option: that gave the weights.
+        option: name of the option that gave the weights, for the message.
 
     Raises:
-        ValueError: it does not.
+        ValueError: open_clip does not know them.
     """
-    import open_clip  # takes seconds, which neither `--help` nor a mistake should
+    import open_clip  # slow: keep `--help` and error messages quick
 
     if ":" in name:
         return
@@ -140,10 +144,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(HfArgumentParser, CommandLine):
-    """The library's parser of dataclasses, which also takes dicts; errors take one line.
+    """transformers' parser of dataclasses, which also accepts dicts; errors take one line.
 
     Args:
-        dataclass_types: one or several, whose fields are the options.
+        dataclass_types: one or several dataclasses, whose fields are the options.
         docstring: docstring of the script. The help begins with its first line and ends with its first command.
     """
 
@@ -166,7 +170,7 @@ class Parser(HfArgumentParser, CommandLine):
 
         Raises:
             ScriptEnd: see `CommandLine.parse_args`.
-            ValueError: see there; or a dataclass refuses a value.
+            ValueError: see there; also if a dataclass refuses a value.
         """
         given = self.parse_args(argv)
         deepspeed = vars(given).get("deepspeed")
@@ -180,10 +184,10 @@ class Parser(HfArgumentParser, CommandLine):
 def parse_yaml_and_command_line(
     dataclass_types: tuple, argv: list[str] | None = None, docstring: str | None = None
 ) -> tuple:
-    """Read `CONFIG.yaml [--name value ...]` into instances of the dataclasses. The command line precedes the file.
+    """Read `CONFIG.yaml [--name value ...]` into instances of the dataclasses. Options override the file.
 
     `--device`, or a key of that name, sets the field `use_cpu` if a dataclass has it. `--trust_config` allows the config
-    to run commands: shards may be their output. The help takes its description and example from the `docstring`.
+    to run commands, whose output are shards. The help takes its description and example from `docstring`.
 
     Raises:
         SystemExit: no config was given, or see `Parser.parse`.
@@ -192,7 +196,7 @@ def parse_yaml_and_command_line(
     argv = list(sys.argv[1:] if argv is None else argv)
     if TRUST_CONFIG in argv:
         argv.remove(TRUST_CONFIG)
-        os.environ[TRUSTED] = "1"  # for the data's workers too
+        os.environ[TRUSTED] = "1"  # also for DataLoader workers
     parser = Parser(dataclass_types, docstring)
     if any(action.dest == "use_cpu" for action in parser._actions):
         parser.add_argument("--device", default=AUTO, help="auto (accelerators where there are some), cpu or cuda")
@@ -204,14 +208,14 @@ def parse_yaml_and_command_line(
     known = {action.dest for action in parser._actions}
     check_keys(argv[0], values, sorted(known))
     defaults = {
-        "use_cpu": not torch.accelerator.is_available(),  # or bf16 is refused where there is no GPU
+        "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused without a GPU
         "remove_unused_columns": False,  # batches go to the model as they are
         "label_names": [],
         "num_train_epochs": 1,
     }
     if TrainingArguments in dataclass_types:
         defaults["logging_steps"] = 0.02  # of all steps
-        defaults["eval_steps"] = values.get("logging_steps", 500)  # as the library has it
+        defaults["eval_steps"] = values.get("logging_steps", 500)  # transformers' default
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
     parser.set_defaults(**values)
     argv = argv[1:]
@@ -224,7 +228,7 @@ def use_cpu_of(device: str) -> list[str]:
     """Translate `--device` into the option `--use_cpu`.
 
     Raises:
-        ValueError: there is no such device, or it is one accelerator of several.
+        ValueError: there is no such device, or it names a single accelerator out of several.
     """
     place = find_device(device)
     if place.index is not None:
@@ -239,7 +243,7 @@ def read_yaml(path: str, parse: Callable[[str], Any] = yaml.safe_load) -> dict:
 
     Args:
         path: path of the file.
-        parse: `json.loads` for JSON.
+        parse: function that parses the text; `json.loads` for JSON.
 
     Raises:
         ValueError: the file is not YAML, or not a mapping.
