@@ -1,4 +1,4 @@
-"""Checkpoints of a run: find the newest one with complete files; save and restore the state of random numbers."""
+"""Checkpoints of a run: find the newest intact one, and save and restore the random state."""
 
 import json
 import logging
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """Check that a file of weights has the length that its header states, without loading it, or that it is JSON.
+    """Check a file without loading its weights: a weights file has the length in its header, a JSON file is JSON.
 
     Raises:
-        ValueError: it is truncated or unreadable; the message names it.
+        ValueError: the file is truncated or unreadable; the message names it.
     """
     path = Path(path)
     try:
@@ -38,21 +38,21 @@ def check_files(folder: str | os.PathLike) -> None:
     """Check all files of a checkpoint, see `check_file`.
 
     Raises:
-        ValueError: one is broken; the message names it.
+        ValueError: a file is broken; the message names it.
     """
     for path in sorted(Path(folder).rglob("*")):
         check_file(path)
 
 
 def newest_checkpoint(output_dir: str | Path, last_file: str) -> Path | None:
-    """Find the newest of `whole_checkpoints` whose files are whole. Broken ones are named in the log.
+    """Find the newest of `whole_checkpoints` whose files are intact. Broken ones are named in the log.
 
     Args:
-        output_dir: of the run.
-        last_file: the file that is written last, see `whole_checkpoints`.
+        output_dir: output folder of the run.
+        last_file: name of the file that is written last, see `whole_checkpoints`.
 
     Returns:
-        Its folder; None without any checkpoint.
+        The checkpoint's folder; None if there are no checkpoints.
 
     Raises:
         ValueError: all checkpoints are broken; the message names the newest.
@@ -73,13 +73,13 @@ def newest_checkpoint(output_dir: str | Path, last_file: str) -> Path | None:
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the state of torch's random numbers in this process (no others are used here)."""
+    """Return the state of torch's random generators in this process (training uses no others)."""
     state = {"cpu": torch.get_rng_state()}
     return state if device.type == "cpu" else state | {"device": torch.get_device_module(device).get_rng_state(device)}
 
 
 def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Restore a state of `random_state`."""
+    """Restore a state that `random_state` returned."""
     torch.set_rng_state(state["cpu"])
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(state["device"], device)
