@@ -1,10 +1,10 @@
-"""Keep codes in use while a tokenizer is trained from scratch: initialise them from data, and revive dead ones.
+"""Prevent codebook collapse when a tokenizer is trained from scratch: initialise codes from data, revive dead ones.
 
-A code learns only when it is chosen. A code that no feature comes near never changes, and a training may end with a
-handful of codes in use. Both remedies move codes to the features. `start_from_data` moves all of them before the first
-step (k-means, as in SoundStream, https://arxiv.org/abs/2107.03312, section III-C). `DeadCodes` moves those that were
-not chosen for a while (random restarts, as in Jukebox, https://arxiv.org/abs/2005.00341, section 3). Both use the
-features of all processes, and every process moves the same codes to the same places.
+A code is trained only when it is chosen. A code that is not the nearest one of any feature never changes, and training
+may end with a handful of codes in use. Both remedies move codes to features. `start_from_data` moves all codes before
+the first step (k-means, as in SoundStream, https://arxiv.org/abs/2107.03312, section III-C). `DeadCodes` moves those
+that were not chosen for a while (random restarts, as in Jukebox, https://arxiv.org/abs/2005.00341, section 3). Both use
+the features of all processes, and every process moves the same codes to the same places.
 """
 
 import torch
@@ -15,20 +15,20 @@ from unitok_mllm import UniTokMultiCodebookQuantizer
 from unitok_mllm.quantization_unitok import num_processes
 
 
-FEATURES_PER_CODE = 4  # of k-means
+FEATURES_PER_CODE = 4  # for k-means
 
 
 def gather_chunks(quantizer: UniTokMultiCodebookQuantizer, features: torch.Tensor) -> torch.Tensor:
-    """Gather the unit chunks of the features of all processes, as in the nearest-code search.
+    """Split the features of all processes into K chunks of unit length, as the nearest-code search does.
 
-    Of very many tokens only every n-th is used, which still leaves `FEATURES_PER_CODE` for each code.
+    If there are many tokens, only every n-th is used, such that about `FEATURES_PER_CODE` are left for each code.
 
     Args:
-        quantizer: gives K and V.
-        features: (..., dim), the same shape on every process.
+        quantizer: quantizer with K codebooks of V codes.
+        features: features of this process, (..., dim), in the same shape on every process.
 
     Returns:
-        (K, N, dim / K), float32, of unit length, equal on every process.
+        The chunks, (K, N, dim / K), float32, of unit length, equal on every process.
     """
     tokens = features.detach().float().reshape(-1, quantizer.dim)
     count = len(tokens) * num_processes()
@@ -44,18 +44,18 @@ def gather_chunks(quantizer: UniTokMultiCodebookQuantizer, features: torch.Tenso
 def start_from_data(
     chunks: torch.Tensor, codebook_size: int, generator: torch.Generator, iterations: int = 10
 ) -> torch.Tensor:
-    """Compute sub-codebooks by k-means with cosine similarity, which starts from random chunks.
+    """Compute sub-codebooks by k-means with cosine similarity, starting from random chunks.
 
-    A centre without any chunk keeps its place.
+    A centre that no chunk is nearest to does not move.
 
     Args:
-        chunks: (K, N, dim / K), of unit length, see `gather_chunks`.
-        codebook_size: V.
-        generator: on the CPU; the first process's result is used on all.
-        iterations: of the k-means.
+        chunks: chunks of unit length, (K, N, dim / K), see `gather_chunks`.
+        codebook_size: V, the number of codes in each codebook.
+        generator: CPU random generator. All processes use the result of the first one.
+        iterations: number of k-means iterations.
 
     Returns:
-        (K, V, dim / K), of unit length, the same on every process.
+        The codebooks, (K, V, dim / K), of unit length, equal on every process.
 
     Raises:
         ValueError: there are fewer chunks than codes.
@@ -78,13 +78,13 @@ def start_from_data(
 
 
 class DeadCodes:
-    """Record which codes are chosen, and find places for the others among the features of the current batch.
+    """Record which codes are chosen, and move the others to features of the current batch.
 
     Args:
-        usage: (K, V), for the shape and the device.
+        usage: a tensor of shape (K, V) on the device to use; its values are ignored.
 
     Attributes:
-        chosen: (K, V), bool: whether this process chose the code since the last call of `revive`.
+        chosen: whether this process has chosen each code since the last call of `revive`, (K, V), bool.
     """
 
     def __init__(self, usage: torch.Tensor):
@@ -103,16 +103,17 @@ class DeadCodes:
 
     @torch.no_grad()
     def revive(self, chunks: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give each dead code a chunk of its own, and start the next record; every process must call it.
+        """Assign a different chunk to each dead code, and start a new record; every process must call it.
 
-        If more codes are dead than there are chunks, a random selection of them is moved.
+        If there are more dead codes than chunks, a random selection of them is moved.
 
         Args:
-            chunks: (K, N, dim / K), of unit length, see `gather_chunks`.
-            generator: on the CPU, in the same state on every process.
+            chunks: chunks of unit length, (K, N, dim / K), see `gather_chunks`.
+            generator: CPU random generator, in the same state on every process.
 
         Returns:
-            Which elements of the codebooks move, (K, V, dim / K), bool, and their new values there.
+            A mask of the moved elements of the codebooks, (K, V, dim / K), bool, and their new values, in the same
+            shape.
         """
         dead = ~self.chosen_by_any()
         is_moved = torch.zeros_like(dead)
