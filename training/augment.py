@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 
-NUM_DRAWS = 7  # brightness, saturation, contrast, shift down and right, cutout's centre down and right
+NUM_DRAWS = 7  # brightness, saturation, contrast, shift (y, x), centre of the cutout (y, x)
 TRANSLATION = 0.125  # largest shift, as a share of the side
-CUTOUT = 0.2  # side of the square that is blanked, as a share of the image's
+CUTOUT = 0.2  # side of the blanked square, as a share of the image's side
 
 
 def draw_augmentation(batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw the random numbers of `diff_augment` on the CPU: (batch_size, 7), uniform in [0, 1)."""
+    """Sample the random numbers for `diff_augment` on the CPU: (batch_size, 7), uniform in [0, 1)."""
     return torch.rand(batch_size, NUM_DRAWS, generator=generator)
 
 
@@ -24,11 +24,12 @@ def diff_augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Shift each image, change its colours, and blank a square of it, in this order; differentiable.
 
     Args:
-        images: (B, 3, H, W) in [-1, 1].
-        draws: (B, 7) in [0, 1), from `draw_augmentation`.
+        images: images, (B, 3, H, W) in [-1, 1].
+        draws: random numbers from `draw_augmentation`, (B, 7) in [0, 1).
 
     Returns:
-        (B, 3, H, W), not clamped. Shifted-in pixels are 0 before the colours change, blanked ones after it.
+        The augmented images, (B, 3, H, W), not clamped. Pixels that are shifted in are 0 before the change of colours,
+        blanked ones are 0 after it.
     """
     return _cutout(_change_colors(_translate(images, draws[:, 3:5]), draws[:, :3]), draws[:, 5:])
 
@@ -49,7 +50,7 @@ def _translate(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     rows, columns = (
         torch.arange(side, device=images.device) + (draws[:, i, None] * (2 * most[i] + 1)).long()
         for i, side in enumerate(sides)
-    )  # (B, H) and (B, W): where each output pixel comes from
+    )  # source row and column of each output pixel, (B, H) and (B, W)
     samples = torch.arange(batch, device=images.device)[:, None, None]
     return padded[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -64,15 +65,15 @@ def _cutout(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Blur images by a Gaussian; differentiable.
+    """Blur images with a Gaussian; differentiable.
 
     Args:
-        images: (B, 3, H, W).
-        sigma: in pixels; 0 for no blur.
+        images: images, (B, 3, H, W).
+        sigma: standard deviation in pixels; 0 for no blur.
     """
     if sigma <= 0:
         return images
     size = 2 * math.ceil(4 * sigma) + 1  # cutting off at 3 sigmas would lose 1% of the spread
-    for kernel in ((size, 1), (1, size)):  # separable: the cost grows with the size, not its square
+    for kernel in ((size, 1), (1, size)):  # separable, so the cost is linear in the size
         images = gaussian_blur(images, kernel_size=kernel, sigma=sigma)
     return images
