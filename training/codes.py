@@ -1,7 +1,7 @@
 """Extracted codes of images on disk: `metadata.json` and shards, written by `training.extract_codes`.
 
-A shard is a parquet file with the columns `key` and `codes` (the bytes of little-endian uint16), or a tar file for
-webdataset with a `<key>.npy` for each image. The codes of an image are (variants, K, L). Its key is its path in the
+A shard is a parquet file with the columns `key` and `codes` (little-endian uint16 as bytes), or a webdataset tar file
+with a `<key>.npy` for each image. The codes of an image have the shape (variants, K, L). Its key is its path in the
 data.
 """
 
@@ -26,12 +26,12 @@ from training.shards import tar_members
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 CODE_TYPE = np.dtype("<u2")
 SCHEMA = pa.schema({"key": pa.string(), "codes": pa.binary()})
-MOST = 2**24  # of any number in the metadata
-READ_ROWS = 1024  # at a time; the library's default fails on a shard without rows, whose images were all broken
+MOST = 2**24  # maximum of any number in the metadata
+READ_ROWS = 1024  # at a time; pyarrow's default fails on a shard without rows, whose images were all broken
 
 
 def shard_path(folder: str | os.PathLike, number: int, metadata: dict) -> Path:
-    """Return the path of a shard; `metadata` has its format."""
+    """Return the path of a shard in the format that `metadata` gives."""
     folder = Path(folder)
     return folder / f"{number:06d}{SUFFIXES[metadata['format']]}"
 
@@ -40,7 +40,7 @@ def read_metadata(path: str | os.PathLike) -> dict:
     """Read and check a `metadata.json`.
 
     Raises:
-        ValueError: the file is not JSON, or a number or the format is missing or outside its range.
+        ValueError: the file is not JSON, or the format or a number is missing or not allowed.
     """
     path = Path(path)
     try:
@@ -75,15 +75,15 @@ def check_parquet(shard: str | os.PathLike) -> None:
 
 
 def write_metadata(folder: str | os.PathLike, metadata: dict) -> None:
-    """Write `metadata.json`, or check that the folder has the same one.
+    """Write `metadata.json`, or check that the existing one is the same.
 
     Args:
-        folder: of the codes.
-        metadata: with `format`, `variants`, `num_codebooks` (K), `codebook_size` (V), `num_positions` (L) and
-            `num_shards` at least.
+        folder: folder of the codes.
+        metadata: settings of the extraction, with at least `format`, `variants`, `num_codebooks` (K), `codebook_size`
+            (V), `num_positions` (L) and `num_shards`.
 
     Raises:
-        ValueError: the folder has another one; the message names the differences.
+        ValueError: the folder has other metadata; the message names the differences.
     """
     folder = Path(folder)
     path = folder / "metadata.json"
@@ -101,11 +101,11 @@ def write_metadata(folder: str | os.PathLike, metadata: dict) -> None:
 
 
 def write_shard(path: str | os.PathLike, codes: Mapping[str, torch.Tensor]) -> None:
-    """Write a shard, whole or not at all.
+    """Write a shard atomically.
 
     Args:
-        path: ends in .parquet or .tar.
-        codes: (variants, K, L), integers in [0, 65536), by key.
+        path: path of the shard; ends in .parquet or .tar.
+        codes: codes of each image by key, (variants, K, L), integers in [0, 65536).
     """
     path = Path(path)
     arrays = {key: value.numpy().astype(CODE_TYPE) for key, value in codes.items()}
@@ -125,12 +125,16 @@ def write_shard(path: str | os.PathLike, codes: Mapping[str, torch.Tensor]) -> N
 
 
 class CodeStore(Mapping):
-    """The codes of a folder by key: (variants, K, L), int64, in [0, V). Parquet shards are memory-mapped.
+    """Mapping from image keys to codes: (variants, K, L), int64, in [0, V). Parquet shards are memory-mapped.
 
-    `metadata` has the settings of the extraction, see `training.extract_codes`.
+    Args:
+        folder: folder that `training.extract_codes` wrote.
+
+    Attributes:
+        metadata: settings of the extraction.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it has no codes.
+        FileNotFoundError: the folder does not exist, or has no codes.
         ValueError: shards are missing, a file is broken, or an image has codes twice; the message names it.
     """
 
@@ -176,8 +180,7 @@ class CodeStore(Mapping):
 
         Raises:
             KeyError: there is no such image.
-            ValueError: its codes cannot be read, are not integers, have another shape than in the metadata, or are not
-                in [0, V).
+            ValueError: its codes cannot be read, are not integers in [0, V), or do not have the shape in the metadata.
         """
         if key not in self.places:
             raise KeyError(f"no codes of image {key} in {self.folder}, which has {len(self)} images")
@@ -200,7 +203,7 @@ class CodeStore(Mapping):
         return torch.from_numpy(codes.astype(np.int64))
 
     def _file(self, key: str) -> Path:
-        """Return the file to name in an error: the shard, or the folder for parquet shards."""
+        """Return the path to name in an error: the tar shard, or the folder of parquet shards."""
         return self.folder if self.metadata["format"] == "parquet" else self.places[key][0]
 
     def _read(self, key: str) -> np.ndarray:
