@@ -1,24 +1,24 @@
-"""The MLLM's training data: conversations, captions and texts from files, mixed by weight.
+"""Training data of the MLLM: conversations, captions and texts from files, mixed by weight.
 
 A source is one entry of a config's `datasets`:
 
     type: conversations            # LLaVA's format: {"image": path or list of paths, "conversations": [{"from", "value"}]}
     path: data/train.json          # .json (a list), .jsonl or .parquet
     images: data                   # a folder, or tar shards "shards/{00..15}.tar"; without it, the file's own folder
-    weight: 2.0                    # share of the samples; without weights, every source's rows come once
+    weight: 2.0                    # relative share of the samples; without weights, each row of all sources comes once
 
     type: captions                 # {"image", "caption"}
     path: data/train_captions.jsonl
-    codes: data/codes              # what `training.extract_codes` wrote; no image is opened then
-    task: draw                     # draw the image from its caption, or `read`: the caption from the image
-    prompt: Describe the image.    # for `read`: asked through the chat template; without it, image and caption alone
-    mode: reconstruct              # of the image processor; codes must have been extracted in it
+    codes: data/codes              # output of `training.extract_codes`, used instead of the image files
+    task: draw                     # draw: predict the image from its caption; read: the caption from the image
+    prompt: Describe the image.    # for `read`: a question in the chat template; without it, just image and caption
+    mode: reconstruct              # mode of the image processor; extracted codes must have the same
 
     type: text                     # {"text"}
     path: data/text.jsonl
 
-Without `mode`, samples that draw pictures and read none use crops (`reconstruct`). All others use whole pictures
-(`understand`), also for the result of an edit.
+Without `mode`, samples that only draw pictures use crops (`reconstruct`). All others use whole pictures (`understand`),
+also for the result of an edit.
 """
 
 from dataclasses import dataclass, fields
@@ -44,7 +44,7 @@ ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
     **{"system": "system", "developer": "system"},
 }
-UNUSED_OPTIONS = {  # of a source, by its type
+UNUSED_OPTIONS = {  # options that a type of source does not have
     "conversations": ("task", "prompt"),
     "captions": (),
     "text": ("images", "codes", "task", "prompt", "mode"),
@@ -52,13 +52,13 @@ UNUSED_OPTIONS = {  # of a source, by its type
 
 
 class SampleTexts:
-    """Make token ids and targets of samples, exactly as the processor makes its inputs for inference.
+    """Encode samples to token ids and targets, in exactly the format of the processor's inputs for inference.
 
-    Control tokens that a text spells ("</s>", "<image>", ...) are plain text.
+    Control tokens spelled in a text ("</s>", "<image>", ...) are encoded as plain text.
 
     Args:
-        processor: its chat template must mark the assistant's words with `{% generation %}`.
-        max_length: tokens of the longest sample. Longer ones are cut, but never through an image.
+        processor: the model's processor, whose chat template must mark the assistant's words with `{% generation %}`.
+        max_length: maximum number of tokens in a sample. Longer ones are truncated, but never within an image.
 
     Raises:
         ValueError: the chat template does not mark the assistant's words.
@@ -74,7 +74,7 @@ class SampleTexts:
             raise ValueError("The chat template does not mark the assistant's words with {% generation %}.")
 
     def conversation(self, messages: list[dict]) -> dict[str, torch.Tensor]:
-        """Encode turns in the library's format. The assistant's turns are targets, including their pictures.
+        """Encode turns in transformers' format. The assistant's turns are targets, including their pictures.
 
         Raises:
             UnusableSample: the chat template cannot express the turns, or see `_encode`.
@@ -90,7 +90,7 @@ class SampleTexts:
         return self._encode(text, spans)
 
     def drawing(self, caption: str | None) -> dict[str, torch.Tensor]:
-        """Encode an image to draw from its caption, or from guidance's null prompt if that is None."""
+        """Encode an image to draw from its caption; None stands for the null prompt of classifier-free guidance."""
         caption = None if caption is None else self.processor.mark_plain(caption)
         prompt, end = self.processor.image_sample(caption).rsplit(self.processor.image_token, 1)
         return self._encode(prompt + self.image + end, [(len(prompt), len(prompt + self.image + end))])
@@ -109,14 +109,14 @@ class SampleTexts:
         """Encode a text with image tokens.
 
         Args:
-            text: with all special tokens.
+            text: the text, with all special tokens.
             target_spans: character ranges of the targets.
 
         Returns:
-            `input_ids` and `labels` (T,), int64; `image_targets` (N,), bool: whether an image lies in a target span.
+            `input_ids` and `labels` (T,), int64, and `image_targets` (N,), bool: whether each image is in a target span.
 
         Raises:
-            UnusableSample: the cut to `max_length` goes through an image, or no target is left.
+            UnusableSample: truncation to `max_length` would cut an image, or leaves no target.
         """
         ids, offsets = self.processor.encode_text(text)
         starts, ends = np.array(offsets).T
@@ -139,8 +139,8 @@ class SampleTexts:
         return {"input_ids": input_ids, "labels": labels, "image_targets": image_targets}
 
 
-CHECKED_ROWS = 100  # of each source, before a training
-COLUMNS = {"conversations": "conversations", "captions": "caption", "text": "text"}  # of each type of source
+CHECKED_ROWS = 100  # rows of each source to try before a training
+COLUMNS = {"conversations": "conversations", "captions": "caption", "text": "text"}  # text column of each type
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Source:
     """One entry of `datasets`, see the module's docstring.
 
     Raises:
-        ValueError: a value outside its range, an option that this type does not use, or a file without rows.
+        ValueError: a value is not allowed, the type of source does not have an option, or the file has no rows.
     """
 
     path: str
@@ -193,7 +193,7 @@ class Source:
         """Return the image processor's mode for the pictures of a sample.
 
         Raises:
-            ValueError: the codes were extracted in another one.
+            ValueError: the codes were extracted in another mode.
         """
         mode = self.mode or ("reconstruct" if draws_only else "understand")
         if self.codes and (theirs := self.store.metadata.get("mode")) != mode:
@@ -204,21 +204,21 @@ class Source:
         return mode
 
     def sample(self, index: int, texts: SampleTexts, caption_dropout: float, rng: np.random.Generator) -> dict:
-        """Make a sample of a row.
+        """Convert a row to a sample.
 
         Args:
-            index: of the row.
-            texts: encodes the texts.
+            index: index of the row.
+            texts: encoder of the texts.
             caption_dropout: see `MLLMDataset`.
-            rng: decides on dropout and on variants of codes.
+            rng: source of randomness for the dropout and the choice of a variant of codes.
 
         Returns:
-            `input_ids` and `labels` (T,), `image_targets` (N,) and a list of N `images`. An image is codes (K, L), one
-            of its extracted variants, or pixels (3, H, W).
+            `input_ids` and `labels` (T,), `image_targets` (N,) and a list of N `images`. An image is either the codes
+            (K, L) of one of its extracted variants, or pixels (3, H, W).
 
         Raises:
-            UnusableSample: a picture is broken, or see `SampleTexts`.
-            ValueError: see `_mode`.
+            UnusableSample: the row or one of its pictures is broken, or see `SampleTexts`.
+            ValueError: the codes were extracted in another mode.
         """
         row = self.rows[index]
         check_row(row, COLUMNS[self.type])
@@ -253,10 +253,10 @@ class Source:
         return encoded | {"images": [self._image(name, mode, texts.processor, rng) for name in names]}
 
     def check_samples(self, texts: SampleTexts) -> None:
-        """Check that one of up to 100 rows, evenly spread over all, makes a sample.
+        """Check that at least one of up to 100 rows, evenly spaced, can be used.
 
         Raises:
-            ValueError: none does; the message gives the reason of the last. Or see `sample`.
+            ValueError: none of them can, and the message gives the reason of the last one; or see `sample`.
         """
         rows = np.unique(np.linspace(0, len(self.rows) - 1, CHECKED_ROWS, dtype=int)).tolist()
         for row in rows:
@@ -278,12 +278,12 @@ class Source:
         picture = self.store[name]
         try:
             return processor.image_processor(picture, mode=mode, return_tensors="pt")["pixel_values"][0]
-        except ValueError as error:  # its shape is refused
+        except ValueError as error:  # an unsuitable shape
             raise UnusableSample(f"{name}: {error}") from error
 
 
 def check_row(row: dict, column: str) -> None:
-    """Check that a row's column has a text, or turns of texts for conversations.
+    """Check that a row's column is a text or, for conversations, a list of turns.
 
     Raises:
         UnusableSample: the column is missing or has another type.
@@ -298,12 +298,12 @@ def check_row(row: dict, column: str) -> None:
 
 
 def to_messages(turns: list[dict], image_token: str, num_images: int) -> list[dict]:
-    """Convert LLaVA's turns to the library's format. Each `image_token` in a turn's text becomes an image.
+    """Convert LLaVA's turns to transformers' format. Each `image_token` in a turn's text becomes an image.
 
     Args:
         turns: dicts of `from` and `value`.
-        image_token: the mark of an image.
-        num_images: number of image files of the sample.
+        image_token: placeholder of an image.
+        num_images: number of image files in the sample.
 
     Raises:
         UnusableSample: a turn has an unknown `from`, or the number of images differs from `num_images`.
@@ -330,14 +330,14 @@ def drop_conditions(
     """Classifier-free-guidance dropout for conversations answered only by images. Others are not changed.
 
     Args:
-        messages: turns in the library's format.
-        names: of their images, in order.
-        share: in this share of the conversations the null prompt replaces the user's words, and in as many others the
-            user's pictures are left out.
-        rng: decides.
+        messages: turns in transformers' format.
+        names: names of their images, in order.
+        share: probability that the null prompt replaces the user's words, and the equal probability that the user's
+            pictures are left out instead.
+        rng: source of randomness.
 
     Returns:
-        The turns and the names of the images left in them.
+        The turns, and the names of the images that are left in them.
     """
     answers = [part["type"] for message in messages if message["role"] == "assistant" for part in message["content"]]
     chance = rng.random() if set(answers) == {"image"} else 1.0
@@ -365,16 +365,16 @@ class MLLMDataset(Dataset):
     samples. Each pass over a source has its own shuffled order.
 
     Args:
-        sources: at least one.
-        texts: encodes the texts.
+        sources: the sources, at least one.
+        texts: encoder of the texts.
         num_samples: number of samples; None for the number of rows of all sources.
-        seed: of the mixture, the orders and the dropout.
-        caption_dropout: share of the captions of images to draw that the null prompt replaces. For conversations see
-            `drop_conditions`.
+        seed: seed of the mixture, the orders and the dropout.
+        caption_dropout: share of the captions of images to draw that are replaced by the null prompt. For conversations
+            see `drop_conditions`.
         max_broken_share: see `BrokenSamples`.
 
     Raises:
-        ValueError: no sources, or only some of them have a weight.
+        ValueError: there are no sources, or only some of them have a weight.
     """
 
     def __init__(
@@ -416,7 +416,7 @@ class MLLMDataset(Dataset):
         return int(order[place])
 
     def __getitem__(self, index: int) -> dict:
-        """Return a sample, see `Source.sample`. An unusable row is named in the log, and the next row is used.
+        """Return a sample, see `Source.sample`. An unusable row is named in the log, and the next row replaces it.
 
         Raises:
             ValueError: too many rows are unusable, see `BrokenSamples`.
@@ -437,16 +437,16 @@ class MLLMDataset(Dataset):
 
 @dataclass
 class MLLMCollator:
-    """Collate samples into a batch, padded on the right, or packed: several samples in a row.
+    """Collate samples into a batch, either padded on the right, or packed with several samples in a row.
 
     A packed batch has `position_ids` that restart with each sample, and no `attention_mask`. transformers then keeps
     attention within each sample.
 
     Args:
-        pad_token_id: fills the rows.
-        code_shape: (K, L).
-        pack_to: tokens of a packed row; 0 for one row for each sample.
-        one_row: pack everything into one row without padding, as flash attention needs it.
+        pad_token_id: token id of the padding.
+        code_shape: shape of an image's codes, (K, L).
+        pack_to: number of tokens in a packed row; 0 for one sample per row.
+        one_row: whether to pack everything into one row without padding, as flash attention requires.
     """
 
     pad_token_id: int
@@ -458,9 +458,10 @@ class MLLMCollator:
         """Collate samples of `Source.sample`.
 
         Returns:
-            `input_ids` and `labels` (B, T), `attention_mask` or `position_ids` (B, T), and `num_tokens`, a scalar
-            without padding. With images also `image_codes` (N, K, L) and `image_targets` (N,). The M images that came
-            as pixels are in `pixel_values` (M, 3, H, W), their indices among the N in `pixel_places` (M,).
+            `input_ids` and `labels` (B, T), `attention_mask` or `position_ids` (B, T), and the scalar `num_tokens`,
+            which does not count padding. With images also `image_codes` (N, K, L) and `image_targets` (N,). The M
+            images given as pixels are in `pixel_values` (M, 3, H, W), and their indices among the N in `pixel_places`
+            (M,).
         """
         rows = self._rows(samples)
         samples = [sample for row in rows for sample in row]
