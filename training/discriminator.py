@@ -1,6 +1,6 @@
-"""The discriminator of the tokenizer's training: small heads on the frozen features of DINOv2, one for each depth.
+"""The discriminator of the tokenizer's training: small heads on frozen features of DINOv2, one for each depth.
 
-After StyleGAN-T (https://arxiv.org/abs/2301.09515, section 3.2), with GroupNorm for its batch statistics.
+It follows StyleGAN-T (https://arxiv.org/abs/2301.09515, section 3.2), with GroupNorm instead of batch normalisation.
 """
 
 import math
@@ -12,7 +12,7 @@ from training.perceptual import FrozenFeatures
 
 
 class ConvBlock(nn.Sequential):
-    """1-D convolution over the positions (circular), GroupNorm, leaky ReLU."""
+    """1-D convolution over the positions (circular padding), GroupNorm, leaky ReLU."""
 
     def __init__(self, channels: int, kernel_size: int):
         super().__init__(
@@ -30,10 +30,10 @@ class ResidualBlock(ConvBlock):
 
 
 class FeatureDiscriminator(nn.Module):
-    """Classifies real images and reconstructions, position by position, at each depth of a frozen backbone.
+    """Classifier of real images and reconstructions, with logits for each position at each depth of a frozen backbone.
 
     Args:
-        features: the backbone; only the heads are trained.
+        features: frozen backbone; only the heads are trained.
     """
 
     def __init__(self, features: FrozenFeatures):
@@ -45,13 +45,13 @@ class FeatureDiscriminator(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Compute logits, above 0 for real.
+        """Compute logits, which are above 0 for real images.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1].
+            images: images, (B, 3, H, W) in [-1, 1].
 
         Returns:
-            (B, N), N the positions of all depths together.
+            The logits, (B, N), where N counts the positions of all depths.
         """
         features = self.features(images)
         return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=2).flatten(1)
