@@ -24,8 +24,8 @@ KINDS = ("yes/no", "color", "shape")
 class Sample:
     """One image with its (question, answer) pairs.
 
-    `caption` has what follows from them: "a red circle"; if they leave colour or shape open, "a circle" or "a red
-    shape".
+    `caption` says what can be inferred from the pairs, such as "a red circle"; if they do not determine the colour or
+    the shape, "a circle" or "a red shape".
     """
 
     image: Path
@@ -34,7 +34,7 @@ class Sample:
 
 
 def _value(words: tuple[str, ...], questions: list[tuple[str, str]]) -> str | None:
-    """Return the one shape or colour that fits an image's questions and answers; None if several do."""
+    """Return the only shape or colour that fits an image's questions and answers; None if several do."""
     possible = set(words)
     for question, answer in questions:
         mentioned = possible.intersection(question.rstrip("?").split())
@@ -43,7 +43,7 @@ def _value(words: tuple[str, ...], questions: list[tuple[str, str]]) -> str | No
         elif mentioned and answer in ("yes", "no"):
             negated = " not " in question or " no " in question
             possible = possible & mentioned if (answer == "yes") != negated else possible - mentioned
-        elif mentioned:  # "what color is the circle?" gives the shape away
+        elif mentioned:  # "what color is the circle?" reveals the shape
             possible &= mentioned
     return possible.pop() if len(possible) == 1 else None
 
@@ -54,10 +54,17 @@ def _caption(questions: list[tuple[str, str]]) -> str:
 
 
 def recolor(image: Image.Image, colors: list[str]) -> list[Image.Image]:
-    """Recolour the shape of a picture in each of these `COLORS`, exact to rounding, also along the smoothed edges.
+    """Recolour the shape in a picture, exactly up to rounding, including its anti-aliased edges.
+
+    Args:
+        image: picture of one shape in one of `COLORS` on a background.
+        colors: names of the new colours, each one of `COLORS`.
+
+    Returns:
+        One picture for each colour.
 
     Raises:
-        ValueError: it is not a shape in one of `COLORS` on a background.
+        ValueError: the picture does not show such a shape.
     """
     image = image.convert("RGB")
     by_count = [color for _, color in sorted(image.getcolors(image.width * image.height), reverse=True)]
@@ -75,7 +82,7 @@ def load(split: str) -> list[Sample]:
     """Load the "train" or "test" split, in the order of the image numbers.
 
     Raises:
-        ValueError: another split.
+        ValueError: there is no such split.
     """
     if split == "train":
         paths, rows = easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()
