@@ -1,7 +1,7 @@
 """Two styles of the Unicode emoji, from the npm packages `emoji-datasource-google` and `emoji-datasource-twitter`.
 
-1911 base emoji each, 64x64 pixels: Noto (Apache 2.0) and Twemoji (graphics CC-BY 4.0). A tenth of the names is held
-out in the `twitter` style: these pictures are never trained on. The same names in the other style are.
+Each has 1911 base emoji of 64x64 pixels: Noto (Apache 2.0) and Twemoji (graphics CC-BY 4.0). A tenth of the names is
+held out in the `twitter` style: these pictures are never trained on, but the same names in the other style are.
 
 https://github.com/iamcal/emoji-data
 """
@@ -30,11 +30,11 @@ class Emoji:
     """One picture of an emoji.
 
     Attributes:
-        file: its name in the package, "1f339.png".
-        name: in lower case, "rose".
+        file: file name in the package, such as "1f339.png".
+        name: name in lower case, such as "rose".
         style: "google" or "twitter".
-        category: of Unicode's, "Animals & Nature".
-        held_out: never to be trained on.
+        category: Unicode category, such as "Animals & Nature".
+        held_out: whether the picture must never be trained on.
     """
 
     file: str
@@ -49,15 +49,15 @@ class Emoji:
 
     @property
     def image(self) -> str:
-        """The picture's path in the folder that `write_images` makes."""
+        """Path of the picture in the folder of `write_images`."""
         return f"images/{self.style}/{self.file}"
 
 
 def package(style: str, folder: str | os.PathLike) -> Path:
-    """Return the path of a style's package in the folder, fetched with `npm pack` if it is missing.
+    """Return the path of a style's package in the folder; download it with `npm pack` if it is missing.
 
     Raises:
-        FileNotFoundError: it is missing and there is no npm.
+        FileNotFoundError: the package is missing, and npm is not installed.
     """
     folder = Path(folder)
     path = folder / f"emoji-datasource-{style}-{VERSION}.tgz"
@@ -72,13 +72,14 @@ def package(style: str, folder: str | os.PathLike) -> Path:
 
 
 def load(packages: str | os.PathLike, categories: list[str] | None = None) -> list[Emoji]:
-    """Load every base emoji with its own name, style by style, in the order of the package's table.
+    """Load every base emoji that has a name of its own, style by style, in the order of the package's table.
 
     Args:
-        categories: only those of these categories; which are held out depends on them.
+        packages: folder of the npm packages.
+        categories: categories to load; None for all. The choice of held-out emoji depends on them.
 
     Raises:
-        ValueError: no emoji has one of the categories.
+        ValueError: no emoji is in any of the categories.
     """
     packages = Path(packages)
     with tarfile.open(package(STYLES[0], packages)) as archive:
@@ -98,10 +99,10 @@ def load(packages: str | os.PathLike, categories: list[str] | None = None) -> li
 
 
 def read_table(folder: str | os.PathLike) -> list[Emoji]:
-    """Read the emoji that `training.prepare_data` has written to a folder.
+    """Read the list of emoji that `training.prepare_data` has written to a folder.
 
     Raises:
-        ValueError: the table is no list of emoji.
+        ValueError: the file is not a list of emoji.
     """
     path = Path(folder) / TABLE
     try:
@@ -111,7 +112,7 @@ def read_table(folder: str | os.PathLike) -> list[Emoji]:
 
 
 def write_images(emoji: list[Emoji], packages: str | os.PathLike, folder: str | os.PathLike) -> None:
-    """Write every emoji as PNG on white, to `folder / emoji.image`."""
+    """Write every emoji as a PNG on a white background to `folder / emoji.image`."""
     packages, folder = Path(packages), Path(folder)
     for style in STYLES:
         wanted = {f"package/img/{style}/64/{e.file}": folder / e.image for e in emoji if e.style == style}
