@@ -79,7 +79,7 @@ def load(packages: str | os.PathLike, categories: list[str] | None = None) -> li
         categories: categories to load; None for all. The choice of held-out emoji depends on them.
 
     Raises:
-        ValueError: no emoji is in any of the categories.
+        ValueError: one of the categories has no emoji.
     """
     packages = Path(packages)
     with tarfile.open(package(STYLES[0], packages)) as archive:

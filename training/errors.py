@@ -1,7 +1,7 @@
-"""How scripts end. An error that the user can correct prints one line on stderr and exits with code 2. Signals do the
-same with their own codes: Ctrl-C 130, SIGTERM 143, SIGHUP 129.
+"""Exit of scripts: an error that the user can correct prints one line to stderr and exits with code 2.
 
-Any other exception is a bug and shows its traceback.
+So do signals, with their own exit codes: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP. Any other exception is a bug
+and shows its traceback.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MENDABLE = (ValueError, OSError, FloatingPointError, StrictDataclassError, subpr
 
 
 class ScriptEnd(SystemExit):
-    """Exit of a script with a code; its `str` is the printed line."""
+    """Exit of a script with an exit code. Its `str` is the line to print."""
 
     def __init__(self, line: str, code: int):
         super().__init__(line)
@@ -34,7 +34,7 @@ class ScriptEnd(SystemExit):
 
 
 def end(line: str, code: int) -> NoReturn:
-    """Print a line to stderr and exit."""
+    """Print a line to stderr, and exit with a code."""
     print(line, file=sys.stderr)
     raise ScriptEnd(line, code)
 
@@ -42,10 +42,10 @@ def end(line: str, code: int) -> NoReturn:
 def one_line_errors(
     on_interrupt: str = "Interrupted. The same command begins again.",
 ) -> Callable[[Callable], Callable]:
-    """Decorate a script's `main`, or its typer app, so that errors of the user take one line.
+    """Decorator for a script's `main` or typer app that prints errors of the user in one line.
 
     Args:
-        on_interrupt: how to resume, printed after Ctrl-C and the other signals unless the KeyboardInterrupt has a text.
+        on_interrupt: how to resume; printed after Ctrl-C and other signals unless the KeyboardInterrupt has a message.
     """
 
     def decorate(main: Callable) -> Callable:
@@ -87,7 +87,9 @@ def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Check that all names are known.
 
     Args:
-        where: the place of the keys, for the message.
+        where: where the names stand, for the message.
+        given: names to check.
+        known: known names.
 
     Raises:
         ValueError: a name is unknown; the message gives the nearest known one, or all of them.
@@ -103,12 +105,12 @@ def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def underscored(option: str) -> str:
-    """Write a long option with underscores instead of dashes, as in the help."""
+    """Return a long option with underscores instead of dashes, as in the help."""
     return f"--{option[2:].replace('-', '_')}" if option.startswith("--") else option
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse's parser. Long options also take dashes for underscores, and errors take one line."""
+    """argparse's parser, but long options may have dashes instead of underscores, and errors take one line."""
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         spellings = {underscored(name) for name in names} | {
@@ -120,10 +122,11 @@ class CommandLine(argparse.ArgumentParser):
         end(f"error: {' '.join(message.split())}", 2)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        """
+        """Parse the command line.
+
         Raises:
             ScriptEnd: an option has no value, or a value of another type.
-            ValueError: there is no such option, or a word belongs to no option.
+            ValueError: there is no such option, or an argument belongs to no option.
         """
         args = list(sys.argv[1:] if args is None else args)
         self.check_options(args)
@@ -133,9 +136,10 @@ class CommandLine(argparse.ArgumentParser):
         return given
 
     def check_options(self, args: Sequence[str]) -> None:
-        """
+        """Check that all options exist.
+
         Raises:
-            ValueError: there is no such option; the message gives the nearest one.
+            ValueError: an option does not exist; the message gives the nearest one.
         """
         known = [underscored(action.option_strings[-1]) for action in self._actions if action.option_strings]
         given = [underscored(word.partition("=")[0]) for word in args if word.startswith("--") and len(word) > 2]
@@ -143,6 +147,6 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def script_app(**options: Any) -> typer.Typer:
-    """Make a typer app whose long options also take underscores for dashes; `one_line_errors` runs it."""
+    """Create a typer app whose long options may have underscores instead of dashes; `one_line_errors` runs it."""
     settings = {"token_normalize_func": lambda token: token.replace("_", "-")}
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=settings, **options)
