@@ -25,7 +25,7 @@ from unitok_mllm.outputs import check_output_folder
 
 
 def merge(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    """Join every occurrence of a pair in the pieces of a word, from the left."""
+    """Join every occurrence of a pair in the pieces of a word, from left to right."""
     merged, i = [], 0
     while i < len(pieces):
         joins = pieces[i : i + 2] == pair
@@ -35,18 +35,18 @@ def merge(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Extend a BPE by merges of the most frequent pairs of tokens in texts (ties in alphabetical order).
+    """Extend a BPE tokenizer with merges of the most frequent pairs of tokens (ties in alphabetical order).
 
     Args:
-        tokenizer: a byte-level BPE.
-        texts: the texts to count in.
-        vocab_size: largest vocabulary of the result.
+        tokenizer: byte-level BPE tokenizer.
+        texts: texts in which the pairs are counted.
+        vocab_size: maximum vocabulary size of the result.
 
     Returns:
         A tokenizer with `vocab_size` tokens, or fewer if every word of the texts has become one token.
 
     Raises:
-        ValueError: it is not a BPE, or has as many tokens already.
+        ValueError: the tokenizer is not a BPE, or already has that many tokens.
     """
     backend = tokenizer.backend_tokenizer
     state = json.loads(backend.to_str())
@@ -75,7 +75,12 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str], vocab
 
 
 def extend_embeddings(model: PreTrainedModel, spellings: dict[int, list[int]]) -> None:
-    """Set the embedding of each new token to the mean of those of the tokens that spell it."""
+    """Set the embedding of each new token to the mean embedding of the old tokens that spell it.
+
+    Args:
+        model: model whose embeddings are changed in place.
+        spellings: ids of the old tokens that spell a new token, by its id.
+    """
     if max(spellings) >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(max(spellings) + 1, mean_resizing=False)
     for embeddings in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
