@@ -52,15 +52,19 @@ Mode = Enum("Mode", {mode: mode for mode in MODES}, type=str)
 
 
 def image_keys(data: str, image_folder: str = "") -> tuple[list[str], ImageStore]:
-    """List the images that some data names, each once and in the order of the data, and find them.
+    """List the images that the data names, each once and in the order of the data.
 
     Args:
-        data: a .json, .jsonl or .parquet file whose rows have an `image` (a path, or a list of them); or a folder of
-            images; or tar files, `{00..15}.tar` for many, whose images are named as `ImageStore` says.
-        image_folder: the folder, or tar files, that the rows' paths lie in; without it, the file's own folder.
+        data: a .json, .jsonl or .parquet file whose rows have an `image` (a path, or a list of paths); or a folder of
+            images; or tar files, `{00..15}.tar` for many, whose images are named as in `ImageStore`.
+        image_folder: folder or tar files to which the rows' paths are relative; "" for the file's own folder.
+
+    Returns:
+        The keys of the images, and the store to load them from.
 
     Raises:
-        FileNotFoundError, ValueError: the data does not exist, names no image, or gives a name that several shards have.
+        FileNotFoundError: the data does not exist.
+        ValueError: the data names no image, or has a name that is in several shards.
     """
     if data.endswith(".tar"):
         store = ImageStore(data)
@@ -87,7 +91,7 @@ def image_keys(data: str, image_folder: str = "") -> tuple[list[str], ImageStore
 
 
 def file_digest(paths: Iterable[str | os.PathLike]) -> str:
-    """Compute the SHA-256 over the contents of files."""
+    """Compute the SHA-256 of the contents of files."""
     paths = [Path(path) for path in paths]
     digest = hashlib.sha256()
     for path in paths:
@@ -98,9 +102,17 @@ def file_digest(paths: Iterable[str | os.PathLike]) -> str:
 
 
 class ImageVariants(Dataset):
-    """Images by index: the key, and `variants` views (variants, 3, H, W) in [-1, 1], or the error of a broken image.
+    """Data set of images: the key and the views (variants, 3, H, W) in [-1, 1], or the error message of a broken image.
 
-    View 0 is the image itself; another one is changed by `augment` with numbers drawn from (seed, key, variant).
+    View 0 is the image itself. The others are augmented with random numbers that depend on (seed, key, variant).
+
+    Args:
+        keys: keys of the images.
+        store: store to load them from.
+        image_processor: image processor of the visual tokenizer.
+        augment: augmentation of processed pixels.
+        variants: number of views of each image.
+        seed: seed of the augmentation.
     """
 
     def __init__(
@@ -130,7 +142,7 @@ class ImageVariants(Dataset):
 
 @dataclass
 class Batch:
-    """A batch of `ImageVariants`: the readable images, (B, variants, 3, H, W), and the errors of the others."""
+    """A batch of `ImageVariants`: pixels of the readable images, (B, variants, 3, H, W), and errors of the others."""
 
     keys: list[str]
     pixel_values: torch.Tensor
@@ -138,7 +150,7 @@ class Batch:
 
 
 def collate(images: list[tuple[str, torch.Tensor | str]]) -> Batch:
-    """Stack images in the worker, so that a single tensor crosses to the process that encodes."""
+    """Stack images in the worker, so that only one tensor is sent to the main process."""
     errors = {key: value for key, value in images if isinstance(value, str)}
     views = {key: value for key, value in images if key not in errors}
     pixel_values = torch.stack([*views.values()]) if views else torch.empty(0)
@@ -241,7 +253,8 @@ def main(
 class Extractor:
     """A visual tokenizer and the images that it encodes, in one process.
 
-    Arguments are those of the command line, and `named`, what `image_keys` gave, if that is known.
+    Args:
+        named: result of `image_keys`, if it is known already. The other arguments are those of the command line.
 
     Raises:
         ValueError: see `image_keys` and `find_device`.
@@ -274,13 +287,13 @@ class Extractor:
         self.batch_size, self.workers, self.max_broken_share = batch_size, workers, max_broken_share
 
     def write(self, shards: list[tuple[str, int, int]], show_progress: bool = False) -> BrokenSamples:
-        """Write shards, each a path and the numbers of its first image and of the one after its last."""
+        """Write shards, each given as its path, the index of its first image, and the index after its last image."""
         ranges = {Path(path): range(start, stop) for path, start, stop in shards}
         sizes = self.batch_size, self.workers, self.max_broken_share
         return write_shards(self.model, self.images, ranges, *sizes, show_progress=show_progress)
 
     def __call__(self, shard: tuple[str, int, int]) -> dict:
-        """Write a shard, unless it is there, as a job of Ray; returns how many images it has seen."""
+        """Write a shard, unless it exists, as a Ray job. Return the number of images read."""
         counts = self.write([] if Path(shard[0]).is_file() else [shard])
         return {"seen": counts.seen, "broken": counts.broken}
 
@@ -294,10 +307,10 @@ def write_shards(
     max_broken_share: float,
     show_progress: bool,
 ) -> BrokenSamples:
-    """Encode the images of each shard and write it. A batch lies within a shard.
+    """Encode the images of each shard, and write the shards. No batch crosses a shard's boundary.
 
     Returns:
-        The number of images read, and the number of broken ones among them.
+        The numbers of images and of broken images so far.
 
     Raises:
         ValueError: too many images are broken; the current shard is not written.
@@ -324,7 +337,7 @@ def write_shards(
 
 @torch.inference_mode()
 def encode(model: UniTokModel, batch: Batch, broken: BrokenSamples) -> dict[str, torch.Tensor]:
-    """Encode images to codes (variants, K, L) by key, on the CPU; broken images are counted and left out."""
+    """Encode images to codes (variants, K, L), on the CPU, by key. Broken images are counted and left out."""
     for key, error in batch.errors.items():
         broken.count_broken(key, error)
     for _ in batch.keys:
