@@ -1,4 +1,4 @@
-"""Files that trainings and evaluations share: tables, pictures by name, broken samples, files written whole."""
+"""File access for trainings and evaluations: tables, pictures by name, broken samples, atomic writes."""
 
 import glob
 import hashlib
@@ -25,9 +25,9 @@ from unitok_mllm.image_processing_unitok import load_image
 
 
 logger = logging.getLogger(__name__)
-BROKEN_TABLE = (ValueError, RecursionError, StopIteration, pa.ArrowException)  # StopIteration: there is no row
+BROKEN_TABLE = (ValueError, RecursionError, StopIteration, pa.ArrowException)  # StopIteration: no rows
 MOST_WORKERS = 1024  # of a DataLoader
-MOST_NESTED = 500  # levels of a line of JSON; its reader crashes somewhere beyond
+MOST_NESTED = 500  # nesting levels in a line of JSON; its reader crashes at some greater depth
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -35,8 +35,8 @@ def whole_checkpoints(output_dir: str | Path, last_file: str) -> dict[int, Path]
     """List the completely written `checkpoint-STEP` folders of a run, by step, oldest first.
 
     Args:
-        output_dir: of the run.
-        last_file: the file that is written last. A folder without it is incomplete.
+        output_dir: output folder of the run.
+        last_file: name of the file that is written last. A folder without it is incomplete.
     """
     folders = (path.parent for path in Path(output_dir).glob(f"checkpoint-*/{last_file}"))
     steps = ((folder.name.removeprefix("checkpoint-"), folder) for folder in folders)
@@ -47,9 +47,9 @@ def how_to_go_on(output_dir: str | os.PathLike, last_file: str, command: str) ->
     """Return the message of an interrupted training.
 
     Args:
-        output_dir: of the run.
+        output_dir: output folder of the run.
         last_file: see `whole_checkpoints`.
-        command: describes the command that resumes it.
+        command: description of the command that resumes it.
     """
     checkpoints = whole_checkpoints(output_dir, last_file)
     if not checkpoints:
@@ -65,7 +65,7 @@ def check_nesting(path: str | os.PathLike) -> None:
     """Check that no line of a JSONL file is nested so deeply that its reader would crash.
 
     Raises:
-        ValueError: one is; it is named.
+        ValueError: a line is; the message names it.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -80,7 +80,8 @@ def read_rows(path: str | os.PathLike) -> list[dict] | datasets.Dataset:
     """Read the rows of a .json list, or of a .jsonl or .parquet file (memory-mapped).
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, it has another ending, or it is broken; it is named.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has another extension, or is broken; the message names it.
     """
     path = Path(path)
     if not path.is_file():
@@ -104,19 +105,19 @@ def read_rows(path: str | os.PathLike) -> list[dict] | datasets.Dataset:
 
 
 class ImageStore:
-    """Pictures by name, from a folder or from tar files (whose tables of contents are read once).
+    """Pictures by name, from a folder or from tar files (which are indexed once).
 
-    The name of a picture in a tar file is the file's own name; if several shards have it, it is `SHARD.tar/NAME`, with
+    A picture in a tar file has the name of its member. If several shards have that name, it is `SHARD.tar/NAME`, with
     the shard's path relative to the common folder of all shards.
 
     Args:
         location: a folder, or a pattern of tar files with `*` or `{00..15}`.
 
     Attributes:
-        names: of the files in tar files, in the order of the shards and within them; empty for a folder.
+        names: names of the files in tar files, shard by shard in their order; empty for a folder.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no file of that pattern.
+        FileNotFoundError: the folder does not exist, or no file matches the pattern.
         ValueError: a tar file is broken.
     """
 
@@ -158,7 +159,7 @@ class ImageStore:
         """Load a picture, upright and in RGB, see `load_image`.
 
         Raises:
-            UnusableSample: it is missing or broken.
+            UnusableSample: the picture is missing or broken.
             ValueError: see `check_names`.
         """
         if not self.in_tar:
@@ -173,7 +174,11 @@ class ImageStore:
 
 
 def load_sample_image(path: str | os.PathLike) -> Image.Image:
-    """Load an image, see `load_image`; a broken or missing one raises `UnusableSample`."""
+    """Load an image, see `load_image`.
+
+    Raises:
+        UnusableSample: the image is missing or broken.
+    """
     path = Path(path)
     try:
         return load_image(path)
@@ -185,7 +190,7 @@ def decode_image(data: bytes, name: str = "image") -> Image.Image:
     """Decode an image file's bytes to an upright RGB picture.
 
     Raises:
-        UnusableSample: it is not an image, or broken.
+        UnusableSample: the data is not an image, or broken; the message has the `name`.
     """
     try:
         return load_image(data, name)
@@ -197,17 +202,17 @@ def decode_image(data: bytes, name: str = "image") -> Image.Image:
 class BrokenSamples:
     """Count broken samples, and stop a run that skips too many.
 
-    Each process and each worker of a DataLoader has its own counts, and judges only those.
+    Each process and each worker of a DataLoader has its own counts, and checks only these.
 
     Args:
         max_share: tolerated share of broken samples among those seen.
-        minimum: samples to see before judging.
+        minimum: number of samples to see before the first check.
 
     Attributes:
-        seen: samples of this worker.
-        broken: broken ones of them.
-        last: names of the last broken ones.
-        of_workers: broken samples of each worker, in shared memory.
+        seen: number of samples that this worker has seen.
+        broken: number of broken ones among them.
+        last: names and errors of the last broken ones.
+        of_workers: numbers of broken samples of all workers, in shared memory.
     """
 
     max_share: float
@@ -221,17 +226,25 @@ class BrokenSamples:
 
     @property
     def total(self) -> int:
-        """Number of broken samples of this process and all of its DataLoader's workers."""
+        """Return the number of broken samples in this process and all workers of its DataLoader."""
         return int(self.of_workers.sum())
 
     def count(self) -> None:
-        """Count a sample, and judge once enough have been seen."""
+        """Count a sample, and check the share of broken ones once enough have been seen.
+
+        Raises:
+            ValueError: see `judge`.
+        """
         self.seen += 1
         if self.seen >= self.minimum:
             self.judge()
 
     def count_broken(self, name: str, error: Exception | str) -> None:
-        """Count a broken sample and name it in the log; raises as `count` does."""
+        """Count a broken sample, and name it in the log.
+
+        Raises:
+            ValueError: see `judge`.
+        """
         self.broken += 1
         worker = get_worker_info()
         self.of_workers[0 if worker is None else 1 + worker.id] += 1
@@ -240,10 +253,10 @@ class BrokenSamples:
         self.count()
 
     def judge(self) -> None:
-        """Stop the run if too many samples are broken.
+        """Check the share of broken samples.
 
         Raises:
-            ValueError: too many are; the message has the counts, and the last ones with their faults.
+            ValueError: too many samples are broken; the message has the counts, and the last ones with their errors.
         """
         if self.broken > self.max_share * self.seen:
             raise ValueError(
@@ -253,15 +266,15 @@ class BrokenSamples:
 
 
 def check_broken_share(broken: list[str], total: int, max_share: float) -> None:
-    """Refuse a measurement with too many broken images.
+    """Check that a measurement does not have too many broken images.
 
     Args:
-        broken: what is wrong with each.
-        total: all images.
-        max_share: tolerated share.
+        broken: error of each broken image.
+        total: number of all images.
+        max_share: tolerated share of broken images.
 
     Raises:
-        ValueError: there are more, or all are broken.
+        ValueError: the share is larger, or all images are broken.
     """
     if broken and (len(broken) > max_share * total or len(broken) == total):
         raise ValueError(
@@ -272,14 +285,14 @@ def check_broken_share(broken: list[str], total: int, max_share: float) -> None:
 
 
 def log_broken(broken: BrokenSamples, accelerator: Accelerator) -> None:
-    """Log, after a training, the number of skipped samples; every process must call it."""
+    """Log the number of skipped samples at the end of a training; every process must call it."""
     total = accelerator.reduce(torch.tensor(broken.total, device=accelerator.device), "sum").item()
     if total and accelerator.is_main_process:
         logger.warning("broken samples that were skipped: %d; they are named above", total)
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file, and the folders above it, so that an interruption leaves either the old file or the new one."""
+    """Write a file atomically, so that an interruption leaves the old or the new file; create its folder if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -288,7 +301,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def folder_digest(folder: str) -> str:
-    """Compute the SHA-256 of the weights, configurations and templates in a model's folder."""
+    """Compute a SHA-256 digest of the weights, configurations and templates in a model's folder."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix in (".safetensors", ".json", ".jinja"):
