@@ -293,7 +293,7 @@ class Extractor:
         return write_shards(self.model, self.images, ranges, *sizes, show_progress=show_progress)
 
     def __call__(self, shard: tuple[str, int, int]) -> dict:
-        """Write a shard, unless it exists, as a Ray job. Return the number of images read."""
+        """Write a shard, unless it exists, as a Ray job. Return the numbers of images read and broken."""
         counts = self.write([] if Path(shard[0]).is_file() else [shard])
         return {"seen": counts.seen, "broken": counts.broken}
 

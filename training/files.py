@@ -226,7 +226,7 @@ class BrokenSamples:
 
     @property
     def total(self) -> int:
-        """Return the number of broken samples in this process and all workers of its DataLoader."""
+        """Number of broken samples in this process and all workers of its DataLoader."""
         return int(self.of_workers.sum())
 
     def count(self) -> None:
@@ -240,7 +240,7 @@ class BrokenSamples:
             self.judge()
 
     def count_broken(self, name: str, error: Exception | str) -> None:
-        """Count a broken sample, and name it in the log.
+        """Count a sample as seen and broken, and name it in the log.
 
         Raises:
             ValueError: see `judge`.
