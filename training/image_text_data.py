@@ -17,10 +17,10 @@ A source is one entry of a config's `datasets`:
     kind: webdataset               # a stream of tar shards with jpg, png or webp, and txt
     shards: "data/{00000..00099}.tar"
     samples_per_epoch: 1000000     # over all processes
-    resampled: true                # draw shards with replacement, forever; false: each sample once an epoch
-    shuffle: 1000                  # samples of a block, in which a worker shuffles them
+    resampled: true                # sample shards with replacement, forever; false: each sample once per epoch
+    shuffle: 1000                  # size of the blocks in which a worker shuffles samples
 
-Each may also set `random_crop`, `horizontal_flip` and `max_shift` (see `ImageTextTransform`).
+Each source may also set `random_crop`, `horizontal_flip` and `max_shift` (see `ImageTextTransform`).
 """
 
 import bisect
@@ -55,7 +55,7 @@ from unitok_mllm.image_processing_unitok import UniTokImageProcessor, load_image
 
 # URL schemes of shards that are read without running a command. A single letter is a Windows drive.
 SCHEMES = ("file", "http", "https")
-CROP_SCALE = (0.9, 1.0)  # share of the area that a random crop keeps: the caption describes the whole picture
+CROP_SCALE = (0.9, 1.0)  # share of the area in a random crop; large, since captions describe the whole picture
 CHANGES = ("random_crop", "horizontal_flip", "max_shift")  # options of the transform that a source may override
 OPTIONS = {  # options of each kind of source; True: required
     "folder": {"path": True, "repeat": False, "in_memory": False},
@@ -112,8 +112,8 @@ class ImageTextTransform:
         image_processor: image processor of the visual tokenizer.
         text_tokenizer: tokenizer of the text tower.
         max_text_length: T, length of the text tower; longer captions are truncated, and keep their end token.
-        random_crop: for photographs: crop 90 to 100% of the picture's area at random, with an aspect ratio between 3:4
-            and 4:3, instead of the processor's own resizing.
+        random_crop: whether to replace the processor's own resizing by a random crop of 90 to 100% of the area, with an
+            aspect ratio between 3:4 and 4:3; suits photographs.
         horizontal_flip: see `augmentation`.
         max_shift: see `augmentation`.
 
@@ -136,10 +136,10 @@ class ImageTextTransform:
         self.augment = augmentation(self.image_processor, self.horizontal_flip, self.max_shift)
 
     def __call__(self, image: Image.Image, caption: str | None, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Make a sample.
+        """Convert an image and its caption to a sample.
 
         Args:
-            image: any image that `load_image` takes.
+            image: any image that `load_image` accepts.
             caption: its caption.
             generator: source of the random numbers; one number is drawn from it.
 
@@ -152,7 +152,7 @@ class ImageTextTransform:
         return self.change(self.prepare(image, caption), generator)
 
     def prepare(self, image: Image.Image, caption: str | None) -> dict[str, torch.Tensor | Image.Image]:
-        """Do the deterministic part of `__call__`; with `random_crop`, `pixel_values` is still a picture."""
+        """Run the deterministic part of `__call__`. With `random_crop`, `pixel_values` is still a picture."""
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"expected a caption, got {caption!r}")
         image = load_image(image)
@@ -160,7 +160,7 @@ class ImageTextTransform:
         return {"pixel_values": pixels, "input_ids": self.encode(caption)}
 
     def change(self, sample: dict, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Do the random part of `__call__`, on the result of `prepare`."""
+        """Run the random part of `__call__` on the result of `prepare`."""
         pixels = sample["pixel_values"]
         with random_numbers(int(torch.randint(2**63 - 1, (), generator=generator))):
             if self.random_crop:
@@ -169,7 +169,7 @@ class ImageTextTransform:
         return sample | {"pixel_values": pixels}
 
     def encode(self, caption: str) -> torch.Tensor:
-        """Encode a caption to ids (T,): its tokens, the end token, padding. Special tokens that it spells are plain text."""
+        """Encode a caption to ids (T,): tokens, end token, padding. Special tokens spelled in it become plain text."""
         end, length = self.text_tokenizer.eos_token_id, self.max_text_length
         options = {"truncation": True, "max_length": length, "split_special_tokens": True}
         ids = self.text_tokenizer(caption, **options)["input_ids"]
@@ -183,7 +183,7 @@ class ImageFiles:
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: there are no images in it.
+        ValueError: the source has no images.
     """
 
     def __init__(self, path: str):
@@ -261,9 +261,9 @@ class DatasetImages:
 
 
 class PreparedImages:
-    """Samples of a folder after `transform.prepare`, each kept in memory after its first use.
+    """Samples of a folder after `transform.prepare`, cached in memory when they are first used.
 
-    They are kept until the process ends, so that a second training on the same folder uses them too.
+    The cache lives as long as the process, so that a second training on the same folder uses it too.
     """
 
     kept: ClassVar[dict[tuple, dict[int, dict]]] = {}
@@ -306,21 +306,21 @@ class EpochDataset(Dataset):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch before it begins. Seed and epoch determine everything random."""
+        """Set the epoch before it begins. Seed and epoch determine all random choices."""
         self._epoch.fill_(epoch)
 
 
 class ImageTextDataset(EpochDataset):
     """The samples of `folder` and `hf` sources, one source after the other.
 
-    A sample depends only on (seed, epoch, index), not on workers, processes or resuming. Its key is its index, in the
-    epoch that was set, or (epoch, index), for samplers over several epochs. A broken sample is replaced by the next
-    readable one.
+    A sample depends only on (seed, epoch, index), not on workers, processes or resuming. Its key is its index in the
+    current epoch, or (epoch, index) for samplers over several epochs. A broken sample is replaced by the next readable
+    one.
 
     Args:
-        parts: each source with its transform, which gets what the source loads and a generator. A repeated source is
-            listed several times.
-        seed: seed of everything random.
+        parts: sources with their transforms. A transform is called with what the source loads and a generator. A
+            repeated source is listed several times.
+        seed: seed of all random choices.
         max_broken_share: see `BrokenSamples`.
     """
 
@@ -365,7 +365,7 @@ class ImageTextDataset(EpochDataset):
 
 
 def check_shards(shards: list[str]) -> None:
-    """Refuse shards that are the output of a command, unless the config is trusted.
+    """Check that no shard is the output of a command, unless the config is trusted.
 
     Raises:
         ValueError: a shard is not a file or a web address, but runs a command ("pipe:...", "gs:..."), and the config is
@@ -383,21 +383,21 @@ class ImageTextStream(EpochDataset, IterableDataset):
     """The samples of a `webdataset` source, in an order that the seed determines.
 
     Each worker of each process (torch's, or RANK and WORLD_SIZE in the environment) reads its own lane. With `resampled`,
-    a lane draws one shard after another, reads each to its end, and never ends. Otherwise the shards are distributed
-    over the lanes anew in each epoch, which has every sample exactly once; processes then end at slightly different
+    a lane is endless: it picks one random shard after another, and reads each to its end. Otherwise each epoch has every
+    sample exactly once, and its shards are distributed over the lanes anew; processes then end at slightly different
     times. A lane is shuffled block by block.
 
     To resume exactly, the consumer passes the `stream_position` of the last sample that it used to `record`. The next
-    iteration continues after it, also in another process through `state_dict` and `load_state_dict`. It reads the open
-    shard and one block again. The number of workers must stay the same.
+    iteration continues after that sample, also in another process, through `state_dict` and `load_state_dict`. It reads
+    the current shard and one block again. The number of workers must stay the same.
 
     Args:
         shards: paths or URLs, with `{00..99}` for many, or a list of them.
-        transform: transform of each sample, whose random numbers depend only on the seed and the sample's position.
+        transform: transform of each sample. Its random numbers depend only on the seed and the sample's position.
         seed: seed of all orders and random numbers.
-        samples_per_epoch: samples of all processes in an epoch; the stream itself does not use it.
-        resampled: draw shards with replacement, forever.
-        shuffle: samples of a block, which are kept in memory undecoded; 0 for the order of the shard.
+        samples_per_epoch: samples in an epoch over all processes; the stream itself does not use it.
+        resampled: whether to sample shards with replacement, forever.
+        shuffle: number of samples in a block, which are kept undecoded in memory; 0 to keep the order of the shard.
         max_broken_share: see `BrokenSamples`; a truncated shard counts as a sample or two.
 
     Raises:
@@ -425,7 +425,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
         self.transform, self.samples_per_epoch = transform, samples_per_epoch
         self.resampled, self.shuffle = resampled, shuffle
         self.broken = BrokenSamples(max_broken_share)
-        # by lane: epoch, shard and sample at which the block begins, and number of samples used of it
+        # by lane: epoch, shard and sample at which the block begins, and number of its samples already used
         self.positions: dict[int, list[int]] = {}
         self.next_lane = 0
 
@@ -453,7 +453,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
             FileNotFoundError: a shard is missing.
         """
         rank, world_size, worker, workers = pytorch_worker_info()
-        lane = (self.next_lane + worker) % workers  # a DataLoader asks worker 0 first
+        lane = (self.next_lane + worker) % workers  # a DataLoader takes the first batch from worker 0
         epoch = 0 if self.resampled else self.epoch
         if self.resampled:
             draws = (sample_seed(self.seed, rank, lane, draw) % len(self.shards) for draw in count())
@@ -470,7 +470,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
         return self._transformed(self._shuffled(samples, used, (rank, lane, epoch)))
 
     def _read(self, shards: Iterator[tuple[int, str]], first: int) -> Iterator[tuple[int, int, dict]]:
-        """Iterate over raw samples with their place (shard, index), from sample `first` of the first shard."""
+        """Iterate over raw samples with their place (shard, index), starting at sample `first` of the first shard."""
         for shard, url in shards:
             samples = group_by_keys(self._files(url), handler=self._skip_shard)
             for index, sample in islice(enumerate(samples), first, None):
@@ -478,7 +478,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
             first = 0
 
     def _files(self, url: str) -> Iterator[dict]:
-        """Iterate over the files of a shard, as far as it can be read."""
+        """Iterate over the files of a shard as far as it is readable."""
         try:
             yield from shard_files(url)
         except BROKEN_SHARD as error:
@@ -492,7 +492,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
 
         Args:
             samples: raw samples with their place.
-            used: number of samples of the first block that were used before.
+            used: number of samples of the first block that were already used.
             stream: (process, lane, epoch).
 
         Returns:
@@ -539,13 +539,14 @@ def build_image_text_dataset(
     """Build the data set of one or more sources, see the module's docstring.
 
     Args:
-        source: one source, or several, which are concatenated; a webdataset source must be the only one.
+        source: one source, or several to concatenate. A webdataset source must be the only one.
         transform: transform of all samples; a source may override its options.
         seed: seed of orders and augmentation.
         max_broken_share: share of broken samples above which the run stops.
 
     Raises:
-        ValueError: there is no source, an unknown kind or option, a missing option, or a webdataset source among others.
+        ValueError: there is no source, a kind or option is unknown, an option is missing, or a webdataset source is one
+            of several.
     """
     sources = [source] if isinstance(source, dict) else source
     kinds = [one.get("kind") for one in sources]
