@@ -1,4 +1,4 @@
-"""Signals that end a script: SIGINT, SIGTERM and SIGHUP act like Ctrl-C, and a training saves its finished steps."""
+"""Signals that end a script: SIGTERM and SIGHUP act like Ctrl-C, and a training saves a checkpoint."""
 
 import os
 import signal
@@ -18,8 +18,11 @@ CHILD = [number for number in signal.Signals if number.name == "SIGCHLD"]
 
 
 def _leave_broken_connections_unsaid() -> None:
-    """In a forked process, a DataLoader's worker: its thread that hands tensors on calls sys.excepthook where the main
-    process, told to end, has closed the connection."""
+    """Silence connection errors in forked processes, which are workers of a DataLoader.
+
+    When the main process ends and closes the connection, the worker's thread that sends tensors fails and calls
+    `sys.excepthook`.
+    """
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -34,7 +37,7 @@ if sys.platform != "win32":
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised after the signal `number`."""
+    """A script was ended by the signal `number`."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -43,11 +46,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def ends_handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Context in which `handler` is called for each of the three signals that is not ignored (as SIGHUP under nohup).
+    """Context manager in which `handler` is called for each of the three signals.
 
-    A terminal sends Ctrl-C to the workers of a DataLoader too: they ignore it, and this process ends them. After a
-    signal, the death of a worker is no error. Outside of the main thread, where Python sets no handlers, the context
-    does nothing.
+    Signals that are ignored (SIGHUP under nohup) stay ignored. A terminal sends Ctrl-C also to the workers of a
+    DataLoader: they ignore it, and this process ends them. After a signal, the death of a worker is not an error.
+    Outside of the main thread, where Python cannot set handlers, the context does nothing.
     """
     owner = os.getpid()
 
@@ -57,7 +60,7 @@ def ends_handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterato
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        for child in CHILD:  # never undone: a DataLoader checks its workers until the process ends
+        for child in CHILD:  # not undone, since a DataLoader checks its workers until the process ends
             signal.signal(child, lambda *args: None)
         handler(number, frame)
 
@@ -74,16 +77,16 @@ def ends_handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterato
 
 
 class StopRequest:
-    """Context in which the first signal asks a training to stop after its step, and the second interrupts it at once.
+    """Context manager in which the first signal stops a training after its step, and the second one immediately.
 
     Args:
-        accelerator: of the training, whose processes agree on the step.
+        accelerator: accelerator of the training, whose processes stop after the same step.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.number = 0  # of the signal that came; 0: none
-        self._told: torch.Tensor | None = None  # number of processes that had a signal after the last step
+        self.number = 0  # of the first signal; 0: none arrived
+        self._told: torch.Tensor | None = None  # number of processes with a signal, after the last step
         self._handling = ends_handled_by(self._note)
 
     def __enter__(self) -> "StopRequest":
@@ -102,9 +105,9 @@ class StopRequest:
         print("\nStopping after this step, with a checkpoint; once more: at once.", file=sys.stderr)
 
     def is_due(self) -> bool:
-        """Return whether to save and stop here. Every process must ask after each step; all get the same answer.
+        """Return whether to save and stop now. Every process must call it after each step; all get the same answer.
 
-        With several processes the answer comes one step later, so that no step waits for the others.
+        With several processes a signal takes effect one step later, so that no process waits for the others in between.
         """
         if self.accelerator.num_processes == 1:
             return bool(self.number)
@@ -113,5 +116,5 @@ class StopRequest:
         return told is not None and told.item() > 0
 
     def stop(self) -> None:
-        """Raise Interrupted."""
+        """Raise `Interrupted`."""
         raise Interrupted(self.number or signal.SIGTERM)  # another process received it
