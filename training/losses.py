@@ -1,8 +1,8 @@
 """The losses of the tokenizer's training (UniTok, https://arxiv.org/abs/2502.20321, section 3.1).
 
 Each function returns a scalar, or `(total, {name: value})` with the unweighted terms under their names in the logs.
-All are computed in float32, as means over a process's images. The average over processes of a loss, and of its
-gradients as DistributedDataParallel takes it, is therefore the loss of the whole batch.
+All losses are float32 means over the images of a process. DistributedDataParallel averages their gradients over
+processes, which gives the gradient of the whole batch's loss.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from unitok_mllm.quantization_unitok import num_processes
 TERMS = ("l1", "l2", "perceptual", "vq", "entropy", "contrastive", "consistency", "gan")
 DISCRIMINATOR_TERMS = ("discriminator", "discriminator_consistency")
 RECONSTRUCTION_TERMS = ("l1", "l2", "perceptual")
-MOST_PSNR = 100.0  # dB, for an exact reconstruction; one wrong grey level in an image of 256x256 gives 101 dB
+MOST_PSNR = 100.0  # dB; an image of 256x256 with one value wrong by one level has 101 dB
 
 
 @dataclass
@@ -33,7 +33,8 @@ class LossArguments:
     Starts and warm-ups are shares of the training's steps. The fields' help texts explain them.
 
     Raises:
-        ValueError: a value outside its range, terms that cannot work together, or a network that no term needs.
+        ValueError: a value is outside its range, terms exclude each other, or an option belongs to a term without a
+            weight.
     """
 
     l1_weight: float = field(default=0.2, metadata={"help": "weight of the mean absolute error"})
@@ -122,7 +123,11 @@ class LossArguments:
                 raise ValueError(f"{network}_checkpoint is {checkpoint}, but {name}_weight is 0.")
 
     def gan_progress(self, progress: float) -> float:
-        """Return the progress of the GAN's warm-up at a share of the training, from 0 to 1."""
+        """Return the progress of the GAN's warm-up, from 0 to 1.
+
+        Args:
+            progress: finished share of the training, in [0, 1].
+        """
         if not self.gan_warmup:
             return float(progress >= self.gan_start)
         return min(1.0, max(0.0, (progress - self.gan_start) / self.gan_warmup))
@@ -131,7 +136,7 @@ class LossArguments:
         """Return the sigma of the blur before the discriminator, in pixels.
 
         Args:
-            progress: share of the training, in [0, 1].
+            progress: finished share of the training, in [0, 1].
             image_size: side of the images, in pixels.
         """
         if not self.gan_warmup:
@@ -140,7 +145,11 @@ class LossArguments:
         return self.gan_blur * image_size / 256 * max(0.0, 1 - faded)
 
     def weights(self, progress: float) -> dict[str, float]:
-        """Return the weight of each term at a share of the training: 0 before the term's start."""
+        """Return the current weight of each term, which is 0 before the term's start.
+
+        Args:
+            progress: finished share of the training, in [0, 1].
+        """
         weights = {name: vars(self)[f"{name}_weight"] * (progress >= vars(self)[f"{name}_start"]) for name in TERMS}
         return weights | {"gan": weights["gan"] * self.gan_progress(progress)}
 
@@ -149,11 +158,11 @@ def psnr(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """Compute the peak signal-to-noise ratio of each image, in dB, at most `MOST_PSNR`.
 
     Args:
-        reconstruction: (B, 3, H, W), clamped to [-1, 1] here.
-        pixels: (B, 3, H, W) in [-1, 1].
+        reconstruction: reconstructions, (B, 3, H, W); this function clamps them to [-1, 1].
+        pixels: originals, (B, 3, H, W) in [-1, 1].
 
     Returns:
-        (B,), float32, or float64 for images in float64.
+        The PSNR of each image, (B,), float32, or float64 for images in float64.
     """
     return image_psnr(reconstruction, pixels).clamp_max(MOST_PSNR)
 
@@ -178,10 +187,10 @@ class GatherRows(torch.autograd.Function):
 
 
 class NearestRowLoss(torch.autograd.Function):
-    """Compute the mean cross-entropy of finding each row's match among all rows, by scaled similarity.
+    """Mean cross-entropy of matching each row among all rows by scaled similarity.
 
-    It equals `F.cross_entropy(scale * rows @ all_rows.T, first + arange(B))`. Since gradients are linear in the loss's,
-    they are computed along with it, chunk by chunk, and no (B, N) matrix is kept.
+    It equals `F.cross_entropy(scale * rows @ all_rows.T, first + arange(B))`. The forward pass computes the gradients
+    together with the loss, chunk by chunk, and the backward pass only scales them. No (B, N) matrix is kept.
     """
 
     MAX_SIMILARITIES = 2**22  # of a chunk: 16 MiB in float32
@@ -215,16 +224,16 @@ def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logi
     """Compute CLIP's symmetric InfoNCE (https://arxiv.org/abs/2103.00020) over the batches of all processes.
 
     Each process compares its own rows with those of all processes. Gradients flow back to the process of each row.
-    Values and gradients are those of open_clip's `ClipLoss` with `local_loss` and `gather_with_grad`, to rounding. Here
-    the similarities are computed in chunks, so memory grows with the rows, not with their square.
+    Values and gradients equal those of open_clip's `ClipLoss` with `local_loss` and `gather_with_grad`, up to rounding.
+    Similarities are computed in chunks, so memory is linear in the number of rows, not quadratic.
 
     Args:
-        image_embeds: (B, D), of unit length; the same B on every process.
-        text_embeds: (B, D), of unit length; row i belongs to row i of `image_embeds`.
-        logit_scale: scalar or (1,), the factor of the similarities.
+        image_embeds: image embeddings of unit length, (B, D); the same B on every process.
+        text_embeds: text embeddings of unit length, (B, D); row i belongs to row i of `image_embeds`.
+        logit_scale: factor of the similarities, a scalar or (1,).
 
     Returns:
-        A scalar, float32: the mean over this process's rows.
+        The mean over this process's rows, a float32 scalar.
     """
     images, texts = image_embeds.float(), text_embeds.float()
     all_images, all_texts, first = images, texts, 0
@@ -237,11 +246,11 @@ def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logi
 
 
 def consistency_loss(reconstruction_embeds: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
-    """Compute the mean of 1 - cosine between embeddings of reconstructions and of originals.
+    """Compute the mean of 1 - cosine similarity between embeddings of reconstructions and originals.
 
     Args:
-        reconstruction_embeds: (B, D), of unit length.
-        image_embeds: (B, D), of unit length; targets without gradient.
+        reconstruction_embeds: embeddings of reconstructions, (B, D), of unit length.
+        image_embeds: embeddings of originals, (B, D), of unit length; they get no gradient.
     """
     return 1 - (reconstruction_embeds.float() * image_embeds.detach().float()).sum(dim=-1).mean()
 
@@ -253,17 +262,17 @@ def tokenizer_losses(
     perceptual: nn.Module | None = None,
     contrastive: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Compute every term but the GAN's.
+    """Compute every term except the GAN's.
 
-    A term whose inputs are in the output is computed for any weight, so that each parameter takes part in every step.
-    The perceptual term has no trained parameters and is computed only from its start on.
+    A term whose inputs are in the output is computed even if its weight is 0, so that each parameter gets a gradient in
+    every step. The perceptual term has no trained parameters, and is computed only from its start on.
 
     Args:
-        output: of the tokenizer.
-        pixel_values: (B, 3, H, W) in [-1, 1].
-        weights: of each term, see `LossArguments.weights`.
+        output: output of the tokenizer.
+        pixel_values: originals, (B, 3, H, W) in [-1, 1].
+        weights: weight of each term, see `LossArguments.weights`.
         perceptual: distance of (reconstruction, pixels), see `perceptual_distance`.
-        contrastive: replaces the contrastive loss of these embeddings alone.
+        contrastive: contrastive loss to use; None to compute it from the embeddings in the output.
 
     Returns:
         The weighted sum, and the unweighted terms by name.
@@ -291,16 +300,17 @@ def tokenizer_losses(
 def adaptive_gan_weight(
     reconstruction_gradient: torch.Tensor, gan_gradient: torch.Tensor, last_inputs: torch.Tensor, last_layer: nn.Conv2d
 ) -> torch.Tensor:
-    """Compute the ratio of two gradients' norms at the decoder's last weight: the reconstruction's over the GAN's.
+    """Compute VQGAN's adaptive weight of the GAN loss, over the batches of all processes.
 
-    After VQGAN (https://arxiv.org/abs/2012.09841, section 3.1), over the batches of all processes. The gradients at the
-    weight are computed from those at the layer's outputs, so that it does not matter how the weight is sharded.
+    It is the ratio of two gradient norms at the weight of the decoder's last layer: that of the reconstruction losses
+    over that of the GAN loss (https://arxiv.org/abs/2012.09841, section 3.1). Both are computed from the gradients at
+    the layer's outputs, so that any sharding of the weight works.
 
     Args:
-        reconstruction_gradient: (B, 3, H, W), of the reconstruction losses by the layer's outputs.
-        gan_gradient: (B, 3, H, W), of the GAN's loss by the layer's outputs.
-        last_inputs: (B, C, H, W), the layer's inputs.
-        last_layer: the convolution.
+        reconstruction_gradient: gradient of the reconstruction losses at the layer's outputs, (B, 3, H, W).
+        gan_gradient: gradient of the GAN loss at the layer's outputs, (B, 3, H, W).
+        last_inputs: inputs of the layer, (B, C, H, W).
+        last_layer: the last convolution of the decoder.
 
     Returns:
         A scalar without gradient, in [0.015, 1e4].
@@ -334,11 +344,11 @@ def discriminator_losses(
     See https://arxiv.org/abs/2002.04724 for the latter.
 
     Args:
-        discriminator: images -> logits (B, N).
-        real: (B, 3, H, W) in [-1, 1], without gradient.
-        fake: (B, 3, H, W) in [-1, 1], without gradient.
-        draws: (B, 7), the augmentation, the same for real and fake.
-        consistency_weight: weight of the mean squared change of the logits by the augmentation.
+        discriminator: network that maps images to logits (B, N).
+        real: originals, (B, 3, H, W) in [-1, 1], without gradient.
+        fake: reconstructions, (B, 3, H, W) in [-1, 1], without gradient.
+        draws: random numbers of the augmentation, (B, 7), the same for real and fake.
+        consistency_weight: weight of the mean squared change of the logits under the augmentation.
 
     Returns:
         The weighted sum, and the unweighted terms by name.
