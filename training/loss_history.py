@@ -1,4 +1,4 @@
-"""The losses of a run between two logs: their means over processes, and the first value that is not finite."""
+"""Losses of a run between two logs: their means over processes, and a check for values that are not finite."""
 
 import math
 from collections import defaultdict
@@ -26,8 +26,8 @@ class LossHistory:
         """Compute the means over steps and processes; every process must call it.
 
         Raises:
-            FloatingPointError: a value was not finite, on any process. Every process raises it; the message names the
-                first such step, and its values that were not finite.
+            FloatingPointError: a value was not finite on some process. Every process raises it. The message names the
+                first such step and the values.
         """
         names = sorted(self.values)
         means = torch.stack([torch.stack(self.values[name]).mean() for name in names])
@@ -57,5 +57,5 @@ class LossHistory:
         first_steps = per_process.amin(dim=0).tolist()
         step = min(first_steps)
         culprits = [name for name, first in zip(names, first_steps) if first == step]
-        terms = [name for name in culprits if name in (*TERMS, *DISCRIMINATOR_TERMS)]  # others follow from these
+        terms = [name for name in culprits if name in (*TERMS, *DISCRIMINATOR_TERMS)]  # the others follow
         raise FloatingPointError(f"Not finite in step {int(step)}: {', '.join(terms or culprits)}.")

@@ -33,8 +33,8 @@ class LossArguments:
     Starts and warm-ups are shares of the training's steps. The fields' help texts explain them.
 
     Raises:
-        ValueError: a value is outside its range, terms exclude each other, or an option belongs to a term without a
-            weight.
+        ValueError: a value is outside its range, all weights are 0, a term lacks another term that it needs, or a
+            checkpoint is given for a term without a weight.
     """
 
     l1_weight: float = field(default=0.2, metadata={"help": "weight of the mean absolute error"})
@@ -197,7 +197,7 @@ class NearestRowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, all_rows: torch.Tensor, scale: torch.Tensor, first: int) -> torch.Tensor:
-        """Rows (B, D), all rows (N, D), scalar scale, index of the first row among all -> scalar."""
+        """Compute the loss, a scalar, from rows (B, D), all rows (N, D), and the first row's index among all rows."""
         total, scale_gradient = rows.new_zeros(()), rows.new_zeros(())
         row_gradients, all_gradients = torch.empty_like(rows), torch.zeros_like(all_rows)
         step = max(1, NearestRowLoss.MAX_SIMILARITIES // len(all_rows))
