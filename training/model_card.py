@@ -81,19 +81,19 @@ image_processor.post_process(model.decode(codes))[0].save("reconstruction.png")"
 
 
 class HandWrittenCard(ValueError):
-    """A card without the marker of generated ones."""
+    """A model card does not have the marker of generated cards."""
 
 
 @dataclass
 class TrainingRun:
-    """The facts of a training for its card.
+    """Facts about a training for its model card.
 
     Attributes:
         started_from: folders or hub names of the initial weights.
-        datasets: its sources, as in its config.
+        datasets: sources of the training data, as in the config.
         metadata: fields of the card's front matter, see `check_metadata`.
         facts: rows of the card's table, see `training_facts`.
-        losses: the last ones, by name.
+        losses: last value of each loss, by name.
     """
 
     started_from: list[str] = field(default_factory=list)
@@ -113,10 +113,17 @@ def training_facts(
     processes: int,
     precision: str,
 ) -> dict[str, str]:
-    """Make the rows of the card's table of a run.
+    """Build the rows of the table that describes a run.
 
     Args:
-        first_step: the step at which it was resumed, or 0. `seconds` counts from there.
+        steps: number of optimizer steps of the run.
+        first_step: step at which the run was resumed; 0 if it was not.
+        samples_per_step: global batch size.
+        learning_rate: peak learning rate.
+        seconds: duration in seconds, from `first_step` on.
+        device: device of a process.
+        processes: number of processes.
+        precision: description of the precision, such as "bf16 autocast".
     """
     resumed = f" (for the last {steps - first_step} steps: the run was resumed)" if first_step else ""
     return {
@@ -130,7 +137,7 @@ def training_facts(
 
 
 def hardware(device: torch.device, processes: int) -> str:
-    """Describe a process's processor, and the number of processes."""
+    """Describe the GPU or CPU of a process, and the number of processes."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif device.type == "cpu":
@@ -149,7 +156,7 @@ def check_metadata(metadata: dict) -> None:
     """Check the fields of a card's front matter that a config may set.
 
     Raises:
-        ValueError: an unknown field, or a value that is not a text (or a list of texts, for fields that take lists).
+        ValueError: a field is unknown, or its value is not a text (or a list of texts, for fields that take lists).
     """
     check_keys("card", metadata, METADATA)
     for name, value in metadata.items():
@@ -161,7 +168,7 @@ def check_metadata(metadata: dict) -> None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Return whether a name can only be a hub name: it has the form of one, and there is no such path on the disk."""
+    """Return whether a name is a hub name: it has the form of one, and there is no such local path."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -170,16 +177,16 @@ def is_hub_name(name: str) -> bool:
 
 
 def table(rows: list[tuple], header: tuple = ("", "")) -> str:
-    """Make a Markdown table."""
+    """Format a Markdown table."""
     cells = [header, ("---",) * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 
 def load_config(folder: str | os.PathLike) -> PreTrainedConfig:
-    """Load the config of a folder that can have a card.
+    """Load the config of a model's folder.
 
     Raises:
-        ValueError: the folder is not a model, or one of another kind.
+        ValueError: the folder does not contain a model of this project.
     """
     folder = Path(folder)
     check_model(folder)
@@ -190,7 +197,7 @@ def load_config(folder: str | os.PathLike) -> PreTrainedConfig:
 
 
 def sizes(folder: str | os.PathLike, config: PreTrainedConfig) -> str:
-    """Make the table of the model's sizes. Parameters are counted in its files (with buffers; tied weights once)."""
+    """Format the table of a model's sizes. Parameters are counted in its files (with buffers; tied weights once)."""
     folder = Path(folder)
     tokenizer = config if config.model_type == "unitok" else config.visual_config
     vision, text = tokenizer.vision_config, tokenizer.text_config
@@ -244,14 +251,14 @@ def training_section(run: TrainingRun) -> str:
 
 
 def model_name(folder: str | os.PathLike) -> str:
-    """Return the name of a folder's model: the folder's, or the run's for its `release`."""
+    """Return the name of a folder's model: that of the folder, or of its parent if the folder is a `release`."""
     folder = Path(folder)
     folder = folder.absolute()
     return folder.parent.name if folder.name == "release" else folder.name
 
 
 def make_card(folder: str | os.PathLike, name: str, run: TrainingRun | None = None) -> ModelCard:
-    """Make the card of a folder, without results of evaluations.
+    """Create the card of a folder, without evaluation results.
 
     Raises:
         ValueError: see `load_config` and `check_metadata`.
@@ -268,7 +275,7 @@ def make_card(folder: str | os.PathLike, name: str, run: TrainingRun | None = No
         "base_model": [base for base in run.started_from if is_hub_name(base)] or None,
     }
     data = ModelCardData(**{"library_name": "transformers", **KINDS[kind], **found, **run.metadata})
-    name = data.pop("model_name") or name  # the front matter has it with results alone
+    name = data.pop("model_name") or name  # in the front matter only next to results
     code = CODE[kind].format(name=name, K=vision.num_codebooks, L=vision.num_positions)
     body = [
         f"{MARKER}\n\n# {name}\n\n{WHAT[kind]}\n\n{sizes(folder, config)}\n\n## How to load it\n",
@@ -297,7 +304,7 @@ def read_card(folder: str | os.PathLike) -> ModelCard | None:
 
 
 def write_release_card(folder: str | os.PathLike, place: str | os.PathLike, run: TrainingRun | None = None) -> None:
-    """Write the card of a folder that will replace `place`. A hand-written card there is kept."""
+    """Write the card into a folder that will replace `place`. A hand-written card in `place` is kept."""
     folder, place = Path(folder), Path(place)
     try:
         read_card(place)
@@ -309,7 +316,7 @@ def write_release_card(folder: str | os.PathLike, place: str | os.PathLike, run:
 
 
 def find_digests(result: Any) -> Iterator[str | None]:
-    """Iterate over every `model_sha256` in a result, the digests of the measured weights."""
+    """Iterate over every `model_sha256` in a result: the digests of the evaluated weights."""
     if isinstance(result, dict):
         if "model_sha256" in result:
             yield result["model_sha256"]
@@ -368,7 +375,7 @@ def reconstruction_results(result: dict) -> Iterator[EvalResult]:
     """Yield the entries of a result of `eval.reconstruction` for the card's metadata."""
     data, args = Path(result["settings"]["images"]).name, _pick(result, "images", "image_size")
     for name, value in result["metrics"].items():
-        if not isinstance(value, list):  # of each sub-codebook
+        if not isinstance(value, list):  # not one value per sub-codebook
             yield EvalResult("image-to-image", data, data, name, value, metric_name=name, metric_args=args)
 
 
@@ -394,7 +401,7 @@ def text_to_image_results(result: dict) -> Iterator[EvalResult]:
 
 
 ZERO_SHOT = "zero-shot classification, "
-READERS = {  # by the beginning of `benchmark`; that of text_to_image is its prompts' format
+READERS = {  # by the start of `benchmark`, which for text_to_image is the format of the prompts
     "easy-VQA, test split": easy_vqa_results,
     "emoji of two styles": emoji_results,
     "reconstruction": reconstruction_results,
@@ -403,13 +410,15 @@ READERS = {  # by the beginning of `benchmark`; that of text_to_image is its pro
 
 
 def read_results(path: str | os.PathLike, digest: str) -> tuple[list[EvalResult], str]:
-    """Read the numbers of a result file for a model, and the versions of the libraries.
+    """Read the numbers and the library versions from the result file of a model.
 
     Args:
+        path: path of the result file.
         digest: the model's `folder_digest`.
 
     Raises:
-        ValueError: it is not a result, one of another kind, of other weights, or not finished.
+        ValueError: the file is not a result, or is a result of an unknown kind, of other weights, or of an unfinished
+            evaluation.
     """
     path = Path(path)
     try:
@@ -440,7 +449,7 @@ def read_results(path: str | os.PathLike, digest: str) -> tuple[list[EvalResult]
 
 
 def evaluation_section(measured: dict[str, tuple[list[EvalResult], str]]) -> str:
-    """Results by the file they come from, in Markdown."""
+    """Format results, grouped by their files, in Markdown."""
     lines = [EVALUATION]
     for file, (results, versions) in measured.items():
         rows = []
@@ -456,9 +465,14 @@ def evaluation_section(measured: dict[str, tuple[list[EvalResult], str]]) -> str
 def update_card(
     folder: str | os.PathLike, results: Iterable[str | os.PathLike], metadata: dict[str, Any] | None = None
 ) -> None:
-    """Write results into a folder's card, in place of those it had; without results, only the metadata.
+    """Replace the results in a folder's card. Without results, only update its metadata.
 
     A result that cannot be used is named in the log and left out.
+
+    Args:
+        folder: folder of the model.
+        results: result files.
+        metadata: fields of the front matter to set, see `check_metadata`.
 
     Raises:
         ValueError: no result can be used; see also `make_card` and `read_card`.
@@ -488,10 +502,10 @@ def update_card(
 
 
 def push_release(folder: str | os.PathLike, name: str, private: bool | None = None, token: str | None = None) -> str:
-    """Upload a folder, card and all, in one commit; returns its address.
+    """Upload a folder with its card in one commit, and return its URL.
 
     Raises:
-        ValueError: it has no card.
+        ValueError: the folder has no card.
     """
     folder = Path(folder)
     if not (folder / REPOCARD_NAME).is_file():
