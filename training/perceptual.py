@@ -1,4 +1,4 @@
-"""Perceptual distance between images: LPIPS (https://arxiv.org/abs/1801.03924), or features of any timm backbone."""
+"""Perceptual distance of images: LPIPS (https://arxiv.org/abs/1801.03924), or by the features of any timm backbone."""
 
 import torch
 from torch import nn
@@ -10,15 +10,15 @@ class FrozenFeatures(nn.Module):
     """Feature maps of a frozen timm backbone at several depths.
 
     Args:
-        name: any timm model that has `forward_intermediates`.
-        image_size: side in pixels of the images that come; a vision transformer sees them resized to the nearest
-            smaller multiple of its patch size (252 for 256 and patches of 14).
+        name: name of a timm model that has `forward_intermediates`.
+        image_size: side of the input images in pixels. For a vision transformer they are resized to the largest
+            multiple of its patch size that is not above it (252 for 256 and patches of 14).
         depths: indices of the blocks or stages; None for all.
-        pretrained: load the weights from timm's hub.
-        checkpoint: a file to load them from instead (timm's names, or any that timm itself converts).
+        pretrained: whether to load pretrained weights from timm's hub.
+        checkpoint: file to load the weights from instead (with timm's names, or any that timm converts).
 
     Attributes:
-        channels: dims of a position at each depth.
+        channels: number of channels at each depth.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class FrozenFeatures(nn.Module):
         checkpoint: str = "",
     ):
         super().__init__()
-        import timm  # takes seconds, which `--help` should not
+        import timm  # slow: keep `--help` quick
         from timm.models.vision_transformer import VisionTransformer
 
         overlay = {"file": checkpoint} if checkpoint else None
@@ -54,17 +54,17 @@ class FrozenFeatures(nn.Module):
         self.channels = [feature.shape[1] for feature in features]
 
     def train(self, mode: bool = True) -> "FrozenFeatures":
-        """Stay in eval mode, since the backbone is frozen."""
+        """Stay in eval mode, whatever the `mode`, since the backbone is frozen."""
         return super().train(False)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Compute the features of images at each depth. A class token is added to each patch token.
+        """Compute the features of images at each depth. The class token, if any, is added to each patch token.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1].
+            images: images, (B, 3, H, W) in [-1, 1].
 
         Returns:
-            (B, C, L) for each depth.
+            The features at each depth, (B, C, L).
         """
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
@@ -83,6 +83,9 @@ class FeatureDistance(nn.Module):
 
     The features at each depth are normalised to unit length over the channels. Their squared difference is summed over
     channels, averaged over images and positions, and summed over depths.
+
+    Args:
+        features: the frozen backbone.
     """
 
     def __init__(self, features: FrozenFeatures):
@@ -98,18 +101,18 @@ class FeatureDistance(nn.Module):
 
 
 class VGGDistance(nn.Module):
-    """LPIPS itself, on VGG-16, from the `lpips` package (which brings the learned weights, but not VGG's).
+    """LPIPS on VGG-16, from the `lpips` package (which contains the learned weights, but not those of VGG).
 
     Args:
-        pretrained: load VGG's ImageNet weights from torchvision's hub.
-        checkpoint: a file to load them from instead, with torchvision's names.
+        pretrained: whether to load VGG's ImageNet weights from torchvision's hub.
+        checkpoint: file to load them from instead, with torchvision's names.
 
     Raises:
         ValueError: the file lacks tensors of VGG-16.
     """
 
     def __init__(self, pretrained: bool = True, checkpoint: str = ""):
-        import lpips  # of the `train` extra; needed by those who choose it
+        import lpips  # optional, from the extra `train`
 
         super().__init__()
         self.lpips = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
@@ -136,10 +139,10 @@ def perceptual_distance(backbone: str, image_size: int, pretrained: bool = True,
     """Build a perceptual distance of (reconstruction, pixels).
 
     Args:
-        backbone: "lpips", or a timm model, which is compared at every depth.
+        backbone: "lpips", or the name of a timm model, whose features are compared at every depth.
         image_size: side of the images, in pixels.
-        pretrained: load the backbone's weights.
-        checkpoint: a file to load them from instead of the hub.
+        pretrained: whether to load pretrained weights of the backbone.
+        checkpoint: file to load them from instead of the hub.
     """
     if backbone == "lpips":
         return VGGDistance(pretrained, checkpoint)
