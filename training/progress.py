@@ -1,4 +1,4 @@
-"""Timing of a training: the speed of its data, and an estimate of the time that is left."""
+"""Timing of a training: the time spent on decoding data, and an estimate of the remaining time."""
 
 import logging
 import time
@@ -14,11 +14,11 @@ MEASURED = 5  # steps
 
 
 class SharedClock:
-    """Add up the time of a piece of work in a process and in its DataLoader's workers.
+    """Stopwatch for a piece of work that is repeated in a process and in its DataLoader's workers.
 
     Attributes:
-        totals: seconds and times so far, (2,), float64, in shared memory. Workers do not lock it: of two that end a
-            piece of work in the same instant, one may be lost.
+        totals: total seconds and number of repetitions, (2,), float64, in shared memory. It is not locked: if two
+            workers finish at the same instant, one measurement may be lost.
     """
 
     def __init__(self):
@@ -27,13 +27,13 @@ class SharedClock:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Context that counts what is done within it as one piece of work."""
+        """Context manager that measures its block as one piece of work."""
         start = time.perf_counter()
         yield
         self.totals += torch.tensor([time.perf_counter() - start, 1.0], dtype=torch.float64)
 
     def mean_since(self) -> float:
-        """Return the mean seconds of a piece of work since the last call; NaN if there was none."""
+        """Return the mean duration of a piece of work since the last call, in seconds; NaN if there was none."""
         since, self._read = self.totals - self._read, self.totals.clone()
         return (since[0] / since[1]).item()
 
@@ -46,7 +46,7 @@ class ExpectedTime:
         self.first: tuple[int, float] | None = None
 
     def __call__(self, step: int) -> None:
-        """Record the end of a step; to be called with the number of each."""
+        """Record the end of a step. Must be called after each step, with its number."""
         if self.first is None:
             self.first = step, time.perf_counter()
             return
