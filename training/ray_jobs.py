@@ -1,4 +1,4 @@
-"""Jobs on the workers of a Ray cluster, each done once; evaluations and the extraction of codes share this (extra `ray`)."""
+"""Jobs on the workers of a Ray cluster, for evaluations and the extraction of codes (extra `ray`)."""
 
 import importlib.util
 import pickle
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-BLOCKS = 64  # for each worker; when a worker dies, only its current block is done again
+BLOCKS = 64  # per worker; when a worker dies, only its current block is repeated
 
 
 class _Worker:
@@ -15,7 +15,7 @@ class _Worker:
         self.work = pkgutil.resolve_name(name)(**arguments)
 
     def __call__(self, row: dict) -> dict:
-        """The pickled result of a job, or its ValueError, which stays what it is on its way to the caller."""
+        """Run a job. Its result or its `ValueError` is pickled, so that Ray does not wrap the error in another type."""
         try:
             result = self.work(pickle.loads(row["job"]))
         except ValueError as error:
@@ -24,19 +24,19 @@ class _Worker:
 
 
 def run_jobs(name: str, arguments: dict, jobs: list[Any], num_workers: int) -> Iterator[Any]:
-    """Run jobs with Ray Data, on the cluster that `RAY_ADDRESS` names, that runs here, or a new one on this machine.
+    """Run jobs with Ray Data on the cluster at `RAY_ADDRESS`, a running local cluster, or a new one on this machine.
 
-    A job may be started again when a worker dies, so it must find out itself what of it is done. Workers have a CPU
-    each, and a GPU each where the cluster has some. They read and write files by the paths in the jobs.
+    A job may run again when a worker dies, so it must check what is already done. Each worker has one CPU, and one GPU
+    if the cluster has GPUs. Workers read and write files by the paths in the jobs, so they need a shared file system.
 
     Args:
-        name: a class, "module:Class". Each worker has an instance of it, which is called with one job after another.
-        arguments: of the class, plain values.
-        jobs: plain values.
-        num_workers: at least 1.
+        name: a class, "module:Class". Each worker creates an instance, and calls it with one job after another.
+        arguments: arguments of the class, plain values.
+        jobs: the jobs, plain values.
+        num_workers: number of workers, at least 1.
 
     Yields:
-        What the calls return, in any order.
+        The results of the calls, in any order.
 
     Raises:
         ValueError: Ray is not installed, or a call raised it.
