@@ -1,4 +1,4 @@
-"""Folders that other people load: written whole or not at all, with every weight in them."""
+"""Released model folders: written atomically, with all weights checked."""
 
 import os
 import re
@@ -12,18 +12,18 @@ from training.model_card import TrainingRun, write_release_card
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 
 
-FLOAT_TYPES = ("float32", "float16", "bfloat16")  # that weights are loaded and stored in
+FLOAT_TYPES = ("float32", "float16", "bfloat16")  # dtypes of stored weights
 
 
 def write_folder(folder: str | os.PathLike, write: Callable[[Path], None]) -> None:
-    """Write a folder whole or not at all: `write` fills a new folder beside it, which then replaces it.
+    """Write a folder atomically: `write` fills a new folder next to it, which then replaces it.
 
     If `write` is interrupted, `folder` stays unchanged; after an error, the new folder is removed. (A kill between the
     two renames leaves the old folder as `.<name>.old`, which the next call restores.)
 
     Args:
         folder: the folder to write or replace.
-        write: a function of the new folder.
+        write: function that writes the files into the folder it is given.
     """
     folder = Path(folder)
     unfinished, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "old"))
@@ -49,9 +49,9 @@ def check_weight(name: str, value: torch.Tensor, exact: torch.Tensor | None = No
     """Check that a weight can be released.
 
     Args:
-        name: of the weight.
-        value: the weight, in the dtype that is stored.
-        exact: the value before the cast, if there was one.
+        name: name of the weight.
+        value: the weight in the dtype in which it is stored.
+        exact: the weight before the cast, if there was one.
 
     Raises:
         ValueError: the weight is empty or not finite, or the cast made it so; the message names it.
@@ -76,15 +76,15 @@ def save_release(
     state_dict: dict[str, torch.Tensor] | None = None,
     run: TrainingRun | None = None,
 ) -> None:
-    """Save the MLLM with its processor and its card. The weights load in float32 by default.
+    """Save the MLLM with its processor and its model card. The weights load in float32 by default.
 
     Args:
         model: the MLLM.
-        processor: its processor.
+        processor: the processor of the MLLM.
         folder: the folder to write or replace.
-        dtype: of the stored weights.
-        state_dict: the weights, if the model itself does not have them whole (ZeRO-3).
-        run: the training, for the card.
+        dtype: dtype of the stored weights.
+        state_dict: the weights, if those of the model itself are sharded (ZeRO-3).
+        run: facts about the training, for the card.
 
     Raises:
         ValueError: a weight is missing, empty, not finite, or too large for the dtype.
@@ -93,7 +93,7 @@ def save_release(
     state_dict = dict(model.state_dict() if state_dict is None else state_dict)
     if missing := model.state_dict().keys() - state_dict.keys():
         raise ValueError(f"{len(missing)} weights are missing, {min(missing)} first.")
-    stored: dict[tuple, torch.Tensor] = {}  # tied weights stay one
+    stored: dict[tuple, torch.Tensor] = {}  # keeps tied weights tied
     for name, value in state_dict.items():
         check_weight(name, value)
         if value.is_floating_point():
