@@ -1,4 +1,4 @@
-"""Shuffled batches of a map-style data set that start at any position of a run."""
+"""Shuffled batches of a map-style data set, from any position of a run on."""
 
 from collections.abc import Iterator
 
@@ -9,11 +9,19 @@ from training.image_text_data import sample_seed
 
 
 class ResumableBatches(Sampler):
-    """The batches of one process from a position on, as lists of (epoch, index) pairs.
+    """Batch sampler of one process. It starts at any position, and yields lists of (epoch, index) pairs.
 
-    Each epoch is a permutation by (seed, epoch), cut into equal batches, which go to the processes in turn. Samples
-    that do not fill an optimizer step of all processes are left out. Any position is reached without loading earlier
-    samples.
+    Each epoch is a permutation that depends on (seed, epoch), cut into equal batches, which go to the processes in
+    turn. Samples that do not fill an optimizer step of all processes are left out. Resuming loads no earlier samples.
+
+    Args:
+        per_epoch: number of batches per process in an epoch.
+        length: number of samples in the data set.
+        batch_size: number of samples in a batch.
+        rank: rank of the process.
+        world: number of processes.
+        seed: seed of the permutations.
+        first: index of the first batch to yield, counted from the start of the run.
     """
 
     def __init__(self, per_epoch: int, length: int, batch_size: int, rank: int, world: int, seed: int, first: int):
