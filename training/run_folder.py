@@ -1,4 +1,4 @@
-"""The output folder of a run: check that it is writable, and lock it for one run at a time."""
+"""The output folder of a run: check that it is writable, and lock it against other runs."""
 
 import os
 import sys
@@ -7,27 +7,27 @@ from pathlib import Path
 from unitok_mllm.outputs import check_output_folder
 
 
-LOCKS = Path("/proc/locks")  # Linux's list of who holds what
-_held: dict[Path, int] = {}  # by this process, until it ends
+LOCKS = Path("/proc/locks")  # Linux's list of all locks and their holders
+_held: dict[Path, int] = {}  # locks of this process, until it ends
 
 
 def claim_folder(folder: str | os.PathLike, is_main: bool = True) -> None:
-    """Make a run's output folder and lock it until this process ends, in whatever way. No lock file remains.
+    """Create a run's output folder, and lock it until this process ends, in whatever way. No lock file remains.
 
     Args:
         folder: the output folder.
-        is_main: whether this process holds the lock for the run; the others do nothing.
+        is_main: whether this process holds the lock of the run; other processes do nothing.
 
     Raises:
-        ValueError: it is a file, cannot be written to, or is locked by another run, which the message names if the
-            system does.
+        ValueError: the folder is a file, is not writable, or is locked by another run. The message names that run if
+            the system does.
     """
     folder = Path(folder).absolute()
     if not is_main or folder in _held:
         return
     check_output_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if sys.platform == "win32":  # which cannot lock a folder
+    if sys.platform == "win32":  # Windows cannot lock a folder
         return
     import fcntl
 
@@ -42,7 +42,7 @@ def claim_folder(folder: str | os.PathLike, is_main: bool = True) -> None:
 
 
 def _holder(inode: int) -> str:
-    """Name the holder of a lock on the file of this inode."""
+    """Return the name of the process that holds a lock on the file with this inode."""
     lines = LOCKS.read_text(encoding="utf-8").splitlines() if LOCKS.exists() else []
     for _, kind, _, _, pid, place, *_ in (line.split() for line in lines if "->" not in line):
         if kind == "FLOCK" and place.endswith(f":{inode}"):
