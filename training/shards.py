@@ -1,4 +1,4 @@
-"""Tar files of samples from untrusted sources: memory stays in proportion to the size of a compressed file."""
+"""Tar files of samples from untrusted sources: memory stays proportional to the size of a compressed file."""
 
 import bz2
 import gzip
@@ -13,10 +13,10 @@ from typing import BinaryIO
 from webdataset.gopen import gopen
 
 
-EXPANSION = 32  # bytes that each byte of a compressed shard may stand for; pictures do not shrink at all
-FREE = 2**26  # bytes that are not counted
-COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open}  # by their first bytes
-OF_WEBDATASET = re.compile(r"__[^/]*__($|/)")  # names that hold no sample
+EXPANSION = 32  # largest ratio of decompressed to compressed bytes; picture files hardly compress at all
+FREE = 2**26  # bytes that any shard may expand to
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open}  # by the first bytes of a file
+OF_WEBDATASET = re.compile(r"__[^/]*__($|/)")  # names of webdataset's own files, which are not samples
 BROKEN_SHARD = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
 
 
@@ -37,10 +37,10 @@ class _Counted(io.RawIOBase):
 
 
 class Expanded:
-    """The content of a stream, decompressed if it is gzip or bzip2.
+    """The content of a stream, decompressed if it is gzip or bzip2, with a limit on its expansion.
 
     Args:
-        stream: any object with `read` that returns bytes.
+        stream: any object whose `read` returns bytes.
     """
 
     def __init__(self, stream: BinaryIO):
@@ -51,7 +51,8 @@ class Expanded:
         self.content = opened[0] if opened else buffered
 
     def read(self, size: int) -> bytes:
-        """
+        """Read up to `size` bytes of decompressed content.
+
         Raises:
             ValueError: the content expands too much.
         """
@@ -66,7 +67,7 @@ def shard_files(url: str) -> Iterator[dict]:
     """Iterate over the files of a tar file in order, as `webdataset.tariterators.group_by_keys` takes them.
 
     Args:
-        url: a path, or another address that webdataset opens.
+        url: a path, or a URL that webdataset can open.
 
     Raises:
         One of BROKEN_SHARD: the shard is missing or broken, or expands too much.
@@ -80,10 +81,10 @@ def shard_files(url: str) -> Iterator[dict]:
 
 
 def tar_members(shard: str | Path) -> dict[str, tuple[int, int]]:
-    """Locate the files of an uncompressed tar file: offset and size in bytes, by name.
+    """Return the offset and size in bytes of each file in an uncompressed tar file, by name.
 
     Raises:
-        ValueError: the tar file is broken, or has two files of one name; the message names it.
+        ValueError: the tar file is broken, or has two files of the same name; the message names it.
     """
     members: dict[str, tuple[int, int]] = {}
     try:
@@ -105,7 +106,7 @@ def check_whole(member: tarfile.TarInfo) -> None:
     """Check that a file in an archive is not sparse.
 
     Raises:
-        ValueError: a file is sparse: its stated size is larger than its data.
+        ValueError: the file is sparse, so its stated size may be larger than its data.
     """
     if member.issparse():
         raise ValueError(f"{member.name} is a sparse file that claims to hold {member.size} bytes")
