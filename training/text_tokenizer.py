@@ -20,12 +20,12 @@ from unitok_mllm.processing_unitok import GENERATION_SUFFIX, UNCONDITIONAL_PROMP
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<boi>", "<eoi>", "<image>")
 TURNS = "USER: ASSISTANT: "
-SMALLEST = len(SPECIAL_TOKENS) + 256  # a token for each byte
-LARGEST = 2**20  # memory is reserved for all of them
+SMALLEST = len(SPECIAL_TOKENS) + 256  # one token per byte
+LARGEST = 2**20  # the trainer allocates memory for all tokens
 
 
 def train_text_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE, which can encode any text, with a BOS in front as Llama's."""
+    """Train a byte-level BPE tokenizer, which can encode any text and, like Llama's, prepends a BOS token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,7 +48,7 @@ def train_text_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedT
 
 
 def easy_vqa_texts() -> list[str]:
-    """Return the texts that the shipped model reads and draws: prompts, null prompts, questions with their answers."""
+    """Return the texts that the shipped model is trained on: prompts, null prompts, questions with their answers."""
     samples = easy_vqa.load("train")
     texts = [s.caption + GENERATION_SUFFIX for s in samples] + [UNCONDITIONAL_PROMPT] * 400
     return texts + [f"{TURNS}{question} {answer}" for s in samples for question, answer in s.questions]
@@ -58,7 +58,8 @@ def read_captions(path: str | os.PathLike) -> list[str]:
     """Read the captions of a table.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such table, or it has no rows, or one without a caption; it is named.
+        FileNotFoundError: the table does not exist.
+        ValueError: the table has no rows, or a row without a caption; the message names it.
     """
     rows = read_rows(path)
     if not len(rows):
@@ -70,10 +71,11 @@ def read_captions(path: str | os.PathLike) -> list[str]:
 
 
 def caption_texts(paths: list[str | os.PathLike]) -> list[str]:
-    """Return the captions of tables as prompts, with a null prompt and the words around turns for every ten of them.
+    """Return the captions of tables as prompts; for every ten of them also a null prompt and the chat template's words.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_captions`.
+        FileNotFoundError: see `read_captions`.
+        ValueError: see `read_captions`.
     """
     prompts = [caption + GENERATION_SUFFIX for path in paths for caption in read_captions(path)]
     return prompts + [UNCONDITIONAL_PROMPT, TURNS] * (len(prompts) // 10 + 1)
