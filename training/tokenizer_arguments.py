@@ -1,4 +1,4 @@
-"""Options of the visual tokenizer's training loop: its length, rates, sharding and outputs."""
+"""Options of the visual tokenizer's training loop: length, learning rates, sharding and outputs."""
 
 import os
 from dataclasses import dataclass, field
@@ -136,10 +136,10 @@ class TokenizerTrainingArguments:
             raise ValueError("compile is not supported with fsdp.")
 
     def take_launchers(self) -> None:
-        """Take the sharding from the environment that `accelerate launch` sets for its config file.
+        """Read the sharding from the environment variables that `accelerate launch` sets from its config file.
 
         Raises:
-            ValueError: its config has DeepSpeed, but no `deepspeed_config_file`.
+            ValueError: the config file asks for DeepSpeed without a `deepspeed_config_file`.
         """
         if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true" and not self.deepspeed:
             path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
@@ -149,5 +149,5 @@ class TokenizerTrainingArguments:
         self.fsdp |= os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true"
 
     def ema_decay_after(self, steps: int) -> float:
-        """Return the decay of the average's next update, after `steps` updates."""
+        """Return the decay of the weight average for the update that follows `steps` updates."""
         return min(self.ema_decay, (1 + steps) / (10 + steps)) if self.ema_warmup else self.ema_decay
