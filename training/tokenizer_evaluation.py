@@ -16,12 +16,12 @@ def evaluate_reconstructions(network: TrainedNetwork, batches: Iterable[torch.Te
 
     Args:
         network: the tokenizer, in eval mode.
-        batches: pixels (B, 3, H, W) in [-1, 1], of this process's share of the images. Processes may have different
+        batches: pixels (B, 3, H, W) in [-1, 1] of this process's share of the images. Processes may have different
             numbers of batches.
 
     Returns:
-        Means over all images, for any batch size and number of processes: `eval_psnr` (dB) and `eval_l1`; and
-        `eval_codebook_usage`, the percentage of all codes that any of the images is encoded with.
+        `eval_psnr` (dB) and `eval_l1`, the means over all images, whatever the batch size and the number of processes;
+        and `eval_codebook_usage`, the percentage of all codes that occur in any of the images.
 
     Raises:
         ValueError: there are no images.
@@ -57,13 +57,13 @@ def _reconstruct(network: TrainedNetwork, pixels: torch.Tensor) -> tuple[torch.T
 
 
 def _makes_any_pass(network: TrainedNetwork, own: int) -> bool:
-    """Return whether any process makes a pass now; every process must call it, before each of its passes."""
+    """Return whether any process runs a pass now. Every process must call it before each of its passes."""
     accelerator = network.accelerator
     return accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").item() > 0
 
 
 def _join_other_passes(network: TrainedNetwork) -> None:
-    """Take part in the others' passes, which need this process's part of the weights, until all are done."""
+    """Take part in the passes of other processes, which need this process's shard of the weights, until all are done."""
     if not network.is_sharded:
         return
     size = network.module.config.vision_config.image_size
