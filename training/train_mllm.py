@@ -214,7 +214,7 @@ class MLLMArguments:
             raise ValueError("lora freezes the LLM's own weights: take language_model out of trainable.")
         if self.lora and "modules_to_save" in self.lora:
             raise ValueError("lora takes no modules_to_save: use trainable for the parts to train in full.")
-        if "/" not in self.attn_implementation:  # which names a kernel of the hub
+        if "/" not in self.attn_implementation:  # a slash names a kernel on the hub
             check_keys("attn_implementation", [self.attn_implementation], ["eager", *ALL_ATTENTION_FUNCTIONS])
         for name in ("llm_dtype", "release_dtype"):
             if getattr(self, name) not in FLOAT_TYPES:
@@ -240,7 +240,11 @@ class MLLMArguments:
             )
 
     def _check_keys(self) -> None:
-        """Refuse unknown nested names, and impossible nested values."""
+        """Check the names and values in nested fields.
+
+        Raises:
+            ValueError: a name is unknown, or a value is impossible.
+        """
         check_metadata(self.card)
         names = [option.name for option in fields(LoraConfig)]
         check_keys("lora", self.lora or {}, names)
@@ -284,7 +288,7 @@ class MLLMArguments:
 
 @contextmanager
 def whole_weights(training_arguments: TrainingArguments) -> Iterator[None]:
-    """Load models in the block without sharding, even under ZeRO-3."""
+    """Context manager in which models load unsharded, even with ZeRO-3."""
     unset_hf_deepspeed_config()
     try:
         yield
@@ -294,10 +298,12 @@ def whole_weights(training_arguments: TrainingArguments) -> Iterator[None]:
 
 
 def choose_image_tokens(arguments: MLLMArguments, text_tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Choose the tokens that open and close an image: those named, or a known pair, added if that is allowed.
+    """Choose the tokens that open and close an image: those in the arguments, or a known pair.
+
+    With `add_image_tokens`, missing tokens are added to the text tokenizer.
 
     Raises:
-        ValueError: the text tokenizer lacks them.
+        ValueError: the text tokenizer lacks the tokens, and they may not be added.
     """
     vocabulary = text_tokenizer.get_vocab()
     known = next((pair for pair in IMAGE_TOKENS if vocabulary.keys() >= set(pair)), IMAGE_TOKENS[0])
@@ -313,7 +319,7 @@ def choose_image_tokens(arguments: MLLMArguments, text_tokenizer: PreTrainedToke
 
 
 def build_processor(arguments: MLLMArguments) -> UniTokMLLMProcessor:
-    """Load the processor of the model to go on from, or make one of the LLM's text tokenizer."""
+    """Load the processor of the initial model, or build one from the LLM's text tokenizer."""
     if arguments.model:
         return UniTokMLLMProcessor.from_pretrained(arguments.model)
     gguf = {"gguf_file": arguments.llm_gguf_file} if arguments.llm_gguf_file and not arguments.text_tokenizer else {}
@@ -330,7 +336,7 @@ def build_processor(arguments: MLLMArguments) -> UniTokMLLMProcessor:
 
 
 def loading_options(arguments: MLLMArguments) -> dict:
-    """Return the arguments of `from_pretrained` and `from_config` for the LLM."""
+    """Return arguments for `from_pretrained` and `from_config` of the LLM."""
     options = {"dtype": getattr(torch, arguments.llm_dtype), "attn_implementation": arguments.attn_implementation}
     if arguments.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -352,23 +358,26 @@ def build_language_model(arguments: MLLMArguments) -> PreTrainedModel:
     language_model = AutoModelForCausalLM.from_pretrained(
         arguments.llm, gguf_file=arguments.llm_gguf_file, **loading_options(arguments)
     )
-    del language_model.config.quantization_config  # its weights were dequantized, and what is saved is plain
+    del language_model.config.quantization_config  # the weights were dequantized, and are saved like that
     return language_model
 
 
 def build_model(
     arguments: MLLMArguments, training_arguments: TrainingArguments, processor: UniTokMLLMProcessor
 ) -> UniTokMLLMForConditionalGeneration:
-    """Build the initial model for a processor of `build_processor`, with its tokenizer unsharded and set aside."""
+    """Build the initial model for the processor of `build_processor`.
+
+    Its visual tokenizer is unsharded and set aside, see `set_visual_aside`.
+    """
     with whole_weights(training_arguments):
         visual = UniTokModel.from_pretrained(arguments.visual_model or arguments.model).eval()
-        if arguments.model:  # a place for the folder's own tokenizer, which ZeRO-3 would shard; dropped below
+        if arguments.model:  # placeholder for the folder's own tokenizer, which ZeRO-3 would shard; replaced below
             own_visual = UniTokModel(UniTokMLLMConfig.from_pretrained(arguments.model).visual_config)
     if arguments.model:
         model = UniTokMLLMForConditionalGeneration.from_pretrained(
             arguments.model, visual=own_visual, **loading_options(arguments)
         )
-        # ZeRO-3's loader records prefix changes that it did not make, and saving would revert them
+        # ZeRO-3's loader records prefix changes that it did not make, and saving would undo them
         model._weight_conversions = [c for c in model._weight_conversions if not isinstance(c, PrefixChange)]
         model.visual = visual.requires_grad_(False)
         model.config.visual_config = visual.config
@@ -397,7 +406,7 @@ def build_model(
 
 
 def check_numbers(training_arguments: TrainingArguments) -> None:
-    """Check numbers that the Trainer does not check.
+    """Check numbers that the `Trainer` does not check.
 
     Raises:
         ValueError: a number is NaN, infinite, negative or too large.
@@ -407,7 +416,7 @@ def check_numbers(training_arguments: TrainingArguments) -> None:
     ranges |= dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "save_total_limit"), ABOVE_ZERO)
     ranges |= {"seed": (0, 2**32 - 1), "data_seed": (0, 2**32 - 1), "dataloader_num_workers": (0, MOST_WORKERS)}
     check_ranges(training_arguments, **ranges)
-    if training_arguments.max_steps < 1 and training_arguments.max_steps != -1:  # the library's value for "not given"
+    if training_arguments.max_steps < 1 and training_arguments.max_steps != -1:  # -1: not given
         raise ValueError(f"max_steps must be at least 1, got {training_arguments.max_steps}.")
 
 
@@ -415,7 +424,7 @@ def check_codes(source: Source, vision: UniTokVisionConfig) -> None:
     """Check that a source's codes fit the tokenizer.
 
     Raises:
-        ValueError: they have another geometry.
+        ValueError: the codes have other dimensions.
     """
     if isinstance(source.store, CodeStore):
         names = "num_codebooks", "codebook_size", "num_positions"
@@ -442,11 +451,11 @@ def freeze_all_but(model: torch.nn.Module, trainable: list[str]) -> None:
 
 
 def whole_modules(model: torch.nn.Module, prefixes: list[str]) -> list[str]:
-    """List the smallest modules that peft can copy, save and train and that have all parameters under the prefixes."""
+    """List the smallest modules that contain all parameters under the prefixes, and that peft can copy and train."""
     names: set[str] = set()
     for prefix in prefixes:
         modules = dict(model.named_modules())
-        name = prefix if prefix in modules else prefix.rpartition(".")[0]  # a parameter's module
+        name = prefix if prefix in modules else prefix.rpartition(".")[0]  # the module of a parameter
         if isinstance(modules[name], torch.nn.ModuleList | torch.nn.ModuleDict):  # containers have no forward
             names.update(whole_modules(model, [f"{name}.{child}" for child, _ in modules[name].named_children()]))
         else:
@@ -457,7 +466,7 @@ def whole_modules(model: torch.nn.Module, prefixes: list[str]) -> list[str]:
 def save_dequantized(
     model: UniTokMLLMForConditionalGeneration, processor: UniTokMLLMProcessor, folder: str | os.PathLike
 ) -> None:
-    """Save the MLLM that `model` was loaded from, with the dequantized weights of its 4 bits."""
+    """Save the MLLM that `model` was loaded from, with its 4-bit weights dequantized."""
     whole = UniTokMLLMForConditionalGeneration.from_pretrained(model.config._name_or_path)
     for name, module in model.language_model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -472,14 +481,14 @@ def add_lora(
     arguments: MLLMArguments,
     training_arguments: TrainingArguments,
 ) -> PeftModel:
-    """Add LoRA to every linear layer of the LLM except its output. Other trainable parts are trained and saved whole.
+    """Add LoRA to every linear layer of the LLM except its output layer.
 
-    The adapter names the folder of its base. A base that was joined from parts, or changed by 4 bits, is saved to
-    `<output_dir>/base`.
+    Other trainable parts are trained and saved in full. The adapter refers to the folder of its base model. A base model
+    that was joined from parts, or quantized to 4 bits, is saved to `<output_dir>/base`.
 
     Raises:
-        ValueError: ZeRO-3 has sharded the parts of the base, or `trainable` has layers that LoRA trains, or tied
-            embeddings.
+        ValueError: ZeRO-3 has sharded the parts of the base model, or `trainable` has tied embeddings or layers that
+            LoRA trains.
     """
     output = model.get_output_embeddings()
     linear = [n for n, m in model.language_model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
@@ -514,7 +523,7 @@ def add_lora(
 
 
 def log_trained_parts(trainer: MLLMTrainer) -> None:
-    """Log the trained parts, their parameters and learning rates, and the length of the training."""
+    """Log the trained parts with their numbers of parameters and learning rates, and the length of the training."""
     groups: dict[tuple[str, float], int] = {}
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
@@ -539,7 +548,7 @@ def training_run(trainer: MLLMTrainer, arguments: MLLMArguments, first_step: int
     last_step = state.best_global_step if args.load_best_model_at_end else state.global_step
     history = [line for line in state.log_history if line["step"] <= last_step]
     logged = {name: value for line in history for name, value in line.items() if name.endswith("loss")}
-    logged.pop("train_loss", None)  # the mean of the run
+    logged.pop("train_loss", None)  # the mean over the run, not a last value
     facts = training_facts(
         state.global_step,
         first_step,
@@ -588,11 +597,11 @@ def main(argv: list[str] | None = None) -> None:
     check_trainer_options(training_arguments, evaluates=bool(arguments.eval_datasets))
     logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.ERROR)
     push = training_arguments.push_to_hub
-    training_arguments.push_to_hub = False  # the release goes there, not the checkpoints, which lack the tokenizer
+    training_arguments.push_to_hub = False  # only the release is pushed: checkpoints lack the tokenizer
     if training_arguments.deepspeed and training_arguments.world_size > 1:
-        import deepspeed  # takes seconds, which `--help` should not
+        import deepspeed  # slow: keep `--help` quick
 
-        deepspeed.init_distributed()  # or ZeRO-3 would load the model as if there were one process
+        deepspeed.init_distributed()  # else ZeRO-3 would load the model as if there were a single process
     torch.manual_seed(training_arguments.seed)
     output_dir = Path(training_arguments.output_dir)
     check_numbers(training_arguments)
