@@ -125,20 +125,21 @@ def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionRep
     """Copy both towers of an open_clip ViTamin-CLIP into a tokenizer.
 
     CLIP's final norm and projection become those of the image embedding. The quantizer, its projections, the encoder's
-    last norm and the decoder, which CLIP does not have, are not changed. CLIP's position embedding is left out:
-    UniTok's encoder has none. (Its GELU is also the tanh form in the transformer blocks, where open_clip's is exact.)
+    last norm and the decoder, which CLIP does not have, stay unchanged. CLIP's position embedding is left out, since
+    UniTok's encoder has none. (In the transformer blocks, UniTok's GELU is the tanh approximation, open_clip's is exact.)
 
     Args:
-        name: such as "ViTamin-L-256".
+        model: tokenizer to change in place.
+        name: name of the open_clip model, such as "ViTamin-L-256".
         weights: a file, or one of open_clip's tags for this model.
 
     Returns:
         The number of tensors used, and the names of those left out.
 
     Raises:
-        ValueError: open_clip has no such model, or a tensor has no counterpart, or another shape.
+        ValueError: open_clip has no such model, or a tensor has no counterpart or another shape.
     """
-    import open_clip  # of the `train` extra; needed by those who choose it
+    import open_clip  # optional, from the extra `train`
 
     try:
         source = open_clip.create_model(name, pretrained=weights or None, require_pretrained=True).state_dict()
@@ -167,9 +168,9 @@ def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionRep
 
 
 def build_model(arguments: TokenizerArguments, text_tokenizer: PreTrainedTokenizerBase) -> UniTokModel:
-    """Build a tokenizer: from a folder, or a new one, optionally with the towers of an open_clip model.
+    """Load a tokenizer from a folder, or build a new one, optionally with the towers of an open_clip model.
 
-    A new text tower has an embedding for each token of the text tokenizer; open_clip's keeps its own.
+    A new text tower has one embedding per token of the text tokenizer. open_clip's text tower keeps its own vocabulary.
 
     Raises:
         ValueError: a folder is given together with options that it would override.
@@ -192,7 +193,7 @@ def build_model(arguments: TokenizerArguments, text_tokenizer: PreTrainedTokeniz
 
 
 def check_text_tokenizer(text_tokenizer: PreTrainedTokenizerBase, config: UniTokConfig) -> None:
-    """Check that a text tokenizer fits the text tower, which finds embeddings and a text's end by its ids.
+    """Check that a text tokenizer's ids fit the text tower, which looks up embeddings and finds the end token by them.
 
     Raises:
         ValueError: there is no text tower, the end tokens differ, or the tower has too few embeddings.
@@ -215,10 +216,13 @@ def build_datasets(
     seed: int,
     max_broken_share: float = 0.01,
 ) -> tuple[Dataset, int | None]:
-    """Build one data set of all sources, and the samples of an epoch for a stream.
+    """Build one data set of all sources.
+
+    Returns:
+        The data set, and the number of samples in an epoch if it is a stream, else None.
 
     Raises:
-        ValueError: no source, or a stream beside other sources.
+        ValueError: there is no source, or a stream is one of several sources.
     """
     is_stream = any(source.get("kind") == "webdataset" for source in sources)
     transform = ImageTextTransform(image_processor, text_tokenizer, max_text_length)
@@ -227,7 +231,7 @@ def build_datasets(
 
 
 def build_networks(losses: LossArguments, image_size: int) -> dict[str, torch.nn.Module]:
-    """Build the networks for the terms with a weight, as arguments of `TokenizerTrainer`."""
+    """Build the networks that the terms with a weight need, as keyword arguments of `TokenizerTrainer`."""
     networks = {}
     if losses.perceptual_weight:
         networks["perceptual"] = perceptual_distance(
@@ -246,7 +250,7 @@ def build_networks(losses: LossArguments, image_size: int) -> dict[str, torch.nn
 
 
 def first_images(dataset: Dataset, count: int) -> torch.Tensor:
-    """Load the first `count` images, or fewer if there are fewer: (count, 3, H, W) in [-1, 1]."""
+    """Load the first `count` images, or all if there are fewer: (count, 3, H, W) in [-1, 1]."""
     indices = range(min(count, len(dataset))) if not isinstance(dataset, IterableDataset) else None
     samples = islice(dataset, count) if indices is None else (dataset[i] for i in indices)
     return torch.stack([sample["pixel_values"] for sample in samples])
@@ -271,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     check_datasets(arguments.datasets)
     if arguments.init_open_clip:
         check_open_clip(arguments.init_open_clip, arguments.init_open_clip_weights, "init_open_clip_weights")
-    with PartialState(cpu=training.use_cpu).local_main_process_first():  # what comes from a hub comes once
+    with PartialState(cpu=training.use_cpu).local_main_process_first():  # download hub files only once
         text_tokenizer = AutoTokenizer.from_pretrained(arguments.text_tokenizer)
         model = build_model(arguments, text_tokenizer)
         networks = build_networks(losses, model.config.vision_config.image_size)
