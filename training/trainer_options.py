@@ -1,4 +1,4 @@
-"""Options of the Trainer that this training does not honour. They are refused before anything is loaded."""
+"""Options of transformers' `Trainer` that this training does not support, refused before anything is loaded."""
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -45,14 +45,14 @@ METRICS = ("loss", "text_loss", "image_loss")
 
 
 def check_trainer_options(options: TrainingArguments, evaluates: bool) -> None:
-    """Refuse options of the Trainer that would have no effect.
+    """Check that all options of the `Trainer` have an effect.
 
     Args:
-        options: the Trainer's.
-        evaluates: whether there are evaluation data.
+        options: options of the `Trainer`.
+        evaluates: whether there is evaluation data.
 
     Raises:
-        ValueError: an option, or a combination of options, would not be honoured.
+        ValueError: an option, or a combination of options, is not supported.
     """
     for name, (taken, reason) in REFUSED.items():
         if (value := getattr(options, name)) != taken:
