@@ -22,7 +22,12 @@ app = script_app(help=__doc__)
 
 
 def load_with_adapter(adapter: str | os.PathLike, base: str = "") -> PeftModel:
-    """Load the base model with its adapter, in float32. `base` overrides the base model that the adapter names."""
+    """Load an adapter and its base model, in float32.
+
+    Args:
+        adapter: folder of the adapter.
+        base: folder of the base model; "" for the one that the adapter names.
+    """
     adapter = Path(adapter)
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     return PeftModel.from_pretrained(UniTokMLLMForConditionalGeneration.from_pretrained(base), adapter).eval()

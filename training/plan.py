@@ -32,7 +32,7 @@ from unitok_mllm.outputs import check_output_file
 
 
 def markdown_table(*columns: str) -> Table:
-    """Make an empty table in Markdown whose columns are right-aligned, except for the first."""
+    """Create an empty Markdown table whose columns are right-aligned, except for the first."""
     table = Table(box=box.MARKDOWN)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -89,7 +89,7 @@ Checkpointing = Annotated[
 
 
 def json_output(path: Path | None) -> Path | None:
-    """Check before the work that the file can be written."""
+    """Check in advance that the file can be written."""
     if path is not None:
         check_output_file(path)
     return path
@@ -104,7 +104,7 @@ def vision_fields(text: str) -> dict:
     """Parse fields of a vision config, from YAML (or JSON) such as "{image_size: 512}".
 
     Raises:
-        typer.BadParameter: it is not a mapping, or has an unknown field.
+        typer.BadParameter: the text is not a mapping, or has an unknown field.
     """
     values = yaml.safe_load(text)
     if not isinstance(values, dict):
@@ -195,7 +195,7 @@ def check_command(
     json_file: JSONFile = None,
 ) -> None:
     """Compare predictions with a few real training steps of the tiny models, on this machine's CPU."""
-    # a process for each model, so that its memory is that model's alone
+    # a process for each model, so that its peak memory is that of one model
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         checks = list(pool.map(run_check, ("tokenizer", "mllm"), (batch, batch), (steps, steps)))
     table = markdown_table("", *[check.model for check in checks])

@@ -28,12 +28,12 @@ from unitok_mllm.outputs import check_output_folder
 
 
 EDITS_PER_IMAGE = 3
-VALIDATION_EVERY = 10  # images of easy-VQA's train split, to choose settings by
+VALIDATION_EVERY = 10  # every n-th image of easy-VQA's train split is for validation
 IMAGE = "<image>"
 
 
 def conversation(images: list[str], *turns: str) -> dict:
-    """Make turns in LLaVA's format, the human's first. `IMAGE` in a text marks the place of the next image."""
+    """Build a conversation in LLaVA's format, with the human's turn first. `IMAGE` in a text stands for the next image."""
     speakers = ("human", "gpt") * (len(turns) // 2)
     return {"image": images, "conversations": [{"from": s, "value": turn} for s, turn in zip(speakers, turns)]}
 
@@ -48,7 +48,7 @@ def write_captions(path: str | os.PathLike, captions: list[tuple[str, str]]) -> 
 
 
 def asked_about(questions: list[tuple[str, str]], rng: random.Random) -> list[str]:
-    """A dialogue's first turns: the user's own picture with one or two of its questions, and their answers."""
+    """Return the first turns of a dialogue: one or two questions about the user's picture, and their answers."""
     first, *others = (turn for pair in rng.sample(questions, rng.randint(1, 2)) for turn in pair)
     return [f"{IMAGE}\n{first}", *others]
 
@@ -91,9 +91,9 @@ def prepare_emoji(folder: str | os.PathLike, packages: str | os.PathLike, catego
     """Write the emoji's pictures, captions, conversations and dialogues to a folder.
 
     Args:
-        folder: for the files.
+        folder: folder to write the files to.
         packages: folder of the npm packages, which are downloaded if they are missing.
-        categories: only emoji of these categories; all if it is empty.
+        categories: categories of emoji to write; empty for all.
     """
     folder, packages = Path(folder), Path(packages)
     pictures = emoji.load(packages, categories)
