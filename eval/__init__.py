@@ -1,6 +1,6 @@
-"""Measurements of a trained model, one command each. Results are stored with the settings they depend on."""
+"""Evaluation of trained models, one command per benchmark. Results are stored with the settings they depend on."""
 
 from training import quiet_libraries
 
 
-quiet_libraries()  # which the import has done; in trainings and evaluations alike
+quiet_libraries()  # importing it has the same effect

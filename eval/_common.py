@@ -28,7 +28,7 @@ Settings = TypeVar("Settings")
 def parse_settings(
     settings_class: type[Settings], argv: list[str] | None = None, docstring: str | None = None
 ) -> Settings:
-    """Parse the command line into an instance of a dataclass, see `Parser`; the docstring is the script's."""
+    """Parse the command line into an instance of a dataclass. `docstring` is that of the script, see `Parser`."""
     (settings,) = Parser(settings_class, docstring).parse(argv)
     return settings
 
@@ -71,7 +71,7 @@ class DrawingSettings:
 
     @property
     def drawing(self) -> dict[str, float]:
-        """The options under the names that `generate` uses."""
+        """The options under the names that `generate_image_codes` uses."""
         return {name: getattr(self, option) for option, name in DRAWING.items()}
 
     @property
@@ -81,7 +81,7 @@ class DrawingSettings:
 
 
 def load_model(folder: str, device: str = AUTO) -> tuple[UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor]:
-    """Load an MLLM onto a device (see `find_device`), and its processor."""
+    """Load an MLLM onto a device (see `find_device`), together with its processor."""
     model = AutoModelForImageTextToText.from_pretrained(folder).to(find_device(device)).eval()
     return model, AutoProcessor.from_pretrained(folder)
 
@@ -90,7 +90,7 @@ def check_finished(path: str | os.PathLike) -> None:
     """Check that a file of an earlier run can be read, see `training.checkpoints.check_file`.
 
     Raises:
-        ValueError: it is broken; the message names it, and what to do.
+        ValueError: the file is broken; the message names it and says what to do.
     """
     try:
         check_file(path)
@@ -99,14 +99,14 @@ def check_finished(path: str | os.PathLike) -> None:
 
 
 def read_result(path: str | os.PathLike, *keys: str) -> dict:
-    """Read the JSON that an earlier run of the same evaluation has written; empty if there is none.
+    """Read the JSON file that an earlier run of the same evaluation has written; empty if there is none.
 
     Args:
-        path: of the JSON.
-        keys: names that it has.
+        path: path of the JSON file.
+        keys: keys that it must have.
 
     Raises:
-        ValueError: it is broken, or of something else; the message names it, and what to do.
+        ValueError: the file is broken, or not a result of this evaluation; the message names it and says what to do.
     """
     path = Path(path)
     if not path.is_file():
@@ -120,9 +120,9 @@ def read_result(path: str | os.PathLike, *keys: str) -> dict:
 
 @contextmanager
 def weights_needed(metric: str, weights: str, remedy: str):
-    """Turn errors from loading missing or wrong weights into a ValueError that says what to do.
+    """Context manager that turns errors from loading missing or wrong weights into a ValueError that says what to do.
 
-    Network errors are OSErrors; `torch.load` raises many types.
+    Network errors are OSErrors; `torch.load` raises errors of many types.
     """
     try:
         yield
@@ -134,12 +134,12 @@ def weights_needed(metric: str, weights: str, remedy: str):
 def in_batches(
     function: Callable, rows: torch.Tensor, batch_size: int, device: torch.device, title: str
 ) -> torch.Tensor:
-    """Apply the function to all rows in batches on the device, with a progress bar, and gather the results on the CPU."""
+    """Apply a function to all rows, in batches on the device, with a progress bar. Return the results on the CPU."""
     return torch.cat([function(chunk.to(device)).cpu() for chunk in tqdm(rows.split(batch_size), desc=title)])
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries that every number depends on."""
+    """Return the versions of the libraries that all numbers depend on."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
