@@ -74,7 +74,7 @@ from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
 BENCHMARK = "sub-codebooks under one total vocabulary"
 CLASSES = [f"a {color} {shape}" for color, shape in PAIRS]
 JOINT, RECONSTRUCTION, CAPTIONS = "joint", "reconstruction", "captions"
-WEIGHTS = {  # what differs from the config for each
+WEIGHTS = {  # changes of the config for each kind of supervision
     JOINT: {},
     RECONSTRUCTION: {"contrastive_weight": 0.0},
     CAPTIONS: {f"{name}_weight": 0.0 for name in RECONSTRUCTION_TERMS},
@@ -149,9 +149,11 @@ class Run:
 
     Attributes:
         stage: "search" or "comparison".
-        num_codebooks, codebook_size: K and V, K * V being the total.
+        num_codebooks: K, the number of sub-codebooks.
+        codebook_size: V, the number of codes in each. K * V is the total.
         supervision: "joint", "reconstruction" or "captions".
-        candidate: name of its setting.
+        candidate: name of the candidate setting.
+        seed: seed of the training.
         settings: everything the result depends on. `training` is the config of `training.train_tokenizer`, without the
             options that differ between machines (see `train`).
     """
@@ -166,7 +168,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """Name of the run's folder."""
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         return f"{self.stage}-k{self.num_codebooks}-{self.supervision}-seed{self.seed}-{digest[:10]}"
 
@@ -177,12 +179,16 @@ class Run:
 
 
 def digest_of_files(paths: list[str]) -> dict[str, str]:
-    """Return the SHA-256 of the paths that are files."""
+    """Return the SHA-256 of each path that is a file."""
     return {path: file_digest([Path(path)]) for path in paths if Path(path).is_file()}
 
 
 def check_geometry(preset: str, text_overrides: dict, vision_overrides: dict) -> None:
-    """Raise a ValueError if the sizes do not fit, before any training."""
+    """Check before any training that the sizes fit.
+
+    Raises:
+        ValueError: they do not.
+    """
     try:
         UniTokConfig.preset(preset, text_overrides, **vision_overrides)
     except StrictDataclassError as error:
@@ -253,7 +259,7 @@ class Plan:
         return Run(stage, k, claims.total_codes // k, supervision, candidate, seed, settings)
 
     def search(self) -> list[Run]:
-        """Every candidate for each K; empty if there is only one candidate."""
+        """Return a run for every candidate and K; empty if there is only one candidate."""
         claims = self.claims
         if len(claims.candidates) == 1:
             return []
@@ -264,7 +270,7 @@ class Plan:
         ]
 
     def comparison(self, choice: dict[int, str]) -> list[Run]:
-        """All runs with the chosen candidate of each K, seed by seed, so that the first seed already compares all K."""
+        """Return all runs with the chosen candidate of each K. The first seed comes first, and already compares all K."""
         claims = self.claims
         return [
             self._run("comparison", k, supervision, choice[k], seed)
@@ -307,13 +313,15 @@ def train(run: Run, folder: Path, claims: ClaimsArguments, training: TokenizerTr
 
 
 def zero_shot(image_embeds: torch.Tensor, class_embeds: torch.Tensor, captions: list[str]) -> dict | None:
-    """Compute zero-shot accuracy over the images whose caption is one of CLASSES, as a share of 1.
+    """Compute zero-shot accuracy, in [0, 1], over the images whose caption is one of CLASSES.
 
     Args:
-        image_embeds: (N, D); class_embeds: (24, D), in the order of CLASSES; all of unit length.
+        image_embeds: embeddings of the images, (N, D), of unit length.
+        class_embeds: embeddings of CLASSES, (24, D), of unit length.
+        captions: captions of the images.
 
     Returns:
-        The accuracy; None if no caption is one of them.
+        The accuracy; None if no caption is one of CLASSES.
     """
     rows = [i for i, caption in enumerate(captions) if caption in CLASSES]
     if not rows:
@@ -330,16 +338,19 @@ def measure(
     """Measure a trained tokenizer on held-out images.
 
     Args:
-        folder: of the tokenizer, its image processor and text tokenizer.
+        folder: folder of the tokenizer, its image processor and text tokenizer.
         sets: paths of captioned images by name.
-        supervision: what it was trained for, see `Run`; what it was not trained for is not measured.
+        limit: number of images of each set, the first ones; 0 for all.
+        batch_size: images per batch.
+        device: device to run on.
+        supervision: what the tokenizer was trained for, see `Run`; only that is measured.
 
     Returns:
-        `parameters` of the model; and for each of `sets` its `images`, the percentage of all codes that they are
-        encoded with, mean `psnr_db`, and `zero_shot`.
+        The number of `parameters`; and for each set the number of `images`, the percentage of all codes that occur in
+        them, the mean `psnr_db`, and `zero_shot`.
 
     Raises:
-        ValueError: an image cannot be read; it is named.
+        ValueError: an image cannot be read; the message names it.
     """
     model = UniTokModel.from_pretrained(folder).to(device).eval()
     image_processor = AutoImageProcessor.from_pretrained(folder)
@@ -373,10 +384,12 @@ def load_set(path: str, limit: int, processor: str) -> tuple[torch.Tensor, list[
     """Load pixels (N, 3, H, W) in [-1, 1] and captions of the first `limit` images (0 for all); cached.
 
     Args:
-        processor: the image processor as JSON.
+        path: path of the captioned images.
+        limit: number of images.
+        processor: the image processor as JSON, so that it can be a key of the cache.
 
     Raises:
-        ValueError: an image cannot be read; it is named.
+        ValueError: an image cannot be read; the message names it.
     """
     source, image_processor = ImageFiles(path), UniTokImageProcessor.from_dict(json.loads(processor))
     rows = tqdm(range(min(len(source), limit or len(source))), desc=path)
@@ -386,7 +399,11 @@ def load_set(path: str, limit: int, processor: str) -> tuple[torch.Tensor, list[
 
 
 def load_named(source: ImageFiles, row: int) -> tuple[Image.Image, str | None]:
-    """Load an image and its caption; the error names an image that cannot be read."""
+    """Load an image and its caption.
+
+    Raises:
+        ValueError: the image cannot be read; the message names it.
+    """
     try:
         return source.load(row)
     except ValueError as error:
@@ -397,11 +414,11 @@ def baselines(claims: ClaimsArguments, tokenizer: TokenizerArguments) -> dict[st
     """Compute the PSNR (dB) of two reconstructions that need no tokenizer, on each held-out set.
 
     Returns:
-        For "mean colour", each image painted in its own mean colour, and "mean image", the mean of all training images
-        in place of each: the mean PSNR by the name of the set.
+        The mean PSNR of each set, by name, for "mean colour" (each image painted in its own mean colour) and "mean
+        image" (the mean of all training images instead of each image).
 
     Raises:
-        ValueError: an image cannot be read; it is named.
+        ValueError: an image cannot be read; the message names it.
     """
     config = UniTokConfig.preset(tokenizer.preset, tokenizer.text_overrides, **tokenizer.vision_overrides)
     size = config.vision_config.image_size
@@ -421,7 +438,7 @@ def baselines(claims: ClaimsArguments, tokenizer: TokenizerArguments) -> dict[st
 def validation_curve(folder: Path) -> list[dict[str, float]]:
     """Return the trainer's validation measurements in order: `step`, `psnr_db`, `codes_used_percent`."""
     lines = map(json.loads, (folder / HISTORY).read_text("utf-8").splitlines())
-    by_step = {  # a step repeated after a resumption counts once
+    by_step = {  # a step that was repeated after resuming counts once
         line["step"]: {
             "step": line["step"],
             "psnr_db": line["eval_psnr"],
@@ -479,9 +496,9 @@ def choose(claims: ClaimsArguments, results: list[dict]) -> dict[int, str]:
 
 
 def metrics(result: dict) -> dict[str, float]:
-    """Return the metrics of one run that are averaged over seeds, under the names that tables and plots use.
+    """Return the metrics of one run that are averaged over seeds, under the names in tables and plots.
 
-    The time is that of a run that was never interrupted.
+    The training time is left out if the run was interrupted.
     """
     sets, curve = result["sets"], result["validation_curve"]
     numbers = {f"PSNR (dB), {name}": one["psnr_db"] for name, one in sets.items() if one["psnr_db"] is not None}
@@ -499,8 +516,8 @@ def aggregate(results: list[dict]) -> list[dict]:
     """Compute mean and sample standard deviation over the seeds of each setting (None for a single seed).
 
     Returns:
-        A row for each (codebooks, supervision), by codebooks: `metrics` has `mean`, `std` and the `values` by name;
-        `curve` the mean validation PSNR (dB) by step, where all seeds have it.
+        A row for each (codebooks, supervision), sorted by codebooks. Its `metrics` have `mean`, `std` and the `values`
+        by name; its `curve` is the mean validation PSNR (dB) by step, at the steps that all seeds have.
     """
     groups: dict[tuple, list[dict]] = {}
     for result in results:
@@ -585,8 +602,13 @@ def search_table(results: list[dict]) -> str:
 
 
 def plot(rows: list[dict], without_tokenizer: dict[str, dict[str, float]], title: str) -> bytes:
-    """A PNG: each metric over the number of sub-codebooks, with the standard deviation as error bars, the baselines as
-    lines; and the validation PSNR over the steps."""
+    """Plot each metric over the number of sub-codebooks, and the validation PSNR over the steps.
+
+    Error bars are standard deviations, and lines are baselines.
+
+    Returns:
+        The bytes of a PNG.
+    """
     names = [name for name in metric_names(rows) if name not in (SECONDS, GAINED)]
     figure = Figure(figsize=(3.6 * (len(names) + 1), 3.6), dpi=120, layout="constrained")
     figure.suptitle(title, fontsize=10)
@@ -625,7 +647,7 @@ def plot(rows: list[dict], without_tokenizer: dict[str, dict[str, float]], title
 
 
 def finished(output_dir: Path, runs: list[Run]) -> list[dict]:
-    """Return the results of the finished runs; errors are those of `read_result`."""
+    """Return the results of the finished runs; for errors see `read_result`."""
     results = (read_result(output_dir / "runs" / run.name / "result.json") for run in runs)
     return [result for result in results if result]
 
@@ -662,7 +684,7 @@ def summarize(
 
 
 def is_finished(output_dir: Path, run: Run) -> bool:
-    """Return whether a run has its result."""
+    """Return whether a run has a result."""
     return (output_dir / "runs" / run.name / "result.json").is_file()
 
 
@@ -672,10 +694,13 @@ def compare(
     losses: LossArguments,
     training: TokenizerTrainingArguments,
 ) -> dict:
-    """Train and measure the runs without a result, one after another. Returns the content of `claims.json`.
+    """Train and measure the runs that have no result yet, one after another.
+
+    Returns:
+        The content of `claims.json`.
 
     Raises:
-        ValueError: see `Plan`; or this script was started in several processes.
+        ValueError: see `Plan`; also if this script was started in several processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("Start this script without torchrun: --processes sets the processes of each training.")
