@@ -3,4 +3,4 @@
 from training import quiet_libraries
 
 
-quiet_libraries()  # importing it has the same effect
+quiet_libraries()  # as `training` does on import
