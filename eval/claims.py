@@ -305,7 +305,7 @@ def train(run: Run, folder: Path, claims: ClaimsArguments, training: TokenizerTr
             try:
                 code = process.wait()
             except KeyboardInterrupt:
-                process.terminate()  # which lets its processes write a checkpoint
+                process.terminate()  # its processes then write a checkpoint
                 raise
         if code:
             raise subprocess.CalledProcessError(code, command)
