@@ -1,4 +1,4 @@
-"""CLIP score of pictures (https://arxiv.org/abs/2104.08718), in the usual scale for text to image."""
+"""CLIP score of pictures (https://arxiv.org/abs/2104.08718), in the scale that is usual for text to image."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def load_clip(model: str, device: str | torch.device = "cpu") -> tuple[CLIPModel
     """Load a CLIP model in float32 and its processor, from a folder or by its name on the hub.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such model.
     """
     try:
         clip, processor = CLIPModel.from_pretrained(model, dtype=torch.float32), AutoProcessor.from_pretrained(model)
@@ -26,15 +26,20 @@ def load_clip(model: str, device: str | torch.device = "cpu") -> tuple[CLIPModel
 def clip_scores(
     pictures: list[Path], texts: list[str], model: str, batch_size: int = 64, device: str | torch.device = "cpu"
 ) -> list[float]:
-    """Compute 100 * max(cos(picture, text), 0) of each pair; texts are cut to CLIP's length.
+    """Compute 100 * max(cos(picture, text), 0) for each pair. Texts are truncated to CLIP's length.
 
-    torchmetrics' `clip_score` gives one number for all pairs, the maximum of their mean and 0, and none for each.
+    torchmetrics' `clip_score` is not used, since it returns only one number for all pairs: the maximum of 0 and their
+    mean.
 
     Args:
-        model: a folder or a name on the hub, such as openai/clip-vit-large-patch14.
+        pictures: paths of the pictures.
+        texts: text of each picture.
+        model: folder or hub name of a CLIP model, such as openai/clip-vit-large-patch14.
+        batch_size: pairs per batch.
+        device: device to run on.
 
     Raises:
-        ValueError: no such model, or a picture that is missing or broken; names it.
+        ValueError: there is no such model, or a picture is missing or broken; the message names it.
     """
     clip, processor = load_clip(model, device)
     options = {
