@@ -6,9 +6,9 @@
 | `geneval` | GenEval (https://arxiv.org/abs/2310.11513), `evaluation_metadata.jsonl` | `00000/samples/0000.png` |
 | `mjhq`    | MJHQ-30K (https://arxiv.org/abs/2402.17245), `meta_data.json` | `category/id.png`                  |
 | `parti`   | PartiPrompts (https://arxiv.org/abs/2206.10789), `PartiPrompts.tsv` | `00000.png`, by its row      |
-| `text`    | a prompt a line                                             | `00000.png`, by its number           |
+| `text`    | one prompt per line                                         | `00000.png`, by its number           |
 
-A text file beside a `genai_skills.json` is GenAI-Bench's: its lines are numbered from 1, as its skills number them.
+A text file next to a `genai_skills.json` is GenAI-Bench's: its lines are numbered from 1, as in that file.
 Sample s > 0 of a prompt is `00000_s.png` (GenEval: `00000/samples/000s.png`).
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-SKILLS = "genai_skills.json"  # {"counting": [3, 17, ...], ...}, beside GenAI-Bench's prompts
+SKILLS = "genai_skills.json"  # {"counting": [3, 17, ...], ...}, next to GenAI-Bench's prompts
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Prompt:
     """One prompt of a benchmark.
 
     Args:
-        text: what to draw.
-        name: where its pictures go in the picture folder, without sample number and suffix.
-        groups: what the benchmark counts it to: tag, category, challenge, skills.
-        metadata: GenEval's line, which its evaluation wants beside the samples; None elsewhere.
+        text: text of the prompt.
+        name: path of its pictures in the picture folder, without sample number and suffix.
+        groups: groups for which the benchmark reports results: tag, category, challenge, skills.
+        metadata: GenEval's line, which its evaluation needs next to the samples; None for other benchmarks.
     """
 
     text: str
@@ -88,7 +88,7 @@ def find_format(text: str, path: Path) -> str:
     """Detect the format of a prompt file by its content and the files beside it.
 
     Raises:
-        ValueError: it begins like JSON and is none, or is JSON of another kind.
+        ValueError: the file looks like JSON but is not, or is JSON of another kind.
     """
     text = text.lstrip()
     if not text.startswith(("{", "[")):
@@ -96,7 +96,7 @@ def find_format(text: str, path: Path) -> str:
         if {"Prompt", "Category"} <= set(columns):
             return "parti"
         return "genai" if path.with_name(SKILLS).is_file() else "text"
-    first = json.JSONDecoder().raw_decode(text)[0]  # the first line, or all
+    first = json.JSONDecoder().raw_decode(text)[0]  # the first line, or the whole file
     if "prompt" in first:
         return "geneval"
     row = next(iter(first.values()), None) if isinstance(first, dict) else None
@@ -106,10 +106,18 @@ def find_format(text: str, path: Path) -> str:
 
 
 def read_prompts(path: str | Path, format: str = "") -> tuple[str, list[Prompt]]:
-    """Read a prompt file: its format, detected if not given, and its prompts in order.
+    """Read a prompt file.
+
+    Args:
+        path: path of the file.
+        format: format of the file; "" to detect it.
+
+    Returns:
+        The format, and the prompts in the order of the file.
 
     Raises:
-        ValueError: no file, another format, no prompts, or a prompt that has no text or no usable name; names it.
+        ValueError: the file does not exist, has another format or no prompts, or has a prompt without a text or a usable
+            name; the message names it.
     """
     path = Path(path)
     if not path.is_file():
