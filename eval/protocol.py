@@ -1,8 +1,8 @@
 """Protocols: how a number was measured, stored with every measured and published number.
 
-An evaluation's JSON has a list `numbers`, each made by `number`; `published.yaml` has the same for
-published numbers, and the command that measures each of them here. `eval.report` compares two numbers only if every field
-agrees (`differences`).
+The JSON of an evaluation has a list `numbers`, whose entries come from `number`. `published.yaml` has the same fields for
+published numbers, and the command that measures each of them with this project. `eval.report` compares two numbers only
+if all fields agree (`differences`).
 """
 
 from dataclasses import dataclass
@@ -28,16 +28,19 @@ def number(
     sampling: str | None = None,
     reference: str | None = None,
 ) -> dict:
-    """Make one entry of a result's `numbers`.
+    """Build one entry of a result's `numbers`.
 
     Args:
-        unit: "%" for values out of 100, "dB", or nothing.
-        split: which samples, and how many where that is a choice.
-        images: how pictures are prepared before they are read, or how drawings are stored before they are scored.
-        tool: what computes the value.
-        prompt: the text given to the model, with placeholders in braces; None where it is given none.
-        sampling: how answers or pictures are drawn; None where nothing is.
-        reference: what outputs are compared with.
+        benchmark: name of the benchmark.
+        metric: name of the metric.
+        value: the number.
+        unit: "%" for values out of 100, "dB", or "".
+        split: the samples, with their number if it is a choice.
+        images: preprocessing of pictures before they are read, or format of drawings when they are scored.
+        tool: the program that computes the value.
+        prompt: text given to the model, with placeholders in braces; None if there is none.
+        sampling: how answers or pictures are sampled; None if nothing is sampled.
+        reference: what outputs are compared with; None if that does not apply.
     """
     protocol = dict(zip(FIELDS, (split, prompt, sampling, images, reference, tool)))
     return {"benchmark": benchmark, "metric": metric, "value": value, "unit": unit, "protocol": protocol}
@@ -48,11 +51,11 @@ class Published:
     """A published number.
 
     Attributes:
-        source: where the number stands.
-        protocol: a value for each of FIELDS, None where a field does not apply to the system; None as a whole where
-            the procedure is not known.
-        procedure: where the procedure stands.
-        command: what measures it here, by the same procedure; "" where the model is not to be had.
+        source: publication of the number.
+        protocol: value of each of FIELDS, None for a field that does not apply to the system; None if the procedure is
+            unknown.
+        procedure: publication of the procedure.
+        command: command that measures it here by the same procedure; "" if the model is not available.
     """
 
     benchmark: str
@@ -70,7 +73,7 @@ def read_published() -> list[Published]:
     """Read the numbers of `published.yaml`.
 
     Raises:
-        ValueError: an entry whose protocol has other fields than FIELDS.
+        ValueError: the protocol of an entry has other fields than FIELDS.
     """
     numbers = []
     for entry in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")):
