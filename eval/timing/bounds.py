@@ -1,4 +1,4 @@
-"""The fewest bytes that each job must move, see `least_bytes` in `eval.speed`."""
+"""Lower bounds on the bytes that each job must move, see `least_bytes` in `eval.speed`."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ def nbytes(*tensors: torch.Tensor) -> int:
 
 
 def weight_bytes(*modules: nn.Module) -> int:
-    """Count the bytes of all parameters, shared ones once, without embeddings, of which only a few rows are read."""
+    """Count the bytes of all parameters, shared ones once. Embeddings are left out, since only a few rows are read."""
     layers = [layer for module in modules for layer in module.modules() if not isinstance(layer, nn.Embedding)]
     return nbytes(*{id(p): p for layer in layers for p in layer.parameters(recurse=False)}.values())
 
@@ -27,18 +27,18 @@ def cache_bytes(mllm: UniTokMLLMForConditionalGeneration) -> int:
 
 
 def encode_bytes(tokenizer: UniTokModel, pixel_values: torch.Tensor, codes: torch.Tensor) -> int:
-    """Return the least bytes of encoding: weights, pixels and codes."""
+    """Count the bytes of encoding: weights, pixels and codes."""
     vision = tokenizer.vision_model
     return weight_bytes(vision.encoder, vision.quant_proj) + nbytes(vision.quantizer.codebooks, pixel_values, codes)
 
 
 def decode_bytes(tokenizer: UniTokModel, codes: torch.Tensor, pixels: torch.Tensor) -> int:
-    """Return the least bytes of decoding: weights, codes and pixels."""
+    """Count the bytes of decoding: weights, codes and pixels."""
     return weight_bytes(tokenizer.vision_model.post_quant_proj, tokenizer.decoder) + nbytes(codes, pixels)
 
 
 def draw_bytes(mllm: UniTokMLLMForConditionalGeneration, rows: int, prompt_tokens: int, positions: int) -> int:
-    """Count the bytes of drawing; `rows` is prompts times guidance branches."""
+    """Count the bytes of drawing. `rows` is the number of prompts times that of guidance branches."""
     head = mllm.depth_head
     depth = weight_bytes(head.in_proj) + head.num_codebooks * weight_bytes(head.layers, head.norm, head.head)
     earlier = sum(prompt_tokens + position - 1 for position in range(1, positions))
@@ -57,6 +57,9 @@ def answer_bytes(mllm: UniTokMLLMForConditionalGeneration, rows: int, prompt_tok
 
 
 def train_bytes(module: nn.Module) -> int:
-    """Of a step with AdamW, activations aside: weights into forward, backward and update, and out of it; gradients out
-    and in; two moments in and out."""
+    """Count the bytes of a training step with AdamW, without activations.
+
+    The weights are read in the forward pass, the backward pass and the update, and written once. Gradients and both
+    moments are each read and written once.
+    """
     return 10 * nbytes(*[p for p in module.parameters() if p.requires_grad])
