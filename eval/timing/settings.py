@@ -29,8 +29,8 @@ class Settings:
     """Command-line options.
 
     Raises:
-        ValueError: an unknown preset, dtype, device or job; a job that the model has no part for; a folder without a
-            model; or a number out of its range.
+        ValueError: a preset, dtype, device or job is unknown; the model lacks the part for a job; a folder has no
+            model; or a number is out of its range.
     """
 
     preset: str = field(default="tiny", metadata={"help": f"one of {', '.join(PRESETS)}"})
