@@ -1,4 +1,4 @@
-"""FLOPs and memory of a run."""
+"""Count the FLOPs and the peak memory of a run."""
 
 import ctypes
 import math
@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 
 class PeakMemory:
-    """Context that records peak memory: of the process, sampled every millisecond, or the allocations on CUDA.
+    """Context manager that records peak memory: of the process, sampled every millisecond, or allocated on CUDA.
 
     Attributes:
-        before, peak: bytes.
+        before: memory at the start, in bytes.
+        peak: largest memory, in bytes.
     """
 
     def __init__(self, device: str):
@@ -49,7 +50,7 @@ class PeakMemory:
 
 
 def flop_counter(trains: bool) -> FlopCounterMode:
-    """Make torch's counter, extended by the CPU's attention, oneDNN's linear layers and grouped convolutions' backward."""
+    """Create torch's FLOP counter, extended to CPU attention, oneDNN linear layers and backward of grouped convolutions."""
     aten = torch.ops.aten
 
     def attention(query, key, value, *args, out_shape=None, **kwargs) -> int:
