@@ -1,4 +1,4 @@
-"""All jobs by name. Those without training are here: peaks of the machine, coding, drawing, answering, imports."""
+"""All jobs by name, and those that do not train: peaks of the machine, coding, drawing, answering, imports."""
 
 import subprocess
 import sys
@@ -33,14 +33,14 @@ NOT_AT_IMPORT = ("deepspeed", "diffusers", "lmms_eval", "gradio", "peft", "datas
 
 
 def peaks_jobs(settings: Settings) -> Iterator[Job]:
-    """Yield the machine's peaks: the best matrix product, and the best reading of memory."""
+    """Yield the jobs that measure the machine's peaks: the fastest matrix product, and the fastest reading of memory."""
     size = 2048 if settings.device == "cpu" else 8192
     matrix = torch.rand(size, size, dtype=getattr(torch, settings.dtype), device=settings.device)
     linear = nn.Linear(size, size, bias=False, device=settings.device, dtype=matrix.dtype)
     product = partial(pack_linears(linear), matrix)  # on a CPU by oneDNN, whose products are the fastest
     options = {"batch": 1, "amount": 1, "runs": 20, "best": True}
     yield Job(Way(product), **options, unit="products", least_bytes=3 * nbytes(matrix), detail="GEMM")
-    memory = torch.ones(2**27, device=settings.device)  # 512 MiB, more than caches hold
+    memory = torch.ones(2**27, device=settings.device)  # 512 MiB, larger than any cache
     yield Job(Way(memory.sum), **options, unit="sums", least_bytes=nbytes(memory), detail="bandwidth")
 
 
@@ -52,8 +52,8 @@ def coding_jobs(
     quality: dict[str, float],
     settings: Settings,
 ) -> Iterator[Job]:
-    """The tokenizer's "encode" or "decode", by itself and, where its layers can have it, in oneDNN's blocked layout."""
-    models = dict.fromkeys((tokenizer, pack_linears(tokenizer)))  # a single one if no layer can be packed
+    """Yield the tokenizer's "encode" or "decode", as it is and, if it has such layers, in oneDNN's blocked layout."""
+    models = dict.fromkeys((tokenizer, pack_linears(tokenizer)))  # only one entry if no layer can be packed
     for batch in settings.batches:
         rows = repeat_to(inputs, batch)
         least = bytes_of(tokenizer, rows, getattr(tokenizer, name)(rows))
@@ -113,7 +113,7 @@ def draw_jobs(subject: Subject, settings: Settings, sampled: bool = False) -> It
             draw_bytes(mllm, 2 * batch, PROMPT_TOKENS, positions),
             detail="" if positions == mllm.config.num_image_positions else f"{positions} positions",
             naive=None if sampled else Way(partial(naive.draw, mllm, depth, **prompts, **options)),
-            counted=settings.device == "cpu",  # operations in a replayed CUDA graph are not seen
+            counted=settings.device == "cpu",  # operations in a replayed CUDA graph cannot be counted
         )
 
 
@@ -125,7 +125,7 @@ def answer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
     mllm = subject.mllm.to(getattr(torch, settings.dtype))
     ends = mllm.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends or []
-    suppressed = [config.image_token_id, *ends]  # or an answer would end, or hold a placeholder
+    suppressed = [config.image_token_id, *ends]  # else an answer might end early or contain a placeholder
     for batch in settings.batches:
         ids = random_ids(config, batch, PROMPT_TOKENS + config.num_image_positions)
         ids[:, 8 : 8 + config.num_image_positions] = config.image_token_id
@@ -166,7 +166,7 @@ def answer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
 
 
 def first_answer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
-    """Yield the first answer of a loaded model, and a later one."""
+    """Yield the jobs of a loaded model's first answer, and of a later one."""
     mllm, processor = subject.mllm.to(getattr(torch, settings.dtype)), AutoProcessor.from_pretrained(settings.folder)
     picture = Image.new("RGB", (64, 64), "lavender")
     ImageDraw.Draw(picture).ellipse((20, 16, 44, 40), fill="red")
@@ -180,14 +180,14 @@ def first_answer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
 
 
 def import_in_fresh_process(line: str) -> list[str]:
-    """Run a line of Python in a fresh process. Returns the heavy libraries that it imports."""
+    """Run a line of Python in a fresh process, and return the heavy libraries that it imports."""
     program = f"import sys; {line}; print(*sorted(set({NOT_AT_IMPORT}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     return done.stdout.split()
 
 
 def import_jobs(settings: Settings) -> Iterator[Job]:
-    """Yield the imports of the package and, as lower bounds, of the libraries below it."""
+    """Yield the jobs that import the package and, as lower bounds, the libraries that it uses."""
     for detail, line in (
         ("", "from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor"),
         ("transformers alone", "from transformers import AutoImageProcessor, AutoProcessor, LlamaForCausalLM"),
@@ -205,7 +205,7 @@ def import_jobs(settings: Settings) -> Iterator[Job]:
 
 
 def load_jobs(settings: Settings) -> Iterator[Job]:
-    """Yield what makes a JPEG a training sample: decoding, random crop, tensor. Pillow does it in one thread."""
+    """Yield the jobs that turn JPEGs into training samples: decoding, random crop, tensor, in one thread of Pillow."""
     processor = UniTokImageProcessor(size={"height": 256, "width": 256})
     transform = ImageTextTransform(
         processor, AutoTokenizer.from_pretrained(SHIPPED_MODEL), 77, random_crop=True, horizontal_flip=True
