@@ -1,4 +1,4 @@
-"""Jobs and their measurement: count one run, time the others, compare outputs."""
+"""Measurement of jobs: count FLOPs and memory in one run, time the others, compare outputs."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ from training.planning.counting import saved_for_backward
 
 @dataclass
 class Way:
-    """One way to compute a job: seconds and FLOPs are those of `run` less those of `less`."""
+    """One way to compute a job. Its seconds and FLOPs are those of `run` minus those of `less`."""
 
     run: Callable[[], Any]
     less: Callable[[], Any] | None = None
@@ -25,19 +25,23 @@ class Way:
 
 @dataclass
 class Job:
-    """A job, which gives one row, or two with the naive way.
+    """A job to measure. It gives one row, or two if it is also computed naively.
 
     Attributes:
-        fast, naive: the ways to compute it; `naive` is None if there is no other way.
-        amount, unit: output of one run, for the throughput.
+        fast: the model's own implementation.
+        batch: batch size.
+        amount: output of one run, for the throughput.
+        unit: unit of `amount`.
         least_bytes: see `eval.speed`; without activations.
-        trained: the module whose parameters take gradients; None for inference.
-        counted: False to time it alone, without a run before that counts FLOPs and memory.
-        first: time the very first run.
+        detail: description of the job in the row.
+        naive: the naive implementation, if there is one.
+        trained: module whose parameters get gradients; None for inference.
+        counted: whether FLOPs and memory are counted in a run before the timed ones.
+        first: whether to time the very first run.
         runs: number of runs; None for that of the settings.
-        best: take the fastest run instead of the median.
+        best: whether to report the fastest run instead of the median.
         quality: further fields of the row.
-        describe: makes a note on the output.
+        describe: function that makes a note from the output.
     """
 
     fast: Way
@@ -58,7 +62,10 @@ class Job:
 
 @dataclass
 class Measurement:
-    """Measurement of one way; None if not counted. `kept_bytes` is what autograd keeps for the backward pass."""
+    """Measurement of one way to compute a job; None for what was not counted.
+
+    `kept_bytes` is the size of the tensors that autograd keeps for the backward pass; `memory` and `peak` are in bytes.
+    """
 
     output: Any
     seconds: float
@@ -70,7 +77,7 @@ class Measurement:
 
 
 def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Run once. Returns wall time in seconds, and the output."""
+    """Run once, and return the wall time in seconds and the output."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -82,7 +89,7 @@ def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 def count(way: Way, trained: nn.Module | None, settings: Settings) -> Measurement:
     """Count FLOPs, memory and the bytes that autograd keeps, in a run that is not timed."""
-    # compiled code would hide its operations
+    # operations in compiled code cannot be counted
     eager = torch.compiler.set_stance("force_eager") if settings.compile else nullcontext()
     counter = flop_counter(trained is not None)
     with eager, saved_for_backward(trained) as saved, counter, PeakMemory(settings.device) as memory:
@@ -96,7 +103,7 @@ def count(way: Way, trained: nn.Module | None, settings: Settings) -> Measuremen
 
 
 def measure(job: Job, with_naive: bool, settings: Settings) -> list[Measurement]:
-    """Count, then time the job's ways in turn, so that other load on the machine affects them alike."""
+    """Count, then time the implementations alternately, so that other load on the machine affects them equally."""
     ways = [job.fast, job.naive] if with_naive and job.naive is not None else [job.fast]
     trains = job.trained is not None
     with torch.inference_mode(not trains), torch.set_grad_enabled(trains):
@@ -121,7 +128,7 @@ def measure(job: Job, with_naive: bool, settings: Settings) -> list[Measurement]
 
 
 def difference(output: torch.Tensor, other: torch.Tensor) -> float:
-    """Compute the share of differing codes or tokens, the relative difference of losses, or the largest of pixels."""
+    """Compute the share of codes or tokens that differ, the relative difference of losses, or the largest of pixels."""
     if not output.is_floating_point():
         return (output != other).float().mean().item()
     largest = (output.float() - other.float()).abs().max()
