@@ -1,9 +1,9 @@
 """Plain implementations of the jobs of `eval.speed` with the same weights, to compare time and results.
 
-No key/value caches (each image position, and each text token, reads the whole prefix anew; the depth transformer runs
-anew for each code, over the codes of that position so far), a loop over the sub-codebooks, and nearest upsampling
-followed by a 3x3 convolution. The functions use the model's own
-modules. Only `tokenizer_forward` is differentiable.
+There are no KV caches: each image position and each text token recomputes the whole prefix, and the depth transformer
+recomputes the codes of the current position for each code. Sub-codebooks are processed in a loop, and upsampling is
+nearest-neighbour followed by a 3x3 convolution. The functions use the model's own modules. Only `tokenizer_forward` is
+differentiable.
 """
 
 import math
@@ -18,7 +18,7 @@ from unitok_mllm.modeling_unitok import UniTokOutput
 
 
 def nearest_codes(quantizer: UniTokMultiCodebookQuantizer, features: torch.Tensor) -> torch.Tensor:
-    """(B, L, dim) -> codes (B, K, L), one sub-codebook after another."""
+    """Find the nearest codes (B, K, L) of features (B, L, dim), one sub-codebook after another."""
     chunks = features.float().chunk(len(quantizer.codebooks), dim=-1)
     codes = [
         (F.normalize(chunk, dim=-1) @ F.normalize(codebook.float(), dim=-1).T).argmax(dim=-1)
@@ -28,7 +28,7 @@ def nearest_codes(quantizer: UniTokMultiCodebookQuantizer, features: torch.Tenso
 
 
 def code_vectors(quantizer: UniTokMultiCodebookQuantizer, codes: torch.Tensor) -> torch.Tensor:
-    """Codes (B, K, L) -> (B, L, dim), in the codebooks' dtype, one sub-codebook after another."""
+    """Look up the vectors (B, L, dim) of codes (B, K, L), in the codebooks' dtype, one sub-codebook after another."""
     vectors = [
         F.normalize(codebook.float(), dim=-1)[indices]
         for codebook, indices in zip(quantizer.codebooks, codes.unbind(dim=1), strict=True)
@@ -37,18 +37,18 @@ def code_vectors(quantizer: UniTokMultiCodebookQuantizer, codes: torch.Tensor) -
 
 
 def encode(tokenizer: UniTokModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) in [-1, 1] -> codes (B, K, L)."""
+    """Encode pixels (B, 3, H, W) in [-1, 1] to codes (B, K, L)."""
     vision = tokenizer.vision_model
     return nearest_codes(vision.quantizer, vision.encode_features(pixel_values))
 
 
 def upsample(conv: nn.Conv2d, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Nearest 2x upsampling, then the 3x3 convolution: (B, C, h, w) -> (B, C', 2 h, 2 w)."""
+    """Upsample by 2 (nearest), then apply the 3x3 convolution: (B, C, h, w) -> (B, C', 2 h, 2 w)."""
     return F.conv2d(F.interpolate(hidden_states, scale_factor=2, mode="nearest"), conv.weight, conv.bias, padding=1)
 
 
 def reconstruct(tokenizer: UniTokModel, semantic_embeds: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-    """The decoder: (B, h * w, C) -> (B, 3, 16 h, 16 w)."""
+    """Run the decoder: (B, h * w, C) -> (B, 3, 16 h, 16 w)."""
     decoder = tokenizer.decoder
     hidden_states = decoder.norm(decoder.blocks(semantic_embeds)).transpose(1, 2).unflatten(2, grid_size)
     hidden_states = upsample(decoder.up_conv1.conv, hidden_states)
@@ -65,7 +65,7 @@ def reconstruct(tokenizer: UniTokModel, semantic_embeds: torch.Tensor, grid_size
 
 
 def decode(tokenizer: UniTokModel, codes: torch.Tensor) -> torch.Tensor:
-    """Codes (B, K, L) of square images -> (B, 3, H, W), clamped to [-1, 1]."""
+    """Decode codes (B, K, L) of square images to pixels (B, 3, H, W), clamped to [-1, 1]."""
     vision, side = tokenizer.vision_model, math.isqrt(codes.shape[-1])
     semantic_embeds = vision.post_quant_proj(code_vectors(vision.quantizer, codes))
     return reconstruct(tokenizer, semantic_embeds, (side, side)).clamp(-1, 1)
@@ -74,7 +74,7 @@ def decode(tokenizer: UniTokModel, codes: torch.Tensor) -> torch.Tensor:
 def tokenizer_forward(
     tokenizer: UniTokModel, pixel_values: torch.Tensor, input_ids: torch.Tensor | None = None
 ) -> UniTokOutput:
-    """What `UniTokModel.forward` gives for the losses of training, without the entropy loss and the statistics."""
+    """Compute the output of `UniTokModel.forward` for training, without the entropy loss and the code statistics."""
     vision = tokenizer.vision_model
     quantizer = vision.quantizer
     features = vision.encode_features(pixel_values)
@@ -117,14 +117,18 @@ def draw(
     guidance_scale: float,
     num_positions: int,
 ) -> torch.Tensor:
-    """Draw greedily with guidance, and compute everything again at each position.
+    """Draw greedily with guidance, recomputing everything at each position.
 
     Args:
+        model: the MLLM.
         depth: see `depth_llama`.
-        input_ids, unconditional_input_ids: (B, T) both, without padding and without images.
+        input_ids: ids of the prompts, (B, T), without padding and images.
+        unconditional_input_ids: ids of the null prompts, (B, T), without padding and images.
+        guidance_scale: scale of classifier-free guidance.
+        num_positions: number of positions to draw.
 
     Returns:
-        (B, K, num_positions), int64.
+        The codes, (B, K, num_positions), int64.
     """
     head = model.depth_head
     prompts = torch.cat([model.embed(ids)[0] for ids in (input_ids, unconditional_input_ids)])
@@ -155,7 +159,7 @@ def answer(
     pixel_values: torch.Tensor | None = None,
     image_codes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Answers greedily, (B, T) -> (B, num_tokens), the whole sequence and all its logits anew for each token."""
+    """Answer greedily, (B, T) -> (B, num_tokens), recomputing the whole sequence and all its logits for each token."""
     if pixel_values is not None:
         image_codes = encode(model.visual, pixel_values)
     sequence = input_ids
