@@ -36,10 +36,10 @@ class Subject:
     """The model to time.
 
     Attributes:
-        tokenizer: its visual tokenizer.
-        mllm: None for a tokenizer alone.
-        note: remark on its weights.
-        has_visual: False if the visual tokenizer is a stand-in, which is not timed.
+        tokenizer: the visual tokenizer.
+        mllm: the MLLM; None if the subject is only a tokenizer.
+        note: remark on the weights.
+        has_visual: whether the visual tokenizer is timed; False if it is a stand-in.
     """
 
     tokenizer: UniTokModel
@@ -56,7 +56,7 @@ def smollm2_mllm() -> UniTokMLLMForConditionalGeneration:
 
 
 def load_subject(settings: Settings) -> Subject:
-    """Load or build the model, in float32 except for a 7B LLM's weights. The jobs cast it to the dtype of the settings."""
+    """Load or build the model, in float32 except for a 7B LLM's weights. Jobs cast it to the dtype in the settings."""
     torch.manual_seed(0)
     if settings.folder:
         is_tokenizer = isinstance(AutoConfig.from_pretrained(settings.folder), UniTokConfig)
@@ -95,5 +95,5 @@ def repeat_to(rows: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def random_ids(config: UniTokMLLMConfig, *shape: int) -> torch.Tensor:
-    """Draw random token ids, above the special ones."""
+    """Sample random token ids, above the special ones."""
     return torch.randint(10, min(1000, config.text_config.vocab_size), shape)
