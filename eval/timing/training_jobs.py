@@ -1,4 +1,4 @@
-"""The jobs that train: a step of the tokenizer, and one of the MLLM."""
+"""The jobs that train: a training step of the tokenizer, and one of the MLLM."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,7 +23,7 @@ def training_step(
     max_grad_norm: float,
     settings: Settings,
 ) -> torch.Tensor:
-    """Run forward, backward and update. Returns the loss."""
+    """Run the forward pass, the backward pass and the update, and return the loss."""
     with torch.autocast(settings.device.split(":")[0], torch.bfloat16, enabled=settings.dtype == "bfloat16"):
         loss = loss_of()
     loss.backward()
@@ -34,9 +34,9 @@ def training_step(
 
 
 def made_trainable(module: PreTrainedModel, settings: Settings) -> tuple[PreTrainedModel, torch.optim.AdamW]:
-    """Prepare a model for training, with an optimizer whose rate of 0 leaves the weights unchanged.
+    """Prepare a model for training, with an optimizer whose learning rate of 0 leaves the weights unchanged.
 
-    Every run then computes the same values, with the optimizer's full cost.
+    Every run then computes the same values, at the full cost of the optimizer.
     """
     module.requires_grad_(True).train()
     if settings.gradient_checkpointing:
@@ -73,9 +73,9 @@ def train_tokenizer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
 
 
 def training_sample(config: UniTokMLLMConfig, writes: bool, text_tokens: int) -> dict:
-    """Make a sample that writes an image from `text_tokens` tokens, or reads one and learns the last 8 of them.
+    """Build a random sample in the format of `training.data`.
 
-    Ids and codes are random; the format is that of `training.data`.
+    It either writes an image after `text_tokens` tokens, or reads an image, and then the last 8 tokens are targets.
     """
     vision, positions = config.visual_config.vision_config, config.num_image_positions
     ids = random_ids(config, text_tokens + positions + 3)
@@ -93,9 +93,9 @@ def training_sample(config: UniTokMLLMConfig, writes: bool, text_tokens: int) ->
 
 
 def training_batch(config: UniTokMLLMConfig, batch: int, mix: str, packed: bool, device: str) -> dict:
-    """Make a batch as the MLLM trainer's collator does, of samples of unequal lengths.
+    """Build a batch of samples of unequal lengths with the MLLM trainer's collator.
 
-    The mix ("read", "half", "write") decides how many of them write an image. Packed rows hold at least two samples.
+    `mix` ("read", "half" or "write") says how many of them write an image. Packed rows have at least two samples.
     """
     from training.data import MLLMCollator
 
@@ -107,7 +107,7 @@ def training_batch(config: UniTokMLLMConfig, batch: int, mix: str, packed: bool,
 
 
 def train_mllm_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
-    """Yield a job for each batch size, half of whose samples write (a single one writes); one size has all mixes."""
+    """Yield a job for each batch size, where half of the samples (or the only one) write; for one size, all mixes."""
     if settings.preset == "7b" and not settings.model:
         subject.mllm.to(getattr(torch, settings.dtype))
     mllm, optimizer = made_trainable(subject.mllm, settings)
