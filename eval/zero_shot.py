@@ -72,7 +72,7 @@ TOP = 5
 BATCHES_PER_SAVE = 8
 CONFUSIONS_KEPT = 20
 MISTAKES_SHOWN = 24
-CLIP_VOCABULARY = 49408  # of the byte pairs that CLIP and UniTok's released tokenizers know
+CLIP_VOCABULARY = 49408  # vocabulary size of CLIP's tokenizer, which UniTok's released tokenizers use
 SYNSET = re.compile(r"n\d{8}")
 TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}  # open_clip's
 DATASETS = ("easy-vqa", "emoji")
@@ -154,8 +154,12 @@ class Benchmark:
     """N images and their possible classes.
 
     Attributes:
-        classes: C names; templates: functions from a name to a prompt.
-        images: N paths; labels: class index of each; parts: the part that each counts towards.
+        title: name of the benchmark.
+        classes: names of the C classes.
+        templates: functions that turn a name into a prompt.
+        images: paths of the N images.
+        labels: class index of each image.
+        parts: part of the benchmark to which each image belongs.
         totals: number of images of each part on disk, if only some of them are used.
     """
 
@@ -194,12 +198,12 @@ def class_folders(folder: str, templates: str) -> Benchmark:
     """Find images in folders named after their classes, or after ImageNet's 1000 synsets.
 
     Raises:
-        ValueError: no folder or no images, an image outside of the classes' folders, a class without images, fewer
-            than two classes, two folders of one name, or synsets that are not ImageNet's 1000.
+        ValueError: there is no folder or no images, an image is outside of the classes' folders, a class has no images,
+            there are fewer than two classes or two of the same name, or the synsets are not ImageNet's 1000.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"there is no image folder {folder}")
-    import open_clip  # takes seconds, which neither `--help` nor a mistake should
+    import open_clip  # slow: keep `--help` and error messages quick
 
     images = FolderImages(folder)
     if images.labels is None:
@@ -268,7 +272,7 @@ def emoji(folder: str) -> Benchmark:
 
 
 def load_benchmark(settings: Settings) -> Benchmark:
-    """Load the benchmark that the settings name; errors are those of `class_folders` and `emoji`."""
+    """Load the benchmark that the settings name; for errors see `class_folders` and `emoji`."""
     if settings.images:
         whole = class_folders(settings.images, settings.templates)
     else:
@@ -280,7 +284,7 @@ class UniTokSystem:
     """A visual tokenizer with a text tower, from its own folder or an MLLM's.
 
     Raises:
-        ValueError: the folder's model is another, has no text tower, or no text tokenizer fits the tower.
+        ValueError: the folder has a model of another kind, the model has no text tower, or no text tokenizer fits it.
     """
 
     def __init__(self, settings: Settings, device: torch.device):
@@ -297,28 +301,29 @@ class UniTokSystem:
         self.preprocessing = f"UniTokImageProcessor, {self.mode}, {size['width']}x{size['height']}"
 
     def preprocess(self, picture: Image.Image) -> torch.Tensor:
-        """-> (3, H, W)."""
+        """Preprocess a picture to pixels (3, H, W)."""
         return self.image_processor(picture, mode=self.mode)["pixel_values"][0]
 
     def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, D)."""
+        """Embed pixels: (B, 3, H, W) -> (B, D)."""
         return self.model.get_image_features(pixels.to(self.model.device)).pooler_output
 
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """B texts -> (B, D)."""
+        """Embed B texts: (B, D)."""
         return self.model.get_text_features(self.tokenize(texts).to(self.model.device)).pooler_output
 
 
 def text_encoder(
     settings: Settings, text_config: CLIPTextConfig, image_processor: UniTokImageProcessor
 ) -> Callable[[list[str]], torch.Tensor]:
-    """Make the function that turns B texts into ids (B, T), as a UniTok text tower was trained on.
+    """Return a function that encodes B texts to ids (B, T) in the format of a UniTok text tower.
 
-    The tokenizer is the given one; or that of the model's folder, if it ends texts as the tower expects; or CLIP's, for
-    a tower of CLIP's vocabulary (a converted tower has none, and a converted MLLM has the LLM's).
+    The text tokenizer is the one in the settings; or that of the model's folder, if it ends texts as the tower expects;
+    or CLIP's, for a tower with CLIP's vocabulary (a converted tower comes without a tokenizer, and a converted MLLM with
+    the LLM's).
 
     Raises:
-        ValueError: there is none, or it ends texts with another token than the tower looks for.
+        ValueError: there is no text tokenizer, or it ends texts with another token than the tower expects.
     """
     own = settings.model if (Path(settings.model) / "tokenizer_config.json").is_file() else ""
     source, end = settings.text_tokenizer or own, text_config.eos_token_id
@@ -338,8 +343,8 @@ class CLIPSystem:
     """transformers' `CLIPModel` with its processor, from a folder or the hub.
 
     Raises:
-        ValueError: it is another kind of model.
-        OSError: there is none.
+        ValueError: the model is of another kind.
+        OSError: there is no such model.
     """
 
     def __init__(self, settings: Settings, device: torch.device):
@@ -352,26 +357,26 @@ class CLIPSystem:
         self.preprocessing = f"{type(self.processor.image_processor).__name__}, {size['width']}x{size['height']}"
 
     def preprocess(self, picture: Image.Image) -> torch.Tensor:
-        """-> (3, H, W)."""
+        """Preprocess a picture to pixels (3, H, W)."""
         return self.processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
 
     def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, D)."""
+        """Embed pixels: (B, 3, H, W) -> (B, D)."""
         return self.model.get_image_features(pixels.to(self.model.device)).pooler_output
 
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """B texts -> (B, D)."""
+        """Embed B texts: (B, D)."""
         length = self.model.config.text_config.max_position_embeddings
         inputs = self.processor.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return self.model.get_text_features(**inputs.to(self.model.device)).pooler_output
 
 
 class OpenCLIPSystem:
-    """An open_clip model: a name of its list with a tag or a file, `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
+    """An open_clip model: one of its names with a tag or a file, or `hf-hub:OWNER/NAME`, or `local-dir:FOLDER`.
 
     Raises:
-        ValueError: an unknown name or tag.
-        OSError: there is no such folder.
+        ValueError: the name or the tag is unknown.
+        OSError: the folder does not exist.
     """
 
     def __init__(self, settings: Settings, device: torch.device):
@@ -386,11 +391,11 @@ class OpenCLIPSystem:
         self.preprocessing = " ".join(str(self.preprocess).split())
 
     def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, D)."""
+        """Embed pixels: (B, 3, H, W) -> (B, D)."""
         return self.model.encode_image(pixels.to(self.device))
 
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """B texts -> (B, D)."""
+        """Embed B texts: (B, D)."""
         return self.model.encode_text(self.tokenizer(texts).to(self.device))
 
 
@@ -402,7 +407,7 @@ System = UniTokSystem | CLIPSystem | OpenCLIPSystem
 def class_embeddings(
     system: System, classes: Sequence[str], templates: Sequence[Callable[[str], str]], batch_size: int
 ) -> torch.Tensor:
-    """Embed each class as the mean over its prompts, (C, D), float32 of unit length; the processes share the work."""
+    """Embed each class as the mean over its prompts, (C, D), float32, of unit length; all processes share the work."""
     state, embeds = PartialState(), []
     with state.split_between_processes(list(classes)) as mine:
         texts = [template(name) for name in mine for template in templates]
@@ -414,7 +419,15 @@ def class_embeddings(
 
 
 def nearest_classes(image_embeds: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
-    """(B, D) of any length and (C, D) of unit length -> (B, min(5, C)), nearest first; on a tie, the earlier class first."""
+    """Find the classes nearest to each image, nearest first; on a tie, the earlier class first.
+
+    Args:
+        image_embeds: embeddings of images, (B, D), of any length.
+        classifier: embeddings of classes, (C, D), of unit length.
+
+    Returns:
+        Class indices, (B, min(5, C)).
+    """
     similarity = F.normalize(image_embeds.float(), dim=-1) @ classifier.T
     return similarity.sort(dim=-1, descending=True, stable=True).indices[:, :TOP]
 
@@ -429,13 +442,18 @@ def classify(
     workers: int,
     max_broken_share: float,
 ) -> None:
-    """Fill the negative rows of `tensors["nearest"]` (N, min(5, C)); the processes share the work.
+    """Fill the negative rows of `tensors["nearest"]`, (N, min(5, C)); all processes share the work.
 
     Rows of broken images, which are named on stderr, stay negative.
 
     Args:
-        tensors: with the `classifier` (C, D).
-        save: called after every few batches.
+        system: the model.
+        benchmark: the images.
+        tensors: `nearest`, and the `classifier` (C, D).
+        save: function that saves the tensors; called after every few batches.
+        batch_size: images per batch.
+        workers: number of image-reading processes.
+        max_broken_share: tolerated share of broken images.
 
     Raises:
         ValueError: see `check_broken_share`; the other images of the same batches are classified and saved.
@@ -449,7 +467,7 @@ def classify(
     with tqdm(
         desc="images", total=len(nearest), initial=len(nearest) - len(remaining), disable=not state.is_main_process
     ) as bar:
-        for _ in range(rounds):  # as many in every process, whose last batches may be smaller, or missing
+        for _ in range(rounds):  # the same number in every process; its last batches may be smaller or missing
             done, errors = [], []
             for batch in islice(batches, BATCHES_PER_SAVE):
                 errors += batch.broken.values()
@@ -469,10 +487,11 @@ def classify(
 
 
 def accuracy(nearest: torch.Tensor, labels: torch.Tensor) -> dict[str, float | int]:
-    """Compute accuracies, as shares of 1.
+    """Compute accuracies, in [0, 1].
 
     Args:
-        nearest: (N, 5) or fewer columns, the nearest class first; labels: (N,).
+        nearest: class indices, nearest first, (N, 5) or fewer columns.
+        labels: class index of each image, (N,).
     """
     right = nearest == labels[:, None]
     return {
@@ -492,7 +511,7 @@ def confusions(nearest: torch.Tensor, labels: torch.Tensor, classes: Sequence[st
 
 
 def mistakes_sheet(benchmark: Benchmark, nearest: torch.Tensor) -> bytes | None:
-    """Make a PNG of some wrongly classified images, evenly spread: the prediction and, in brackets, the class."""
+    """Make a PNG of some misclassified images, evenly spread, with the prediction and, in brackets, the class."""
     given = nearest[:, 0].tolist()
     wrong = [i for i, label in enumerate(benchmark.labels) if given[i] != label]
     if not wrong:
@@ -522,7 +541,7 @@ def what_is_measured(settings: Settings, benchmark: Benchmark) -> dict[str, str 
 
 
 def sha256(values: list) -> str:
-    """Compute the SHA-256 of a value that JSON can hold."""
+    """Compute the SHA-256 of a JSON-serializable value."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
@@ -537,10 +556,12 @@ def read_tensors(path: Path, measured: dict, images: list[str]) -> dict[str, tor
     A run with other settings is ignored, with a line on stderr.
 
     Args:
-        images: as `stamped` names them.
+        path: path of the file.
+        measured: settings of this run, see `what_is_measured`.
+        images: images as `stamped` names them.
 
     Raises:
-        ValueError: the file is broken; it is named.
+        ValueError: the file is broken; the message names it.
     """
     if not path.is_file():
         return {}
@@ -589,7 +610,7 @@ def summary(settings: Settings, benchmark: Benchmark, nearest: torch.Tensor, pre
         "versions": versions() | {name: importlib.metadata.version(name) for name in ("open_clip_torch", "easy-vqa")},
         "prompts": templates,
         "preprocessing": preprocessing,
-        "seed": None,  # nothing is drawn
+        "seed": None,  # nothing is sampled
         "classes": len(benchmark.classes),
         "images": len(benchmark.images),
         "numbers": numbers,
@@ -612,12 +633,12 @@ def evaluate(settings: Settings) -> dict:
     path = output.with_suffix(".nearest.safetensors")
     report = read_result(output)
     tensors = read_tensors(path, measured, files)
-    state.wait_for_everyone()  # all have read before one writes
+    state.wait_for_everyone()  # all processes must read before one writes
     few_broken = len(report.get("broken", ())) <= settings.max_broken_share * len(benchmark.images)
     if report.get("measured") == measured | images and few_broken:
         return report
 
-    with state.local_main_process_first():  # what comes from a hub comes once
+    with state.local_main_process_first():  # download hub files only once
         device = state.device if state.num_processes > 1 else find_device(settings.device, state.device)
         system = SYSTEMS[settings.system](settings, device)
     seconds_before = tensors.get("seconds", torch.zeros(())).item()
