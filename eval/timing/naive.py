@@ -99,11 +99,11 @@ def tokenizer_forward(
 
 
 def depth_llama(model: UniTokMLLMForConditionalGeneration) -> LlamaModel:
-    """The depth transformer's layers as transformers' own Llama, which shares their weights."""
+    """Build a transformers `LlamaModel` that shares the weights of the depth transformer's layers."""
     weights = {n: w for n, w in model.depth_head.state_dict().items() if n.startswith(("layers.", "norm."))}
     config = model.config.depth_config.llama_config(model.depth_head.num_codebooks)
     llama = LlamaModel(config).to(model.device, model.dtype).eval()
-    # the table of embeddings, of one row, is all that has no weights to take over
+    # only the embedding table, of a single row, has no counterpart
     if llama.load_state_dict(weights, strict=False, assign=True) != (["embed_tokens.weight"], []):
         raise ValueError(f"The depth transformer is no stack of Llama layers: {', '.join(weights)}.")
     return llama
