@@ -42,7 +42,7 @@ SHOWN = (
     *("face with tears of joy", "smiling face with sunglasses", "pile of poo", "ghost", "heavy black heart"),
     *("jack-o-lantern", "soccer ball", "trophy"),
 )
-NOT_DECISIVE = ("output", "batch_size", "device", "resume")  # what numbers do not depend on
+NOT_DECISIVE = ("output", "batch_size", "device", "resume")  # settings that do not affect the numbers
 
 
 @dataclass
@@ -75,10 +75,15 @@ class Settings(DrawingSettings):
 
 
 def retrieval(pictures: torch.Tensor, gallery: torch.Tensor, truths: torch.Tensor) -> dict[str, float]:
-    """Compute how often a picture's original is the nearest, and among the five nearest, of a gallery.
+    """Compute how often the original of a picture is the nearest, or among the five nearest, in a gallery.
 
     Args:
-        pictures: (N, 3, H, W); gallery: (M, 3, H, W); truths: (N,), the originals' numbers in the gallery.
+        pictures: pictures to find, (N, 3, H, W).
+        gallery: pictures to search, (M, 3, H, W).
+        truths: index of each original in the gallery, (N,).
+
+    Returns:
+        The shares, in [0, 1].
     """
     cells = [F.adaptive_avg_pool2d(images.float(), 32).flatten(1) for images in (pictures, gallery)]
     nearest = torch.cdist(*cells).topk(min(5, len(gallery)), largest=False).indices == truths[:, None]
@@ -86,7 +91,7 @@ def retrieval(pictures: torch.Tensor, gallery: torch.Tensor, truths: torch.Tenso
 
 
 class Evaluation:
-    """Evaluation of a model, which is loaded, on the emoji, with one method for each part."""
+    """Evaluation of a loaded model on the emoji, with one method for each part."""
 
     def __init__(self, settings: Settings, emoji: list[Emoji]):
         self.settings, self.emoji = settings, emoji
@@ -105,7 +110,7 @@ class Evaluation:
         return in_batches(function, rows, self.settings.batch_size, self.model.device, title)
 
     def _retrieval(self, pictures: torch.Tensor, numbers: list[int]) -> dict[str, float]:
-        """Retrieval within each style, averaged with the number of its pictures as weight."""
+        """Compute retrieval within each style, averaged over all pictures."""
         total = {"top1": 0.0, "top5": 0.0}
         for style in STYLES:
             gallery = [i for i, e in enumerate(self.emoji) if e.style == style]
@@ -117,7 +122,7 @@ class Evaluation:
         return total
 
     def reconstruction(self, numbers: list[int]) -> dict:
-        """Measure PSNR (dB), and how often the original is retrieved by its reconstruction."""
+        """Measure PSNR (dB), and how often a reconstruction retrieves its original."""
         pixels = self._batched(self.model.decode_images, self.codes[numbers], "decoding").float()
         return {"psnr_db": psnr(pixels, self.pixels[numbers]).mean().item(), **self._retrieval(pixels, numbers)}
 
