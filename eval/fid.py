@@ -26,7 +26,7 @@ def reference_pictures(folder: str) -> list[Path]:
     """List the pictures in a folder and its subfolders, sorted.
 
     Raises:
-        ValueError: no folder, or fewer than two.
+        ValueError: the folder does not exist, or has fewer than two pictures.
     """
     paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in REFERENCE_SUFFIXES)
     if len(paths) < 2:
@@ -45,12 +45,15 @@ def load_inception(
     """Load the tool's Inception network.
 
     Args:
-        weights: the tool's own file; "" to download it.
-        layer: of torch-fidelity's.
-        metric, remedy: what an error says of who needs it, and of what to do.
+        tool: one of TOOLS.
+        weights: the tool's own file of weights; "" to download it.
+        device: device to load it to.
+        layer: layer of torch-fidelity's network.
+        metric: name of the metric, for error messages.
+        remedy: what the user should give, for error messages.
 
     Raises:
-        ValueError: the weights are missing or others, or cannot be downloaded.
+        ValueError: the weights are missing, are of another network, or cannot be downloaded.
     """
     if tool == "clean-fid":
         from cleanfid.downloads_helper import inception_url as url
@@ -61,7 +64,7 @@ def load_inception(
             return _clean_inception(weights).to(device).eval()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        if weights:  # torch-fidelity unpickles whatever is in the file
+        if weights:  # check them first: torch-fidelity unpickles anything in the file
             torch.load(weights, map_location="meta", weights_only=True)
         return FeatureExtractorInceptionV3(
             "inception-v3-compat", [layer], feature_extractor_weights_path=weights or None, verbose=False
@@ -82,7 +85,8 @@ class PictureFiles(Dataset):
     """Picture files as (3, H, W) uint8, for torch-fidelity.
 
     Args:
-        size: all are scaled and centre-cropped to this side; 0: they are of one size.
+        paths: paths of the files.
+        size: side in pixels to which all pictures are scaled and centre-cropped; 0 if all have the same size.
     """
 
     def __init__(self, paths: list[Path], size: int = 0):
@@ -111,14 +115,18 @@ def fid(
     batch_size: int = 64,
     device: str | torch.device = "cpu",
 ) -> float:
-    """Compute the distance of two sets of pictures.
+    """Compute the Fréchet inception distance of two sets of pictures.
 
     Args:
+        pictures: pictures to measure.
+        reference: reference pictures.
         tool: one of TOOLS.
         weights: see `load_inception`.
+        batch_size: pictures per batch.
+        device: device to run on.
 
     Raises:
-        ValueError: a picture that is broken, or of another size (it is named), or see `load_inception`.
+        ValueError: a picture is broken or of another size (the message names it), or see `load_inception`.
     """
     if tool == "clean-fid":
         return clean_fid(pictures, reference, load_inception(tool, weights, device), batch_size, device)
@@ -144,7 +152,7 @@ def clean_fid(
     batch_size: int,
     device: str | torch.device,
 ) -> float:
-    """clean-fid's resizing and formula on its network: (B, 3, 299, 299) in [0, 255] -> (B, D)."""
+    """Compute FID with clean-fid's resizing and formula; its network maps (B, 3, 299, 299) in [0, 255] to (B, D)."""
     from cleanfid.fid import frechet_distance
     from cleanfid.resize import build_resizer
 
