@@ -129,7 +129,7 @@ def batches(rows: list[int], size: int, title: str) -> Iterator[list[int]]:
 
 
 def conversation(question: str) -> list[dict]:
-    """Make a conversation of one turn: an image (any, since all take as many positions) and a question."""
+    """Build a conversation of one turn: an image (any, since all take the same number of positions) and a question."""
     return inference.conversation(question, Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE)))
 
 
@@ -141,12 +141,15 @@ def question_batches(
     batch_size: int,
     title: str,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Yield the prompts of N questions about an image each: indices of the questions, and the model's inputs.
+    """Yield batches of N questions about one image each: indices of the questions, and inputs of the model.
 
     Args:
-        image_codes: (N, K, L), the codes of the questions' images.
-        batch_size: how many at a time; questions of like length go together.
-        title: of the progress bar.
+        model: the MLLM.
+        processor: its processor.
+        questions: the questions.
+        image_codes: codes of the questions' images, (N, K, L).
+        batch_size: questions per batch; those of similar length go together.
+        title: title of the progress bar.
     """
     prompts = {
         question: processor.apply_chat_template(
@@ -177,11 +180,14 @@ def answer_questions(
     image_codes: torch.Tensor,
     batch_size: int = 64,
 ) -> list[str]:
-    """Answer N questions about an image each, greedily; the answers are the model's own words.
+    """Answer N questions about one image each, greedily and in free form.
 
     Args:
-        image_codes: (N, K, L), the codes of the questions' images.
-        batch_size: how many at a time.
+        model: the MLLM.
+        processor: its processor.
+        questions: the questions.
+        image_codes: codes of the questions' images, (N, K, L).
+        batch_size: questions per batch.
     """
     answers = [""] * len(questions)
     for rows, inputs in question_batches(model, processor, questions, image_codes, batch_size, "answering"):
@@ -199,7 +205,7 @@ def score_choices(
     choices: list[str],
     batch_size: int = 64,
 ) -> UniTokScores:
-    """Score C answers to N questions about an image each, (N, C), on the CPU; arguments as in `answer_questions`."""
+    """Score C given answers to N questions about one image each, (N, C), on the CPU; see also `answer_questions`."""
     targets, shape = answer_ids(processor, choices).to(model.device), (len(questions), len(choices))
     scores = UniTokScores(torch.zeros(shape), torch.zeros(shape, dtype=torch.long))
     for rows, inputs in question_batches(model, processor, questions, image_codes, batch_size, "scoring choices"):
@@ -209,7 +215,7 @@ def score_choices(
 
 
 def count_right(answers: list[str], truths: list[str]) -> dict[str, dict[str, float | int]]:
-    """Compute accuracy, as a share of 1, over all questions and for each kind of question."""
+    """Compute the accuracy, in [0, 1], over all questions and for each kind of question."""
     asked, right = Counter(), Counter()
     for answer, truth in zip(answers, truths, strict=True):
         for kind in ("all", question_kind(truth)):
@@ -223,7 +229,7 @@ def count_right(answers: list[str], truths: list[str]) -> dict[str, dict[str, fl
 
 
 def draw(*args, **options) -> torch.Tensor:
-    """Draw one image for each caption, see `draw_candidates`. Returns codes (N, K, L), on the CPU."""
+    """Draw one image for each caption, see `draw_candidates`. Return its codes (N, K, L), on the CPU."""
     codes, _ = draw_candidates(*args, **options)
     return codes[:, 0]
 
@@ -237,13 +243,19 @@ def draw_candidates(
     candidates: int = 1,
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Draw images for each caption; they depend on its seed, not on the batch.
+    """Draw images for each caption. They depend on the caption's seed, but not on the batch.
 
     Args:
-        options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `top_p`.
+        model: the MLLM.
+        processor: its processor.
+        captions: the N captions.
+        seeds: seed of each caption.
+        batch_size: images per batch.
+        candidates: number of images for each caption.
+        options: options of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `top_p`.
 
     Returns:
-        Codes (N, candidates, K, L), and for more than one candidate their scores (N, candidates), on the CPU.
+        Codes (N, candidates, K, L) and, for more than one candidate, their scores (N, candidates), on the CPU.
     """
     codes, scores = [], []
     for rows in batches(list(range(len(captions))), max(1, batch_size // candidates), "drawing"):
@@ -261,7 +273,7 @@ def best_of(scores: torch.Tensor | None, count: int) -> torch.Tensor | int:
 
 
 def contact_sheet(pictures: list[Image.Image], is_right: list[bool], samples: int) -> Image.Image:
-    """Lay out all drawings: a row for each colour, `samples` columns for each shape; a frame marks what the judge rejects.
+    """Lay out all drawings: a row for each colour, `samples` columns for each shape. A frame marks wrong drawings.
 
     `pictures` and `is_right` are ordered by PAIRS, then by sample.
     """
@@ -282,7 +294,7 @@ def contact_sheet(pictures: list[Image.Image], is_right: list[bool], samples: in
 
 
 class Evaluation:
-    """Evaluation of a loaded model on the test images. Each part has a method, which returns its entry in the JSON."""
+    """Evaluation of a loaded model on the test images. Each part has a method that returns its entry in the JSON file."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -291,7 +303,7 @@ class Evaluation:
 
     @cached_property
     def pixel_values(self) -> torch.Tensor:
-        """The preprocessed test images, (N, 3, H, W) in [-1, 1]."""
+        """Preprocessed test images, (N, 3, H, W) in [-1, 1]."""
         return self.processor.image_processor([str(s.image) for s in self.samples])["pixel_values"]
 
     def in_batches(self, function: Callable, rows: torch.Tensor, title: str) -> torch.Tensor:
@@ -300,11 +312,11 @@ class Evaluation:
 
     @cached_property
     def codes(self) -> torch.Tensor:
-        """The test images' codes, (N, K, L)."""
+        """Codes of the test images, (N, K, L)."""
         return self.in_batches(self.model.encode_images, self.pixel_values, "encoding")
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """(N, K, L) -> (N, 3, H, W) in [-1, 1], float32."""
+        """Decode codes (N, K, L) to pixels (N, 3, H, W) in [-1, 1], float32."""
         return self.in_batches(self.model.decode_images, codes, "decoding").float()
 
     @cached_property
@@ -317,7 +329,7 @@ class Evaluation:
 
     @staticmethod
     def for_judge(pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) -> (N, 3, 64, 64)."""
+        """Resize pixels for the judge: (N, 3, H, W) -> (N, 3, 64, 64)."""
         if pixels.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):
             return pixels
         return F.interpolate(pixels, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
@@ -342,9 +354,9 @@ class Evaluation:
         }
 
     def vqa(self) -> dict:
-        """Measure accuracy over all questions by exact match after `normalize_answer`; the prompt is recorded.
+        """Measure the accuracy over all questions by exact match after `normalize_answer`; the prompt is recorded.
 
-        With `choices`, also that of the likeliest of all answers, by their log-likelihood and by its mean over tokens.
+        With `choices`, also measure that of the likeliest of all answers, by log-likelihood and by its mean per token.
         """
         rows = [(i, *pair) for i, sample in enumerate(self.samples) for pair in sample.questions]
         numbers, questions, truths = zip(*rows)
@@ -375,9 +387,9 @@ class Evaluation:
         }
 
     def text_to_image(self) -> dict:
-        """Measure the share of drawings in which the judge sees what was asked for, and the judge's own accuracy.
+        """Measure the share of drawings that the judge classifies as requested, and the judge's own accuracy.
 
-        Candidates count as well: the best of the first 1, 2, 4 ... of them.
+        With several candidates, also measure the best of the first 1, 2, 4 ... of them.
         """
         settings = self.settings
         drawings = [(pair, j) for pair in range(len(PAIRS)) for j in range(settings.samples)]
@@ -424,10 +436,10 @@ class Evaluation:
         }
 
     def edit(self) -> dict:
-        """Measure the share of recoloured test images in which the judge sees the new colour and the old shape.
+        """Measure the share of recoloured test images that the judge classifies as the new colour and the old shape.
 
-        Only images whose colour and shape follow from their questions take part. The new colour depends on the image's
-        index. Drawing is greedy.
+        Only images whose questions determine colour and shape are used. The new colour depends on the image's index.
+        Drawing is greedy.
         """
         settings, labels = self.settings, load_labels(self.samples)
         rows = (labels != UNKNOWN).all(dim=1).nonzero().flatten().tolist()
@@ -459,7 +471,7 @@ PARTS = {
 def read_finished(output: str, wanted: dict[str, dict]) -> dict[str, dict]:
     """Read the finished parts of an earlier output that have the current settings and library versions.
 
-    The others are dropped, with a line on stderr.
+    Other parts are dropped, with a line on stderr.
     """
     parts = read_result(output, "parts").get("parts", {})
     finished = {
@@ -473,7 +485,7 @@ def read_finished(output: str, wanted: dict[str, dict]) -> dict[str, dict]:
 
 
 def evaluate(settings: Settings) -> dict:
-    """Run the selected parts that are missing. Writes and returns the complete report."""
+    """Run the selected parts that are missing, and write and return the complete report."""
     digest = folder_digest(settings.model)
     wanted = {
         name: {"model": settings.model, "model_sha256": digest, **{key: getattr(settings, key) for key in keys}}
@@ -504,7 +516,7 @@ def evaluate(settings: Settings) -> dict:
 
 
 def numbers(parts: dict[str, dict], settings: Settings, processor: UniTokMLLMProcessor) -> list[dict]:
-    """Return the parts' main numbers with their protocol (`eval.protocol`)."""
+    """Return the main numbers of all parts with their protocols (`eval.protocol`)."""
     side = processor.image_processor.size
     images = f"{processor.image_processor.mode}, {side['width']}x{side['height']}"
     split = "test" if settings.limit is None else f"test, first {settings.limit} images"
