@@ -1,13 +1,13 @@
 """Images for evaluation, in a fixed order and with stable names, from any kind of storage.
 
     open_images("photos")                            # all images below a folder
-    open_images("imagenet/val")                      # class folders: labels too, by the sorted names of the folders
-    open_images("shards/{000..009}.tar")             # webdataset shards; labels where every sample has a `.cls`
+    open_images("imagenet/val")                      # class folders: with labels, by the sorted names of the folders
+    open_images("shards/{000..009}.tar")             # webdataset shards; with labels if every sample has a `.cls`
     open_images("saved")                             # a Hugging Face data set written by `save_to_disk`
-    open_images("owner/name", split="validation")    # one of the hub
+    open_images("owner/name", split="validation")    # a data set on the hub
 
 `images[i]` is a picture, `images.names[i]` its name and `images.labels[i]` its class, if there are classes.
-`load_batches` preprocesses them. `choose` selects a subset; `deal_out` divides it among processes.
+`load_batches` preprocesses them. `choose` selects a subset, and `deal_out` divides it among processes.
 """
 
 import glob
@@ -36,11 +36,11 @@ SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")
 
 
 class UnreadableImage(ValueError):
-    """An image that is missing or broken, or that the image processor refuses; the message names it."""
+    """An image is missing or broken, or the image processor refuses it; the message names it."""
 
 
 def stamp(path: str | os.PathLike) -> str:
-    """Return what identifies a version of a file: its size and modification time."""
+    """Return a string that identifies the version of a file: its size and modification time."""
     status = os.stat(path)
     return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -49,13 +49,14 @@ class EvalImages(ABC):
     """An indexable sequence of images.
 
     Attributes:
-        names: of each image, unique, with `/` between parts.
-        labels: class index of each image, or None where the layout has no classes.
-        class_names: of each class index, or None where they have no names.
-        stamps: for each image, a value that changes when its file does.
+        location: where the images are, see `open_images`.
+        names: unique name of each image, with `/` between parts.
+        labels: class index of each image; None if there are no classes.
+        class_names: name of each class; None if they have no names.
+        stamps: a value for each image that changes when its file does.
 
     Raises:
-        ValueError: there are no images, or two of the same name.
+        ValueError: there are no images, or two with the same name.
     """
 
     def __init__(
@@ -74,16 +75,20 @@ class EvalImages(ABC):
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
-        """Read the picture, upright and in RGB; raises ValueError if it cannot be read."""
+        """Read a picture, upright and in RGB.
+
+        Raises:
+            ValueError: the picture cannot be read.
+        """
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Image.Image:
-        """The picture, upright and in RGB.
+        """Return a picture, upright and in RGB.
 
         Raises:
-            UnreadableImage: it is missing or broken.
+            UnreadableImage: the picture is missing or broken.
         """
         try:
             return self.read(index)
@@ -91,14 +96,14 @@ class EvalImages(ABC):
             raise UnreadableImage(f"{self.names[index]}: {error}") from error
 
     def digest(self) -> str:
-        """SHA-256 of names and stamps, to recognise the same set of images."""
+        """SHA-256 of the names and stamps, which identifies the set of images."""
         return hashlib.sha256("\n".join([*self.names, *self.stamps]).encode()).hexdigest()
 
 
 class FolderImages(EvalImages):
-    """All images below a folder, sorted by path, without hidden files.
+    """All images in a folder and its subfolders, sorted by path, without hidden files.
 
-    If every image lies in a subfolder, the first folder of its path is its class.
+    If every image is in a subfolder, the first folder of its path is its class.
     """
 
     def __init__(self, location: str):
@@ -117,13 +122,13 @@ class FolderImages(EvalImages):
 
 
 class ShardImages(EvalImages):
-    """The images of webdataset's tar files, in the order of the shards and within them; named SHARD/KEY.SUFFIX.
+    """The images of webdataset tar files, shard by shard in their order, named SHARD/KEY.SUFFIX.
 
-    The tables of contents are read once, images when they are requested.
+    The shards are indexed once; images are read when they are requested.
 
     Raises:
-        FileNotFoundError: there is no such shard.
-        ValueError: a shard is broken or has no images, or a `.cls` is no number.
+        FileNotFoundError: a shard does not exist.
+        ValueError: a shard is broken or has no images, or a `.cls` is not a number.
     """
 
     def __init__(self, location: str):
@@ -157,7 +162,11 @@ class ShardImages(EvalImages):
 
 
 def read_class(shard: str, member: str, offset: int, size: int) -> int:
-    """Read the number in a shard's `.cls` file; raises ValueError if it is not a number."""
+    """Read the number in a shard's `.cls` file.
+
+    Raises:
+        ValueError: the file does not contain a number.
+    """
     with open(shard, "rb") as file:
         file.seek(offset)
         text = file.read(size)
@@ -168,10 +177,10 @@ def read_class(shard: str, member: str, offset: int, size: int) -> int:
 
 
 class DatasetImages(EvalImages):
-    """The images of a Hugging Face data set by their row; labels are those of `label_column`, where there is one.
+    """The images of a Hugging Face data set by row, with labels from `label_column`, if there is one.
 
     Raises:
-        ValueError: no split is named and there are several, there is no such split, or no such column of images.
+        ValueError: there are several splits and none is given, or the split or the image column does not exist.
     """
 
     def __init__(self, location: str, split: str, config: str | None, image_column: str, label_column: str):
@@ -216,10 +225,14 @@ def open_images(
 
     Args:
         location: a pattern that ends in `.tar` with `*` or `{000..009}`; a folder; or a data set's name on the hub.
-        split, config, image_column, label_column: of a Hugging Face data set.
+        split: split of a Hugging Face data set.
+        config: configuration of a Hugging Face data set.
+        image_column: column of a Hugging Face data set with the images.
+        label_column: column of a Hugging Face data set with the labels.
 
     Raises:
-        FileNotFoundError, ValueError: the location does not exist, or holds no image.
+        FileNotFoundError: the location does not exist.
+        ValueError: the location does not exist, or has no images.
     """
     if location.endswith(".tar"):
         return ShardImages(location)
@@ -236,7 +249,7 @@ def choose(total: int, limit: int | None) -> list[int]:
 
 
 def deal_out(indices: list[int], state: PartialState) -> list[int]:
-    """Return the share of this process: every n-th item."""
+    """Return this process's share: every n-th item for n processes."""
     return indices[state.process_index :: state.num_processes]
 
 
@@ -245,9 +258,9 @@ class ImageBatch:
     """Readable images of a batch, and the errors of the others.
 
     Attributes:
-        indices: of the B images in the sequence they come from.
-        pixel_values: (B, 3, H, W); (0,) where none could be read.
-        broken: message by index.
+        indices: indices of the B readable images in their sequence.
+        pixel_values: pixels, (B, 3, H, W); (0,) if no image could be read.
+        broken: error messages of the other images, by index.
     """
 
     indices: list[int]
@@ -256,7 +269,7 @@ class ImageBatch:
 
 
 class NamedImages(Protocol):
-    """Protocol of the images that `load_batches` reads: indexable, with names; an unreadable one raises ValueError."""
+    """Images that `load_batches` accepts: indexable, with names; an unreadable image raises ValueError."""
 
     names: list[str]
 
@@ -272,7 +285,10 @@ def processed(image_processor: Callable, picture: Image.Image) -> torch.Tensor:
 
 
 class _Preprocessed(Dataset):
-    """(index, pixels (3, H, W), None), or (index, None, message): an exception would lose its form in a worker."""
+    """Data set of (index, pixels (3, H, W), None) or (index, None, message).
+
+    Errors are returned as messages, since a worker would wrap an exception.
+    """
 
     def __init__(self, images: NamedImages, preprocess: Preprocess, indices: list[int]):
         self.images, self.preprocess, self.indices = images, preprocess, indices
@@ -310,12 +326,15 @@ def load_batches(
     """Load preprocessed images in batches, in the order of `indices`.
 
     Args:
-        preprocess: makes pixels (3, H, W) of a picture, or raises ValueError.
-        workers: processes that read and preprocess ahead; 0: this one.
-        skip_broken: hand broken images on as such.
+        images: the images.
+        preprocess: function that converts a picture to pixels (3, H, W), or raises ValueError.
+        indices: indices of the images to load.
+        batch_size: images per batch.
+        workers: number of processes that read and preprocess ahead; 0 to do it in this process.
+        skip_broken: whether to return the errors of broken images in the batch instead of raising one.
 
     Raises:
-        UnreadableImage: an image is missing or broken, and not `skip_broken`.
+        UnreadableImage: an image is missing or broken, and `skip_broken` is False.
     """
     loader = DataLoader(
         _Preprocessed(images, preprocess, indices), batch_size, num_workers=workers, collate_fn=_collate
