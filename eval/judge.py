@@ -28,7 +28,7 @@ from unitok_mllm.outputs import check_output_file
 IMAGE_SIZE = 64
 EPOCHS = 8
 MAX_SHIFT = 4  # pixels, in augmentation
-UNKNOWN = -100  # the label of what the questions leave open
+UNKNOWN = -100  # label of a colour or shape that the questions leave open
 
 
 class Judge(nn.Module):
@@ -64,7 +64,7 @@ def load_pixels(samples: list[Sample]) -> torch.Tensor:
 
 
 def load_labels(samples: list[Sample]) -> torch.Tensor:
-    """Return indices into COLORS and SHAPES, (N, 2), int64; UNKNOWN if the questions leave it open."""
+    """Return indices into COLORS and SHAPES, (N, 2), int64; UNKNOWN for what the questions leave open."""
 
     def find(words: tuple[str, ...], caption: str) -> int:
         return next((i for i, word in enumerate(words) if word in caption.split()), UNKNOWN)
@@ -82,7 +82,7 @@ def augment(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def judge_loss(model: Judge, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Compute the cross-entropy of colour plus shape, per image; unknown labels count 0."""
+    """Compute the cross-entropy of colour plus that of shape, per image; unknown labels count as 0."""
     losses = [
         F.cross_entropy(logits, target, ignore_index=UNKNOWN, reduction="sum")
         for logits, target in zip(model(pixels), labels.unbind(dim=1))
@@ -101,8 +101,12 @@ def train_judge(
     """Train a judge from scratch on a CPU; the same seed gives the same judge.
 
     Args:
-        pixels: (N, 3, 64, 64) in [-1, 1].
-        labels: (N, 2), see `load_labels`.
+        pixels: images, (N, 3, 64, 64) in [-1, 1].
+        labels: labels, (N, 2), see `load_labels`.
+        epochs: passes over the images.
+        batch_size: images per batch.
+        learning_rate: peak learning rate.
+        seed: seed of initialisation, order and augmentation.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -144,10 +148,11 @@ def judge_images(model: Judge, pixels: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def judge_accuracy(model: Judge, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, float | int]:
-    """Compute the judge's accuracy on images (N, 3, 64, 64) with labels (N, 2), as shares of 1.
+    """Compute the judge's accuracy, in [0, 1], on images (N, 3, 64, 64) with labels (N, 2).
 
     Returns:
-        `color` and `shape`: each among the images whose label is known; `both`: among the `images` that have both.
+        `color` and `shape`, each over the images with that label; `both`, over the images with both labels; and their
+        number, `images`.
     """
     is_known, is_right = labels != UNKNOWN, torch.stack(judge_images(model, pixels), dim=1) == labels
     has_both = is_known.all(dim=1)
