@@ -143,7 +143,7 @@ class Settings(DrawingSettings):
 
 @dataclass(frozen=True)
 class Picture:
-    """One sample of a prompt: its path, its text and its seed."""
+    """One sample of a prompt: its path, prompt, text and seed."""
 
     path: Path
     prompt: Prompt
@@ -152,7 +152,7 @@ class Picture:
 
 
 def fit_text(text: str, length: Callable[[str], int], room: int) -> str:
-    """Return the text, cut at the end if its length is above `room`."""
+    """Truncate a text at its end until its length is at most `room`."""
     if length(text) <= room:
         return text
     end = bisect_right(range(len(text)), room, key=lambda n: length(text[:n])) - 1
@@ -162,10 +162,11 @@ def fit_text(text: str, length: Callable[[str], int], room: int) -> str:
 def fit_prompts(
     prompts: list[Prompt], processor: UniTokMLLMProcessor, max_positions: int, num_image_positions: int, truncate: bool
 ) -> list[str]:
-    """Return the prompts' texts; each fits into the model's context together with an image's positions.
+    """Return the texts of prompts, such that each fits into the model's context together with an image.
 
     Raises:
-        ValueError: a prompt is too long and may not be truncated, or there is no room for any text; names it.
+        ValueError: a prompt is too long and may not be truncated, or there is no room for any text. The message names
+            the prompt.
     """
     room = max_positions - num_image_positions
 
@@ -183,12 +184,12 @@ def fit_prompts(
 
 
 def picture_seed(seed: int, prompt: int, sample: int) -> int:
-    """Derive a seed that differs for each triple of numbers below 2^32."""
+    """Derive a different seed for each triple of numbers below 2^32."""
     return (seed << 64) + (prompt << 32) + sample
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether there is a complete image file."""
+    """Return whether a path is a complete image file."""
     try:
         with Image.open(path) as image:
             image.verify()
@@ -204,23 +205,27 @@ def draw(
     seeds: list[int],
     **options,
 ) -> list[Image.Image]:
-    """Draw a batch. Codes are decoded one by one, since in a batch a pixel may round to another grey level.
+    """Draw a batch of pictures. Images are decoded one by one, since batching may change the rounding of a pixel.
 
     Args:
-        options: of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `top_p`.
+        model: the MLLM.
+        processor: its processor.
+        texts: text of each picture.
+        seeds: seed of each picture.
+        options: options of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `top_p`.
     """
     codes = draw_codes(model, processor, texts, seed=seeds, **options)
     return [picture for row in codes.split(1) for picture in pictures_of(model, processor, row)]
 
 
 class Drawer:
-    """Draws batches of pictures, and writes those that are missing.
+    """Draw batches of pictures, and write the missing ones.
 
     Args:
-        model: folder.
+        model: folder of the MLLM.
         device: see `find_device`.
-        image_format: of the files.
-        options: of `draw`.
+        image_format: suffix of the files, one of IMAGE_FORMATS.
+        options: options of `draw`.
     """
 
     def __init__(self, model: str, device: str, image_format: str, options: dict):
@@ -228,13 +233,13 @@ class Drawer:
         self.image_format, self.options = image_format, options
 
     def __call__(self, batch: list[tuple[str, str, int]]) -> dict:
-        """Draw a batch, whole, if some of it is missing.
+        """Draw the whole batch if any picture of it is missing.
 
         Args:
-            batch: the path, text and seed of each picture.
+            batch: path, text and seed of each picture.
 
         Returns:
-            The number of pictures that it has drawn and written, and where.
+            The numbers of pictures drawn and written, and the device.
         """
         missing = {path for path, *_ in batch if not is_whole(Path(path))}
         if missing:
@@ -252,7 +257,7 @@ def vqa_scores(
     """Compute VQAScore of each pair, in [0, 1], by `eval.vqa_score` in another Python environment.
 
     Raises:
-        CalledProcessError: it failed; the reason is on stderr.
+        CalledProcessError: the script failed; the reason is on stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         pairs, scores = Path(folder) / "pairs.json", Path(folder) / "scores.json"
@@ -279,10 +284,11 @@ def summarize(pictures: list[Picture], scores: list[float]) -> dict:
 
 
 class Evaluation:
-    """Pictures to draw and to measure. Everything is checked before the work begins.
+    """Pictures to draw and measure. Everything is checked before the work begins.
 
     Raises:
-        ValueError: see `read_prompts` and `fit_prompts`; two pictures have one name; the folder holds other pictures.
+        ValueError: two pictures have the same name, or the folder has other pictures; see also `read_prompts` and
+            `fit_prompts`.
     """
 
     def __init__(self, settings: Settings):
@@ -349,7 +355,11 @@ class Evaluation:
             self._check_networks()
 
     def _check_folder(self) -> None:
-        """Refuse a folder of other pictures."""
+        """Check that the folder does not have pictures of other settings.
+
+        Raises:
+            ValueError: it does.
+        """
         path = self.folder / "settings.json"
         if path.is_file():
             there = read_result(path)
@@ -366,7 +376,7 @@ class Evaluation:
             raise ValueError(f"{self.folder} has images/ but no settings.json: give another --output")
 
     def _check_networks(self) -> None:
-        """Load the networks of the metrics before drawing, which takes long."""
+        """Load the networks of the metrics once, so that errors appear before the long drawing."""
         settings, missing = self.settings, []
         for name, load in (
             ("clip_score", lambda: load_clip(settings.clip)),
@@ -381,12 +391,12 @@ class Evaluation:
             raise ValueError(" ".join(missing))
 
     def draw(self) -> dict:
-        """Draw the missing pictures, in all processes. Returns the entry in the JSON."""
+        """Draw the missing pictures, in all processes, and return the entry in the JSON file."""
         state, size = self.state, self.settings.batch_size
         missing = {picture.path for picture in self.pictures if not is_whole(picture.path)}
         batches = [self.pictures[i : i + size] for i in range(0, len(self.pictures), size)]
         batches = [batch for batch in batches if any(picture.path in missing for picture in batch)]
-        state.wait_for_everyone()  # all have seen the same
+        state.wait_for_everyone()  # until all have read the folder
         if state.is_main_process:
             write_atomically(self.folder / "settings.json", json.dumps(self.drawn_with, indent=2).encode())
             for prompt in self.prompts:
@@ -445,7 +455,7 @@ class Evaluation:
         }
 
     def _pairs(self) -> tuple[list[Path], list[str]]:
-        """Return all pictures and their whole prompts, even if the model was given a cut one."""
+        """Return all pictures and their full prompts, even if the model was given truncated ones."""
         return [picture.path for picture in self.pictures], [picture.prompt.text for picture in self.pictures]
 
     def _options(self) -> dict:
@@ -480,7 +490,7 @@ class Evaluation:
         return report
 
     def _numbers(self, metrics: dict) -> list[dict]:
-        """Return the metrics with their protocol (`eval.protocol`)."""
+        """Return the metrics with their protocols (`eval.protocol`)."""
         settings, numbers = self.settings, []
         count = len(self.prompts)
         shared = {
@@ -531,7 +541,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluation = Evaluation(parse_settings(Settings, argv, __doc__))
     drawing = evaluation.draw()
     is_main_process = evaluation.state.is_main_process
-    evaluation.state.destroy_process_group()  # the others need not wait for the metrics
+    evaluation.state.destroy_process_group()  # so that other processes need not wait for the metrics
     if is_main_process:
         print(table(evaluation.report(drawing)))
 
