@@ -58,9 +58,9 @@ from unitok_mllm.sheet import contact_sheet
 
 ROOT = Path(__file__).parents[1]
 SHOWN = 32  # pictures on the sheet
-IMAGE_FORMATS = {"png": "png", "jpg": "jpeg"}  # and Pillow's names of them
+IMAGE_FORMATS = {"png": "png", "jpg": "jpeg"}  # suffix: Pillow's name of the format
 BENCHMARKS = {"genai": "GenAI-Bench", "geneval": "GenEval", "mjhq": "MJHQ-30K", "parti": "PartiPrompts"}
-WAIT = timedelta(days=7)  # for the slowest process
+WAIT = timedelta(days=7)  # timeout for the slowest process
 METRICS = {  # each metric's options; it is computed if the first one is given
     "clip_score": ("clip",),
     "vqa_score": ("vqa_score",),
@@ -239,7 +239,7 @@ class Drawer:
             batch: path, text and seed of each picture.
 
         Returns:
-            The numbers of pictures drawn and written, and the device.
+            The number of missing pictures that were `drawn`, and the `device` and `dtype` of the model.
         """
         missing = {path for path, *_ in batch if not is_whole(Path(path))}
         if missing:
