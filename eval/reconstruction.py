@@ -179,8 +179,8 @@ class UniTokSystem:
     """The tokenizer of a UniTok folder, or of an MLLM's.
 
     Attributes:
-        image_size: side of its images, in pixels.
-        codebooks: (K, V).
+        image_size: side of the images, in pixels.
+        codebooks: number of codebooks and of codes in each, (K, V).
     """
 
     def __init__(self, folder: str, dtype: torch.dtype, device: torch.device):
@@ -189,23 +189,23 @@ class UniTokSystem:
         self.image_size, self.codebooks = vision.image_size, (vision.num_codebooks, vision.codebook_size)
 
     def reconstruct(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, 3, H, W) in [-1, 1] -> the same, and the codes (B, K, L)."""
+        """Reconstruct pixels (B, 3, H, W) in [-1, 1]; also return the codes (B, K, L)."""
         codes = self.model.encode(pixels)
         return self.model.decode(codes, tuple(pixels.shape[2:])), codes
 
 
 class DiffusersSystem:
-    """Any autoencoder of diffusers that takes pictures; of a latent distribution the mode is decoded.
+    """Any autoencoder of diffusers that takes pictures. If it has a latent distribution, the mode is decoded.
 
     Attributes:
-        image_size: 256.
-        codebooks: (1, V) of a VQModel, else None.
+        image_size: side of the images, 256 pixels.
+        codebooks: (1, V) for a VQModel, else None.
     """
 
     image_size = 256
 
     def __init__(self, model: str, subfolder: str, dtype: torch.dtype, device: torch.device):
-        import diffusers  # only here: it takes seconds
+        import diffusers  # slow: keep `--help` quick
 
         subfolder = {"subfolder": subfolder} if subfolder else {}
         self.model = diffusers.AutoModel.from_pretrained(model, torch_dtype=dtype, **subfolder).to(device).eval()
@@ -213,7 +213,7 @@ class DiffusersSystem:
         self.codebooks = (1, self.model.config.num_vq_embeddings) if is_vq else None
 
     def reconstruct(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, 3, H, W) in [-1, 1] -> the same, and the codes (B, 1, L) of a VQModel."""
+        """Reconstruct pixels (B, 3, H, W) in [-1, 1]; also return the codes (B, 1, L) of a VQModel, else None."""
         encoded, codes = self.model.encode(pixels), None
         latents = encoded["latent_dist"].mode() if "latent_dist" in encoded else encoded[0]
         if self.codebooks:
@@ -234,7 +234,7 @@ def centre(size: int, picture: Image.Image) -> torch.Tensor:
     """Crop the centre of a picture without scaling it: (3, size, size) in [-1, 1].
 
     Raises:
-        ValueError: the picture is smaller.
+        ValueError: the picture is smaller than the crop.
     """
     if min(picture.size) < size:
         raise ValueError(f"{picture.width}x{picture.height} pixels, center_crop takes the {size}x{size} in the middle")
@@ -247,21 +247,22 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def psnr_of_uint8(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
-    """`training.losses.psnr` of 8-bit images; both (B, 3, H, W) uint8 -> (B,) float64."""
+    """Compute `training.losses.psnr` of 8-bit images, (B, 3, H, W) uint8: (B,), float64."""
     return psnr(images.double() / 127.5 - 1, originals.double() / 127.5 - 1)
 
 
 def ssim(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
-    """Compute the structural similarity, as a mean over channels and places of the whole window (Wang et al., 2004).
+    """Compute the structural similarity (Wang et al., 2004), averaged over channels and all positions of the full window.
 
-    torchmetrics pads the images by reflection and takes the mean over their borders too, which gives other values (up to
-    0.04 on noisy photographs).
+    torchmetrics pads the images by reflection and averages over their borders too, which gives other values (different
+    by up to 0.04 on noisy photographs).
 
     Args:
-        images, originals: (B, C, H, W), uint8, at least 11 pixels a side.
+        images: images to compare, (B, C, H, W), uint8, with sides of at least 11 pixels.
+        originals: originals, in the same shape.
 
     Returns:
-        (B,), float64.
+        The similarity of each image, (B,), float64.
     """
     window = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=images.device).square() / (2 * 1.5**2))
     window /= window.sum()
@@ -280,7 +281,7 @@ def ssim(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
 
 
 def inception_features(weights: str, layer: str, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Load torch-fidelity's Inception: uint8 (B, 3, H, W) -> features (B, D), float32."""
+    """Load torch-fidelity's Inception as a function from images (B, 3, H, W), uint8, to features (B, D), float32."""
     remedy = "--inception_weights FILE, or leave it out by --skip rfid"
     network = load_inception("torch-fidelity", weights, device, layer, "rfid", remedy)
     return lambda images: network(images)[0]
@@ -300,7 +301,10 @@ def lite0() -> nn.Module:
 
 
 def lite0_features(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Load EfficientNet-Lite0: uint8 (B, 3, H, W) -> features before its classifier, (B, 1280), float32."""
+    """Load EfficientNet-Lite0 as a function from images (B, 3, H, W), uint8, to features (B, 1280), float32.
+
+    The features are those before the classifier.
+    """
     network = lite0().to(device)
 
     def features(images: torch.Tensor) -> torch.Tensor:
@@ -311,7 +315,7 @@ def lite0_features(device: torch.device) -> Callable[[torch.Tensor], torch.Tenso
 
 
 def lpips_distance(weights: str, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Load LPIPS on VGG-16: two batches (B, 3, H, W), uint8 -> (B,)."""
+    """Load LPIPS on VGG-16 as a function from two batches (B, 3, H, W), uint8, to distances (B,)."""
     remedy = "--vgg_weights FILE, or leave it out by --skip lpips"
     with weights_needed("lpips", f"VGG-16's weights ({weights or VGG16_Weights.IMAGENET1K_V1.url})", remedy):
         network = VGGDistance(checkpoint=weights).lpips.to(device).eval()
@@ -319,10 +323,10 @@ def lpips_distance(weights: str, device: torch.device) -> Callable[[torch.Tensor
 
 
 def load_metrics(settings: Settings, device: torch.device) -> tuple[dict[str, Callable], dict[str, Callable]]:
-    """Load the functions that compare two batches of images, and those that compute features of one, by metric.
+    """Load, by metric, the functions that compare two batches of images, and those that compute features of one.
 
     Raises:
-        ValueError: weights or packages are missing; names all of them.
+        ValueError: weights or packages are missing; the message names all of them.
     """
     loaders = {}
     if "rfid" in settings.metrics:
@@ -346,9 +350,12 @@ def load_metrics(settings: Settings, device: torch.device) -> tuple[dict[str, Ca
 
 
 def second_moments(features: torch.Tensor) -> torch.Tensor:
-    """(B, D) -> (D + 1, D + 1), float64 on the CPU: the sum of outer products of the rows, each with a 1 appended.
+    """Sum the outer products of the rows of features (B, D), each with a 1 appended.
 
-    They contain count, sum and covariance, and add up over disjoint sets.
+    The result determines count, mean and covariance, and adds up over disjoint sets.
+
+    Returns:
+        (D + 1, D + 1), float64, on the CPU.
     """
     features = F.pad(features.cpu().double(), (0, 1), value=1.0)
     return features.T @ features
@@ -358,7 +365,7 @@ def frechet_distance(moments: torch.Tensor, other: torch.Tensor) -> float:
     """Compute torch-fidelity's Fréchet distance of two sets of features from their second moments.
 
     Raises:
-        ValueError: a set has fewer than 2 members.
+        ValueError: a set has fewer than 2 images.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
@@ -375,7 +382,7 @@ def frechet_distance(moments: torch.Tensor, other: torch.Tensor) -> float:
 def code_statistics(counts: torch.Tensor) -> dict:
     """Compute usage (percent) and entropy (bits) of each codebook, and their means, from counts of codes (K, V).
 
-    A code is used if it was chosen at all; the entropy is that of the choices, at most log2 V.
+    A code is used if its count is above 0. The entropy is that of the distribution of codes, at most log2 V.
     """
     usage = 100 * (counts > 0).double().mean(dim=1)
     shares = counts.double() / counts.sum(dim=1, keepdim=True)
@@ -399,7 +406,7 @@ def add(*tallies: Tally) -> Tally:
 
 
 def to_picture(image: torch.Tensor) -> Image.Image:
-    """(3, H, W) uint8 -> RGB."""
+    """Convert pixels (3, H, W), uint8, to an RGB picture."""
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
@@ -410,7 +417,7 @@ class Evaluation:
         self.settings, self.images, self.state = settings, images, state
         self.place = {index: place for place, index in enumerate(chosen)}
         self.device = state.device if state.num_processes > 1 else find_device(settings.device, state.device)
-        with state.local_main_process_first():  # which downloads weights
+        with state.local_main_process_first():  # download weights only once
             self.metrics, self.networks = load_metrics(settings, self.device)
             self.system = load_system(settings, self.device)
         self.image_size = settings.image_size or self.system.image_size
@@ -426,12 +433,12 @@ class Evaluation:
         return f"{self.settings.preprocessing}, {self.image_size}x{self.image_size}"
 
     def batches(self, indices: list[int]) -> Iterator[ImageBatch]:
-        """See `eval.images.load_batches`; broken images come as such."""
+        """Load batches, including the errors of broken images; see `eval.images.load_batches`."""
         size, workers = self.settings.batch_size, self.settings.workers
         return load_batches(self.images, self.preprocess, indices, size, workers, skip_broken=True)
 
     def measure(self, indices: list[int], save: Callable[[Tally], None]) -> None:
-        """Measure images. The tally is saved every minute, at the end, and after an error."""
+        """Measure images, and save the tally every minute, at the end, and after an error."""
         tally, saved = {}, time.monotonic()
         try:
             with tqdm(total=len(indices), desc="images", disable=not self.state.is_main_process) as bar:
@@ -449,14 +456,14 @@ class Evaluation:
 
     @torch.inference_mode()
     def tally(self, batch: ImageBatch) -> Tally:
-        """Make the tally of a batch. N counts all images to measure; other rows than the batch's are 0.
+        """Compute the tally of a batch, with N rows for all images to measure. Rows of other images are 0.
 
         Returns:
-            measured: (N,), the image's fingerprint, 0 if it was not measured.
-            psnr, ssim, lpips: (N,) float64, 0 where not measured.
-            rfid/originals, rfid/reconstructions, the same for the proxy: second moments, (D + 1, D + 1) float64.
-            codes: how often each was chosen, (K, V) int64.
-            shown: (SHOWN, 2, 3, H, W) uint8, the first images and their reconstructions.
+            measured: fingerprint of each measured image, (N,).
+            psnr, ssim, lpips: metrics of each measured image, (N,), float64.
+            rfid/originals, rfid/reconstructions, and the same for the proxy: second moments, (D + 1, D + 1), float64.
+            codes: count of each code, (K, V), int64.
+            shown: the first images and their reconstructions, (SHOWN, 2, 3, H, W), uint8.
         """
         start = time.perf_counter()
 
@@ -491,10 +498,10 @@ class Evaluation:
         return tally
 
     def reconstruct(self, batch: ImageBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Originals and reconstructions, (B, 3, H, W) uint8 on the device, and the codes (B, K, L), if there are any.
+        """Return originals and reconstructions, (B, 3, H, W), uint8, on the device, and the codes (B, K, L), if any.
 
         Raises:
-            ValueError: the system gives NaN, or pictures of another shape.
+            ValueError: the system returns NaN, or pictures of another shape.
         """
         pixels = batch.pixel_values.to(self.device)
         decoded, codes = self.system.reconstruct(pixels.to(getattr(torch, self.settings.dtype)))
@@ -512,7 +519,7 @@ def report_metrics(tally: Tally, settings: Settings) -> tuple[dict, list[str]]:
     """Compute all metrics by name, and notes on them.
 
     Raises:
-        ValueError: too few images.
+        ValueError: there are too few images.
     """
     metrics, notes = {}, []
     count = int((tally["measured"] > 0).sum())
@@ -533,7 +540,7 @@ def report_metrics(tally: Tally, settings: Settings) -> tuple[dict, list[str]]:
 
 
 def rfid_key(settings: Settings) -> str:
-    """ "rfid" only for the layer that everyone means by it."""
+    """Return the name of the distance, which is "rfid" only for the usual layer of Inception."""
     return "rfid" if settings.inception_layer == "2048" else f"frechet_distance_inception_{settings.inception_layer}"
 
 
@@ -576,12 +583,12 @@ def read_finished(settings: Settings, key: str, digest: str) -> dict | None:
 
 
 def read_parts(folder: Path, expected: torch.Tensor) -> list[Tally]:
-    """Read the tallies that processes have saved, in this run or an interrupted one, each of other images.
+    """Read the tallies of disjoint sets of images that processes have saved, in this run or an interrupted one.
 
-    A tally with an image that has changed since, by the `expected` fingerprints (N,), is left out.
+    A tally is left out if one of its images has changed since, according to the `expected` fingerprints (N,).
 
     Raises:
-        ValueError: a file is broken; it is named.
+        ValueError: a file is broken; the message names it.
     """
     paths = sorted(folder.glob("*.pt"))
     for path in paths:
@@ -591,7 +598,7 @@ def read_parts(folder: Path, expected: torch.Tensor) -> list[Tally]:
 
 
 def write_part(tally: Tally, path: Path) -> None:
-    """Save a tally; an interruption leaves the old file or the new one."""
+    """Save a tally atomically."""
     data = io.BytesIO()
     torch.save(tally, data)
     write_atomically(path, data.getvalue())
@@ -619,7 +626,7 @@ def evaluate(settings: Settings) -> dict | None:
             )
         expected = fingerprints(images, chosen)
         earlier, parts = len(list(folder.glob("*.pt"))), read_parts(folder, expected)
-        state.wait_for_everyone()  # all have read before any writes
+        state.wait_for_everyone()  # all processes must read before one writes
         measured = sum((part["measured"] for part in parts), start=torch.zeros(len(chosen)))
         remaining = [index for index, done in zip(chosen, measured.tolist()) if not done]
         evaluation = Evaluation(settings, images, chosen, state)
@@ -639,7 +646,7 @@ def finish(evaluation: Evaluation, key: str, tally: Tally, start: float) -> dict
     """Write report and sheet, and remove the saved tallies.
 
     Raises:
-        ValueError: see `check_broken_share`; or there are too few images.
+        ValueError: see `check_broken_share`; also if there are too few images.
     """
     settings = evaluation.settings
     names = [evaluation.images.names[index] for index in evaluation.place]
@@ -661,7 +668,7 @@ def finish(evaluation: Evaluation, key: str, tally: Tally, start: float) -> dict
         "image_size": evaluation.image_size,
         "device": str(evaluation.device),
         "processes": evaluation.state.num_processes,
-        "seed": None,  # nothing is drawn
+        "seed": None,  # nothing is sampled
         "images": len(names) - len(broken),
         "broken": [evaluation.images.names[index] for index in broken],
         "seconds": round(time.perf_counter() - start, 1),
@@ -677,17 +684,17 @@ def finish(evaluation: Evaluation, key: str, tally: Tally, start: float) -> dict
 
 
 def all_versions() -> dict[str, str]:
-    """Versions of the installed libraries that the numbers depend on."""
+    """Return the versions of the installed libraries that the numbers depend on."""
     found = versions()
     for package in ("torch-fidelity", "lpips", "diffusers", "timm", "pillow"):
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # of a system or metric that was not asked for
+        except PackageNotFoundError:  # needed only by other systems or metrics
             continue
     return found
 
 
-MEASURES = {  # by key: name, unit, and what computes it
+MEASURES = {  # key: name, unit, and the tool that computes it
     "rfid": ("rFID", "", "torch-fidelity, Inception's 2048 features"),
     "psnr_db": ("PSNR", "dB", "mean over 8-bit images"),
     "ssim": ("SSIM", "", "Gaussian window of 11, mean over 8-bit images"),
@@ -697,9 +704,9 @@ MEASURES = {  # by key: name, unit, and what computes it
 
 
 def numbers(metrics: dict, evaluation: Evaluation, count: int) -> list[dict]:
-    """Return the metrics of `count` measured images with their protocol (`eval.protocol`).
+    """Return the metrics of `count` measured images with their protocols (`eval.protocol`).
 
-    A location whose name contains "imagenet" is taken for ImageNet.
+    A location whose name contains "imagenet" is assumed to be ImageNet.
     """
     location, total = evaluation.settings.images, len(evaluation.images)
     return [
