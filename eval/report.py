@@ -33,7 +33,7 @@ from unitok_mllm.outputs import check_output_file
 
 ABOUT = ("settings", "versions", "prompt", "prompts", "measured", "configs", "config", "runs")  # shown folded
 LONG = 30  # rows; longer tables are folded
-WIDE = 12  # columns; wider tables are turned
+WIDE = 12  # columns; wider tables are transposed
 DIGEST = re.compile(r"(.*_)?(sha256|digest)|key")
 SHARE = re.compile(r"(accuracy|exact_match|f1|top\d|both|color|shape|pope)(_.*)?")  # of 1, where in [0, 1]
 PERCENT = re.compile(r".*_percent(_each)?")
@@ -122,9 +122,14 @@ class Section:
     """One result.
 
     Attributes:
-        results: a row for each number that it names as such: name, value, and what was published of the same protocol.
-        refused: what was published of the same benchmark by other procedures, and how they differ.
+        title: title of the result.
+        path: path of the file.
+        results: a row for each of the result's `numbers`: name, value, and published numbers of the same protocol.
+        refused: published numbers of the same benchmark with other protocols, and the differences.
+        measured: tables of the other values.
+        about: tables of settings and versions, see ABOUT.
         digests: rows of names and digests.
+        pictures: name and data URI of each picture.
     """
 
     title: str
@@ -143,12 +148,12 @@ def is_number(value: Any) -> bool:
 
 
 def is_spread(value: Any) -> bool:
-    """Return whether a value is a mean with its standard deviation, which takes one cell."""
+    """Return whether a value is a mean with its standard deviation, which fits into one cell."""
     return isinstance(value, dict) and {"mean", "std"} <= value.keys() and is_number(value["mean"])
 
 
 def is_flat(value: Any) -> bool:
-    """Return whether a value takes one cell."""
+    """Return whether a value fits into one cell."""
     if isinstance(value, list):
         return all(not isinstance(item, dict | list) for item in value)
     return not isinstance(value, dict) or is_spread(value)
@@ -160,12 +165,12 @@ def short(number: float) -> str:
 
 
 def percent(value: float, full: float) -> Cell:
-    """Make the cell of a percentage, with the original value in the tooltip."""
+    """Build the cell of a percentage, with the original value in the tooltip."""
     return Cell(f"{value:.1f}%", str(full), number=True)
 
 
 def to_cell(value: Any, path: str = "") -> Cell:
-    """Make the cell of a flat value; some names mean percentages."""
+    """Build the cell of a flat value. Some names mark shares, which are shown as percentages."""
     names = path.split(" · ")
     if value is None or value == []:
         return Cell("-")
@@ -186,7 +191,7 @@ def to_cell(value: Any, path: str = "") -> Cell:
 
 
 def flattened(row: dict) -> dict[str, Any]:
-    """Flatten nested dicts, with joined names; lists of dicts are not flattened."""
+    """Flatten nested dicts and join their names. Lists of dicts are not flattened."""
     flat = {}
     for name, value in row.items():
         if isinstance(value, dict) and not is_spread(value):
@@ -197,10 +202,10 @@ def flattened(row: dict) -> dict[str, Any]:
 
 
 def to_blocks(value: Any, title: str = "") -> list[Block]:
-    """Convert any JSON value to tables, the deepest last.
+    """Convert any JSON value to tables, the most deeply nested last.
 
-    A list of dicts, or a dict of dicts most of whose names are the same, is one table with a row for each; other dicts
-    have a row for each flat value, and tables of their own for the rest.
+    A list of dicts, or a dict of similar dicts (see `are_alike`), becomes one table with a row for each dict. Other
+    dicts become a table with a row for each flat value, and separate tables for the other values.
     """
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         return matrix([flattened(item) for item in value], title)
@@ -223,7 +228,7 @@ def to_blocks(value: Any, title: str = "") -> list[Block]:
 
 
 def are_alike(values: list) -> bool:
-    """Return whether these are several dicts that share half of the names of their flat values."""
+    """Return whether the values are several dicts that share at least half of the names of their flat values."""
     if len(values) < 2 or not all(isinstance(item, dict) and not is_spread(item) for item in values):
         return False
     names = [{name for name, item in flattened(row).items() if is_flat(item)} for row in values]
@@ -231,7 +236,7 @@ def are_alike(values: list) -> bool:
 
 
 def without(value: Any, is_apart: Callable[[str, Any], bool], apart: dict[str, Any], path: str = "") -> Any:
-    """Remove the entries that a test selects, at any depth of nested dicts; they go to `apart` under their paths."""
+    """Move the entries for which `is_apart` is true, at any depth of nested dicts, to `apart` under their paths."""
     if not isinstance(value, dict):
         return value
     rest = {}
@@ -245,7 +250,7 @@ def without(value: Any, is_apart: Callable[[str, Any], bool], apart: dict[str, A
 
 
 def is_digest(name: str, value: Any) -> bool:
-    """Return whether a value of a result is a digest, by its name."""
+    """Return whether a value of a result is a digest, judging by its name."""
     return isinstance(value, str) and bool(DIGEST.fullmatch(name))
 
 
@@ -259,7 +264,7 @@ def is_numbers(name: str, value: Any) -> bool:
 
 
 def matrix(rows: list[dict], title: str) -> list[Block]:
-    """Make one table of flat rows (transposed if there are many columns), and tables of the lists of dicts."""
+    """Build one table of the flat rows (transposed if it is wide), and tables of the lists of dicts."""
     columns = list(dict.fromkeys(name for row in rows for name, item in row.items() if is_flat(item)))
     cells = [
         [to_cell(row[name], f"{title} · {name}") if name in row else Cell("") for name in columns] for row in rows
@@ -276,10 +281,10 @@ def matrix(rows: list[dict], title: str) -> list[Block]:
 
 
 def read_result(path: Path) -> Any:
-    """Read a JSON file, or a file with one JSON value a line.
+    """Read a JSON file, or a file with one JSON value per line.
 
     Raises:
-        ValueError: there is no such file, or it is neither; it is named.
+        ValueError: the file does not exist, or has another format; the message names it.
     """
     try:
         text = path.read_text("utf-8")
@@ -300,7 +305,7 @@ def read_result(path: Path) -> Any:
 
 
 def title_of(result: Any, path: Path) -> str:
-    """Return a result's title: its `benchmark`, the tool that writes such keys, or the file's name."""
+    """Return the title of a result: its `benchmark`, the tool that its keys identify, or the file's name."""
     if isinstance(result, dict) and isinstance(result.get("benchmark"), str):
         return ("text to image, " if "drawn_with" in result else "") + result["benchmark"]
     if isinstance(result, dict) and isinstance(result.get("results"), dict) and {"configs", "n-shot"} & result.keys():
@@ -319,10 +324,10 @@ def strings(value: Any) -> list[str]:
 
 
 def pictures(result: Any, path: Path) -> list[tuple[str, str]]:
-    """Return name and data URI of each PNG that the result names, or that lies beside it under the same name.
+    """Return name and data URI of each PNG that the result names, or that is next to it under the same name.
 
     Raises:
-        ValueError: one of them is no PNG.
+        ValueError: one of the files is not a PNG.
     """
     found = [
         path.with_suffix(".png"),
@@ -343,7 +348,7 @@ def pictures(result: Any, path: Path) -> list[tuple[str, str]]:
 
 
 def value_cell(value: float, unit: str) -> Cell:
-    """Make the cell of a measured or published number, with its unit."""
+    """Build the cell of a measured or published number, with its unit."""
     if unit == "%":
         return percent(value, value)
     cell = to_cell(value)
@@ -351,7 +356,7 @@ def value_cell(value: float, unit: str) -> Cell:
 
 
 def compare(number: dict, published: list[Published]) -> tuple[list[list[Cell]], list[str]]:
-    """Make the rows of one number with published ones, and a line for each that is not comparable."""
+    """Build the rows that compare a number with published ones, and a line for each that is not comparable."""
     name = [Cell(f"{number['benchmark']}, {number['metric']}"), Cell(number["protocol"]["split"])]
     here = [*name, value_cell(number["value"], number["unit"])]
     rows, refused = [], []
@@ -368,14 +373,14 @@ def compare(number: dict, published: list[Published]) -> tuple[list[list[Cell]],
 
 
 def to_section(path: Path, published: list[Published]) -> Section:
-    """Make the section of a result; errors are those of `read_result` and `pictures`."""
+    """Build the section of a result; for errors see `read_result` and `pictures`."""
     result = read_result(path)
     title = title_of(result, path)
     digests, numbers, about, results, refused = {}, {}, {}, [], []
     rest = without(without(result, is_digest, digests), is_numbers, numbers)
     rest = without(rest, lambda name, _: name in ABOUT, about)
     if isinstance(rest, dict):
-        rest.pop("benchmark", None)  # it is the heading
+        rest.pop("benchmark", None)  # shown as the heading
     for number in numbers.get("numbers", []):
         rows, lines = compare(number, published)
         results += [[Cell(title), *row] for row in rows]
@@ -394,7 +399,7 @@ def to_section(path: Path, published: list[Published]) -> Section:
 
 
 def make_report(paths: list[Path], title: str) -> str:
-    """Make the page, as HTML.
+    """Build the HTML page.
 
     Raises:
         ValueError: see `read_result` and `pictures`.
