@@ -62,23 +62,26 @@ def start_server(
     """Start the API server, and wait until it answers.
 
     Args:
-        program: `unitok-mllm`.
-        kwargs: of `subprocess.Popen`.
+        model: folder of the MLLM.
+        port: port to listen on.
+        options: further options of the server.
+        program: command that runs `unitok-mllm`.
+        kwargs: options of `subprocess.Popen`.
 
     Raises:
-        ValueError: it ends, or does not answer within five minutes.
+        ValueError: the server ends, or does not answer within five minutes.
     """
     return wait_for([*program, "api", "--model", str(model), "--port", str(port), *options], port, **kwargs)
 
 
 def start_peer(model: Path, port: int) -> subprocess.Popen:
-    """Start `transformers serve`, as it is."""
+    """Start `transformers serve` with its default options."""
     options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     return wait_for([str(Path(sys.executable).parent / "transformers"), "serve", str(model), *options], port)
 
 
 def wait_for(command: list[str], port: int, **kwargs) -> subprocess.Popen:
-    """Run the command of a server, and wait until `/health` answers (see `start_server`)."""
+    """Run the command of a server, and wait until `/health` answers; see `start_server`."""
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **kwargs)
     for _ in range(3000):
         if server.poll() is not None:
@@ -93,7 +96,7 @@ def wait_for(command: list[str], port: int, **kwargs) -> subprocess.Popen:
 
 
 async def ask(client: httpx.AsyncClient, path: str, body: dict) -> tuple[float, float]:
-    """Measure the seconds to the first event of a streamed response (a partial picture, or a token), and to its end."""
+    """Measure the seconds until the first event of a streamed response (a partial picture or a token), and until its end."""
     start, first = time.perf_counter(), None
     async with client.stream("POST", path, json=body) as response:
         response.raise_for_status()
@@ -104,10 +107,14 @@ async def ask(client: httpx.AsyncClient, path: str, body: dict) -> tuple[float, 
 
 
 async def load_with(port: int, kind: str, num_clients: int, num_requests: int, model: str) -> dict:
-    """Measure requests per second of a kind (see `REQUESTS`), and percentiles of their times, in seconds.
+    """Measure the throughput of one kind of request (see `REQUESTS`), and percentiles of the latency, in seconds.
 
     Args:
-        model: name by which the server knows its model.
+        port: port of the server.
+        kind: kind of request.
+        num_clients: number of concurrent clients.
+        num_requests: number of requests over all clients.
+        model: name of the model in the server's API.
     """
     path, body = REQUESTS[kind]
     body = body | {"model": model}
@@ -136,13 +143,13 @@ TIMES = ("p50", "p95", "p99", "first_p50", "first_p95", "first_p99")
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
-    """Return the 50th, 95th and 99th percentile of some times."""
+    """Return the 50th, 95th and 99th percentile of the times."""
     ordered = sorted(times)
     return {f"p{share}": ordered[min(len(ordered) - 1, share * len(ordered) // 100)] for share in (50, 95, 99)}
 
 
 def plain_times(model: Path, count: int = 10) -> dict[str, dict[str, float]]:
-    """Time the same drawing and answer by `generate`, one after another, in seconds."""
+    """Time the same drawing and answer with `generate`, one after another, in seconds."""
     mllm, processor = load(model)
     inputs, times = processor(text=[PROMPT], generation_mode="image"), {"draw": [], "answer": []}
     text = processor(text=[PROMPT])
@@ -159,16 +166,16 @@ def plain_times(model: Path, count: int = 10) -> dict[str, dict[str, float]]:
 
 
 def memory_of(server: subprocess.Popen) -> int:
-    """Return the resident memory in bytes, from /proc."""
+    """Return the resident memory of a server in bytes, from /proc."""
     status = Path(f"/proc/{server.pid}/status").read_text(encoding="utf-8")
     return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
 
 
 def soak(model: Path, port: int, max_rows: int, num_requests: int) -> list[tuple[int, int]]:
-    """Send drawings and answers in turn from 16 clients at once, and watch the server's memory.
+    """Send drawings and answers alternately from 16 concurrent clients, and record the server's memory.
 
     Returns:
-        the number of requests answered and the resident memory in bytes, at the start and after each tenth.
+        The number of answered requests and the resident memory in bytes, at the start and after each tenth.
     """
     server = start_server(model, port, "--max-rows", str(max_rows), "--queue-size", "1000")
     try:
@@ -184,7 +191,7 @@ def soak(model: Path, port: int, max_rows: int, num_requests: int) -> list[tuple
 
 
 def stop(server: subprocess.Popen) -> None:
-    """End a server, and wait for its end."""
+    """Terminate a server, and wait until it has ended."""
     server.terminate()
     server.wait()
 
@@ -256,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(model: Path, options: argparse.Namespace) -> dict:
-    """Time the plain calls, both servers, and on request the peer."""
+    """Time the plain calls, both servers and, if requested, the peer."""
     results = {"plain": plain_times(model)}
     servers = {
         name: partial(start_server, model, options.port, "--max-rows", str(rows), "--queue-size", "1000")
