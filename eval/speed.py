@@ -75,10 +75,16 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 
 
 def make_row(name: str, job: Job, way: str, measured: Measurement, settings: Settings, note: str, peaks: dict) -> dict:
-    """All `FIELDS` but those of a comparison.
+    """Build a row with all `FIELDS` except those of a comparison.
 
     Args:
-        peaks: FLOP/s as "GEMM" and bytes/s as "bandwidth"; empty while these are measured.
+        name: name of the job.
+        job: the job.
+        way: name of the implementation.
+        measured: its measurement.
+        settings: the settings.
+        note: note in the row.
+        peaks: peak FLOP/s as "GEMM" and bytes/s as "bandwidth"; empty while these are measured.
     """
     seconds, least_bytes = measured.seconds, job.least_bytes
     if least_bytes is not None:
@@ -111,7 +117,7 @@ def make_row(name: str, job: Job, way: str, measured: Measurement, settings: Set
 
 
 def run_job(settings: Settings, name: str, peaks: dict[str, float]) -> list[dict]:
-    """The rows of one job, each printed as soon as it is known; the model is gone with the process."""
+    """Run one job and return its rows. Each is printed as soon as it is measured."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
@@ -138,7 +144,7 @@ def run_job(settings: Settings, name: str, peaks: dict[str, float]) -> list[dict
 
 
 def end_with_parent() -> None:
-    """Lets this process end as soon as the one that started it does, however that ends."""
+    """Make this process end as soon as its parent process ends, in whatever way."""
 
     def watch() -> None:
         connection.wait([parent_process().sentinel])
@@ -148,17 +154,17 @@ def end_with_parent() -> None:
 
 
 def in_own_process(settings: Settings, name: str, peaks: dict[str, float]) -> list[dict]:
-    """`run_job` in a fresh process.
+    """Call `run_job` in a fresh process, whose end frees the memory of the model.
 
     Raises:
-        BrokenProcessPool: it was killed, as for memory.
+        BrokenProcessPool: the process was killed, for example because memory ran out.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=end_with_parent) as pool:
         return pool.submit(run_job, settings, name, peaks).result()
 
 
 def show(rows: list[dict]) -> None:
-    """A table on standard error, beside the lines of JSON on standard output."""
+    """Print the rows as a table to stderr, in addition to the JSON lines on stdout."""
     from training.plan import markdown_table
 
     shown = {
