@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Argument parser with errors of one line."""
+    """Argument parser that prints errors in one line."""
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message}\n")
