@@ -84,7 +84,7 @@ OVERRIDES = {
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """Shrink the default config of a family: small sizes, and one layer of each kind."""
+    """Shrink the default config of a family to small sizes and one layer of each kind."""
     config = AutoConfig.for_model(family).get_text_config(decoder=True)
     fields, depth = config.to_dict(), config.num_hidden_layers
     of_layers = {k: v for k, v in fields.items() if isinstance(v, (list, tuple)) and len(v) == depth > 4}
@@ -103,7 +103,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
 
 
 def tiny_llm(family: str) -> PreTrainedModel:
-    """Build a random LLM of this family, with larger matrices than usual, so that outputs depend on all inputs."""
+    """Build a random LLM of a family, with larger weights than usual, so that outputs depend on all inputs."""
     config = tiny_config(family)
     set_seed(0)
     llm = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])(config)
@@ -112,7 +112,7 @@ def tiny_llm(family: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def enliven(module: torch.nn.Module) -> torch.nn.Module:
-    """Enlarge the freshly initialised matrices, so that outputs depend visibly on every input."""
+    """Scale up the freshly initialised matrices, so that outputs depend measurably on every input."""
     for parameter in module.parameters():
         if parameter.ndim == 2:
             parameter.mul_(5)
@@ -120,7 +120,7 @@ def enliven(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def join(llm: PreTrainedModel) -> UniTokMLLMForConditionalGeneration:
-    """Join the LLM with a fresh tokenizer for pictures of 48 pixels, an embedder and a depth transformer."""
+    """Join the LLM with a new tokenizer for pictures of 48 pixels, an embedder and a depth transformer."""
     vision = {"image_size": 48, "stem_width": 8, "stage_dims": (8, 16), "stage_depths": (1, 2), "hidden_size": 64}
     vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_codebooks": 4, "codebook_size": 32}
     visual = UniTokModel(UniTokConfig(vision_config={**vision, "quantizer_dim": 24, "projection_dim": 20}))
@@ -155,10 +155,10 @@ class Disagreement(Exception):
 
 
 def same(what: str, one: torch.Tensor, other: torch.Tensor) -> None:
-    """Check that two results are equal: floats within 1e-3 of the largest, integers exactly.
+    """Check that two results are equal: floats up to 1e-3 of the largest value, integers exactly.
 
     Raises:
-        Disagreement: they are not; the message begins with `what`.
+        Disagreement: the results differ; the message begins with `what`.
     """
     if one.shape != other.shape or not torch.isfinite(one.float()).all():
         raise Disagreement(f"{what}: {tuple(one.shape)}, {tuple(other.shape)}, or not finite")
@@ -172,7 +172,7 @@ def same(what: str, one: torch.Tensor, other: torch.Tensor) -> None:
 
 @torch.no_grad()
 def check_reading(llm: PreTrainedModel, model: UniTokMLLMForConditionalGeneration) -> None:
-    """Check that text logits equal the LLM's, that a picture changes them, and that answers do not depend on cache or batch."""
+    """Check that text logits equal the LLM's, a picture changes them, and answers do not depend on cache or batch."""
     codes = torch.randint(32, (3, K, L))
     text = {"input_ids": torch.tensor([LONG])}
     same("text logits against the bare LLM", model(**text).logits, llm(**text).logits)
@@ -251,11 +251,11 @@ def check_saving(model: UniTokMLLMForConditionalGeneration) -> None:
 
 
 def outcome(family: str) -> str:
-    """Try a family. Returns "works", "refused: ..." with the config's error, or the check that fails and its error."""
+    """Try a family. Return "works", "refused: ..." with the config's error, or the failed check and its error."""
     not_tried = "not tried: no tiny one runs on its own ({}: {:.90})"
     try:
         llm = tiny_llm(family)
-    except Exception as error:  # the library's own, caused by the tiny config made here
+    except Exception as error:  # an error of transformers, caused by the tiny config
         return not_tried.format(type(error).__name__, " ".join(str(error).split()))
     try:
         check_llm(llm.config)
@@ -274,7 +274,7 @@ def outcome(family: str) -> str:
     ):
         try:
             check()
-        except Exception as error:  # of any kind: the other families are still tried
+        except Exception as error:  # any error: go on with the other families
             return f"fails at {name}: {' '.join(str(error).split())[:120]}"
     return "works"
 
