@@ -115,20 +115,20 @@ class Settings:
 
 
 class TaskError(ValueError):
-    """Raised for a task that cannot be run here."""
+    """A task cannot be run."""
 
 
 @functools.cache
 def task_manager() -> "TaskManager":
     """Build lmms-eval's task manager, with the tasks of this project added."""
-    from lmms_eval.tasks import TaskManager  # takes many seconds, which `--help` should not
+    from lmms_eval.tasks import TaskManager  # slow: keep `--help` quick
 
     folder = str(Path(__file__).parent / "lmms" / "tasks")
     return TaskManager("WARNING", include_path=folder, model_name="unitok_mllm")
 
 
 def metrics(values: dict) -> dict[str, float]:
-    """Return the numbers in lmms-eval's results of a task; "accuracy,none" becomes "accuracy"."""
+    """Return the numbers in lmms-eval's results of a task, by name; "accuracy,none" becomes "accuracy"."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
@@ -154,7 +154,7 @@ def sampling(config: dict) -> str:
 
 
 def numbers(results: dict, settings: Settings, model: "UniTokMLLM") -> list[dict]:
-    """Return the scores that lmms-eval measured, with their protocol (`eval.protocol`)."""
+    """Return the scores that lmms-eval measured, with their protocols (`eval.protocol`)."""
     found, image_processor = [], model.processor.image_processor
     size = f"{image_processor.size['width']}x{image_processor.size['height']}"
     for task, values in results["results"].items():
@@ -185,15 +185,18 @@ def numbers(results: dict, settings: Settings, model: "UniTokMLLM") -> list[dict
 
 
 def run_task(name: str, settings: Settings, model: "UniTokMLLM") -> dict | None:
-    """Run one task or group on all processes. Returns its entry in the JSON on the first process.
+    """Run one task or group on all processes.
+
+    Returns:
+        Its entry in the JSON file on the main process; None on the others.
 
     Raises:
-        TaskError: the task's data cannot be had, or it cannot be asked in this way.
+        TaskError: the task's data is not available, or the task cannot be run with these settings.
     """
     from lmms_eval.evaluator import simple_evaluate
 
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # which lmms-eval's import has turned on for the whole process
-    output = str(Path(settings.output).with_suffix(""))  # where a task writes answers for a benchmark's own server
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms-eval turns it on for the whole process
+    output = str(Path(settings.output).with_suffix(""))  # for the file of answers
     try:
         results = simple_evaluate(
             model=model,
@@ -236,7 +239,7 @@ def read_finished(output: str, wanted: dict) -> dict[str, dict]:
     """Read the tasks that an earlier run has finished.
 
     Raises:
-        TaskError: some have other settings than the current ones.
+        TaskError: a task was run with other settings.
     """
     parts = read_result(output, "parts").get("parts", {})
     for name, part in parts.items():
@@ -250,7 +253,7 @@ def read_finished(output: str, wanted: dict) -> dict[str, dict]:
 
 
 def evaluate(settings: Settings) -> dict:
-    """Run the tasks that are missing from the output. Returns the complete report.
+    """Run the tasks that are missing from the output, and return the complete report.
 
     Raises:
         TaskError: see `run_task` and `read_finished`.
@@ -277,7 +280,7 @@ def evaluate(settings: Settings) -> dict:
         "numbers": [one for part in finished.values() for one in part.get("numbers", [])],
         "parts": finished,
     }
-    PartialState().wait_for_everyone()  # all processes have read the output before one writes it
+    PartialState().wait_for_everyone()  # all processes must read the output before one writes it
     for name in settings.task_names:
         if name not in report["parts"]:
             start = time.perf_counter()
