@@ -270,7 +270,7 @@ class Plan:
         ]
 
     def comparison(self, choice: dict[int, str]) -> list[Run]:
-        """Return all runs with the chosen candidate of each K. The first seed comes first, and already compares all K."""
+        """Return all runs with the chosen candidate of each K, seed by seed: the first seed already compares all K."""
         claims = self.claims
         return [
             self._run("comparison", k, supervision, choice[k], seed)

@@ -294,7 +294,7 @@ def contact_sheet(pictures: list[Image.Image], is_right: list[bool], samples: in
 
 
 class Evaluation:
-    """Evaluation of a loaded model on the test images. Each part has a method that returns its entry in the JSON file."""
+    """Evaluation of a loaded model on the test images. Each part has a method that returns its JSON entry."""
 
     def __init__(self, settings: Settings):
         self.settings = settings

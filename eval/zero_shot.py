@@ -198,8 +198,8 @@ def class_folders(folder: str, templates: str) -> Benchmark:
     """Find images in folders named after their classes, or after ImageNet's 1000 synsets.
 
     Raises:
-        ValueError: there is no folder or no images, an image is outside of the classes' folders, a class has no images,
-            there are fewer than two classes or two of the same name, or the synsets are not ImageNet's 1000.
+        ValueError: there is no folder or no images, an image is outside of the classes' folders, a class has no
+            images, there are fewer than two classes or two of the same name, or the synsets are not ImageNet's 1000.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"there is no image folder {folder}")
@@ -318,9 +318,9 @@ def text_encoder(
 ) -> Callable[[list[str]], torch.Tensor]:
     """Return a function that encodes B texts to ids (B, T) in the format of a UniTok text tower.
 
-    The text tokenizer is the one in the settings; or that of the model's folder, if it ends texts as the tower expects;
-    or CLIP's, for a tower with CLIP's vocabulary (a converted tower comes without a tokenizer, and a converted MLLM with
-    the LLM's).
+    The text tokenizer is the one in the settings; or that of the model's folder, if it ends texts as the tower
+    expects; or CLIP's, for a tower with CLIP's vocabulary (a converted tower comes without a tokenizer, and a
+    converted MLLM with the LLM's).
 
     Raises:
         ValueError: there is no text tokenizer, or it ends texts with another token than the tower expects.

@@ -26,7 +26,7 @@ def is_of_use(record: logging.LogRecord) -> bool:
 
 
 def quiet_libraries() -> None:
-    """Silence warnings and logs that users can do nothing about. Call it in every process, before importing libraries."""
+    """Silence warnings and logs that users can do nothing about. Call it in every process before other imports."""
     for name in ("torch.utils._pytree", "DeepSpeed", "torchao", "torchao.kernel.intmm"):
         logging.getLogger(name).addFilter(is_of_use)
     for text in OF_NO_USE:

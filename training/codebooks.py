@@ -3,8 +3,8 @@
 A code is trained only when it is chosen. A code that is not the nearest one of any feature never changes, and training
 may end with a handful of codes in use. Both remedies move codes to features. `start_from_data` moves all codes before
 the first step (k-means, as in SoundStream, https://arxiv.org/abs/2107.03312, section III-C). `DeadCodes` moves those
-that were not chosen for a while (random restarts, as in Jukebox, https://arxiv.org/abs/2005.00341, section 3). Both use
-the features of all processes, and every process moves the same codes to the same places.
+that were not chosen for a while (random restarts, as in Jukebox, https://arxiv.org/abs/2005.00341, section 3). Both
+use the features of all processes, and every process moves the same codes to the same places.
 """
 
 import torch

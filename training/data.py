@@ -17,8 +17,8 @@ A source is one entry of a config's `datasets`:
     type: text                     # {"text"}
     path: data/text.jsonl
 
-Without `mode`, samples that only draw pictures use crops (`reconstruct`). All others use whole pictures (`understand`),
-also for the result of an edit.
+Without `mode`, samples that only draw pictures use crops (`reconstruct`). All others use whole pictures
+(`understand`), also for the result of an edit.
 """
 
 from dataclasses import dataclass, fields
@@ -113,7 +113,8 @@ class SampleTexts:
             target_spans: character ranges of the targets.
 
         Returns:
-            `input_ids` and `labels` (T,), int64, and `image_targets` (N,), bool: whether each image is in a target span.
+            `input_ids` and `labels` (T,), int64, and `image_targets` (N,), bool: whether each image is in a target
+            span.
 
         Raises:
             UnusableSample: truncation to `max_length` would cut an image, or leaves no target.
@@ -369,8 +370,8 @@ class MLLMDataset(Dataset):
         texts: encoder of the texts.
         num_samples: number of samples; None for the number of rows of all sources.
         seed: seed of the mixture, the orders and the dropout.
-        caption_dropout: share of the captions of images to draw that are replaced by the null prompt. For conversations
-            see `drop_conditions`.
+        caption_dropout: share of the captions of images to draw that are replaced by the null prompt. For
+            conversations see `drop_conditions`.
         max_broken_share: see `BrokenSamples`.
 
     Raises:

@@ -102,7 +102,7 @@ def file_digest(paths: Iterable[str | os.PathLike]) -> str:
 
 
 class ImageVariants(Dataset):
-    """Data set of images: the key and the views (variants, 3, H, W) in [-1, 1], or the error message of a broken image.
+    """Data set of images: key and views (variants, 3, H, W) in [-1, 1], or the error message of a broken image.
 
     View 0 is the image itself. The others are augmented with random numbers that depend on (seed, key, variant).
 

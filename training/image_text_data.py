@@ -112,8 +112,8 @@ class ImageTextTransform:
         image_processor: image processor of the visual tokenizer.
         text_tokenizer: tokenizer of the text tower.
         max_text_length: T, length of the text tower; longer captions are truncated, and keep their end token.
-        random_crop: whether to replace the processor's own resizing by a random crop of 90 to 100% of the area, with an
-            aspect ratio between 3:4 and 4:3; suits photographs.
+        random_crop: whether to replace the processor's own resizing by a random crop of 90 to 100% of the area, with
+            an aspect ratio between 3:4 and 4:3; suits photographs.
         horizontal_flip: see `augmentation`.
         max_shift: see `augmentation`.
 
@@ -383,13 +383,13 @@ class ImageTextStream(EpochDataset, IterableDataset):
     """The samples of a `webdataset` source, in an order that the seed determines.
 
     Each worker of each process (torch's, or RANK and WORLD_SIZE in the environment) reads its own lane. With `resampled`,
-    a lane is endless: it picks one random shard after another, and reads each to its end. Otherwise each epoch has every
-    sample exactly once, and its shards are distributed over the lanes anew; processes then end at slightly different
-    times. A lane is shuffled block by block.
+    a lane is endless: it picks one random shard after another, and reads each to its end. Otherwise each epoch has
+    every sample exactly once, and its shards are distributed over the lanes anew; processes then end at slightly
+    different times. A lane is shuffled block by block.
 
     To resume exactly, the consumer passes the `stream_position` of the last sample that it used to `record`. The next
-    iteration continues after that sample, also in another process, through `state_dict` and `load_state_dict`. It reads
-    the current shard and one block again. The number of workers must stay the same.
+    iteration continues after that sample, also in another process, through `state_dict` and `load_state_dict`. It
+    reads the current shard and one block again. The number of workers must stay the same.
 
     Args:
         shards: paths or URLs, with `{00..99}` for many, or a list of them.
@@ -545,8 +545,8 @@ def build_image_text_dataset(
         max_broken_share: share of broken samples above which the run stops.
 
     Raises:
-        ValueError: there is no source, a kind or option is unknown, an option is missing, or a webdataset source is one
-            of several.
+        ValueError: there is no source, a kind or option is unknown, an option is missing, or a webdataset source is
+            one of several.
     """
     sources = [source] if isinstance(source, dict) else source
     kinds = [one.get("kind") for one in sources]

@@ -107,7 +107,8 @@ class StopRequest:
     def is_due(self) -> bool:
         """Return whether to save and stop now. Every process must call it after each step; all get the same answer.
 
-        With several processes a signal takes effect one step later, so that no process waits for the others in between.
+        With several processes a signal takes effect one step later, so that no process waits for the others in
+        between.
         """
         if self.accelerator.num_processes == 1:
             return bool(self.number)

@@ -224,8 +224,8 @@ def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logi
     """Compute CLIP's symmetric InfoNCE (https://arxiv.org/abs/2103.00020) over the batches of all processes.
 
     Each process compares its own rows with those of all processes. Gradients flow back to the process of each row.
-    Values and gradients equal those of open_clip's `ClipLoss` with `local_loss` and `gather_with_grad`, up to rounding.
-    Similarities are computed in chunks, so memory is linear in the number of rows, not quadratic.
+    Values and gradients equal those of open_clip's `ClipLoss` with `local_loss` and `gather_with_grad`, up to
+    rounding. Similarities are computed in chunks, so memory is linear in the number of rows, not quadratic.
 
     Args:
         image_embeds: image embeddings of unit length, (B, D); the same B on every process.
@@ -264,8 +264,8 @@ def tokenizer_losses(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Compute every term except the GAN's.
 
-    A term whose inputs are in the output is computed even if its weight is 0, so that each parameter gets a gradient in
-    every step. The perceptual term has no trained parameters, and is computed only from its start on.
+    A term whose inputs are in the output is computed even if its weight is 0, so that each parameter gets a gradient
+    in every step. The perceptual term has no trained parameters, and is computed only from its start on.
 
     Args:
         output: output of the tokenizer.

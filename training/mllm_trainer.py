@@ -91,10 +91,10 @@ class MLLMTrainer(Trainer):
 
     Args:
         args: positional arguments of transformers' `Trainer`.
-        learning_rates: learning rates by prefix of a parameter's name ("depth_head", "embedder.projection"). The longest
-            match applies; other parameters have `args.learning_rate`.
-        text_loss_weight: weight w of the mean text loss; the mean image loss has weight 1 - w. With 0, both are weighted
-            by their numbers of targets.
+        learning_rates: learning rates by prefix of a parameter's name ("depth_head", "embedder.projection"). The
+            longest match applies; other parameters have `args.learning_rate`.
+        text_loss_weight: weight w of the mean text loss; the mean image loss has weight 1 - w. With 0, both are
+            weighted by their numbers of targets.
         image_loss_share: share of image positions that the training loss is computed on, see the model's `forward`;
             evaluations use all positions.
         kwargs: keyword arguments of transformers' `Trainer`.
@@ -211,7 +211,7 @@ class MLLMTrainer(Trainer):
         return sums, counts, output
 
     def _new_record(self) -> torch.Tensor:
-        """Create a record of zeros, (6,): summed losses (text, image), numbers of targets (text, image), tokens, images."""
+        """Create a record of zeros, (6,): summed losses and numbers of targets (text, image each), tokens, images."""
         return torch.zeros(6, dtype=torch.float64, device=self.args.device)
 
     def _loss(self, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

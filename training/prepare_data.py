@@ -33,7 +33,7 @@ IMAGE = "<image>"
 
 
 def conversation(images: list[str], *turns: str) -> dict:
-    """Build a conversation in LLaVA's format, with the human's turn first. `IMAGE` in a text stands for the next image."""
+    """Build a conversation in LLaVA's format, human's turn first. `IMAGE` in a text stands for the next image."""
     speakers = ("human", "gpt") * (len(turns) // 2)
     return {"image": images, "conversations": [{"from": s, "value": turn} for s, turn in zip(speakers, turns)]}
 

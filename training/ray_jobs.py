@@ -15,7 +15,7 @@ class _Worker:
         self.work = pkgutil.resolve_name(name)(**arguments)
 
     def __call__(self, row: dict) -> dict:
-        """Run a job. Its result or its `ValueError` is pickled, so that Ray does not wrap the error in another type."""
+        """Run a job. Pickle its result or its `ValueError`, so that Ray does not wrap the error in another type."""
         try:
             result = self.work(pickle.loads(row["job"]))
         except ValueError as error:

@@ -2,13 +2,13 @@
 
 The interface to the parameters is the same for every kind of sharding:
 
-* `parts` returns this process's shards, for elementwise arithmetic. A running average of them is sharded as the weights
-  are.
+* `parts` returns this process's shards, for elementwise arithmetic. A running average of them is sharded as the
+  weights are.
 * `read` and `write` access a whole parameter, or a whole moment of its optimizer. Checkpoints store whole tensors by
   name, and can be resumed with any kind of sharding and any number of processes.
 
-The weights always are float32; bf16 is used by autocast only. With ZeRO's own bf16, codebooks would be rounded, and the
-steps of the running average would be too small to change it.
+The weights always are float32; bf16 is used by autocast only. With ZeRO's own bf16, codebooks would be rounded, and
+the steps of the running average would be too small to change it.
 """
 
 import json

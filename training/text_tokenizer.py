@@ -71,7 +71,7 @@ def read_captions(path: str | os.PathLike) -> list[str]:
 
 
 def caption_texts(paths: list[str | os.PathLike]) -> list[str]:
-    """Return the captions of tables as prompts; for every ten of them also a null prompt and the chat template's words.
+    """Return the captions of tables as prompts; for every ten also a null prompt and the chat template's words.
 
     Raises:
         FileNotFoundError: see `read_captions`.

@@ -63,7 +63,7 @@ def _makes_any_pass(network: TrainedNetwork, own: int) -> bool:
 
 
 def _join_other_passes(network: TrainedNetwork) -> None:
-    """Take part in the passes of other processes, which need this process's shard of the weights, until all are done."""
+    """Take part in other processes' passes, which need this process's shard of the weights, until all are done."""
     if not network.is_sharded:
         return
     size = network.module.config.vision_config.image_size

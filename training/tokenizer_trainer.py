@@ -109,9 +109,9 @@ class TokenizerTrainer:
 
     Raises:
         ValueError: a term lacks its network, or a network has no term; a term would start after the last step;
-            `samples_per_epoch` does not fit the kind of dataset; a tracker is not installed; the data does not fill one
-            step; `output_dir` has checkpoints and `resume` is off; or the checkpoint was written with another global
-            batch size, other optimizer options or, for a stream, another number of processes or workers.
+            `samples_per_epoch` does not fit the kind of dataset; a tracker is not installed; the data does not fill
+            one step; `output_dir` has checkpoints and `resume` is off; or the checkpoint was written with another
+            global batch size, other optimizer options or, for a stream, another number of processes or workers.
     """
 
     def __init__(

@@ -483,8 +483,8 @@ def add_lora(
 ) -> PeftModel:
     """Add LoRA to every linear layer of the LLM except its output layer.
 
-    Other trainable parts are trained and saved in full. The adapter refers to the folder of its base model. A base model
-    that was joined from parts, or quantized to 4 bits, is saved to `<output_dir>/base`.
+    Other trainable parts are trained and saved in full. The adapter refers to the folder of its base model. A base
+    model that was joined from parts, or quantized to 4 bits, is saved to `<output_dir>/base`.
 
     Raises:
         ValueError: ZeRO-3 has sharded the parts of the base model, or `trainable` has tied embeddings or layers that

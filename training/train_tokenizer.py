@@ -126,7 +126,8 @@ def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionRep
 
     CLIP's final norm and projection become those of the image embedding. The quantizer, its projections, the encoder's
     last norm and the decoder, which CLIP does not have, stay unchanged. CLIP's position embedding is left out, since
-    UniTok's encoder has none. (In the transformer blocks, UniTok's GELU is the tanh approximation, open_clip's is exact.)
+    UniTok's encoder has none. (In the transformer blocks, UniTok's GELU is the tanh approximation, open_clip's is
+    exact.)
 
     Args:
         model: tokenizer to change in place.
@@ -170,7 +171,8 @@ def load_open_clip(model: UniTokModel, name: str, weights: str) -> ConversionRep
 def build_model(arguments: TokenizerArguments, text_tokenizer: PreTrainedTokenizerBase) -> UniTokModel:
     """Load a tokenizer from a folder, or build a new one, optionally with the towers of an open_clip model.
 
-    A new text tower has one embedding per token of the text tokenizer. open_clip's text tower keeps its own vocabulary.
+    A new text tower has one embedding per token of the text tokenizer. open_clip's text tower keeps its own
+    vocabulary.
 
     Raises:
         ValueError: a folder is given together with options that it would override.

@@ -75,7 +75,7 @@ class Strict(BaseModel):
 
 
 class TextOptions(Strict):
-    """Options that chats and completions share. `top_k` and `repetition_penalty` are extensions, as in transformers."""
+    """Options of chats and completions. `top_k` and `repetition_penalty` are extensions, as in transformers."""
 
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Temperature = None
@@ -127,8 +127,8 @@ class CompletionRequest(TextOptions):
 class ImageRequest(Strict):
     """Body of a request for images, https://platform.openai.com/docs/api-reference/images/create.
 
-    `guidance`, `image_guidance`, `temperature`, `top_k`, `top_p` and `seed` are extensions, see `generate_image_codes`.
-    The model's own values are the defaults.
+    `guidance`, `image_guidance`, `temperature`, `top_k`, `top_p` and `seed` are extensions, see
+    `generate_image_codes`. The model's own values are the defaults.
     """
 
     prompt: Annotated[str, Field(min_length=1)]

@@ -8,8 +8,8 @@ that the weights are read once for all of them. Then each drawing samples the K 
 answer its next token.
 
 The KV cache is preallocated in slots of equal length, one per row. Requests are admitted in the order of submission
-as slots become free. A slot keeps the keys and values of its prompt after the request has left: a later prompt with the
-same prefix (another question about the same picture) continues from a copy of them.
+as slots become free. A slot keeps the keys and values of its prompt after the request has left: a later prompt with
+the same prefix (another question about the same picture) continues from a copy of them.
 
 Slots work for plain attention only. With any other LLM (recurrent state, sliding window, linear biases), each row has
 its own cache, and a step computes the rows one after another.
@@ -106,7 +106,7 @@ class UniTokSlotLayer(CacheLayerMixin):
 
 
 def _without_layers(decoder: nn.Module) -> nn.Module:
-    """Copy a decoder without its layers. It returns its inputs, so that its causal LM turns given states into logits."""
+    """Copy a decoder without its layers. It returns its inputs, so its causal LM turns given states into logits."""
 
     def forward(*args, inputs_embeds: torch.Tensor, **kwargs) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
@@ -195,8 +195,8 @@ class UniTokEngine:
     Args:
         model: model in eval mode; its weights must not change while the engine uses it.
         max_rows: number of rows in the batch, and of slots.
-        max_length: positions per slot, for the prompt and the answer or image together; None for the LLM's maximum, but
-            no more than 2048.
+        max_length: positions per slot, for the prompt and the answer or image together; None for the LLM's maximum,
+            but no more than 2048.
         max_queue: number of requests that may wait for rows.
         prefill_tokens: maximum number of prompt positions, padding included, in one step, so that a long prompt does
             not delay running requests. If rows are not batched, a prompt is processed in one piece.
@@ -458,7 +458,7 @@ class UniTokEngine:
         )
 
     def _pieces(self, inputs, tell, random, seed, max_images, image_options, options):
-        """Yield the requests of an interleaved answer, alternating text and image. The caller sends back each result."""
+        """Yield the requests of an interleaved answer, text and image in turn. The caller sends back each result."""
         model = self.model
         boi, eoi, placeholder = model.config.boi_token_id, model.config.eoi_token_id, model.config.image_token_id
         unconditional = {name: inputs.pop(name) for name in [*inputs] if name.startswith("unconditional_")}

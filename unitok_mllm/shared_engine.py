@@ -100,7 +100,7 @@ class Stream:
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue()
 
     def tell(self, index: int, item: torch.Tensor | None) -> None:
-        """Put an item of the request with this index: a token, (), the codes of a position, (K,), or None at its end."""
+        """Put an item of the request at this index: a token, (), codes of a position, (K,), or None at its end."""
         self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
 
     async def items(

@@ -1,4 +1,4 @@
-"""The web page of `unitok-mllm serve`: chat with pictures, drawings, and the visual tokenizer; on gradio (extra `web`).
+"""The web page of `unitok-mllm serve`: chat with pictures, drawings, visual tokenizer; on gradio (extra `web`).
 
 `SharedModel` runs requests in the engine's batch and does not depend on the page, `build_page` lays out the page, and
 `serve` runs the server. An error that a visitor can correct is a `ValueError` and is shown on the page. Any other
@@ -83,8 +83,8 @@ CSS = """
 class SharedModel(SharedEngine):
     """A model shared by several visitors, whose requests run in one batch.
 
-    `answer` and `draw` are generators; closing one cancels its requests. While the requests wait for rows of the batch,
-    the generator yields their place in the queue (an int, from 1) once a second.
+    `answer` and `draw` are generators; closing one cancels its requests. While the requests wait for rows of the
+    batch, the generator yields their place in the queue (an int, from 1) once a second.
 
     Args:
         engine: engine of a `UniTokMLLMForConditionalGeneration`.
@@ -321,8 +321,8 @@ def code_maps(codes: torch.Tensor, grid_size: tuple[int, int], codebook_size: in
 def read_pictures(paths: list[str]) -> list[Image.Image]:
     """Read uploaded or drawn pictures, shrunk to sides of at most `MAX_SIDE` pixels.
 
-    Their number is checked first, then their sizes by their headers. Only then are they decoded, one at a time over all
-    visitors.
+    Their number is checked first, then their sizes by their headers. Only then are they decoded, one at a time over
+    all visitors.
 
     Raises:
         ValueError: there are too many pictures or pixels, or a file is gone or has none of the `PICTURE_FORMATS`. The

@@ -50,7 +50,7 @@ class PeakMemory:
 
 
 def flop_counter(trains: bool) -> FlopCounterMode:
-    """Create torch's FLOP counter, extended to CPU attention, oneDNN linear layers and backward of grouped convolutions."""
+    """Create a FLOP counter that also knows CPU attention, oneDNN linear layers and grouped convolutions' backward."""
     aten = torch.ops.aten
 
     def attention(query, key, value, *args, out_shape=None, **kwargs) -> int:

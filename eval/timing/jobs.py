@@ -33,7 +33,7 @@ NOT_AT_IMPORT = ("deepspeed", "diffusers", "lmms_eval", "gradio", "peft", "datas
 
 
 def peaks_jobs(settings: Settings) -> Iterator[Job]:
-    """Yield the jobs that measure the machine's peaks: the fastest matrix product, and the fastest reading of memory."""
+    """Yield the jobs that measure the machine's peaks: the fastest matrix product and the fastest memory reading."""
     size = 2048 if settings.device == "cpu" else 8192
     matrix = torch.rand(size, size, dtype=getattr(torch, settings.dtype), device=settings.device)
     linear = nn.Linear(size, size, bias=False, device=settings.device, dtype=matrix.dtype)

@@ -64,7 +64,8 @@ class Job:
 class Measurement:
     """Measurement of one way to compute a job; None for what was not counted.
 
-    `kept_bytes` is the size of the tensors that autograd keeps for the backward pass; `memory` and `peak` are in bytes.
+    `kept_bytes` is the size of the tensors that autograd keeps for the backward pass; `memory` and `peak` are in
+    bytes.
     """
 
     output: Any
@@ -128,7 +129,7 @@ def measure(job: Job, with_naive: bool, settings: Settings) -> list[Measurement]
 
 
 def difference(output: torch.Tensor, other: torch.Tensor) -> float:
-    """Compute the share of codes or tokens that differ, the relative difference of losses, or the largest of pixels."""
+    """Compute the share of differing codes or tokens, the relative difference of losses, or the largest of pixels."""
     if not output.is_floating_point():
         return (output != other).float().mean().item()
     largest = (output.float() - other.float()).abs().max()
