@@ -96,7 +96,7 @@ def wait_for(command: list[str], port: int, **kwargs) -> subprocess.Popen:
 
 
 async def ask(client: httpx.AsyncClient, path: str, body: dict) -> tuple[float, float]:
-    """Measure the time (s) until the first event of a streamed response (partial picture or token) and until its end."""
+    """Measure the seconds until the first event (picture or token) of a streamed response, and until its end."""
     start, first = time.perf_counter(), None
     async with client.stream("POST", path, json=body) as response:
         response.raise_for_status()
