@@ -696,7 +696,7 @@ def test_networks_and_images_that_are_missing_are_named(tmp_path):
     with pytest.raises(ValueError, match="got comet"):
         TokenizerTrainingArguments(output_dir="", report_to=["comet"])
     network = perceptual_distance("test_resnet", SIZE, pretrained=False)
-    with pytest.raises(ValueError, match="network for the term perceptual, but perceptual_weight is 0"):
+    with pytest.raises(ValueError, match="network for the term perceptual was given, but perceptual_weight is 0"):
         TokenizerTrainer(small_model(), arguments, LossArguments(), Noise(), perceptual=network)
     with pytest.raises(ValueError, match="samples_per_epoch is required for streams, and only for them, got 8"):
         TokenizerTrainer(small_model(), arguments, LossArguments(), Noise(), samples_per_epoch=8)
