@@ -2,16 +2,16 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 import unitok_mllm
@@ -86,6 +86,52 @@ def load_model(folder: str, device: str = AUTO) -> tuple[UniTokMLLMForConditiona
     return model, AutoProcessor.from_pretrained(folder)
 
 
+def check_kind(model: str, *kinds: str) -> None:
+    """Check by its config that a model, in a folder or on the hub, is of one of these kinds.
+
+    Raises:
+        ValueError: it is of another.
+        OSError: there is none.
+    """
+    kind = AutoConfig.from_pretrained(model).model_type
+    if kind not in kinds:
+        raise ValueError(f"{model} is a {kind} model, not a {' or '.join(kinds)} one")
+
+
+def check_skipped(skipped: Collection[str], kind: str, names: Collection[str], is_all_right: bool = False) -> None:
+    """Check what `--skip` names.
+
+    Args:
+        kind: what the names are, such as "metrics".
+        names: all that can be skipped.
+        is_all_right: something is measured without any of them too.
+
+    Raises:
+        ValueError: a name is unknown, or nothing is left to measure.
+    """
+    if unknown := set(skipped) - set(names):
+        raise ValueError(f"cannot skip {', '.join(sorted(unknown))}; the {kind} are {', '.join(names)}")
+    if set(skipped) == set(names) and not is_all_right:
+        raise ValueError(f"--skip {','.join(skipped)} leaves nothing to measure: keep one of the {kind}")
+
+
+def check_effect(settings: object, condition: str, *names: str) -> None:
+    """Check that options that would have no effect are not given.
+
+    Args:
+        settings: a dataclass.
+        condition: what the options have an effect with.
+        names: of the options.
+
+    Raises:
+        ValueError: one has another value than its default.
+    """
+    for option in fields(settings):
+        value = getattr(settings, option.name)
+        if option.name in names and value != option.default:
+            raise ValueError(f"--{option.name} {value} has no effect without {condition}: leave it out")
+
+
 def check_finished(path: str | os.PathLike) -> None:
     """Check that a file of an earlier run can be read, see `training.checkpoints.check_file`.
 
@@ -96,6 +142,15 @@ def check_finished(path: str | os.PathLike) -> None:
         check_file(path)
     except ValueError as error:
         raise ValueError(f"{error}. Remove it, or choose another output") from error
+
+
+def check_result(path: str | os.PathLike, result: Collection[str] | None, *keys: str) -> None:
+    """
+    Raises:
+        ValueError: what a file holds lacks one of these keys; the message names it, and what to do.
+    """
+    if result is None or not set(result) >= set(keys):
+        raise ValueError(f"{path} is not a result of this evaluation. Remove it, or choose another output")
 
 
 def read_result(path: str | os.PathLike, *keys: str) -> dict:
@@ -113,8 +168,7 @@ def read_result(path: str | os.PathLike, *keys: str) -> dict:
         return {}
     check_finished(path)
     result = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(result, dict) or not result.keys() >= set(keys):
-        raise ValueError(f"{path} is not a result of this evaluation. Remove it, or choose another output")
+    check_result(path, result if isinstance(result, dict) else None, *keys)
     return result
 
 

@@ -6,6 +6,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoProcessor, CLIPModel
 
+from eval._common import check_kind
 from unitok_mllm.image_processing_unitok import load_image
 
 
@@ -13,11 +14,12 @@ def load_clip(model: str, device: str | torch.device = "cpu") -> tuple[CLIPModel
     """Load a CLIP model in float32 and its processor, from a folder or by its name on the hub.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is none, or the model is of another kind.
     """
     try:
+        check_kind(model, "clip")
         clip, processor = CLIPModel.from_pretrained(model, dtype=torch.float32), AutoProcessor.from_pretrained(model)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot load a CLIP model from {model}: {error}") from error
     return clip.to(device).eval(), processor
 

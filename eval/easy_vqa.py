@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.image_utils import PILImageResampling
 
-from eval._common import DrawingSettings, in_batches, load_model, parse_settings, read_result, versions
+from eval._common import DrawingSettings, check_skipped, in_batches, load_model, parse_settings, read_result, versions
 from eval.judge import (
     IMAGE_SIZE,
     UNKNOWN,
@@ -43,7 +43,9 @@ from training.errors import one_line_errors
 from training.files import folder_digest, write_atomically
 from training.losses import psnr
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor, inference
+from unitok_mllm.configuration_unitok import check_ranges
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
+from unitok_mllm.drawing_unitok import MAX_GUIDANCE
 from unitok_mllm.image_processing_unitok import MODES
 from unitok_mllm.inference import answer_ids, check_model, draw_codes, edit_codes, generate_answers, picture_bytes
 from unitok_mllm.outputs import check_output_file
@@ -103,12 +105,12 @@ class Settings(DrawingSettings):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.complete(self.model)
-        if min(self.edit_guidance, self.edit_image_guidance) < 1:
-            raise ValueError("edit_guidance and edit_image_guidance must be at least 1")
+        check_ranges(self, edit_guidance=(1, MAX_GUIDANCE), edit_image_guidance=(1, MAX_GUIDANCE))
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
-        if unknown := set(self.skipped) - set(PARTS):
-            raise ValueError(f"cannot skip {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+        check_skipped(self.skipped, "parts", PARTS)
+        if Path(self.judge).is_file():
+            load_judge(self.judge)
 
     @property
     def skipped(self) -> list[str]:

@@ -231,13 +231,19 @@ def open_images(
         label_column: column of a Hugging Face data set with the labels.
 
     Raises:
-        FileNotFoundError: the location does not exist.
-        ValueError: the location does not exist, or has no images.
+        FileNotFoundError, ValueError: the location does not exist or holds no image, or an option would have no effect.
     """
+    is_saved_dataset = any((Path(location) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    is_of_files = location.endswith(".tar") or Path(location).is_dir() and not is_saved_dataset
+    given = (split, f"--split {split}"), (image_column != "image", f"--image_column {image_column}")
+    given = [option for is_given, option in given if is_given and is_of_files]
+    given += [f"--config {config}"] if config and (is_of_files or is_saved_dataset) else []
+    if given:
+        kind = "data set on the hub" if is_saved_dataset else "Hugging Face data set"
+        raise ValueError(f"{' '.join(given)} has no effect: {location} is no {kind}. Leave it out")
     if location.endswith(".tar"):
         return ShardImages(location)
-    is_saved_dataset = any((Path(location) / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    if Path(location).is_dir() and not is_saved_dataset:
+    if is_of_files:
         return FolderImages(location)
     return DatasetImages(location, split, config, image_column, label_column)
 

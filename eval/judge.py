@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from eval._common import parse_settings
+from eval._common import parse_settings, weights_needed
 from training.easy_vqa import COLORS, SHAPES, Sample, load
 from training.errors import one_line_errors
 from training.files import write_atomically
@@ -134,9 +134,16 @@ def save_judge(model: Judge, path: str | Path) -> None:
 
 
 def load_judge(path: str | Path) -> Judge:
-    """Load a judge in eval mode, on the CPU, from the weights of `save_judge`."""
+    """Load a judge in eval mode, on the CPU, from the weights of `save_judge`.
+
+    Raises:
+        ValueError: the file holds something else; the message names it, and what to do.
+    """
     model = Judge()
-    model.load_state_dict(load_file(path))
+    with weights_needed(
+        "judge", f"weights of eval.judge ({path})", "another file as --judge, one that is missing to train it"
+    ):
+        model.load_state_dict(load_file(path))
     return model.eval()
 
 

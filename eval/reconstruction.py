@@ -42,7 +42,15 @@ from torchvision.models import VGG16_Weights
 from torchvision.transforms.functional import center_crop, pil_to_tensor
 from tqdm import tqdm
 
-from eval._common import check_finished, parse_settings, read_result, versions, weights_needed
+from eval._common import (
+    check_effect,
+    check_finished,
+    check_skipped,
+    parse_settings,
+    read_result,
+    versions,
+    weights_needed,
+)
 from eval.fid import load_inception
 from eval.images import (
     EvalImages,
@@ -55,8 +63,9 @@ from eval.images import (
     stamp,
 )
 from eval.protocol import number
+from training.arguments import check_source
 from training.errors import one_line_errors
-from training.files import check_broken_share, folder_digest, write_atomically
+from training.files import MOST_WORKERS, check_broken_share, folder_digest, write_atomically
 from training.losses import psnr
 from training.perceptual import VGGDistance
 from unitok_mllm import UniTokImageProcessorPil, UniTokModel
@@ -140,6 +149,9 @@ class Settings:
             raise ValueError(f"unknown system {self.system!r}, expected unitok or diffusers")
         if self.system == "unitok":
             check_model(self.model)
+            check_effect(self, "--system diffusers", "subfolder")
+        else:
+            check_source("model", self.model)
         for name in ("batch_size", "limit", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -147,17 +159,14 @@ class Settings:
         if self.image_size and self.image_size % 16:
             raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}")
         self.max_broken_share = 1.0 if self.skip_broken else self.max_broken_share
-        check_ranges(self, max_broken_share=SHARE)
-        if self.workers < 0:
-            raise ValueError(f"workers must be at least 0, got {self.workers}")
+        check_ranges(self, max_broken_share=SHARE, workers=(0, MOST_WORKERS), image_size=(16, 2**14))
         if self.preprocessing not in PREPROCESSING:
             raise ValueError(f"unknown preprocessing {self.preprocessing!r}, expected {' or '.join(PREPROCESSING)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}, expected one of {', '.join(DTYPES)}")
         if self.inception_layer not in INCEPTION_LAYERS:
             raise ValueError(f"unknown layer {self.inception_layer!r}, expected one of {', '.join(INCEPTION_LAYERS)}")
-        if unknown := set(self.skipped) - set(METRICS):
-            raise ValueError(f"cannot skip {', '.join(sorted(unknown))}; the metrics are {', '.join(METRICS)}")
+        check_skipped(self.skipped, "metrics", METRICS, is_all_right=self.proxy or bool(self.save_images))
         for option in ("inception_weights", "vgg_weights"):
             if getattr(self, option) and not Path(getattr(self, option)).is_file():
                 raise ValueError(f"there is no file {getattr(self, option)} (--{option})")

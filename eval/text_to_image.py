@@ -49,6 +49,7 @@ from training.errors import one_line_errors
 from training.files import folder_digest, write_atomically
 from training.ray_jobs import run_jobs
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
+from unitok_mllm.configuration_unitok import check_ranges
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, load_image
 from unitok_mllm.inference import check_model, draw_codes, picture_bytes, pictures_of
@@ -118,6 +119,7 @@ class Settings(DrawingSettings):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.complete(self.model)
+        check_ranges(self, fid_size=(0, 2**14))
         if self.ray_workers < 0:
             raise ValueError(f"ray_workers must be at least 0, got {self.ray_workers}")
         if self.seed < 0:
@@ -334,7 +336,7 @@ class Evaluation:
             },
         }
         self._check_folder()
-        self.earlier = read_result(self.folder / "results.json")
+        self.earlier = read_result(self.folder / "results.json", "metrics")
         self.counts = {"prompts": len(self.prompts), "samples": settings.samples}
         self.wanted = {
             name: {**self.counts, **{option: getattr(settings, option) for option in options}}

@@ -28,9 +28,10 @@ from tenacity import RetryError
 
 from eval._common import parse_settings, read_result, versions
 from eval.protocol import number
-from training.errors import one_line_errors
+from training.errors import check_keys, one_line_errors
 from training.files import folder_digest, write_atomically
 from training.release import FLOAT_TYPES
+from unitok_mllm.configuration_unitok import ABOVE_ZERO, SHARE, WEIGHT, check_ranges
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.inference import check_model
 from unitok_mllm.outputs import check_output_file
@@ -50,6 +51,16 @@ SCORES = {  # by data set: the benchmark's name, and of each of lmms-eval's metr
     "pope": ("POPE", {"pope_f1_score": ("F1", 100, "%"), "f1": ("F1", 100, "%")}),
     "mme": ("MME", {"mme_perception_score": ("perception", 1, "")}),
     "mmvet": ("MM-Vet", {"gpt_eval_score": ("score", 1, "%")}),
+}
+MOST = 2**31 - 1
+GEN_KWARGS = {  # numbers in `gen_kwargs`: type, least and most; of 0 and 1, false and true too
+    **dict.fromkeys(("do_sample", "early_stopping"), (int, 0, 1)),
+    **dict.fromkeys(("max_new_tokens", "max_gen_toks", "num_beams"), (int, 1, MOST)),
+    **dict.fromkeys(("min_new_tokens", "top_k", "no_repeat_ngram_size"), (int, 0, MOST)),
+    **dict.fromkeys(("top_p", "min_p"), (Real, *SHARE)),
+    "temperature": (Real, *WEIGHT),
+    "length_penalty": (Real, -1e6, 1e6),
+    "repetition_penalty": (Real, *ABOVE_ZERO),
 }
 DECISIVE = ("model", "limit", "gen_kwargs", "force_simple", "dtype", "seed")
 
@@ -93,6 +104,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        check_ranges(self, seed=(0, 2**32 - 1))
         if self.dtype not in ("auto", *FLOAT_TYPES):
             raise ValueError(f"dtype must be one of auto, {', '.join(FLOAT_TYPES)}, got {self.dtype!r}")
         known = task_manager().all_tasks
@@ -100,7 +112,7 @@ class Settings:
             if name not in known:
                 near = ", ".join(difflib.get_close_matches(name, known)) or "python -m lmms_eval --tasks list"
                 raise ValueError(f"lmms-eval has no task {name!r}; see {near}")
-
+        check_gen_kwargs(self.gen_kwargs)
         if self.vqav2_questions and not Path(self.vqav2_questions).is_file():
             raise ValueError(f"there is no file {self.vqav2_questions} (--vqav2_questions)")
         if TEST_DEV in self.task_names and not self.vqav2_questions:
@@ -125,6 +137,30 @@ def task_manager() -> "TaskManager":
 
     folder = str(Path(__file__).parent / "lmms" / "tasks")
     return TaskManager("WARNING", include_path=folder, model_name="unitok_mllm")
+
+
+def check_gen_kwargs(text: str) -> None:
+    """Check generation options `NAME=VALUE,...`.
+
+    Raises:
+        ValueError: an option is unknown, or its value of another type or out of its range.
+    """
+    from lmms_eval.utils import simple_parse_args_string
+
+    try:
+        options = simple_parse_args_string(text)
+    except ValueError as error:
+        raise ValueError(f"gen_kwargs must be NAME=VALUE, separated by commas, got {text!r}") from error
+    check_keys("gen_kwargs", options, (*GEN_KWARGS, "until"))
+    for name, value in options.items():
+        if name == "until":
+            if not isinstance(value, str):
+                raise ValueError(f"until of gen_kwargs must be a text, got {value!r}")
+        elif (name, value) != ("early_stopping", "never"):
+            kind, least, most = GEN_KWARGS[name]
+            if not isinstance(value, kind) or not least <= value <= most:
+                kind = "an integer" if kind is int else "a number"
+                raise ValueError(f"{name} of gen_kwargs must be {kind} from {least:g} to {most:g}, got {value!r}")
 
 
 def metrics(values: dict) -> dict[str, float]:

@@ -41,7 +41,6 @@ from safetensors import safe_open
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
     CLIPModel,
@@ -49,15 +48,15 @@ from transformers import (
     CLIPTextConfig,
 )
 
-from eval._common import check_finished, parse_settings, read_result, versions
+from eval._common import check_effect, check_finished, check_kind, check_result, parse_settings, read_result, versions
 from eval.images import FolderImages, load_batches, stamp
 from eval.protocol import number
 from training import easy_vqa
-from training.arguments import check_open_clip
+from training.arguments import check_open_clip, check_source
 from training.emoji import STYLES, TABLE, Emoji, read_table
 from training.errors import one_line_errors
 from training.extract_codes import file_digest
-from training.files import check_broken_share, folder_digest, write_atomically
+from training.files import MOST_WORKERS, check_broken_share, folder_digest, write_atomically
 from training.image_text_data import ImageTextTransform
 from unitok_mllm import UniTokModel
 from unitok_mllm.configuration_unitok import SHARE, check_ranges
@@ -130,7 +129,7 @@ class Settings:
         self.device = "cpu" if self.use_cpu else self.device
         find_device(self.device)
         check_output_file(self.output)
-        check_ranges(self, max_broken_share=SHARE)
+        check_ranges(self, max_broken_share=SHARE, workers=(0, MOST_WORKERS))
         if self.system not in SYSTEMS:
             raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {self.system!r}")
         if self.templates not in TEMPLATES and self.templates.count("{}") != 1:
@@ -143,10 +142,21 @@ class Settings:
             raise ValueError("give either --images FOLDER or --dataset NAME")
         if self.dataset and self.dataset not in DATASETS:
             raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {self.dataset!r}")
+        if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
+            raise ValueError(f"batch_size and limit must be at least 1, got {self.batch_size} and {self.limit}")
         if self.system == "unitok":
             check_model(self.model)
-        if self.batch_size < 1 or self.workers < 0 or (self.limit is not None and self.limit < 1):
-            raise ValueError("batch_size and limit must be at least 1, workers at least 0")
+            check_source("text_tokenizer", self.text_tokenizer)
+        else:
+            check_effect(self, "--system unitok", "text_tokenizer", "image_mode")
+        if self.system == "clip":
+            check_source("model", self.model)
+        if self.system != "open_clip":
+            check_effect(self, "--system open_clip", "pretrained")
+        if self.dataset:
+            check_effect(self, "--images", "templates")
+        if self.dataset != "emoji":
+            check_effect(self, "--dataset emoji", "data")
 
 
 @dataclass
@@ -254,12 +264,14 @@ def emoji(folder: str) -> Benchmark:
     """Load the emoji in both styles; the part "held_out" was never trained on.
 
     Raises:
-        ValueError: the folder has no table of emoji.
+        ValueError: the folder has no table of emoji, or fewer than two names.
     """
     if not (Path(folder) / TABLE).is_file():
         raise ValueError(f"{folder} has no {TABLE}: python -m training.prepare_data emoji {folder}")
     pictures = read_table(Path(folder))
     classes = list(dict.fromkeys(picture.name for picture in pictures))
+    if len(classes) < 2:
+        raise ValueError(f"{folder} has {len(classes)} names of emoji: there is nothing to choose")
     numbers = {name: number for number, name in enumerate(classes)}
     return Benchmark(
         "emoji of two styles",
@@ -288,9 +300,7 @@ class UniTokSystem:
     """
 
     def __init__(self, settings: Settings, device: torch.device):
-        kind = AutoConfig.from_pretrained(settings.model).model_type
-        if kind not in ("unitok", "unitok_mllm"):
-            raise ValueError(f"{settings.model} is a {kind} model, not a unitok or unitok_mllm one")
+        check_kind(settings.model, "unitok", "unitok_mllm")
         self.model = UniTokModel.from_pretrained(settings.model, dtype=torch.float32).to(device).eval()
         if self.model.text_model is None:
             raise ValueError(f"{settings.model} has no text tower, without which there is no zero-shot classification")
@@ -348,9 +358,7 @@ class CLIPSystem:
     """
 
     def __init__(self, settings: Settings, device: torch.device):
-        kind = AutoConfig.from_pretrained(settings.model).model_type
-        if kind != "clip":
-            raise ValueError(f"{settings.model} is a {kind} model, not a clip one")
+        check_kind(settings.model, "clip")
         self.model = CLIPModel.from_pretrained(settings.model, dtype=torch.float32).to(device).eval()
         self.processor = CLIPProcessor.from_pretrained(settings.model)
         size = self.processor.image_processor.crop_size
@@ -561,13 +569,14 @@ def read_tensors(path: Path, measured: dict, images: list[str]) -> dict[str, tor
         images: images as `stamped` names them.
 
     Raises:
-        ValueError: the file is broken; the message names it.
+        ValueError: the file is broken, or of something else; it is named.
     """
     if not path.is_file():
         return {}
     check_finished(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
+        check_result(path, metadata, "measured", "images")
         then = json.loads(metadata["measured"])
         if changed := [name for name, value in measured.items() if then.get(name) != value]:
             if PartialState().is_main_process:
@@ -631,7 +640,7 @@ def evaluate(settings: Settings) -> dict:
     images = {"images_sha256": sha256([files, benchmark.labels, benchmark.parts])}
     output = Path(settings.output)
     path = output.with_suffix(".nearest.safetensors")
-    report = read_result(output)
+    report = read_result(output, "measured")
     tensors = read_tensors(path, measured, files)
     state.wait_for_everyone()  # all processes must read before one writes
     few_broken = len(report.get("broken", ())) <= settings.max_broken_share * len(benchmark.images)

@@ -17,6 +17,7 @@ import torch
 import typer
 from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import save_file
 from test_imports import SCRIPTS
 from test_train_mllm import write_config
 from transformers import TrainingArguments
@@ -528,6 +529,122 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
         ("eval.text_to_image", f"--model {TINY} --prompts no.txt --output out", "no.txt"),
         ("eval.zero_shot", f"--model {TINY} --images none", "there is no image folder none"),
         ("eval.reconstruction", f"--model {TINY} --images none --skip rfid,lpips", "there is no folder none"),
+        (
+            "training.plan",
+            "tokenizer --samples 9 --gpus 1 --vision-overrides [",
+            "'--vision-overrides': expected a mapping such as '{name: value}', got '['",
+        ),
+        (
+            "training.plan",
+            f"tokenizer --samples 9 --gpus 1 --vision-overrides {'[' * 1000}",
+            "'--vision-overrides': expected a mapping such as '{name: value}', got '[[",
+        ),
+        (
+            "training.plan",
+            "tokenizer --samples 9 --gpus 1 --vision-overrides {3:,a:}",
+            "'--vision-overrides': A vision config has no 3, a.",
+        ),
+        ("eval.easy_vqa", f"--model {TINY} --edit_guidance nan", "edit_guidance (nan) is not between 1 and 1000000"),
+        ("eval.easy_vqa", f"--model {TINY} --edit_image_guidance inf", "edit_image_guidance (inf) is not between 1"),
+        (
+            "eval.easy_vqa",
+            f"--model {TINY} --skip edit,vqa,text_to_image,reconstruction",
+            "--skip edit,vqa,text_to_image,reconstruction leaves nothing to measure: keep one of the parts",
+        ),
+        (
+            "eval.easy_vqa",
+            f"--model {TINY} --judge {TINY}/model.safetensors",
+            "/model.safetensors): Error(s) in loading state_dict for Judge: ",
+        ),
+        ("eval.easy_vqa", f"--model {TINY} --judge empty.json", "judge needs weights of eval.judge (empty.json): "),
+        ("eval.vqa", f"--model {TINY} --seed -1", "seed (-1) is not between 0 and 4294967295"),
+        (
+            "eval.text_to_image",
+            f"--model {TINY} --prompts no.txt --output out --fid_size -1",
+            "fid_size (-1) is not between 0 and 16384",
+        ),
+        (
+            "eval.zero_shot",
+            f"--model {TINY} --dataset emoji --data data",
+            "data has 0 names of emoji: there is nothing",
+        ),
+        ("eval.zero_shot", f"--model {TINY} --dataset easy-vqa --workers 5000", "workers (5000) is not between 0 and"),
+        (
+            "eval.zero_shot",
+            f"--model {TINY} --dataset easy-vqa --text_tokenizer data/none",
+            "text_tokenizer: there is no folder data/none",
+        ),
+        (
+            "eval.zero_shot",
+            f"--model {TINY} --dataset easy-vqa --pretrained no.pt",
+            "--pretrained no.pt has no effect without --system open_clip: leave it out",
+        ),
+        (
+            "eval.zero_shot",
+            f"--system clip --model {TINY} --dataset easy-vqa --image_mode classify",
+            "--image_mode classify has no effect without --system unitok: leave it out",
+        ),
+        (
+            "eval.zero_shot",
+            f"--model {TINY} --dataset easy-vqa --templates simple",
+            "--templates simple has no effect without --images: leave it out",
+        ),
+        (
+            "eval.zero_shot",
+            f"--model {TINY} --dataset easy-vqa --data data",
+            "--data data has no effect without --dataset emoji: leave it out",
+        ),
+        (
+            "eval.zero_shot",
+            "--system clip --model none --dataset easy-vqa",
+            "model: there is no folder none, and the hub has none of that name: ",
+        ),
+        (
+            "eval.zero_shot",
+            f"--model {TINY} --dataset easy-vqa --limit 1 --output other.json",
+            "other.json is not a result of this evaluation. Remove it, or choose another output",
+        ),
+        (
+            "eval.zero_shot",
+            f"--model {TINY} --dataset easy-vqa --limit 1 --output tensors.json",
+            "tensors.nearest.safetensors is not a result of this evaluation. Remove it, or choose another output",
+        ),
+        (
+            "eval.text_to_image",
+            f"--model {TINY} --prompts prompts.txt --output other",
+            "other/results.json is not a result of this evaluation. Remove it, or choose another output",
+        ),
+        (
+            "eval.reconstruction",
+            "--system diffusers --model none --images none",
+            "model: there is no folder none, and the hub has none of that name: ",
+        ),
+        ("eval.reconstruction", f"--model {TINY} --images none --workers 5000", "workers (5000) is not between 0 and"),
+        (
+            "eval.reconstruction",
+            f"--model {TINY} --images none --image_size 160000",
+            "image_size (160000) is not between 16 and 16384",
+        ),
+        (
+            "eval.reconstruction",
+            f"--model {TINY} --images none --skip rfid,psnr,ssim,lpips,codes",
+            "--skip rfid,psnr,ssim,lpips,codes leaves nothing to measure: keep one of the metrics",
+        ),
+        (
+            "eval.reconstruction",
+            f"--model {TINY} --images none --subfolder vae",
+            "--subfolder vae has no effect without --system diffusers: leave it out",
+        ),
+        (
+            "eval.reconstruction",
+            f"--model {TINY} --images data --split test --image_column picture --config a",
+            "--split test --image_column picture --config a has no effect: data is no Hugging Face data set. Leave it out",
+        ),
+        (
+            "eval.reconstruction",
+            f"--model {TINY} --images none.tar --split test",
+            "--split test has no effect: none.tar is no Hugging Face data set. Leave it out",
+        ),
         ("eval.reconstruction", f"--model {TINY} --images none --max_broken_share 2", "max_broken_share (2.0) is not"),
     ],
 )
@@ -539,6 +656,11 @@ def test_what_is_missing_or_wrong_ends_any_script_in_one_line(script, words, sai
         Path(folder, "config.json").write_text(text, encoding="utf-8")
     Path("empty.json").write_text("[]", encoding="utf-8")
     Path("deep.json").write_text("[" * 100_000, encoding="utf-8")
+    Path("other").mkdir()
+    for name in ("other.json", "other/results.json"):
+        Path(name).write_text('{"part": {}}', encoding="utf-8")
+    save_file({"nearest": torch.zeros(1, 5)}, "tensors.nearest.safetensors")
+    Path("prompts.txt").write_text("a red circle\n", encoding="utf-8")
     Path("uncaptioned.json").write_text('[{"image": "a.png"}]', encoding="utf-8")
     if script == "eval.vqa_score":
         with pytest.raises(SystemExit) as end:

@@ -288,7 +288,7 @@ def test_missing_judge_is_trained_and_announced(arguments, tmp_path, monkeypatch
         (["--skip", "vqa,drawing"], "cannot skip drawing; the parts are reconstruction, vqa, text_to_image, edit"),
         (["--limit", "0"], "limit must be at least 1, got 0"),
         (["--guidance", "0.5"], "guidance_scale must be at least 1"),
-        (["--edit_guidance", "0.5"], "edit_guidance and edit_image_guidance must be at least 1"),
+        (["--edit_guidance", "0.5"], "edit_guidance (0.5) is not between 1 and 1000000.0"),
     ],
 )
 def test_errors_take_one_line(arguments, options, message):

@@ -98,6 +98,10 @@ def test_saved_data_sets_with_and_without_splits(tmp_path):
         open_images(f"{tmp_path}/two", split="validation")
     with pytest.raises(ValueError, match="has the columns image, label, but no picture"):
         open_images(f"{tmp_path}/one", image_column="picture")
+    with pytest.raises(
+        ValueError, match=r"^--config b has no effect: .*/one is no data set on the hub. Leave it out$"
+    ):
+        open_images(f"{tmp_path}/one", config="b")
 
 
 def test_errors_name_what_is_not_there(tmp_path):

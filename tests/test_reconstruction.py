@@ -402,6 +402,14 @@ def test_results_of_other_versions_are_not_gone_on_with(command, monkeypatch):
         (["--images", "nowhere"], "there is no folder nowhere"),
         (["--image_size", "40"], "image_size must be a multiple of 16, got 40"),
         (["--limit", "1"], "has 1: --skip rfid"),
+        (
+            ["--inception_weights", __file__],
+            "rfid needs Inception's weights .*test_reconstruction.py.*: .* Give --inc",
+        ),
+        (
+            ["--vgg_weights", __file__],
+            "lpips needs VGG-16's weights .*test_reconstruction.py.*: .* Give --vgg_weights",
+        ),
     ],
 )
 def test_mistakes_are_told(command, options, error):

@@ -30,6 +30,7 @@ from eval import vqa
 from eval.easy_vqa import answer_questions, count_right, normalize_answer
 from eval.lmms.answers import AnswerLog
 from eval.lmms.models.unitok_mllm import (
+    GENERATION_OPTIONS,
     StopAfterPrompt,
     UniTokMLLM,
     UniTokMLLMChat,
@@ -345,6 +346,8 @@ def test_stop_strings_are_looked_for_after_the_prompt(adapter):
 
 
 def test_generation_options():
+    assert set(vqa.GEN_KWARGS) == {*GENERATION_OPTIONS, "max_gen_toks"}
+    vqa.check_gen_kwargs("do_sample=true,early_stopping=never,top_p=0.5,length_penalty=-1,top_k=0,until=e")
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
     assert generation_options({"until": ["\n\n", ""], "image_aspect_ratio": "pad", "temperature": 0}) == (
         {"max_new_tokens": 1024, **greedy},
@@ -535,6 +538,17 @@ def test_own_normalization_agrees_with_the_official_one_on_easy_vqa():
             "llava_vqav2_testdev needs --vqav2_questions v2_OpenEnded_mscoco_test2015",
         ),
         (["--vqav2_questions", "no.json"], "there is no file no.json (--vqav2_questions)"),
+        (["--gen_kwargs", "beams"], "gen_kwargs must be NAME=VALUE, separated by commas, got 'beams'"),
+        (["--gen_kwargs", "max_new_token=3"], "gen_kwargs has no 'max_new_token': did you mean 'max_new_tokens'?"),
+        (
+            ["--gen_kwargs", "num_beams=1.5"],
+            "num_beams of gen_kwargs must be an integer from 1 to 2.14748e+09, got 1.5",
+        ),
+        (
+            ["--gen_kwargs", "do_sample=True,temperature=nan"],
+            "temperature of gen_kwargs must be a number from 0 to 1e+06, got nan",
+        ),
+        (["--gen_kwargs", "until=5"], "until of gen_kwargs must be a text, got 5"),
     ],
 )
 def test_errors_take_one_line(options, message):

@@ -9,6 +9,7 @@ up the FLOPs of its matrix products and convolutions, forward and backward. Atte
 MFU. `training.planning.memory` describes what counts as memory. `check` compares such predictions with real steps.
 """
 
+import argparse
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from training.arguments import mapping
 from training.errors import one_line_errors, script_app
 from training.planning.check import run_check
 from training.planning.memory import Run
@@ -106,11 +107,12 @@ def vision_fields(text: str) -> dict:
     Raises:
         typer.BadParameter: the text is not a mapping, or has an unknown field.
     """
-    values = yaml.safe_load(text)
-    if not isinstance(values, dict):
-        raise typer.BadParameter(f"expected a mapping such as '{{image_size: 512}}', got {text!r}.")
+    try:
+        values = mapping(text)
+    except argparse.ArgumentTypeError as error:
+        raise typer.BadParameter(str(error)) from error
     if unknown := values.keys() - {field.name for field in fields(UniTokVisionConfig)}:
-        raise typer.BadParameter(f"A vision config has no {', '.join(sorted(unknown))}.")
+        raise typer.BadParameter(f"A vision config has no {', '.join(sorted(map(str, unknown)))}.")
     return values
 
 
