@@ -290,7 +290,10 @@ def test_pictures_of_other_settings_are_refused(prompts, drawn, tmp_path):
             "(no.pt): clean-fid needs its weights in a file called inception-2015-12-05.pt. Give --inception_weights",
         ),
         (["--fid_size", "-1"], "fid_size (-1) is not between 0 and 16384"),
-        (["--clip", TINY], f"cannot load a CLIP model from {TINY}: {TINY} is a unitok_mllm model, not a clip one"),
+        (
+            ["--clip", str(TINY)],
+            f"cannot load a CLIP model from {TINY}: {TINY} is a unitok_mllm model, not a clip one",
+        ),
         (["--fid_tool", "fid"], "fid_tool must be one of torch-fidelity, clean-fid, got fid"),
         (["--image_format", "gif"], "image_format must be one of png, jpg, got gif"),
         (
