@@ -209,6 +209,9 @@ class DiffusersSystem:
     Attributes:
         image_size: side of the images, 256 pixels.
         codebooks: (1, V) for a VQModel, else None.
+
+    Raises:
+        ValueError: it is another kind of model.
     """
 
     image_size = 256
@@ -218,6 +221,8 @@ class DiffusersSystem:
 
         subfolder = {"subfolder": subfolder} if subfolder else {}
         self.model = diffusers.AutoModel.from_pretrained(model, torch_dtype=dtype, **subfolder).to(device).eval()
+        if not isinstance(self.model, diffusers.ModelMixin) or not hasattr(self.model, "encode"):
+            raise ValueError(f"{model} is a {type(self.model).__name__}, not an autoencoder of diffusers")
         is_vq = isinstance(self.model, diffusers.VQModel)
         self.codebooks = (1, self.model.config.num_vq_embeddings) if is_vq else None
 

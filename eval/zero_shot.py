@@ -147,6 +147,11 @@ class Settings:
         if self.system == "unitok":
             check_model(self.model)
             check_source("text_tokenizer", self.text_tokenizer)
+            folder = Path(self.text_tokenizer)
+            if self.text_tokenizer and folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
+                raise ValueError(
+                    f"--text_tokenizer {folder} has no tokenizer_config.json: give the folder of a tokenizer"
+                )
         else:
             check_effect(self, "--system unitok", "text_tokenizer", "image_mode")
         if self.system == "clip":

@@ -207,6 +207,13 @@ def config(tmp_path) -> str:
             "Separate the names in trainable by spaces on the command line, got 'embedder,depth_head'",
         ),
         ("--lora r=16", "argument --lora: expected a mapping such as '{name: value}', got 'r=16'"),
+        ("--lr_scheduler_kwargs [3]", "scheduler-kwargs: expected a mapping such as '{name: value}', got '[3]'"),
+        (
+            "--gradient_checkpointing_kwargs '{'",
+            "checkpointing-kwargs: expected a mapping such as '{name: value}', got '{'",
+        ),
+        ("--accelerator_config '{'", "accelerator-config: expected a mapping such as '{name: value}', got '{'"),
+        ("--deepspeed '{a'", "argument --deepspeed: expected a mapping such as '{name: value}', got '{a'"),
         ("--lora '{rank:16}'", "lora has no 'rank:16'; it has "),
         ("--per_device_train_batch_size 0", "per_device_train_batch_size must be at least 1, got 0"),
         ("--deepspeed nothing.json", "deepspeed: there is no file nothing.json"),
@@ -353,7 +360,10 @@ def test_dicts_come_from_the_command_line_too(config):
         "{path: a.json}",
         '{"path": "b.json", "weight": 2}',
     ]
-    arguments, _ = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), [config, *options])
+    options += ["--lr_scheduler_kwargs", '{"num_cycles": 2}', "--accelerator_config", '{"even_batches": false}']
+    arguments, training_arguments = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), [config, *options])
+    assert training_arguments.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert not training_arguments.accelerator_config.even_batches
     assert (arguments.lora, arguments.depth_config) == ({"r": 16}, {"hidden_size": 32})
     assert arguments.card == {"license": "mit"}
     assert arguments.datasets == [{"path": "a.json"}, {"path": "b.json", "weight": 2}]
@@ -573,6 +583,11 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
             "eval.zero_shot",
             f"--model {TINY} --dataset easy-vqa --text_tokenizer data/none",
             "text_tokenizer: there is no folder data/none",
+        ),
+        (
+            "eval.zero_shot",
+            f"--model {TINY} --dataset easy-vqa --text_tokenizer data",
+            "--text_tokenizer data has no tokenizer_config.json: give the folder of a tokenizer",
         ),
         (
             "eval.zero_shot",

@@ -402,6 +402,7 @@ def test_results_of_other_versions_are_not_gone_on_with(command, monkeypatch):
         (["--images", "nowhere"], "there is no folder nowhere"),
         (["--image_size", "40"], "image_size must be a multiple of 16, got 40"),
         (["--limit", "1"], "has 1: --skip rfid"),
+        (["--system", "diffusers", "--skip", "rfid,lpips"], "is a UniTokModel, not an autoencoder of diffusers"),
         (
             ["--inception_weights", __file__],
             "rfid needs Inception's weights .*test_reconstruction.py.*: .* Give --inc",

@@ -24,6 +24,8 @@ from unitok_mllm.devices import AUTO, find_device
 
 
 TRUST_CONFIG, TRUSTED = "--trust_config", "UNITOK_TRUST_CONFIG"
+# Options that the library's parser takes for texts.
+LIBRARY_MAPPINGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 BELOW_ONE = (0.0, 1 - 1e-9)
 
 
@@ -139,6 +141,11 @@ def mapping(text: str) -> dict:
     return value
 
 
+def mapping_or_file(text: str) -> dict | str:
+    """Parse a dict on a command line, see `mapping`; a text that does not begin as one is a file's path."""
+    return mapping(text) if text.startswith("{") else text
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Show each option's default, and do not break the lines of an example command."""
 
@@ -162,8 +169,10 @@ class Parser(HfArgumentParser, CommandLine):
             **kwargs,
         )
         for action in self._actions:
-            if action.type is dict:
+            if action.type is dict or action.dest in LIBRARY_MAPPINGS:
                 action.type = mapping
+            elif action.dest in ("accelerator_config", "deepspeed"):
+                action.type = mapping_or_file
 
     def parse(self, argv: list[str] | None = None) -> tuple:
         """Parse the command line into an instance of each dataclass.
