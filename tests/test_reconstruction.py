@@ -33,6 +33,7 @@ pytestmark = pytest.mark.full
 
 IMAGES = 10
 SIDE = 48
+TINY = str(Path(__file__).parents[1] / "unitok_mllm/checkpoints/tiny")
 
 
 class RandomInception(FeatureExtractorInceptionV3):
@@ -402,14 +403,13 @@ def test_results_of_other_versions_are_not_gone_on_with(command, monkeypatch):
         (["--images", "nowhere"], "there is no folder nowhere"),
         (["--image_size", "40"], "image_size must be a multiple of 16, got 40"),
         (["--limit", "1"], "has 1: --skip rfid"),
-        (["--system", "diffusers", "--skip", "rfid,lpips"], "is a UniTokModel, not an autoencoder of diffusers"),
         (
-            ["--inception_weights", __file__],
-            "rfid needs Inception's weights .*test_reconstruction.py.*: .* Give --inc",
+            ["--system", "diffusers", "--model", TINY, "--skip", "rfid,lpips"],
+            "tiny is a UniTokMLLMModel, not an autoencoder of diffusers",
         ),
         (
-            ["--vgg_weights", __file__],
-            "lpips needs VGG-16's weights .*test_reconstruction.py.*: .* Give --vgg_weights",
+            ["--inception_weights", __file__, "--skip", "lpips"],
+            "rfid needs Inception's weights .*test_reconstruction.py.*: .* Give --inc",
         ),
     ],
 )
