@@ -114,9 +114,8 @@ def results(folder: Path) -> dict[str, object]:
             found[path] = path.read_bytes()
         elif path.suffix in (".json", ".jsonl"):
             text = path.read_text(encoding="utf-8")
-            found[path] = [
-                of_the_result(json.loads(line)) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])
-            ]
+            rows = text.splitlines() if path.suffix == ".jsonl" else [text]
+            found[path] = [of_the_result(json.loads(row)) for row in rows if row]
     parts = {path.relative_to(folder): value for path, value in found.items()}
     return {str(path): value for path, value in parts.items() if not str(path).partition("checkpoint-")[1]}
 
