@@ -30,7 +30,7 @@ from jinja2 import TemplateError
 from torch.utils.data import Dataset
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from training.arguments import checked_number
+from training.arguments import check_datasets, checked_number
 from training.codes import CodeStore
 from training.files import BrokenSamples, ImageStore, UnusableSample, read_rows
 from unitok_mllm import UniTokMLLMProcessor
@@ -387,8 +387,7 @@ class MLLMDataset(Dataset):
         caption_dropout: float = 0.1,
         max_broken_share: float = 0.01,
     ):
-        if not sources:
-            raise ValueError("There is no training data: `datasets` is empty.")
+        check_datasets(sources)
         if len({s.weight is None for s in sources}) > 1:
             raise ValueError("Give all sources of `datasets` a weight, or none of them.")
         weights = np.array([len(s.rows) if s.weight is None else s.weight for s in sources], dtype=float)
