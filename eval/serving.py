@@ -35,10 +35,9 @@ from eval.timing.subjects import SMOLLM2
 from training.errors import CommandLine, one_line_errors
 from training.files import write_atomically
 from unitok_mllm import UniTokMLLMForConditionalGeneration
-from unitok_mllm.cli import SHIPPED_MODEL
 from unitok_mllm.configuration_unitok import check_ranges
 from unitok_mllm.drawing_unitok import IMAGE_GENERATION
-from unitok_mllm.inference import check_model, load
+from unitok_mllm.inference import SHIPPED_MODEL, check_model, load
 from unitok_mllm.outputs import check_output_file
 
 
