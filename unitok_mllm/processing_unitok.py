@@ -131,12 +131,17 @@ def detached_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
 
 
 def with_detached_tokenizer(method: Callable) -> Callable:
-    """Decorate a method of a processor to encode with a `detached_tokenizer`, so that threads can share the processor."""
+    """Decorate a method of a processor to encode with a `detached_tokenizer`, so that threads can share the processor.
+
+    Decorated methods that it calls use the same copy.
+    """
 
     @wraps(method)
     def run(self, *args, **kwargs):
+        if self._is_detached:
+            return method(self, *args, **kwargs)
         processor = copy(self)
-        processor.tokenizer = detached_tokenizer(self.tokenizer)
+        processor.tokenizer, processor._is_detached = detached_tokenizer(self.tokenizer), True
         return method(processor, *args, **kwargs)
 
     return run
@@ -166,6 +171,7 @@ class UniTokMLLMProcessor(ProcessorMixin):
     """
 
     text_kwargs = {"padding": True, "return_tensors": "pt"}
+    _is_detached = False  # True in the copy for one call, see `with_detached_tokenizer`
 
     def __init__(
         self,
