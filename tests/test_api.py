@@ -26,11 +26,11 @@ from PIL import Image
 from test_serving import run
 
 from eval.serving import start_server
-from unitok_mllm import api_requests
+from unitok_mllm import api_requests, api_responses
 from unitok_mllm.api import create_app
 from unitok_mllm.guard import own_hosts
-from unitok_mllm.inference import SHIPPED_MODEL, text_tower_inputs
-from unitok_mllm.serving import UniTokEngine
+from unitok_mllm.inference import SHIPPED_MODEL, choose_answers, text_tower_inputs
+from unitok_mllm.serving import QueueFull, UniTokEngine
 from unitok_mllm.streaming_unitok import UniTokImageStreamer
 
 
@@ -175,6 +175,45 @@ def test_the_best_candidates_are_those_of_generate(client, lively_mllm, processo
     lively_mllm.visual.config.text_config = None
     with pytest.raises(openai.BadRequestError, match="has no text tower"):
         client.images.generate(prompt="a red circle", extra_body={"candidates": 4})
+
+
+def test_the_likeliest_choice_is_that_of_choose_answers(client, lively_mllm, processor, monkeypatch):
+    monkeypatch.setattr(api_responses, "CHOICES_AT_ONCE", 2)
+    choices = ["a red circle", "blue", "what is the blue shape?"]
+    for by_length in (False, True):
+        question = [(PICTURE, "what is this")]
+        (expected,), scores = choose_answers(lively_mllm, processor, question, choices, by_length)
+        extra = {"choices": choices, "by_length": by_length}
+        answer = client.chat.completions.create(model="tiny", messages=[TURN], extra_body=extra)
+        (choice,) = answer.choices
+        assert choice.message.content == expected and choice.finish_reason == "stop"
+        assert [row["content"] for row in choice.choice_scores] == choices
+        values = [row["log_likelihood"] / (row["num_tokens"] if by_length else 1) for row in choice.choice_scores]
+        assert values == pytest.approx(scores[0].tolist(), rel=1e-5)
+        assert answer.usage.completion_tokens == choice.choice_scores[choices.index(expected)]["num_tokens"]
+    for options, extra, message in (
+        ({"stream": True}, {"choices": choices}, "choices go without stream"),
+        ({"temperature": 0.5}, {"choices": choices}, "choices go without temperature"),
+        ({}, {"by_length": True}, "by_length goes with choices alone"),
+        ({}, {"choices": ["blue", " "]}, "and none empty"),
+        ({}, {"choices": ["blue", "red " * 300]}, "positions; served are up to 256"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.chat.completions.create(model="tiny", messages=[TURN], **options, extra_body=extra)
+
+
+@pytest.mark.attack
+def test_choices_wait_for_one_another_and_no_more_than_the_queue_holds(lively_mllm, processor, monkeypatch):
+    service = api_responses.Service(UniTokEngine(lively_mllm, max_length=256, max_queue=1), processor, "tiny", ())
+    inputs, go_on, score = processor(text="red"), threading.Event(), lively_mllm.score
+    monkeypatch.setattr(lively_mllm, "score", lambda **options: go_on.wait() and score(**options))
+    running, waiting = (service.score(inputs, ["blue", "yes"]) for _ in range(2))
+    with pytest.raises(QueueFull, match="1 requests are waiting to be scored"):
+        service.score(inputs, ["blue"])
+    assert waiting.cancel()  # as when its client leaves
+    again = service.score(inputs, ["blue"])
+    go_on.set()
+    torch.testing.assert_close(again.result().log_likelihoods, running.result().log_likelihoods[:, :1])
 
 
 def test_drawings_whole_and_streamed_are_those_of_generate(client, lively_mllm, processor):

@@ -174,7 +174,13 @@ def test_engines_find_the_places_and_the_features_of_images(processor, lively_ml
         assert ids.count(processor.image_token_id) == max(map(ids.count, ids)) == 9
     lively_mllm.save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["auto_map"]
-    assert {"AutoConfig", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"} <= auto_map.keys()
+    code, model = "modeling_unitok_mllm", "UniTokMLLMForConditionalGeneration"
+    assert auto_map == {
+        "AutoConfig": "configuration_unitok.UniTokMLLMConfig",
+        "AutoModel": f"{code}.UniTokMLLMModel",
+        "AutoModelForImageTextToText": f"{code}.{model}",
+        "AutoModelForMultimodalLM": f"{code}.{model}",
+    }
     base = AutoModel.from_pretrained(tmp_path, attn_implementation={"text_config": "eager"})
     assert base.get_decoder().config._attn_implementation == "eager"
     features = base.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output

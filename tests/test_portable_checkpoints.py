@@ -41,6 +41,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToT
 folder, remote = sys.argv[1], {"trust_remote_code": True}
 results = results_of(
     AutoModelForImageTextToText.from_pretrained(f"{folder}/mllm", **remote).eval(),
+    AutoModel.from_pretrained(f"{folder}/mllm", **remote).eval(),
     AutoProcessor.from_pretrained(f"{folder}/mllm", **remote),
     AutoModel.from_pretrained(f"{folder}/tokenizer", **remote).eval(),
     AutoImageProcessor.from_pretrained(f"{folder}/tokenizer", **remote),
@@ -51,8 +52,8 @@ assert not any(name.split(".")[0] == "unitok_mllm" for name in sys.modules)
 """
 
 
-def results_of(model, processor, tokenizer, image_processor, tower) -> dict[str, torch.Tensor]:
-    """An answer, a drawing, codes and features of one picture; run here, and as source text elsewhere."""
+def results_of(model, base, processor, tokenizer, image_processor, tower) -> dict[str, torch.Tensor]:
+    """An answer, a drawing, states, codes and features of one picture; run here, and as source text elsewhere."""
     picture = torch.arange(3 * 40 * 50, dtype=torch.uint8).view(3, 40, 50)
     inputs = processor(text="a red circle", generation_mode="image")
     drawn = model.generate(**inputs, generation_mode="image", guidance_scale=3.0, seed=0)
@@ -63,8 +64,10 @@ def results_of(model, processor, tokenizer, image_processor, tower) -> dict[str,
     answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     pixels = image_processor(picture)["pixel_values"]
     with torch.no_grad():
-        states = tower(pixels).last_hidden_state
-    return {"drawn": drawn, "answer": answer, "codes": tokenizer.encode(pixels), "states": states}
+        features = tower(pixels).last_hidden_state
+        states = base(**inputs).last_hidden_state
+    codes = tokenizer.encode(pixels)
+    return {"drawn": drawn, "answer": answer, "codes": codes, "features": features, "states": states}
 
 
 def save_parts(folder, mllm, processor) -> None:
@@ -84,8 +87,10 @@ def run_elsewhere(python: Path | str, code: str, folder: Path) -> subprocess.Com
 
 def assert_equal_results(folder, mllm, processor) -> None:
     results = load_file(folder / "results.safetensors")
-    expected = results_of(mllm, processor, mllm.visual, processor.image_processor, mllm.visual.vision_model)
-    torch.testing.assert_close(results.pop("states"), expected.pop("states"))
+    visual, base = mllm.visual, mllm.base_model
+    expected = results_of(mllm, base, processor, visual, processor.image_processor, visual.vision_model)
+    for name in ("features", "states"):
+        torch.testing.assert_close(results.pop(name), expected.pop(name))
     for name, value in expected.items():
         assert torch.equal(results[name], value), name
 

@@ -172,6 +172,23 @@ def test_drawings_end_as_generate_makes_them(shared, shown, processor):
     assert drawn[4][0] == expected[0] and drawn[4][1].getpixel((47, 47)) == (128, 128, 128)
 
 
+def test_candidates_come_best_first_with_the_scores_of_generate(shared, shown, processor):
+    drawn = shown(shared.draw("a red circle", 2, DRAWING, candidates=3))
+    inputs = processor(text="a red circle", generation_mode="image")
+    options = {"num_return_sequences": 3, "candidates": 3, "return_dict_in_generate": True, **DRAWING}
+    output = shared.model.generate(**inputs, generation_mode="image", **options)
+    pictures, scores = zip(*drawn[-1])
+    assert scores == pytest.approx(output.scores.tolist(), abs=1e-5)
+    pixels = shared.model.decode_images(output.codes)
+    assert are_alike(pictures, processor.post_process_multimodal_output(pixels, generation_mode="image"))
+    assert [drawn[-2][i] for i in output.chosen[0].tolist()] == [*pictures]
+    with pytest.raises(ValueError, match="from 1 to 8 candidates can be drawn, not 9"):
+        shown(shared.draw("red", 1, {}, 9))
+    shared.model.visual.config.text_config = None
+    with pytest.raises(ValueError, match="candidates cannot be ranked: .* has no text tower"):
+        shown(shared.draw("red", 1, {}, 2))
+
+
 def test_who_waits_sees_a_place_in_the_queue(shared, run):
     alone = [run(collect(shared.draw(text, 1, DRAWING)))[-1] for text in ("a red circle", "blue", "a")]
 
@@ -573,6 +590,18 @@ def test_draw_from_a_prompt(page):
 
 
 @pytest.mark.web
+def test_candidates_are_shown_best_first_with_their_scores(page):
+    draw(page, "a red circle", seed=1, candidates=4, pictures=1)
+    expect(page.get_by_text("Seed 1, best first")).to_be_visible()
+    model, processor = cli.load(cli.SHIPPED_MODEL)
+    options = {"seed": 1, "candidates": 4, "num_return_sequences": 4, "return_dict_in_generate": True}
+    output = inference.draw_codes(model, processor, ["a red circle"], **options)
+    captions = page.locator(".drawings .caption-label")
+    expect(captions).to_have_text([f"{score:.4f}" for score in output.scores.tolist()])
+    assert are_alike(drawings(page), inference.pictures_of(model, processor, output.codes))
+
+
+@pytest.mark.web
 def test_reconstruct_and_name(page, picture):
     page.get_by_role("tab", name="Tokenizer").click()
     page.locator("#picture input[type=file]").set_input_files(picture)
@@ -710,7 +739,7 @@ def test_a_signal_while_loading_leaves_nothing(tmp_path, end):
 MARKUP = """<img src=x onerror="window.hacked = 1"><script>window.hacked = 2</script><b class="hacked">b</b>"""
 
 
-DRAW = ["a red circle", 1, 1, 1, 0, 1, 0]  # the fields of the tab
+DRAW = ["a red circle", 1, 1, 1, 1, 0, 1, 0]  # the fields of the tab
 
 
 def visitor(number: int = 1) -> httpx.Client:
@@ -803,7 +832,7 @@ def test_no_picture_of_the_machine_can_be_shown(small_page, picture):
             data = {"path": str(path), "url": str(path), "meta": {"_type": "gradio.FileData"}}
             assert outcome(client, small_page, "tokenize", [data])[0] == "error", path
             message = {"text": "what?", "files": [data]}
-            assert outcome(client, small_page, "chat", [message, 8, *DRAW[2:]])[0] == "error", path
+            assert outcome(client, small_page, "chat", [message, 8, *DRAW[3:]])[0] == "error", path
 
 
 @pytest.mark.attack
@@ -825,7 +854,7 @@ def test_texts_of_a_chat_reach_the_page_escaped_and_the_model_as_they_are(small_
     asked, chat_inputs = [], shared.chat_inputs
     monkeypatch.setattr(shared, "chat_inputs", lambda turns: asked.append(turns) or chat_inputs(turns))
     with visitor() as client:
-        _, (_, turns, *_) = outcome(client, small_page, "chat", [{"text": MARKUP, "files": []}, 8, *DRAW[2:]])
+        _, (_, turns, *_) = outcome(client, small_page, "chat", [{"text": MARKUP, "files": []}, 8, *DRAW[3:]])
     ((text,), *_) = [turn["content"] for turn in turns]
     assert text["text"] == html.escape(MARKUP, quote=False) and "<" not in text["text"]
     assert asked[0][0]["content"] == [{"type": "text", "text": MARKUP}]
@@ -849,11 +878,12 @@ def test_requests_have_a_size_and_a_rate(small_page):
 HOSTILE = [  # job, which of its fields, and what it cannot be
     ("draw", 0, ["x" * 10_001, "", None]),
     ("draw", 1, [0, 9, 10**9, -1, None]),
-    ("draw", 2, [0, 10**9, -1, None]),
-    ("draw", 3, [-1, 10**9, None]),
-    ("draw", 4, [-1, None]),
-    ("draw", 5, [0, 2, None]),
-    ("draw", 6, [-2, 2**40, None]),
+    ("draw", 2, [0, 9, -1, None]),
+    ("draw", 3, [0, 10**9, -1, None]),
+    ("draw", 4, [-1, 10**9, None]),
+    ("draw", 5, [-1, None]),
+    ("draw", 6, [0, 2, None]),
+    ("draw", 7, [-2, 2**40, None]),
     ("chat", 0, [None, {}, {"text": "x" * 10_001, "files": []}, {"text": " ", "files": []}]),
     ("chat", 1, [0, 10**9, None]),
     ("compare", 1, ["x" * 10_001, "", None, "\n".join(map(str, range(1001)))]),
@@ -867,7 +897,7 @@ def test_every_field_is_checked_on_the_server(small_page, picture):
         (file,) = upload(client, small_page, picture)
     good = {
         "draw": DRAW,
-        "chat": [{"text": "hello", "files": []}, 8, *DRAW[2:]],
+        "chat": [{"text": "hello", "files": []}, 8, *DRAW[3:]],
         "compare": [file, "red\nblue"],
         "tokenize": [file],
     }

@@ -137,6 +137,8 @@ def create_app(
             processor_kwargs={"generation_mode": "interleaved"} if with_images else {},
         )
         answers = Answers(service, body, "chat.completion", "chatcmpl")
+        if body.choices is not None:
+            return await answers.choose(request, inputs)
         return await answers.respond(request, [inputs] * body.n, with_images)
 
     @app.post("/v1/completions")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from .fetch import fetch
 from .image_processing_unitok import load_image, picture_size
@@ -110,12 +110,28 @@ class ChatRequest(TextOptions):
 
     With "image" in `modalities`, the answer may contain images, which are returned in the message's `images`.
     `guidance` is the guidance scale of these images.
+
+    With `choices`, the answer is the likeliest of these, or with `by_length` that of the highest mean log-likelihood of
+    a token. The options of generation do not apply.
     """
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     modalities: list[Literal["text", "image"]] = ["text"]
     guidance: float | None = None
+    choices: Annotated[list[str], Field(min_length=1, max_length=64)] | None = None
+    by_length: bool = False
+
+    @model_validator(mode="after")
+    def check_choices(self) -> "ChatRequest":
+        if self.choices is None:
+            if self.by_length:
+                raise ValueError("by_length goes with choices alone")
+            return self
+        for name in self.model_fields_set - {"model", "user", "messages", "choices", "by_length"}:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"choices go without {name}: the likeliest of them is the answer")
+        return self
 
 
 class CompletionRequest(TextOptions):

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Collection
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,15 +15,17 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from .api_metrics import Metrics
-from .api_requests import APIError, ImageRequest, Pictures, TextOptions
+from .api_requests import APIError, ChatRequest, ImageRequest, Pictures, TextOptions
 from .drawing_unitok import image_generation
-from .inference import has_text_tower, picture_bytes, text_tower_inputs
-from .ranking_unitok import UniTokDrawingOutput, check_ranking, choose_drawings, score_drawings
+from .inference import answer_ids, has_text_tower, picture_bytes, text_tower_inputs
+from .ranking_unitok import check_ranking
+from .scoring_unitok import UniTokScores
 from .serving import QueueFull, UniTokEngine
 from .shared_engine import SharedEngine, Stream, cancel, submit
 
 
 MAX_TOKENS = 256  # default length of an answer, if the slot has room for it
+CHOICES_AT_ONCE = 16  # answers in a batch that is scored, each with a copy of the prompt's keys and values
 
 
 class Service(SharedEngine):
@@ -40,6 +42,7 @@ class Service(SharedEngine):
         super().__init__(engine, processor)
         self.name, self.url_hosts = name, url_hosts
         self.metrics, self.created = Metrics(engine), int(time.time())
+        self._scorer, self._scored = ThreadPoolExecutor(1, "scorer"), []
         config = self.model.config.visual_config.vision_config
         self.size = f"{config.image_size}x{config.image_size}"
 
@@ -105,19 +108,35 @@ class Service(SharedEngine):
         check_ranking(self.model.visual, ids)
         return count
 
-    @torch.inference_mode()
-    def rank(self, codes: torch.Tensor, inputs: dict, count: int) -> UniTokDrawingOutput:
-        """Choose the best `count` drawings of one prompt.
+    def score(self, inputs: dict, choices: list[str]) -> Future:
+        """Score given answers to one prompt, in a thread that scores for one request at a time.
 
         Args:
-            codes: codes of the drawings, (N, K, L).
             inputs: the processor's output for the prompt.
-            count: number of drawings to return.
+            choices: C answers.
+
+        Returns:
+            A future of their `UniTokScores`, of shape (1, C).
+
+        Raises:
+            QueueFull: as many requests as may wait for the engine are waiting to be scored.
+            ValueError: see `answer_ids`; also if the prompt and the longest answer do not fit into a slot.
         """
-        ids, mask = inputs["ranking_input_ids"], inputs["ranking_attention_mask"]
-        visual, codes = self.model.visual, codes[None]
-        scores = score_drawings(visual, codes, ids.to(visual.device), mask.to(visual.device))
-        return choose_drawings(codes, scores, count)
+        inputs, targets = inputs.to(self.model.device), answer_ids(self.processor, choices).to(self.model.device)[None]
+        length = inputs["input_ids"].shape[1] + targets.shape[2]
+        if length > self.engine.max_length:
+            raise ValueError(f"This needs {length} positions; served are up to {self.engine.max_length}.")
+        self._scored = [future for future in self._scored if not future.done()]
+        if len(self._scored) > self.engine.max_queue:  # one of them is running
+            raise QueueFull(f"{len(self._scored) - 1} requests are waiting to be scored.")
+
+        def scored() -> UniTokScores:
+            parts = [self.model.score(**inputs, target_ids=part) for part in targets.split(CHOICES_AT_ONCE, dim=1)]
+            names = ("log_likelihoods", "num_targets")
+            return UniTokScores(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in names))
+
+        self._scored.append(self._scorer.submit(scored))
+        return self._scored[-1]
 
     @torch.inference_mode()
     def embed(self, texts: list[str]) -> tuple[torch.Tensor, int]:
@@ -310,6 +329,34 @@ class Answers:
         self.service.metrics.observe("answer", time.monotonic() - start)
         answer = {"object": self.kind, **self.head, "choices": choices, "usage": usage(num_prompt, num_tokens)}
         return JSONResponse(answer)
+
+    async def choose(self, request: Request, inputs: dict) -> Response:
+        """Respond with the likeliest of the given answers and the log-likelihoods of all, in nats.
+
+        Args:
+            request: the HTTP request; its body is a `ChatRequest` with `choices`.
+            inputs: the processor's output for the prompt.
+
+        Raises:
+            APIError: see `Service.score`.
+        """
+        body: ChatRequest = self.body
+        start = time.monotonic()
+        future = await of_engine(self.service.score, inputs, body.choices)
+        (scores,) = await results(request, [future])
+        self.service.metrics.observe("answer", time.monotonic() - start)
+        values = scores.means if body.by_length else scores.log_likelihoods
+        best, num_tokens = int(values.argmax()), scores.num_targets[0].tolist()
+        rows = zip(body.choices, scores.log_likelihoods[0].tolist(), num_tokens)
+        choice = {
+            "index": 0,
+            "finish_reason": "stop",
+            "logprobs": None,
+            "message": {"role": "assistant", "content": body.choices[best]},
+            "choice_scores": [{"content": c, "log_likelihood": value, "num_tokens": n} for c, value, n in rows],
+        }
+        used = usage(inputs["input_ids"].shape[1], num_tokens[best])
+        return JSONResponse({"object": self.kind, **self.head, "choices": [choice], "usage": used})
 
     async def _message(self, ids: torch.Tensor, images) -> tuple[dict, str]:
         pieces = TextPieces(self.service.processor.tokenizer, self.body.stops, self.is_chat)

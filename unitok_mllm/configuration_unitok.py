@@ -602,8 +602,9 @@ class UniTokMLLMConfig(UniTokPreTrainedConfig):
     def save_pretrained(self, save_directory, **kwargs):
         """Save the config, as the library does; its `auto_map` gets all Auto classes of the model, for servers."""
         auto_map = vars(self).get("auto_map") or {}
-        if "AutoModelForImageTextToText" in auto_map:
-            auto_map["AutoModelForMultimodalLM"] = auto_map["AutoModelForImageTextToText"]
+        if name := auto_map.get("AutoModelForImageTextToText"):
+            auto_map["AutoModelForMultimodalLM"] = name
+            auto_map["AutoModel"] = f"{name.rpartition('.')[0]}.UniTokMLLMModel"
         super().save_pretrained(save_directory, **kwargs)
 
     @property

@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 from PIL import Image
 
+from .ranking_unitok import UniTokDrawingOutput, choose_drawings, score_drawings
 from .serving import UniTokEngine
 from .streaming_unitok import UniTokImageStreamer
 
@@ -45,6 +46,20 @@ class SharedEngine:
         codes = torch.stack([torch.stack(groups, dim=1) for groups in drawings])  # (B, K, l)
         pixels = self._decoder.decode(codes, torch.tensor(num_drawn, device=codes.device))
         return self.processor.post_process_multimodal_output(pixels, generation_mode="image")
+
+    @torch.inference_mode()
+    def rank(self, codes: torch.Tensor, inputs: dict, count: int) -> UniTokDrawingOutput:
+        """Choose the best `count` drawings of one prompt.
+
+        Args:
+            codes: codes of the drawings, (N, K, L).
+            inputs: the processor's output for the prompt.
+            count: number of drawings to return.
+        """
+        ids, mask = inputs["ranking_input_ids"], inputs["ranking_attention_mask"]
+        visual, codes = self.model.visual, codes[None]
+        scores = score_drawings(visual, codes, ids.to(visual.device), mask.to(visual.device))
+        return choose_drawings(codes, scores, count)
 
     async def decode(self, drawings: list[Sequence[torch.Tensor]]) -> list[Image.Image]:
         """Decode drawings in a thread, batched with those that other coroutines are waiting for; see `pictures`."""

@@ -31,10 +31,12 @@ from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
 from transformers import BatchFeature
 
+from .drawing_unitok import image_generation
 from .guard import Guard, Refused, own_hosts, visitor_of
 from .image_processing_unitok import load_image, picture_size
 from .inference import has_text_tower, psnr, sampling_options, text_tower_inputs
 from .kept_files import KeptFiles
+from .ranking_unitok import check_ranking
 from .serving import QueueFull, UniTokEngine
 from .shared_engine import SharedEngine, Stream, cancel, running, submit
 from .sheet import COLORS, SHAPES
@@ -220,18 +222,33 @@ class SharedModel(SharedEngine):
                         finished, current, groups = [*finished, {"type": "image", "image": picture}], [], []
                 yield finished + current
 
-    async def draw(self, prompt: str, count: int, image_options: dict) -> AsyncIterator[int | list[Image.Image]]:
-        """Stream `count` drawings of a prompt, gray where nothing is drawn yet; the last item is complete.
+    async def draw(
+        self, prompt: str, count: int, image_options: dict, candidates: int = 1
+    ) -> AsyncIterator[int | list[Image.Image] | list[tuple[Image.Image, float]]]:
+        """Stream drawings of a prompt, gray where nothing is drawn yet; the last item is complete.
+
+        Args:
+            prompt: the prompt.
+            count: number of drawings.
+            image_options: options of `generate_image_codes`.
+            candidates: number of drawings to rank, if above 1. At least so many are drawn, and the last item has them
+                best first, each with its score, see `ranking_unitok`.
 
         Raises:
-            ValueError: the prompt is empty or too long, or an option or `count` is out of its range.
+            ValueError: the prompt is empty or too long, an option or number is out of its range, or the model cannot
+                rank drawings.
         """
         if not (prompt or "").strip():
             raise ValueError("the prompt is empty")
         if not 1 <= count <= MAX_COUNT:
             raise ValueError(f"from 1 to {MAX_COUNT} pictures can be drawn at once, not {count}")
+        if not 1 <= candidates <= MAX_COUNT:
+            raise ValueError(f"from 1 to {MAX_COUNT} candidates can be drawn, not {candidates}")
         self.check_text(prompt)
         inputs = await asyncio.to_thread(self.processor, text=prompt.strip(), generation_mode="image")
+        if candidates > 1:
+            check_ranking(self.model.visual, inputs["ranking_input_ids"])
+            count = max(count, candidates)
         length = inputs["input_ids"].shape[1]
         if length + self.num_positions > self.max_positions:
             raise ValueError(
@@ -249,7 +266,12 @@ class SharedModel(SharedEngine):
                 drawings[index].append(codes)
                 num_told += 1
                 if num_told % (self.every * count) == 0 or num_told == self.num_positions * count:
-                    yield await self.decode(drawings)
+                    pictures = await self.decode(drawings)
+                    yield pictures
+        if candidates > 1 and num_told == self.num_positions * count:  # not cancelled
+            codes = torch.stack([torch.stack(groups, dim=1) for groups in drawings])
+            ranked = await asyncio.to_thread(self.rank, codes, inputs, count)
+            yield [(pictures[i], score) for i, score in zip(ranked.chosen[0].tolist(), ranked.scores.tolist())]
 
     @torch.inference_mode()
     def tokenize(self, picture: Image.Image) -> tuple[Image.Image, Image.Image, torch.Tensor, tuple[int, int]]:
@@ -518,9 +540,20 @@ def _chat_tab(shared: SharedModel, event_options: dict) -> None:
 
 
 def _draw_tab(shared: SharedModel, event_options: dict) -> None:
+    own = min(MAX_COUNT, image_generation(shared.model.generation_config).get("candidates", 1))
     with gr.Row():
         prompt = gr.Textbox(label="Prompt", placeholder="a red circle", scale=4, max_length=MAX_TEXT, elem_id="prompt")
         count = gr.Slider(1, MAX_COUNT, 4, step=1, precision=0, label="Pictures")
+        candidates = gr.Slider(
+            1,
+            MAX_COUNT,
+            own if shared.knows_words else 1,
+            step=1,
+            precision=0,
+            label="Candidates",
+            info="1: not ranked; more: best first" if shared.knows_words else "The model has no text tower to rank by",
+            interactive=shared.knows_words,
+        )
     with gr.Row():
         start = gr.Button("Draw", variant="primary", elem_id="draw")
         stop = gr.Button("Stop", variant="stop", elem_id="stop-drawing")
@@ -538,17 +571,21 @@ def _draw_tab(shared: SharedModel, event_options: dict) -> None:
     with gr.Accordion("Sampling", open=True):
         fields = _drawing_fields(shared)
 
-    async def draw(prompt, count, *sampling):
+    async def draw(prompt, count, candidates, *sampling):
         with shown_errors():
             options = drawing_options(*sampling)
-            async with aclosing(shared.draw(prompt, count, options)) as drawn:
+            async with aclosing(shared.draw(prompt, count, options, candidates)) as drawn:
                 async for pictures in drawn:
                     if isinstance(pictures, int):
                         yield gr.skip(), _place(pictures)
+                    elif isinstance(pictures[0], tuple):
+                        scored = [(picture, f"{score:.4f}") for picture, score in pictures]
+                        yield scored, f"Seed {options['seed']}, best first"
                     else:
                         yield pictures, f"Seed {options['seed']}"
 
-    drawn = gr.on([start.click, prompt.submit], draw, [prompt, count, *fields], [gallery, used], **event_options)
+    inputs = [prompt, count, candidates, *fields]
+    drawn = gr.on([start.click, prompt.submit], draw, inputs, [gallery, used], **event_options)
     stop.click(None, cancels=drawn)
 
 

@@ -4,8 +4,15 @@ from unitok_mllm import (
     UniTokImageProcessor,
     UniTokMLLMConfig,
     UniTokMLLMForConditionalGeneration,
+    UniTokMLLMModel,
     UniTokMLLMProcessor,
 )
 
 
-__all__ = ["UniTokImageProcessor", "UniTokMLLMConfig", "UniTokMLLMForConditionalGeneration", "UniTokMLLMProcessor"]
+__all__ = [
+    "UniTokImageProcessor",
+    "UniTokMLLMConfig",
+    "UniTokMLLMForConditionalGeneration",
+    "UniTokMLLMModel",
+    "UniTokMLLMProcessor",
+]
