@@ -17,7 +17,8 @@ import torch
 import typer
 
 from eval.timing.subjects import smollm2_mllm
-from training.errors import one_line_errors, script_app
+from training.errors import one_line_errors
+from unitok_mllm.typer_apps import script_app
 
 
 SHARES = (1.0, 0.5, 0.25)

@@ -26,9 +26,10 @@ from jinja2 import Environment
 
 from eval._common import versions
 from eval.protocol import Published, differences, read_published
-from training.errors import one_line_errors, script_app
+from training.errors import one_line_errors
 from training.files import write_atomically
 from unitok_mllm.outputs import check_output_file
+from unitok_mllm.typer_apps import script_app
 
 
 ABOUT = ("settings", "versions", "prompt", "prompts", "measured", "configs", "config", "runs")  # shown folded

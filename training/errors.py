@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from typer.exceptions import TyperException
 
 from training.interrupts import Interrupted, ends_handled_by
-from unitok_mllm.cli import OneLineErrors
+from unitok_mllm.typer_apps import OneLineErrors
 
 
 MENDABLE = (ValueError, OSError, FloatingPointError, StrictDataclassError, subprocess.CalledProcessError)
@@ -144,9 +144,3 @@ class CommandLine(argparse.ArgumentParser):
         known = [underscored(action.option_strings[-1]) for action in self._actions if action.option_strings]
         given = [underscored(word.partition("=")[0]) for word in args if word.startswith("--") and len(word) > 2]
         check_keys("the command line", [o for o in given if not any(name.startswith(o) for name in known)], known)
-
-
-def script_app(**options: Any) -> typer.Typer:
-    """Create a typer app whose long options may have underscores instead of dashes; `one_line_errors` runs it."""
-    settings = {"token_normalize_func": lambda token: token.replace("_", "-")}
-    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=settings, **options)

@@ -17,11 +17,12 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from training.arguments import check_source
-from training.errors import one_line_errors, script_app
+from training.errors import one_line_errors
 from training.release import save_release
 from training.text_tokenizer import read_captions
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.outputs import check_output_folder
+from unitok_mllm.typer_apps import script_app
 
 
 def merge(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from training.codes import shard_path, write_metadata, write_shard
-from training.errors import one_line_errors, script_app
+from training.errors import one_line_errors
 from training.files import IMAGE_SUFFIXES, MOST_WORKERS, BrokenSamples, ImageStore, read_rows
 from training.image_text_data import augmentation, random_numbers, sample_seed
 from training.ray_jobs import run_jobs
@@ -36,6 +36,7 @@ from unitok_mllm import UniTokConfig, UniTokModel
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
 from unitok_mllm.image_processing_unitok import DECODE_ERRORS, MODES, UniTokImageProcessor
 from unitok_mllm.packing_unitok import pack_linears
+from unitok_mllm.typer_apps import script_app
 
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,11 @@ import typer
 from peft import PeftConfig, PeftModel
 
 from training.arguments import check_source
-from training.errors import one_line_errors, script_app
+from training.errors import one_line_errors
 from training.release import FLOAT_TYPES, save_release
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
 from unitok_mllm.outputs import check_output_folder
+from unitok_mllm.typer_apps import script_app
 
 
 app = script_app(help=__doc__)

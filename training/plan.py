@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from training.arguments import mapping
-from training.errors import one_line_errors, script_app
+from training.errors import one_line_errors
 from training.planning.check import run_check
 from training.planning.memory import Run
 from training.planning.trainings import LLMS, TRAINED_PARTS, Plan, plan_mllm, plan_tokenizer
-from unitok_mllm.cli import OneLineErrors
 from unitok_mllm.configuration_unitok import UniTokVisionConfig
 from unitok_mllm.outputs import check_output_file
+from unitok_mllm.typer_apps import OneLineErrors, script_app
 
 
 def markdown_table(*columns: str) -> Table:

@@ -23,8 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from training import easy_vqa, emoji
-from training.errors import one_line_errors, script_app
+from training.errors import one_line_errors
 from unitok_mllm.outputs import check_output_folder
+from unitok_mllm.typer_apps import script_app
 
 
 EDITS_PER_IMAGE = 3

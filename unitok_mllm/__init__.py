@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 # modules that import neither torch nor transformers
-LIGHT = ("cli", "devices", "guard", "inference", "interruption", "outputs", "sheet")
+LIGHT = ("cli", "devices", "guard", "inference", "interruption", "outputs", "sheet", "typer_apps")
 
 __all__ = [
     "UniTokConfig",

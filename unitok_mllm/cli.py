@@ -16,11 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
-from typer.exceptions import TyperException
 
 from .devices import AUTO, DEVICE_HELP
 from .guard import MAX_OPEN
@@ -40,63 +38,14 @@ from .inference import (
 )
 from .interruption import end_at_once
 from .outputs import check_output_folder
+from .typer_apps import OneLineErrors, script_app, show_error
 
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-def show_error(message: object) -> None:
-    """Print an error as one line on stderr, even if its message has several."""
-    typer.echo(f"error: {' '.join(str(message).split())}", err=True)
-
-
-class OneLineErrors(TyperGroup):
-    """Run a command. Errors that a user can correct print one line on stderr and exit with 2, Ctrl-C with 130."""
-
-    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
-        """Run typer without its boxed errors, and with a message after Ctrl-C."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **options)
-        try:
-            code = super().main(*args, standalone_mode=False, **options)
-        except TyperException as error:
-            code = error.exit_code
-            if message := error.format_message():  # or the help was printed
-                show_error(message)
-        if code == 130:
-            typer.echo("\nInterrupted. The same command begins again.", err=True)
-        sys.exit(code)
-
-    def invoke(self, ctx: Any) -> Any:
-        args = list(ctx.args)
-        try:
-            return super().invoke(ctx)
-        except typer.BadParameter as error:
-            message = error.format_message() + self.value_given(args, error.param)
-        except (ValueError, OSError) as error:
-            message = str(error)
-        show_error(message)
-        raise typer.Exit(2)
-
-    @staticmethod
-    def value_given(args: list[str], parameter: Any) -> str:
-        """Return the option's value on the command line, which typer's messages leave out; "" if it has none."""
-        for arg, following in zip(args, [*args[1:], ""]):
-            name, equals, value = arg.partition("=")
-            if parameter is not None and name.replace("_", "-") in parameter.opts:
-                return f", got {value if equals else following}"
-        return ""
-
-
-app = typer.Typer(
-    cls=OneLineErrors,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},  # --top_k is --top-k
-    help="One LLM that reads images and draws them.",
-)
+app = script_app(cls=OneLineErrors, no_args_is_help=True, help="One LLM that reads images and draws them.")
 
 ModelFolder = Annotated[
     Path, typer.Option("--model", help="Model folder.", show_default="the model shipped in the package")
