@@ -5,7 +5,7 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -80,9 +80,9 @@ class Service(SharedEngine):
             return {"type": "image", "image": pictures.add_url(url)}
         raise APIError(400, f"a part must be a text or an image_url, got {str(kind)[:50]!r}", "messages")
 
-    async def picture(self, codes: torch.Tensor) -> str:
-        """Return the base64 PNG of a drawing, codes (K, l). Its positions from l on, if any, are grey."""
-        (image,) = await self.decode([codes.unbind(dim=1)])
+    async def picture(self, groups: Sequence[torch.Tensor]) -> str:
+        """Return the base64 PNG of a drawing, given by the codes (K,) of its positions so far. The others are grey."""
+        (image,) = await self.decode([groups])
         return base64.b64encode(await asyncio.to_thread(picture_bytes, image)).decode()
 
     def num_candidates(self, body: ImageRequest, inputs: dict) -> int:
@@ -367,7 +367,8 @@ class Answers:
             return {"text": text}, reason
         message = {"role": "assistant", "content": text}
         if len(images):
-            message["images"] = [*map(image_part, await asyncio.gather(*map(self.service.picture, images)))]
+            pngs = await asyncio.gather(*(self.service.picture(codes.unbind(dim=1)) for codes in images))
+            message["images"] = [*map(image_part, pngs)]
         return {"message": message}, reason
 
     def _reason(self, ids: torch.Tensor, pieces: TextPieces) -> str:
@@ -405,7 +406,7 @@ class Answers:
             if value.ndim:
                 groups[index].append(value)
                 if len(groups[index]) == model.config.num_image_positions:
-                    png = await self.service.picture(torch.stack(groups[index], dim=1))
+                    png = await self.service.picture(groups[index])
                     yield chunk(index, {"images": [image_part(png)]})
                     groups[index] = []
                 continue
@@ -448,11 +449,11 @@ async def image_events(
             if is_broken_off(futures[index]):
                 yield {"type": "error", "error": {"message": "the drawing was broken off", "type": "server_error"}}
                 return
-            yield event("completed", index, await service.picture(futures[index].result()))
+            yield event("completed", index, await service.picture(futures[index].result().unbind(dim=1)))
             continue
         groups[index].append(codes)
         if len(groups[index]) in shown:
-            png = await service.picture(torch.stack(groups[index], dim=1))
+            png = await service.picture(groups[index])
             if not has_begun:
                 service.metrics.observe("first_partial_image", time.monotonic() - start)
                 has_begun = True
