@@ -1,1 +1,1 @@
-"""The cost of a training: counting, memory, the plans of both trainings, and a check against real steps."""
+"""Cost of a training: FLOPs, memory, the plans of both trainings, and a comparison with real steps."""

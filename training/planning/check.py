@@ -1,4 +1,4 @@
-"""Compare a few real training steps on this machine with their prediction."""
+"""Comparison of a few real training steps on this machine with their prediction."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ from unitok_mllm.inference import SHIPPED_MODEL
 
 
 def gemm_flops(size: int = 1536, runs: int = 10) -> float:
-    """Measure the FLOP/s of this machine's fp32 matrix product, the best of some runs."""
+    """Measure the FLOP/s of this machine's fp32 matrix product: the best of several runs."""
     matrix, times = torch.rand(size, size), []
     for _ in range(runs):
         start = time.perf_counter()
@@ -30,11 +30,13 @@ class Check:
     """A few real training steps (fp32, AdamW), compared with their prediction.
 
     Attributes:
-        predicted_flops: of one step, counted on tensors without values.
-        counted_flops: of one real step.
-        seconds: median of a step, forward to optimizer.
-        achieved_flops: FLOP/s.
-        mfu: the same as a share of this machine's matrix product.
+        model: name of the model.
+        batch: samples per step.
+        predicted_flops: FLOPs of one step, counted on tensors without values.
+        counted_flops: FLOPs of one real step.
+        seconds: median duration of a step, from the forward pass to the optimizer.
+        achieved_flops: FLOP/s of the steps.
+        mfu: `achieved_flops` as a share of the FLOP/s of this machine's matrix product.
         predicted_states: MiB of weights, gradients and moments.
         measured_growth: MiB by which the process's memory grew.
     """
@@ -59,12 +61,16 @@ def check_training(
     batch: int,
     steps: int,
 ) -> Check:
-    """Predict a model's training step, run it, and compare.
+    """Predict the cost of a model's training step, run the step, and compare.
 
     Args:
-        abstract_loss, real_loss: losses of a batch, for a model without values and for a real one.
-        make_inputs: the batch of so many samples.
-        steps: how many are timed, after one that is not.
+        name: name of the model.
+        build: function that builds the model.
+        abstract_loss: function that computes the loss of a batch on a model without values.
+        real_loss: function that computes it on a real model.
+        make_inputs: function that makes a batch of a given number of samples.
+        batch: samples per step.
+        steps: number of timed steps, after one that is not timed.
     """
     inputs = make_inputs(batch)
     abstract = without_values(build).train()
@@ -100,7 +106,7 @@ def check_training(
 
 
 def run_check(name: str, batch: int, steps: int) -> Check:
-    """Check the prediction for the tiny "tokenizer", or an "mllm" of the shipped model's sizes, with new weights."""
+    """Run the check for the tiny "tokenizer" or for an "mllm" of the shipped model's sizes, both with new weights."""
     if name == "tokenizer":
         config = UniTokConfig.preset("tiny")
         return check_training(

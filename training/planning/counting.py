@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 @dataclass
 class Cost:
-    """The cost of one sample.
+    """Cost of one sample.
 
     Attributes:
         forward: FLOPs of the forward pass.
-        backward: FLOPs of the backward pass, with the recomputation of gradient checkpointing.
+        backward: FLOPs of the backward pass, including the recomputation of gradient checkpointing.
         activations: bytes kept for the backward pass.
-        modules: forward FLOPs by the module's name.
+        modules: forward FLOPs of each module, by name.
     """
 
     forward: float
@@ -32,7 +32,15 @@ class Cost:
 
 @dataclass
 class Part:
-    """A row of the plan: parameters, and FLOPs of one sample; `step` only if it is known for the part alone."""
+    """Parameters and FLOPs of a part of the model.
+
+    Attributes:
+        name: name of the part.
+        parameters: number of parameters.
+        trainable: number of trained parameters.
+        forward: FLOPs of one sample's forward pass.
+        step: FLOPs of one sample's training step; None if it is not known for the part alone.
+    """
 
     name: str
     parameters: int
@@ -60,16 +68,16 @@ def without_values(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def convolution_backward_flops(grad_shape, x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
-    """Count a convolution's backward pass: each gradient takes as many multiplications as the convolution.
+    """Count the FLOPs of a convolution's backward pass: for each gradient as many as for the convolution.
 
-    torch's own formula ignores the groups, and counts a depthwise convolution many times.
+    torch's own formula ignores the groups, so it counts a depthwise convolution many times over.
     """
     transposed, output_mask = args[4], args[7]
     return sum(output_mask[:2]) * conv_flop_count(x_shape, w_shape, grad_shape, transposed)
 
 
 def flop_counter() -> FlopCounterMode:
-    """Make torch's counter, with the corrected formula for the backward pass of convolutions."""
+    """Create torch's FLOP counter with the corrected formula for the backward pass of convolutions."""
     return FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward_flops}
     )
@@ -77,13 +85,13 @@ def flop_counter() -> FlopCounterMode:
 
 @contextmanager
 def saved_for_backward(module: nn.Module | None) -> Iterator[dict[StorageWeakRef, int]]:
-    """Record what autograd saves for the backward pass within the block.
+    """Context manager that records what autograd saves for the backward pass.
 
     Args:
-        module: its parameters are not recorded.
+        module: module whose parameters are not recorded.
 
     Yields:
-        The bytes of each storage.
+        The bytes of each saved storage; filled within the block.
     """
     parameters = () if module is None else module.parameters()
     ignored = {StorageWeakRef(parameter.untyped_storage()) for parameter in parameters}
@@ -103,9 +111,12 @@ def measure(step: Callable[[], torch.Tensor], module: nn.Module, batch: int) -> 
     """Count the FLOPs and activations of a training step, on real tensors or on tensors without values.
 
     Args:
-        step: computes the loss of `batch` samples.
-        module: its parameters are not counted as activations.
-        batch: samples.
+        step: function that computes the loss of a batch.
+        module: module whose parameters do not count as activations.
+        batch: number of samples in the batch.
+
+    Returns:
+        The cost of one sample.
     """
     # Unfused attention, since fused kernels differ between devices and torch does not count the CPU's.
     with sdpa_kernel(SDPBackend.MATH):
@@ -125,13 +136,19 @@ def measure(step: Callable[[], torch.Tensor], module: nn.Module, batch: int) -> 
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """Count all parameters and the trainable ones; shared ones count once."""
+    """Count all parameters and the trained ones. A shared parameter counts once."""
     parameters = list(module.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def list_parts(model: nn.Module, names: dict[str, list[str]], cost: Cost) -> list[Part]:
-    """List parameters and forward FLOPs of the parts of a model. `names` has the submodules of each part."""
+    """List parameters and forward FLOPs of the parts of a model.
+
+    Args:
+        model: the model.
+        names: names of the submodules of each part.
+        cost: cost of the whole model.
+    """
     parts = []
     for name, paths in names.items():
         modules = [model.get_submodule(path) for path in paths]

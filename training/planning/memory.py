@@ -1,19 +1,30 @@
 """Memory per GPU (model states and activations) and communication of a training step under each kind of sharding.
 
-- Model states of the MLLM are DeepSpeed's own estimates for its stages 2 and 3, for bf16 training with Adam: 2 bytes of weights
-  and 18 of gradients and optimizer (2 + 4 + 4 + 8) for each trained parameter. It has none for stages 0 and 1; with
-  the same bytes, on N GPUs: 20 P for stage 0, 4 P + 16 P / N for stage 1 (weights and 16-bit gradients on every GPU).
-  A frozen parameter takes 2 bytes (over N in stage 3; in the CPU's memory with offload).
-- Model states of the tokenizer are those of fp32 training with Adam: 4 bytes of weights, 4 of gradients and 8 of moments
-  for each parameter; 4 more of copies (buckets of DistributedDataParallel, flat weights of ZeRO, none of FSDP2) and 4
-  of the average. ZeRO-1 shards moments and copies, ZeRO-2 gradients too; ZeRO-3 and FSDP2 all, and gather one unit.
-- Communication is what one GPU of N sends in an optimizer step, (N - 1) / N times: all gradients and weights twice over
-  without sharding, and once each in stages 1 and 2; in stage 3 and FSDP2 the weights are gathered for the forward and
-  again for the backward pass. Gradients have 4 bytes, and weights 2 (MLLM) or 4 (tokenizer).
-- Activations are the bytes of all tensors that autograd keeps for the backward pass of a bf16 step, each storage once,
-  parameters aside. Not in it: what kernels need for themselves, the layer that checkpointing computes again, the
-  allocator's fragments and the CUDA context, for which 10% of the GPU stay free; and what autocast over fp32 weights
-  keeps besides (norms in fp32), where DeepSpeed does not make the model bf16.
+Model states of the MLLM, in bf16 training with Adam, for P trained parameters on N GPUs:
+
+- Stages 2 and 3 are DeepSpeed's own estimates: each trained parameter takes 2 bytes of weights and 18 of gradients and
+  optimizer states (2 + 4 + 4 + 8).
+- DeepSpeed has no estimate for stages 0 and 1. With the same bytes, stage 0 takes 20 P; stage 1 takes 4 P (weights and
+  16-bit gradients) + 16 P / N.
+- A frozen parameter takes 2 bytes. Stage 3 divides them by N; with offload they lie in the CPU's memory.
+
+Model states of the tokenizer, in fp32 training with Adam: a parameter takes 4 bytes of weights, 4 of gradients, 8 of
+moments, 4 of the running average, and 4 of copies (DistributedDataParallel's buckets or ZeRO's flat weights; FSDP2 has
+none). ZeRO-1 shards moments and copies, and ZeRO-2 also gradients. ZeRO-3 and FSDP2 shard everything and gather one
+unit at a time.
+
+Communication is what one GPU of N sends in an optimizer step. Each of these amounts is sent (N - 1) / N times:
+
+- Without sharding, all gradients are sent twice (a reduce-scatter and an all-gather).
+- In stages 1 and 2, gradients and weights are sent once each.
+- In stage 3 and FSDP2, the weights are also gathered again for the backward pass.
+
+Gradients have 4 bytes, weights 2 (MLLM) or 4 (tokenizer).
+
+Activations are all tensors that autograd keeps for the backward pass of a bf16 step, each storage once, without
+parameters. Not counted are the workspace of kernels, the layer that checkpointing recomputes, the allocator's
+fragments and the CUDA context (10% of the GPU stay free for them), and the fp32 tensors (norms) that autocast keeps
+where DeepSpeed does not convert the model to bf16.
 """
 
 import math
@@ -32,20 +43,19 @@ TOKENIZER_STAGES = (*STAGES, "FSDP2")
 
 @dataclass
 class Run:
-    """The amount of training, and its hardware.
+    """Amount of training, and its hardware.
 
     Args:
-        samples: of the whole training.
-        gpus: all GPUs.
-        gpu_memory: GiB of one GPU.
-        gpu_flops: FLOP/s of one GPU, by its data sheet (989e12: bf16 of an H100 SXM without sparsity).
-        mfu: share of `gpu_flops` that the training achieves. The recomputation of gradient checkpointing counts as
-            work.
-        batch_per_gpu: samples in one step of one GPU.
-        gpus_per_node: GPUs of one machine.
+        samples: number of samples in the whole training.
+        gpus: total number of GPUs.
+        gpu_memory: memory of one GPU, in GiB.
+        gpu_flops: peak FLOP/s of one GPU by its data sheet (989e12: bf16 of an H100 SXM without sparsity).
+        mfu: share of `gpu_flops` that training reaches. The recomputation of gradient checkpointing counts as work.
+        batch_per_gpu: samples per GPU and step.
+        gpus_per_node: GPUs per machine; at most `gpus`.
 
     Raises:
-        ValueError: a value that is not a finite number above 0, an MFU above 1, or machines that are not full.
+        ValueError: a value is not a finite number above 0, the MFU is above 1, or `gpus` do not fill the machines.
     """
 
     samples: float
@@ -67,15 +77,23 @@ class Run:
             raise ValueError(f"gpus ({self.gpus}) is not a multiple of gpus_per_node ({self.gpus_per_node}).")
 
     def days(self, flops_per_sample: float) -> float:
-        """Compute the days of the whole training, at `flops_per_sample`."""
+        """Compute the duration of the whole training, in days."""
         return self.samples * flops_per_sample / (self.gpus * self.gpu_flops * self.mfu) / 86400
 
 
 @dataclass
 class StageMemory:
-    """Memory under one kind of sharding, in GiB per GPU (`cpu`: per machine), and the largest batch per GPU that fits.
+    """Memory and communication under one kind of sharding.
 
-    `communication` is in GiB that one GPU sends in an optimizer step.
+    Attributes:
+        stage: one of `TOKENIZER_STAGES`.
+        states: model states of a GPU, in GiB.
+        activations: activations of a GPU, in GiB.
+        total: sum of both.
+        cpu: model states in the CPU's memory of one machine, in GiB.
+        communication: GiB that one GPU sends in an optimizer step.
+        fits: whether the total fits into the GPU.
+        largest_batch: number of samples per GPU that would fit.
     """
 
     stage: str
@@ -91,13 +109,18 @@ class StageMemory:
 def state_bytes(
     stage: str, trainable: int, frozen: int, largest_layer: int, gpus: int, gpus_per_node: int
 ) -> tuple[int, int]:
-    """Compute the bytes of the model states on one GPU and in one machine's CPU memory; see the module's docstring.
+    """Compute the bytes of the MLLM's model states; see the module's docstring.
 
     Args:
         stage: one of `STAGES`.
-        trainable: number of trainable parameters.
+        trainable: number of trained parameters.
         frozen: number of the other parameters.
-        largest_layer: parameters of the largest single module, which stage 3 gathers.
+        largest_layer: number of parameters of the largest single module, which stage 3 gathers.
+        gpus: total number of GPUs.
+        gpus_per_node: GPUs per machine.
+
+    Returns:
+        The bytes on one GPU, and in the CPU's memory of one machine.
     """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
@@ -121,13 +144,18 @@ def state_bytes(
 def float32_state_bytes(
     stage: str, parameters: int, largest_unit: int, gpus: int, gpus_per_node: int, average: bool
 ) -> tuple[int, int]:
-    """Compute `state_bytes` of a training in fp32, see the module's docstring.
+    """Compute the bytes of the tokenizer's model states; see the module's docstring.
 
     Args:
         stage: one of `TOKENIZER_STAGES`.
         parameters: number of parameters, all of them trained.
-        largest_unit: parameters of the largest part that is gathered at a time.
-        average: whether there is an average of the weights.
+        largest_unit: number of parameters of the largest part that is gathered at a time.
+        gpus: total number of GPUs.
+        gpus_per_node: GPUs per machine.
+        average: whether a running average of the weights is kept.
+
+    Returns:
+        The bytes on one GPU, and in the CPU's memory of one machine.
     """
     weights = gradients = copies = 4 * parameters
     moments, kept = 8 * parameters, 4 * parameters * average
@@ -146,14 +174,14 @@ def float32_state_bytes(
 
 
 def communication_bytes(stage: str, trainable: int, frozen: int, gpus: int, weight_bytes: int) -> float:
-    """Compute the bytes that one GPU sends in an optimizer step, see the module's docstring.
+    """Compute the bytes that one GPU sends in an optimizer step; see the module's docstring.
 
     Args:
         stage: one of `TOKENIZER_STAGES`.
-        trainable: number of trainable parameters.
+        trainable: number of trained parameters.
         frozen: number of the other parameters.
-        gpus: all GPUs.
-        weight_bytes: of a weight.
+        gpus: total number of GPUs.
+        weight_bytes: bytes of a weight.
     """
     if stage == "0":
         sent = 2 * 4 * trainable
@@ -170,9 +198,11 @@ def plan_memory(
     """Compute the memory and the communication of every stage.
 
     Args:
-        activations: bytes of one sample.
+        model: the model; only its parameters' sizes matter.
+        run: amount of training, and its hardware.
+        activations: bytes of activations of one sample.
         other: further bytes on every GPU, which are not sharded.
-        average: whether an average of the weights is kept, of the tokenizer's training in fp32; None for the MLLM's.
+        average: whether the tokenizer's training keeps a running average of the weights; None for the MLLM's training.
     """
     total, trainable = count_parameters(model)
     largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())

@@ -1,4 +1,4 @@
-"""The plans of this project's two trainings: the visual tokenizer's and the MLLM's."""
+"""Plans of the two trainings: the visual tokenizer's and the MLLM's."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,19 @@ MLLM_PARTS = {
 
 @dataclass
 class Plan:
-    """The plan of a training; FLOPs are those of one sample."""
+    """Plan of a training.
+
+    Attributes:
+        title: model and amount of training, in one line.
+        run: amount of training, and its hardware.
+        parts: parameters and FLOPs of the model's parts.
+        notes: what is counted and what is not.
+        forward_flops: FLOPs of one sample's forward pass.
+        step_flops: FLOPs of one sample's training step.
+        memory: memory under each kind of sharding.
+        stage: first kind of sharding that fits; None if none does.
+        days: duration of the training.
+    """
 
     title: str
     run: Run
@@ -65,16 +77,20 @@ class Plan:
 def make_plan(
     title: str, run: Run, parts: list[Part], notes: list[str], forward: float, step: float, memory: list[StageMemory]
 ) -> Plan:
-    """Complete a plan with the first stage that fits and with the days that the run takes."""
+    """Make a plan, with the first stage that fits and the duration of the training. For the arguments see `Plan`."""
     stage = next((row.stage for row in memory if row.fits), None)
     return Plan(title, run, parts, notes, forward, step, memory, stage, run.days(step))
 
 
 def visual_config(name: str, **vision_overrides) -> UniTokConfig:
-    """Load a visual tokenizer's config from a preset's name (with changed sizes) or from a folder.
+    """Load a visual tokenizer's config.
+
+    Args:
+        name: name of a preset, or a folder.
+        vision_overrides: fields of the preset's vision config to change.
 
     Raises:
-        ValueError: it is neither, or changed sizes are given for a folder.
+        ValueError: the name is neither, or fields are given for a folder.
     """
     if not Path(name, "config.json").is_file():
         return UniTokConfig.preset(name, **vision_overrides)
@@ -84,10 +100,14 @@ def visual_config(name: str, **vision_overrides) -> UniTokConfig:
 
 
 def mllm_config(llm: str, visual: str) -> UniTokMLLMConfig:
-    """Load an MLLM's config from presets or folders; an MLLM as `llm` also gives embedder and depth transformer.
+    """Load an MLLM's config.
+
+    Args:
+        llm: name of a preset, or the folder of an LLM or an MLLM. An MLLM's embedder and depth transformer are used.
+        visual: the visual tokenizer, see `visual_config`.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: a name is unknown.
     """
     if Path(llm, "config.json").is_file():
         config = AutoConfig.from_pretrained(llm)
@@ -101,7 +121,7 @@ def mllm_config(llm: str, visual: str) -> UniTokMLLMConfig:
 
 
 def tokenizer_batch(config: UniTokConfig, batch: int) -> dict[str, torch.Tensor]:
-    """Make images and captions without content, for `UniTokModel.forward`."""
+    """Make a batch of empty images and captions for `UniTokModel.forward`."""
     size, length = config.vision_config.image_size, config.text_config.max_position_embeddings
     return {
         "pixel_values": torch.zeros(batch, config.vision_config.num_channels, size, size),
@@ -110,14 +130,14 @@ def tokenizer_batch(config: UniTokConfig, batch: int) -> dict[str, torch.Tensor]
 
 
 def tokenizer_loss(model: UniTokModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Compute a loss of reconstructions, codes and embeddings. Its value does not matter for the FLOPs."""
+    """Compute a loss of reconstructions, codes and embeddings. Only its FLOPs matter, not its value."""
     output = model(**inputs)
     similarity = output.image_embeds @ output.text_embeds.T
     return output.reconstruction.float().square().mean() + output.vq_loss + similarity.float().mean()
 
 
 def mllm_batch(config: UniTokMLLMConfig, batch: int, text_length: int, images: int, drawn: int) -> dict:
-    """Make texts without content, each with `images` images at its end, of which `drawn` are targets."""
+    """Make a batch of empty texts, each followed by `images` images, of which the first `drawn` are targets."""
     vision, positions = config.visual_config.vision_config, config.num_image_positions
     image = [config.boi_token_id, *[config.image_token_id] * positions, config.eoi_token_id]
     input_ids = torch.tensor([[0] * text_length + images * image] * batch)
@@ -129,7 +149,10 @@ def mllm_batch(config: UniTokMLLMConfig, batch: int, text_length: int, images: i
 
 
 def mllm_loss(model: UniTokMLLMForConditionalGeneration, inputs: dict) -> torch.Tensor:
-    """Run the parts of the MLLM's forward on tensors without values, which cannot be selected by a mask."""
+    """Compute the MLLM's loss from the parts of its forward pass.
+
+    `forward` itself selects positions by a mask, which is impossible on tensors without values.
+    """
     codes = inputs.get("image_codes")
     embeds, _ = model.embed(inputs["input_ids"], image_codes=codes)
     output = model.language_model(inputs_embeds=embeds, output_hidden_states=True, use_cache=False)
@@ -156,16 +179,20 @@ def plan_tokenizer(
     """Plan the training of a visual tokenizer (UniTok, section 3.1).
 
     Args:
-        preset: of `UniTokConfig`, or a folder.
-        perceptual: count LPIPS on VGG-16: two forward passes a sample, and one backward pass to the reconstruction.
-        gan: count the discriminator on DINOv2 ViT-S/14: one forward and backward pass to the reconstruction, and a
-            training step of the heads on four images: real and reconstructed, plain and augmented.
-        gan_start: share of the training before the GAN starts.
-        ema: count an average of the weights, in fp32.
-        vision_overrides: fields of the preset's vision config that differ.
+        preset: name of a preset of `UniTokConfig`, or a folder.
+        run: amount of training, and its hardware.
+        perceptual: whether to count LPIPS on VGG-16: two forward passes per sample, and one backward pass to the
+            reconstruction.
+        gan: whether to count the discriminator on DINOv2 ViT-S/14: one forward and backward pass to the
+            reconstruction, and a training step of the heads on four images (real and reconstructed, plain and
+            augmented).
+        gan_start: share of the training after which the discriminator starts.
+        ema: whether to count a running average of the weights, in fp32.
+        gradient_checkpointing: whether activations are recomputed in the backward pass.
+        vision_overrides: fields of the preset's vision config to change.
 
     Raises:
-        ValueError: an unknown preset, one without a text tower, or a `gan_start` outside [0, 1].
+        ValueError: the preset is unknown or has no text tower, or `gan_start` is outside [0, 1].
     """
     config = visual_config(preset, **vision_overrides)
     if config.text_config is None:
@@ -236,17 +263,19 @@ def plan_mllm(
     """Plan a training of the unified MLLM (UniTok, section 3.4).
 
     Args:
-        llm: a preset or a folder, see `mllm_config`.
-        visual: a preset or a folder, see `mllm_config`.
-        text_length: text tokens of a sample. Every image adds its positions and the two tokens around it.
-        images: images in a sample.
-        drawn: number of them that are targets; None for all.
-        trainable: the trained parts, of `embedder`, `depth_head` and `language_model`.
-        lora_rank: above 0, adapters of this rank on the LLM's linear layers are trained instead of the LLM.
-        online_codes: encode images in the training; otherwise their codes are extracted beforehand.
+        llm: name of a preset or a folder, see `mllm_config`.
+        visual: name of a preset or a folder, see `visual_config`.
+        run: amount of training, and its hardware.
+        text_length: text tokens per sample. Each image adds its positions and the two tokens around it.
+        images: images per sample.
+        drawn: number of images that are targets; None for all.
+        trainable: names of the trained parts, from `TRAINED_PARTS`.
+        lora_rank: rank of adapters on the LLM's linear layers, which are trained instead of the LLM; 0 for none.
+        online_codes: whether images are encoded during training; otherwise their codes are extracted beforehand.
+        gradient_checkpointing: whether activations are recomputed in the backward pass.
 
     Raises:
-        ValueError: an unknown preset or part, or an impossible sample.
+        ValueError: a preset or part is unknown, or the numbers of tokens and images are impossible.
     """
     drawn = images if drawn is None else drawn
     if text_length < 1 or not 0 <= drawn <= images:
