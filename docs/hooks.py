@@ -37,14 +37,14 @@ FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
 def scripts() -> list[str]:
-    """The modules that are run with `python -m`, and `unitok-mllm`."""
+    """List the modules that are run with `python -m`, and `unitok-mllm`."""
     sources = sorted(path for folder in ("training", "eval") for path in (ROOT / folder).glob("*.py"))
     modules = [path for path in sources if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
     return ["unitok-mllm", *(f"{path.parent.name}.{path.stem}" for path in modules)]
 
 
 def help_texts() -> dict[str, dict[str, str]]:
-    """The help of each script by its command line; run again where a source is newer than the last ones."""
+    """Return the helps of all scripts, by command line. They are printed again if any source is newer."""
     sources = [
         path for folder in ("training", "eval", "unitok_mllm", "docs") for path in (ROOT / folder).rglob("*.py")
     ]
@@ -60,7 +60,7 @@ def help_texts() -> dict[str, dict[str, str]]:
 
 
 def target_page(link: str, source: str) -> tuple[str, str]:
-    """The file in the repository that a link of the document `source` leads to, and the page that shows it here."""
+    """Return the file of the repository that a link in the document `source` leads to, and the page that shows it."""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
     if path in DOCUMENTS:
         return path, DOCUMENTS[path]
@@ -70,7 +70,7 @@ def target_page(link: str, source: str) -> tuple[str, str]:
 
 
 def linked_sources(documents: list[str]) -> Iterator[str]:
-    """The files of the repository, no documents themselves, that these documents link to."""
+    """Yield the files of the repository, other than documents, that these documents link to."""
     for document in documents:
         for _, link, _ in LINK.findall((ROOT / document).read_text(encoding="utf-8")):
             path, page = target_page(link, document)
@@ -79,13 +79,13 @@ def linked_sources(documents: list[str]) -> Iterator[str]:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Adds the scripts to the navigation, before its last part."""
+    """Add the scripts to the navigation, before its last part."""
     config.nav.insert(-1, {"Scripts": [f"scripts/{name}.md" for name in scripts()]})
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the generated pages."""
+    """Add the generated pages."""
     pages = {}
     for document, page in DOCUMENTS.items():
         pages[page] = FRONT_MATTER.sub("", (ROOT / document).read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Leads the links of a document, which are those of the repository, to the pages of the site."""
+    """Point the links of a document, which are relative to the repository, to the pages of the site."""
     here = page.file.src_uri
     if here.startswith("source/"):
         return markdown

@@ -1,4 +1,4 @@
-"""Prints the helps of scripts as JSON: `python docs/script_helps.py unitok-mllm training.plan ...`.
+"""Print the helps of scripts as JSON: `python docs/script_helps.py unitok-mllm training.plan ...`.
 
 All run in one process, so that torch is imported once.
 """
@@ -16,7 +16,7 @@ import typer
 
 
 def help_text(name: str, module: str, *command: str) -> str:
-    """What the script prints for `--help`."""
+    """Return what the script prints for `--help`."""
     output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # unlike a StringIO it can be reconfigured
     sys.argv = [name, *command, "--help"]
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
@@ -26,7 +26,7 @@ def help_text(name: str, module: str, *command: str) -> str:
 
 
 def help_texts(script: str) -> dict[str, str]:
-    """The helps of a script and of its commands, by command line."""
+    """Return the helps of a script and of its commands, by command line."""
     name, module = (script, "unitok_mllm.cli") if script == "unitok-mllm" else (f"python -m {script}", script)
     texts = {name: help_text(name, module)}
     app = getattr(importlib.import_module(module), "app", None)

@@ -3,34 +3,33 @@
     python -m eval.claims training/configs/claims.yaml
     python -m eval.claims training/configs/claims.yaml --steps 20 --search_steps 10 --seeds 0 --codebooks 1 8
 
-The same tokenizer is trained with K = 1, 2, 4, 8 sub-codebooks of `total_codes` / K codes each; the width before
+The same tokenizer is trained with K = 1, 2, 4, 8 sub-codebooks of `total_codes` / K codes each. The width before
 quantization, the data and their order, the steps and the batch are the same.
 
 1. Search: for each K, every setting in `candidates` (dead-code revival, learning rates, ...) is tried once for
-   `search_steps`. The one with the highest PSNR on the `validation` images is this K's setting. Apart from it, only the
-   split of the codes differs between the K.
-2. Comparison: each K is trained with its setting for `steps`, once for each seed, and measured on the `held_out` images.
-   The largest K is also trained for reconstruction alone (`contrastive_weight` 0) and for captions alone (no
+   `search_steps`. The one with the highest PSNR on the `validation` images becomes this K's setting.
+2. Comparison: each K is trained with its setting for `steps`, once for each seed, and measured on the `held_out`
+   images. The largest K is also trained for reconstruction alone (`contrastive_weight` 0) and for captions alone (no
    reconstruction term).
 
 Each run is measured by three metrics:
 
-- PSNR of reconstructions, beside two baselines: each image painted in its own mean colour, and the mean training image.
+- PSNR of reconstructions, with two baselines: each image painted in its own mean colour, and the mean training image.
 - Zero-shot accuracy, if captions are easy-VQA's 24 pairs of colour and shape: an image of a red circle counts as right
   if "a red circle" is the nearest of the 24 texts.
-- The percentage of all codes that the held-out images are encoded with.
+- Code usage: the percentage of all codes that occur in the held-out images.
 
 PSNR on the validation images during training shows whether `steps` were enough.
 
-The paper (https://arxiv.org/abs/2502.20321) reports at its size: with a total of 16384, each doubling of
-the sub-codebooks from 1 to 8 improves rFID and ImageNet accuracy (Table 8), and joint training reconstructs slightly
+The paper (https://arxiv.org/abs/2502.20321) reports at its size: with a total of 16384, each doubling of the
+sub-codebooks from 1 to 8 improves rFID and ImageNet accuracy (Table 8), and joint training reconstructs slightly
 better than reconstruction alone, rFID 0.72 and 0.82 (Table 6). Its Table 8 trains each tokenizer for one of the two
-(rFID without captions, accuracy without reconstruction); here, with captions, one tokenizer is measured for both.
+(rFID without captions, accuracy without reconstruction). Here, with captions, both are measured on one tokenizer.
 
-A run lives in `<output_dir>/runs/<name>`: its config, checkpoints while it trains, the tokenizer, and `result.json`.
-Its name ends with a digest of every setting its result depends on: the same command resumes a killed run, and other
-settings get runs of their own. After each run `claims.json`, `claims.md` and `claims.png` cover the finished runs of this
-command. `--processes 2` trains each tokenizer in two processes, which divide the batch.
+A run's folder is `<output_dir>/runs/<name>`. It holds the config, checkpoints during training, the tokenizer, and
+`result.json`. The name ends with a digest of every setting the result depends on: the same command resumes a killed
+run, and other settings get runs of their own. After each run, `claims.json`, `claims.md` and `claims.png` are updated
+with the finished runs of this command. `--processes 2` trains each tokenizer in two processes, which divide the batch.
 """
 
 import hashlib

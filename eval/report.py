@@ -2,14 +2,14 @@
 
     python -m eval.report runs/easy_vqa.json runs/emoji.json runs/claims/claims.json --output report.html
 
-It reads any JSON or JSON lines. A result is recognised by its `benchmark`, or by keys that only one tool writes; the
-content of an unknown kind is shown as tables too. The page begins with the `numbers` of each evaluation and ends with
-digests. Numbers are rounded and shares are shown as percent; the tooltip has the full value. Pictures that a result names,
-or that lie beside it under its name (`easy_vqa.png`, `easy_vqa-*.png`; `sheet.png`), are embedded: the page needs no
-other file.
+It reads any JSON or JSON lines. A result is recognised by its `benchmark`, or by keys that only one tool writes. Files
+of an unknown kind are also shown as tables. The page begins with the `numbers` of each evaluation and ends with
+digests. Numbers are rounded and shares are shown as percent; the tooltip has the full value. Pictures that a result
+names, or that lie next to it under its name (`easy_vqa.png`, `easy_vqa-*.png`; `sheet.png`), are embedded: the page
+needs no other file.
 
-A published number (`published.yaml`) stands beside a result where it was measured on the same data in the same way, by
-the protocols of both (`eval.protocol`); where one of another procedure exists, the page says what differs.
+A published number (`published.yaml`) is shown next to a result if their protocols (`eval.protocol`) agree: the same
+data, measured in the same way. If only the procedure differs, the page says how.
 """
 
 import base64

@@ -5,10 +5,10 @@
     python -m eval.serving --model FOLDER --peer        # beside `transformers serve`
     python -m eval.serving --soak 10000                 # memory over 10,000 requests
 
-Starts `unitok-mllm api` twice: as it is, and with rows for one guided drawing, so that it takes one request after another.
-Each number of clients asks at once and again as soon as it is answered, over the loopback interface. `plain` is
-`generate` in this process, without any server, once for each of ten requests. Run it while nothing else runs on the
-machine; compare only ratios between figures of one run.
+Starts `unitok-mllm api` twice: with its default batch, and with rows for only one guided drawing, so that it takes one
+request after another. For each number of clients, every client sends its next request as soon as the last one is
+answered, over the loopback interface. `plain` is `generate` in this process, without a server, on ten requests one
+after another. Run it while nothing else runs on the machine, and compare only ratios between figures of one run.
 """
 
 import argparse

@@ -5,39 +5,46 @@
     python -m eval.speed --preset smollm2 --jobs draw --batches 1 --naive --positions 32
     python -m eval.speed --model FOLDER --output runs/speed.json      # an MLLM, or a tokenizer alone
 
-Presets: `tiny` is the shipped model; `smollm2` an LLM of SmolLM2-135M's size with 8 codebooks of 4096 and 256 positions;
-`large` the large tokenizer; `7b` an LLM of Llama-2-7B's size with the large tokenizer, for a GPU. All but the first have
-random weights. Jobs:
+Presets:
 
-    encode, decode      images to codes, codes to images (photographs that scikit-image and scikit-learn ship); oneDNN:
-                        by `pack_linears(tokenizer)`, on a CPU
+    tiny                the shipped model
+    smollm2             an LLM of SmolLM2-135M's size with 8 codebooks of 4096 codes and 256 positions, random weights
+    large               the large tokenizer, random weights
+    7b                  an LLM of Llama-2-7B's size with the large tokenizer, random weights, for a GPU
+
+Jobs:
+
+    encode, decode      images to codes, codes to images (photographs that scikit-image and scikit-learn ship). Rows
+                        with oneDNN use `pack_linears(tokenizer)`, on a CPU
     draw                text to image codes, guidance 5, greedily; draw_sampled: from the 20 likeliest codes
     answer              time to the first token of an answer about a picture, and the tokens that follow
     train_tokenizer     one step: forward, the losses that need no other network, backward, AdamW
-    train_mllm          one step on samples that read or write an image each, padded as the collator does, or packed
-    first_answer        what the first question to a loaded model costs, with all that surrounds the model
+    train_mllm          one step on samples that read or write one image each, padded as by the collator, or packed
+    first_answer        the first question to a loaded model, with everything around the model
     load                JPEGs to training samples of 256 pixels, in one thread
     import              the package's classes in a fresh process
 
-Each job runs in a process of its own, in which memory is the job's. A row's
+Each job runs in a process of its own, so that the memory is the job's alone. Each row has
 
-    seconds             median of `runs` runs, fewer where these would take more than --seconds
-    flops               of its matrix products and convolutions, counted while it runs
-    least_bytes         what must be moved however clever the program: each weight once per use (drawing uses the LLM once
-                        for each position and the depth transformer K times; training reads and writes weights, gradients
-                        and moments 10 times over), keys and values of earlier tokens, pixels and codes, and in training
-                        what is kept for the backward pass, out and in. Other activations could stay in caches.
-    of_gemm, of_bandwidth   flops and least_bytes per second, as shares of the rows `peaks` of the same run: the best
-                        matrix product in that dtype, and the best reading of memory
-    memory_mib, peak_mib    the largest memory above what was held before, and in all: of the process on a CPU (sampled),
+    seconds             median of `runs` runs; of fewer if these would take more than --seconds
+    flops               FLOPs of the matrix products and convolutions, counted during the run
+    least_bytes         memory traffic that no implementation can avoid: each weight once per use (drawing uses the
+                        LLM once per position and the depth transformer K times; training reads and writes weights,
+                        gradients and moments 10 times in all), keys and values of earlier tokens, pixels and codes,
+                        and in training the tensors kept for the backward pass, written and read. Other activations
+                        could stay in caches.
+    of_gemm, of_bandwidth   flops and least_bytes per second, as shares of the peaks in the `peaks` rows of the same
+                        run: the fastest matrix product in that dtype, and the fastest reading of memory
+    memory_mib, peak_mib    peak memory above the start of the job, and in all: of the process on a CPU (sampled),
                         allocated on CUDA
-    ratio, difference, equal    with --naive, in a row of its own: the seconds of `eval.timing.naive` over those of the row before;
-                        share of codes that differ, largest difference of pixels, or relative difference of losses; and
-                        whether that is 0, or below 1e-4
-    codes_equal_to_fp32, psnr_to_fp32   in bfloat16, of the photographs; PSNR in dB
+    ratio, difference, equal    with --naive, in a row of its own: the seconds of `eval.timing.naive` divided by those
+                        of the row before; the share of codes that differ, the largest difference of pixels, or the
+                        relative difference of losses; and whether this is 0 (codes) or below 1e-4
+    codes_equal_to_fp32, psnr_to_fp32   in bfloat16, on the photographs; PSNR in dB
 
-In bfloat16 training keeps float32 weights under autocast, as the trainings do; those of the 7b preset, which would not
-fit on a card with their gradients and moments, are bfloat16 too. What gradient checkpointing computes again is counted.
+In bfloat16, training keeps float32 weights under autocast, as this project's trainings do. The 7b preset trains
+bfloat16 weights, since its gradients and moments would not fit on a card otherwise. FLOPs include what gradient
+checkpointing recomputes.
 """
 
 import json

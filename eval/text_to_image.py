@@ -6,16 +6,18 @@
     ... --clip openai/clip-vit-large-patch14 --vqa_score clip-flant5-xxl --vqa_python ~/t2v/bin/python
     ... --prompts meta_data.json --samples 1 --fid_reference mjhq30k_imgs --fid_tool clean-fid --fid_size 256
 
-Prompt files of GenAI-Bench, GenEval, MJHQ-30K and PartiPrompts, or a prompt a line; see `eval.prompts`, also for the
-names of the pictures. In the output folder: `images/`, laid out as the benchmark's own evaluation expects it (GenEval:
-`python evaluation/evaluate_images.py OUTPUT/images`), `settings.json`, `results.json` and `sheet.png`, the first pictures.
+The prompts are a file of GenAI-Bench, GenEval, MJHQ-30K or PartiPrompts, or a text file with one prompt per line; see
+`eval.prompts`. The output folder gets `images/`, laid out as the benchmark's own evaluation expects it (GenEval:
+`python evaluation/evaluate_images.py OUTPUT/images`), `settings.json`, `results.json`, and the first pictures in
+`sheet.png`.
 
-The same command goes on where an earlier one was stopped, and finished metrics are kept; more `--samples`, a higher
-`--limit` and other metrics may be asked for later, another setting is refused. Each picture has a seed of its own, made
-of `--seed`, the prompt's number and the sample's. Batches are cut from the list of all pictures, and one with missing
-pictures is drawn as a whole, so that in any precision neither the number of processes nor a resumption changes a
-picture. Nor does the batch size, up to rounding: sums of another order may tip the choice between codes of almost equal
-probability, in float32 hardly ever, in bfloat16 now and then.
+The same command resumes an interrupted run and keeps finished metrics. A later command may have more `--samples`, a
+higher `--limit` and other metrics; any other change of settings is refused.
+
+Each picture has a seed of its own, computed from `--seed`, the prompt's number and the sample's. Batches are fixed
+parts of the list of all pictures, and a batch with a missing picture is drawn as a whole: neither the number of
+processes nor a resumption changes a picture, in any precision. The batch size changes one only through rounding, which
+may decide between codes of almost equal probability: hardly ever in float32, now and then in bfloat16.
 """
 
 import hashlib

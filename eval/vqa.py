@@ -4,11 +4,13 @@ python -m eval.vqa --model FOLDER --tasks easy_vqa,vqav2_val,gqa,textvqa_val,pop
 python -m eval.vqa --model FOLDER --tasks llava_textvqa,llava_gqa,llava_pope,llava_mme,llava_mmvet --output runs/vqa.json
 torchrun --nproc_per_node 8 -m eval.vqa --model FOLDER --tasks vqav2_val --batch_size 32 --dtype bfloat16
 
-`python -m lmms_eval --tasks list` names all tasks. Those called `llava_...` are ours: they ask and count as LLaVA v1.5
-does, which is how UniTok's published numbers were measured (`eval/lmms/tasks/llava`); `llava_vqav2_testdev` and
-`llava_mmvet` write the file for the benchmark's own server. Data come from their hub, except easy-VQA's; some of
-lmms-eval's own tasks (mmvet) ask a judge behind an API, see lmms-eval. The JSON is written after each task, answers are kept next to it
-(`runs/vqa.answers.0.jsonl`) batch by batch: the same command goes on where it was cut off.
+`python -m lmms_eval --tasks list` lists all tasks. Those called `llava_...` are ours (`eval/lmms/tasks/llava`): they
+ask and score as LLaVA v1.5 does, which is how UniTok's published numbers were measured. `llava_vqav2_testdev` and
+`llava_mmvet` write the file for the benchmark's own server. Data comes from lmms-eval's hub, except easy-VQA's. Some
+of lmms-eval's own tasks (mmvet) call a judge behind an API, see lmms-eval.
+
+The JSON is written after each task. Answers are saved next to it batch by batch (`runs/vqa.answers.0.jsonl`), and the
+same command resumes from there.
 """
 
 import difflib

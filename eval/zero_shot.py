@@ -8,15 +8,17 @@
     python -m eval.zero_shot --system clip --model openai/clip-vit-large-patch14 --images imagenet/val
     python -m eval.zero_shot --system open_clip --model ViTamin-L-256 --pretrained datacomp1b --images imagenet/val
 
-A class is the mean, brought to unit length again, of its prompts' embeddings of unit length (CLIP, arXiv 2103.00020,
-section 3.1.4). `--images` is a folder with a folder for each class, named after it ("red_circle" is a red circle), or
-ImageNet's validation images, whose 1000 synsets have the names that open_clip ships; the prompts are CLIP's 80, or one
-of your own. easy-VQA's test images have the 24 pairs of colour and shape ("a red circle"); the emoji have their names,
-each in the captions of both styles.
+A class is embedded as the normalised mean of its prompts' normalised embeddings (CLIP, arXiv 2103.00020, section
+3.1.4). The classes and prompts are
 
-Beside the JSON lie a .nearest.safetensors with `classifier` (classes, dims) and `nearest` (images, 5), the classes
-nearest to each image, and a picture of mistakes. The former is written as the run goes on: the same command, given again,
-goes on from there (with fewer or more images, too); one with another model or other prompts starts anew.
+- with `--images`, the subfolders of a folder, by name ("red_circle" is "red circle"), in CLIP's 80 prompts or one of
+  your own. For ImageNet's validation images, the 1000 synsets have the names that open_clip ships.
+- with `--dataset easy-vqa`, the 24 pairs of colour and shape ("a red circle") of its test images.
+- with `--dataset emoji`, the names of the emoji, each in the captions of both styles.
+
+Next to the JSON are a picture of mistakes and a .nearest.safetensors, with `classifier` (classes, dims) and `nearest`
+(images, 5): the classes nearest to each image. The latter is saved during the run, and the same command resumes from
+it, also with fewer or more images. With another model or other prompts, everything is measured again.
 """
 
 import hashlib

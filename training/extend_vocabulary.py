@@ -1,6 +1,6 @@
 """Give a model with a byte-level BPE more tokens, for the words of new texts, without changing what it has learned.
 
-    python -m training.extend_vocabulary unitok_mllm/checkpoints/tiny runs/tiny-extended \
+    python -m training.extend_vocabulary unitok_mllm/checkpoints/tiny runs/tiny-extended \\
         --captions runs/data/emoji/train_captions.jsonl --vocab-size 2048
 
 New merges follow those of the tokenizer, so that old tokens keep their ids. A new token's embedding, in the LLM and in

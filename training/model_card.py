@@ -3,10 +3,10 @@
     python -m training.model_card runs/mllm-tiny/release --results runs/easy_vqa.json runs/emoji.json --license mit
     python -m training.model_card runs/mllm-tiny/release --push_to_hub OWNER/NAME
 
-The trainings write a card with each release. This command replaces its section "Evaluation" by the given results; a
-folder without a card gets one. It reads results of easy_vqa, emoji, reconstruction, zero_shot and text_to_image, and
-only those of the same weights as in the folder. The rest of the card does not change, with any words added there. A
-card without the first line of a generated one is hand-written, and is never overwritten.
+The trainings write a card with each release. This command replaces its section "Evaluation" by the given results, and
+leaves the rest as it is; a folder without a card gets one. It reads results of easy_vqa, emoji, reconstruction,
+zero_shot and text_to_image, and refuses those of other weights than the folder's. A card that does not begin with a
+generated card's first line is hand-written, and is never overwritten.
 """
 
 import argparse

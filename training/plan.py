@@ -4,9 +4,9 @@
     python -m training.plan mllm --llm llama-2-7b --visual large --samples 60e6 --gpus 64 --text-length 128
     python -m training.plan check
 
-Models are built without memory, and one training step runs on tensors with shapes but without values. A counter adds
-up the FLOPs of its matrix products and convolutions, forward and backward. Attention counts as if unmasked, as usual for
-MFU. `training.planning.memory` describes what counts as memory. `check` compares such predictions with real steps.
+Models are built without memory, and one training step runs on tensors with shapes but without values. Counted are the
+FLOPs of its matrix products and convolutions, forward and backward, with unmasked attention as usual for MFU.
+`training.planning.memory` describes what counts as memory. `check` compares such predictions with real steps.
 """
 
 import argparse

@@ -3,11 +3,16 @@
     python -m training.prepare_data easy-vqa runs/data/easy-vqa
     python -m training.prepare_data emoji runs/data/emoji --category "Food & Drink" --category Activities
 
-The folder gets `images/`, and for each split `<split>_captions.jsonl` ({"image", "caption"} a line),
-`<split>_conversations.json` (questions, in the format of LLaVA) and `<split>_dialogues.json` (pictures asked for in
-words; in a third of easy-VQA's the user's own, asked about and then changed); easy-VQA's also `<split>_edits.json` (a
-picture, "make it blue", and the picture in blue), and the train captions in two parts: every tenth picture in
-`validation_captions.jsonl`, the others in `fit_captions.jsonl`.
+The folder gets `images/`, and for each split
+
+- `<split>_captions.jsonl`: {"image", "caption"} per line
+- `<split>_conversations.json`: questions, in LLaVA's format
+- `<split>_dialogues.json`: conversations with drawings. Those of easy-VQA start from a drawing or, in a third of them,
+  from a picture of the user's, and have its colour changed
+- `<split>_edits.json`, easy-VQA only: a picture, "make it blue", and the picture in blue
+
+For easy-VQA, the train captions are also written in two parts: every tenth picture in `validation_captions.jsonl`, the
+others in `fit_captions.jsonl`.
 """
 
 import json

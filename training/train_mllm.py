@@ -1,7 +1,7 @@
 """Train the unified MLLM, in any of its stages. The config sets the trained parts, the data and the learning rates.
 
     python -m training.train_mllm training/configs/mllm_tiny.yaml
-    torchrun --nproc_per_node 2 -m training.train_mllm training/configs/mllm_tiny.yaml \
+    torchrun --nproc_per_node 2 -m training.train_mllm training/configs/mllm_tiny.yaml \\
         --deepspeed training/configs/deepspeed/zero2.json
 
 The same command resumes from the newest complete checkpoint in `output_dir`. The folder `<output_dir>/release` is what

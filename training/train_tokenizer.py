@@ -2,7 +2,7 @@
 
 python -m training.train_tokenizer training/configs/tokenizer_tiny.yaml
 torchrun --nproc_per_node 8 -m training.train_tokenizer training/configs/tokenizer_large.yaml
-torchrun --nproc_per_node 8 -m training.train_tokenizer training/configs/tokenizer_large.yaml \
+torchrun --nproc_per_node 8 -m training.train_tokenizer training/configs/tokenizer_large.yaml \\
     --deepspeed training/configs/deepspeed/zero2.json
 accelerate launch --num_machines 8 ... -m training.train_tokenizer training/configs/tokenizer_large.yaml
 
