@@ -150,7 +150,7 @@ def test_bodies_have_a_limit_whether_they_say_their_length_or_not(monkeypatch):
     assert ask(app, "POST", "/upload", content=bytes(1000), headers=multipart).text == "/upload 1000"
     assert ask(app, "POST", "/upload", content=bytes(1001), headers=multipart).status_code == 413
     response = ask(app, "POST", "/upload", content=chunks(1, 10), headers=multipart)
-    assert (response.status_code, response.text) == (411, "an upload says how long it is")
+    assert (response.status_code, response.text) == (411, "an upload must state its length")
 
 
 def test_a_request_that_trickles_in_ends(monkeypatch):

@@ -208,11 +208,11 @@ def test_requests_are_admitted_in_order_and_a_cancelled_one_makes_room_at_once(l
 def test_what_can_never_run_is_refused(lively_mllm, processor):
     engine = UniTokEngine(lively_mllm, max_rows=1, max_length=60)
     inputs = processor(text="red", generation_mode="image")
-    with pytest.raises(ValueError, match="needs 2 rows of the batch, which has 1"):
+    with pytest.raises(ValueError, match="needs 2 rows, but the batch has 1"):
         engine.draw(inputs, guidance_scale=2.0)
-    with pytest.raises(ValueError, match=r"needs \d+ positions; served are up to 60"):
+    with pytest.raises(ValueError, match=r"needs \d+ positions, but a row has 60"):
         engine.answer(processor(text="red"), max_new_tokens=100)
-    with pytest.raises(ValueError, match="no beams"):
+    with pytest.raises(ValueError, match="no beam search"):
         engine.answer(processor(text="red"), num_beams=2, max_new_tokens=2)
     with pytest.raises(ValueError, match="top_k must be at least 0"):
         engine.draw(inputs, top_k=-1)
@@ -251,8 +251,8 @@ def test_an_llm_that_cannot_be_batched_gives_each_request_what_it_gets_alone(pro
 def test_an_answer_whose_images_do_not_fit_ends_in_an_error_and_holds_up_nobody(lively_mllm, processor):
     options = {"sequence_bias": [[[processor.boi_token_id], 60.0]], "max_new_tokens": 9, "max_images": 9}
     for sizes, guidance, message in (
-        ({"max_rows": 1, "max_length": 256}, 2.0, "needs 2 rows of the batch, which has 1"),
-        ({"max_rows": 2, "max_length": 60}, 1.0, r"needs \d+ positions; served are up to 60"),
+        ({"max_rows": 1, "max_length": 256}, 2.0, "needs 2 rows, but the batch has 1"),
+        ({"max_rows": 2, "max_length": 60}, 1.0, r"needs \d+ positions, but a row has 60"),
     ):
         engine = UniTokEngine(lively_mllm, **sizes)
         inputs = processor(text="red", generation_mode="interleaved")

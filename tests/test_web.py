@@ -262,9 +262,9 @@ def test_an_error_in_the_engine_comes_out_and_the_model_stays_usable(shared, sho
 def test_what_cannot_be_asked_or_drawn(shared, shown):
     with pytest.raises(ValueError, match="the prompt is empty"):
         shown(shared.draw(" ", 1, {}))
-    with pytest.raises(ValueError, match="from 1 to 8 pictures can be drawn at once, not 9"):
+    with pytest.raises(ValueError, match="between 1 and 8 pictures can be drawn at once, got 9"):
         shown(shared.draw("red", 9, {}))
-    with pytest.raises(ValueError, match=r"the prompt is too long: \d+ tokens, where the model's 256 .* leave 247"):
+    with pytest.raises(ValueError, match=r"the prompt is too long: it has \d+ tokens, and the model.s 256 .* leave room for 247"):
         shown(shared.draw("red " * 300, 1, {}))
     with pytest.raises(ValueError, match="the text has 10001 characters, 10000 at most"):
         shown(shared.draw("x" * 10_001, 1, {}))
@@ -289,7 +289,7 @@ def test_unreadable_pictures_are_named_without_their_folder(tmp_path):
     (tmp_path / "notes.png").write_text("no picture", encoding="utf-8")
     with pytest.raises(ValueError, match="^notes.png is not a picture that can be read$"):
         web.read_pictures([str(tmp_path / "notes.png")])
-    with pytest.raises(ValueError, match="^gone.png is no longer kept"):
+    with pytest.raises(ValueError, match="^gone.png is no longer on the server"):
         web.read_pictures([str(tmp_path / "gone.png")])
 
 
@@ -430,7 +430,7 @@ def test_nearest_words_are_those_of_the_text_tower(shared, processor):
     assert list(found) == words and np.allclose(list(found.values()), expected.detach(), atol=1e-5)
     with pytest.raises(ValueError, match="the list has 0 words; it needs 1 to 1000"):
         shared.compare(red_circle(), [])
-    with pytest.raises(ValueError, match="the words have 20000000 characters, 10000 at most can be read"):
+    with pytest.raises(ValueError, match="the words have 20000000 characters; at most 10000 can be read"):
         shared.compare(red_circle(), ["x" * 20_000] * 1000)
 
 
@@ -637,7 +637,7 @@ def test_markup_in_prompts_words_and_names_of_files_stays_text(page, picture, tm
     page.get_by_role("tab", name="Tokenizer").click()
     page.locator("#picture input[type=file]").set_input_files(picture)
     expect(page.locator("#nearest")).to_contain_text("a red circle")
-    page.get_by_label("Words, one a line").fill(f"{MARKUP}\nred")
+    page.get_by_label("Words, one per line").fill(f"{MARKUP}\nred")
     page.get_by_role("button", name="Compare").click()
     expect(page.locator("#nearest")).to_contain_text(MARKUP)
     assert page.evaluate("window.hacked") is None and page.locator(".hacked").count() == 0

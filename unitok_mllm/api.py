@@ -159,7 +159,7 @@ def create_app(
             fields = {name: value for name, value in form.multi_items() if not isinstance(value, UploadFile)}
             files = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
             if foreign := [name for name, _ in files if name not in ("image", "image[]")]:
-                raise APIError(400, f"{foreign[0]}: a picture is given as 'image'", foreign[0])
+                raise APIError(400, f"{foreign[0]}: send pictures in the field 'image'", foreign[0])
             if not files:
                 raise APIError(400, "image: Field required", "image")
             data = [await file.read() for _, file in files]
@@ -273,7 +273,7 @@ def read_key(file: str | os.PathLike | None) -> str | None:
     """
     key = os.environ.get("UNITOK_API_KEY") if file is None else Path(file).read_text(encoding="utf-8").strip()
     if key == "":
-        raise ValueError(f"{file or 'UNITOK_API_KEY'} holds no key.")
+        raise ValueError(f"{file or 'UNITOK_API_KEY'} has no key.")
     return key
 
 

@@ -22,7 +22,7 @@ MAX_SIDE = 1024  # pixels; larger pictures are shrunk to it
 def needs_stream(value: Any, info: ValidationInfo) -> Any:
     """Check a field that applies only to streams. The field `stream` must be declared before it."""
     if value and not info.data.get("stream"):
-        raise ValueError("goes with stream: true alone")
+        raise ValueError("requires stream: true")
     return value
 
 
@@ -32,7 +32,7 @@ def needs_no_stream(value: int | None, info: ValidationInfo) -> int | None:
     The field `stream` must be declared before `candidates`.
     """
     if (value or 1) > 1 and info.data.get("stream"):
-        raise ValueError("goes without stream alone: which drawing is the best is known at the end")
+        raise ValueError("cannot be combined with stream: the best drawing is known only at the end")
     return value
 
 
@@ -200,11 +200,13 @@ class Pictures:
         """
         try:
             if len(self.pictures) == MAX_PICTURES:
-                raise ValueError(f"{MAX_PICTURES} pictures are the most in one request")
+                raise ValueError(f"a request may have at most {MAX_PICTURES} pictures")
             width, height = picture_size(data, formats=PICTURE_FORMATS)
             self.num_pixels += width * height
             if self.num_pixels > MAX_PIXELS:
-                raise ValueError(f"{MAX_PIXELS / 1e6:.0f} million pixels are the most in one request")
+                raise ValueError(
+                    f"the pictures of a request may have at most {MAX_PIXELS / 1e6:.0f} million pixels in all"
+                )
             self.pictures.append(load_image(data, formats=PICTURE_FORMATS, max_side=MAX_SIDE))
         except ValueError as error:
             raise APIError(400, str(error), "image") from error
@@ -224,7 +226,9 @@ class Pictures:
             return self.add(data)
         head, comma, body = url.partition(",")
         if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
-            raise APIError(400, "an image must be a data URL, data:image/...;base64,...: no other is fetched", "image")
+            raise APIError(
+                400, "an image must be a data URL, data:image/...;base64,...; other URLs are not fetched", "image"
+            )
         try:
             return self.add(base64.b64decode(body, validate=True))
         except binascii.Error as error:

@@ -60,7 +60,7 @@ class Service(SharedEngine):
         for message in messages:
             role, content = message.get("role"), message.get("content")
             if foreign := message.keys() - {"role", "content", "name", "images", "refusal"}:
-                raise APIError(400, f"a message has no {min(foreign)!r} here", "messages")
+                raise APIError(400, f"messages with {min(foreign)!r} are not supported", "messages")
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
                 raise APIError(400, "a message's content must be a text or a list of parts", "messages")
@@ -102,7 +102,11 @@ class Service(SharedEngine):
         if (count or 1) == 1:
             return 1
         if ids is None:
-            raise APIError(400, "candidates: an instruction does not say what is to be seen, to rank by", "candidates")
+            raise APIError(
+                400,
+                "candidates: the drawings of an edit cannot be ranked, since its instruction does not describe them",
+                "candidates",
+            )
         if count < body.n:
             raise APIError(400, f"candidates: {count} are too few for n {body.n}", "candidates")
         check_ranking(self.model.visual, ids)
@@ -125,7 +129,7 @@ class Service(SharedEngine):
         inputs, targets = inputs.to(self.model.device), answer_ids(self.processor, choices).to(self.model.device)[None]
         length = inputs["input_ids"].shape[1] + targets.shape[2]
         if length > self.engine.max_length:
-            raise ValueError(f"This needs {length} positions; served are up to {self.engine.max_length}.")
+            raise ValueError(f"The request needs {length} positions, but a row has {self.engine.max_length}.")
         self._scored = [future for future in self._scored if not future.done()]
         if len(self._scored) > self.engine.max_queue:  # one of them is running
             raise QueueFull(f"{len(self._scored) - 1} requests are waiting to be scored.")
@@ -157,7 +161,9 @@ class Service(SharedEngine):
             rows[is_image] = visual.get_image_features(pixels.to(visual.device)).pooler_output.float().cpu()
         if not is_image.all():
             if not has_text_tower(self.model, self.processor):
-                raise APIError(400, "input: this model has no text tower for its tokenizer: images alone", "input")
+                raise APIError(
+                    400, "input: this model has no text tower for its tokenizer, so it embeds images only", "input"
+                )
             texts = [text for text in texts if not text.startswith("data:")]
             inputs = text_tower_inputs(self.model, self.processor, texts)
             rows[~is_image] = visual.get_text_features(**inputs).pooler_output.float().cpu()
@@ -296,7 +302,9 @@ class Answers:
             call = engine.interleaved
             options["image_options"] = {} if body.guidance is None else {"guidance_scale": body.guidance}
         elif getattr(body, "guidance", None) is not None:
-            raise APIError(400, 'guidance: is about images, ask for them by modalities=["text", "image"]', "guidance")
+            raise APIError(
+                400, 'guidance: applies to images only; request them with modalities=["text", "image"]', "guidance"
+            )
         if body.stops:
             options |= {"stop_strings": body.stops, "tokenizer": self.service.processor.tokenizer}
         seed = body.seed

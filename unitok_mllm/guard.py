@@ -138,11 +138,11 @@ class Guard:
         if host not in self.hosts and not ("*" in self.hosts and _is_address(host)):
             raise Refused(403, f"the host {host[:100]!r} is not served here")
         if self._is_foreign(scope, netloc):
-            raise Refused(403, "requests of other sites are not served here")
+            raise Refused(403, "requests from other sites are refused")
         if not self.routes.fullmatch(f"{scope['method']} {scope['path']}"):
             raise Refused(404, "not found")
         if self._open[visitor] > self.max_open:
-            raise Refused(429, f"{self.max_open} requests at once are the most for one visitor")
+            raise Refused(429, f"a visitor may have at most {self.max_open} requests open at once")
         if scope["method"] == "POST" and self.admit is not None:
             self._count_post(visitor)
 
@@ -151,11 +151,11 @@ class Guard:
         """Return the name in `Host` without its port, and the whole header in lower case."""
         values = _header(scope, b"host")
         if len(values) != 1:
-            raise Refused(400, "a request has one Host")
+            raise Refused(400, "a request must have exactly one Host header")
         try:
             return (urlsplit(f"//{values[0]}").hostname or "").rstrip("."), values[0].lower()
         except ValueError as error:
-            raise Refused(400, "no such Host can be") from error
+            raise Refused(400, "the Host header is malformed") from error
 
     def _is_foreign(self, scope: dict, netloc: str) -> bool:
         """Return whether another site's page sent the request, other than by a link to this server."""
@@ -187,7 +187,7 @@ class Guard:
             await self.app(scope, body.again(await body.whole(self.max_upload)), send)
         elif "".join(_header(scope, b"content-type")).startswith("multipart/"):
             if body.length is None:
-                raise Refused(411, "an upload says how long it is")
+                raise Refused(411, "an upload must state its length")
             body.check_length(self.max_upload)
             await asyncio.to_thread(self.make_room, body.length)
             await self.app(scope, body.receive, send)

@@ -251,7 +251,9 @@ class UniTokEngine:
         if not self.is_batched:
             self.prefill_tokens = self.max_length  # after a prefill, a recurrent state takes single positions only
             if not self._is_exact():
-                raise ValueError(f"{model.config.text_config.model_type} gives other logits position by position.")
+                raise ValueError(
+                    f"{model.config.text_config.model_type} gives different logits when it decodes position by position."
+                )
 
     # --- what callers call ---
 
@@ -414,7 +416,9 @@ class UniTokEngine:
         if options.get("seed") is None:
             options["seed"] = next(self._seeds)
         if (options.get("candidates") or 1) > 1:
-            raise ValueError("The engine draws one image: submit each candidate as a sample, and rank their codes.")
+            raise ValueError(
+                "The engine draws one image per request: submit each candidate as a sample, and rank their codes."
+            )
         inputs = {name: value for name, value in inputs.items() if not name.startswith("ranking_")}
         with torch.no_grad():
             chosen, guidance, noise = self.model.drawing_inputs(
@@ -441,7 +445,7 @@ class UniTokEngine:
             options["stopping_criteria"] = StoppingCriteriaList(criteria)
         config: GenerationConfig = self.model.generate(**inputs, **options, custom_generate=keep)
         if config.num_beams > 1 or config.num_return_sequences > 1 or len(prepared["input_ids"]) > 1:
-            raise ValueError("The engine answers one prompt with one sequence: no beams, no several answers.")
+            raise ValueError("The engine answers with one sequence: no beam search, and not several answers.")
         ids, images = prepared["input_ids"], (prepared.get("mm_encoder_outputs") or {}).get("image")
         codes = None if images is None else images.image_codes
         with torch.no_grad():
@@ -500,9 +504,9 @@ class UniTokEngine:
             ValueError: the request needs more rows or positions than the engine has.
         """
         if len(request.rows) > self.max_rows:
-            raise ValueError(f"This needs {len(request.rows)} rows of the batch, which has {self.max_rows}.")
+            raise ValueError(f"The request needs {len(request.rows)} rows, but the batch has {self.max_rows}.")
         if request.length > self.max_length:
-            raise ValueError(f"This needs {request.length} positions; served are up to {self.max_length}.")
+            raise ValueError(f"The request needs {request.length} positions, but a row has {self.max_length}.")
 
     def _submit(self, request: _Request) -> Future:
         self._check_size(request)

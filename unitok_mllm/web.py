@@ -150,7 +150,7 @@ class SharedModel(SharedEngine):
             ValueError: the text is too long.
         """
         if len(text) > MAX_TEXT:
-            raise ValueError(f"the text has {len(text)} characters, {MAX_TEXT} at most can be read")
+            raise ValueError(f"the text has {len(text)} characters; at most {MAX_TEXT} can be read")
 
     def chat_inputs(self, conversation: list[dict]) -> BatchFeature:
         """Prepare the inputs of `answer` from a conversation that ends with a question.
@@ -241,9 +241,9 @@ class SharedModel(SharedEngine):
         if not (prompt or "").strip():
             raise ValueError("the prompt is empty")
         if not 1 <= count <= MAX_COUNT:
-            raise ValueError(f"from 1 to {MAX_COUNT} pictures can be drawn at once, not {count}")
+            raise ValueError(f"between 1 and {MAX_COUNT} pictures can be drawn at once, got {count}")
         if not 1 <= candidates <= MAX_COUNT:
-            raise ValueError(f"from 1 to {MAX_COUNT} candidates can be drawn, not {candidates}")
+            raise ValueError(f"between 1 and {MAX_COUNT} candidates can be drawn, got {candidates}")
         self.check_text(prompt)
         inputs = await asyncio.to_thread(self.processor, text=prompt.strip(), generation_mode="image")
         if candidates > 1:
@@ -252,8 +252,8 @@ class SharedModel(SharedEngine):
         length = inputs["input_ids"].shape[1]
         if length + self.num_positions > self.max_positions:
             raise ValueError(
-                f"the prompt is too long: {length} tokens, where the model's {self.max_positions} positions "
-                f"leave {self.max_positions - self.num_positions} beside a picture"
+                f"the prompt is too long: it has {length} tokens, and the model's {self.max_positions} positions leave "
+                f"room for {self.max_positions - self.num_positions} besides the picture"
             )
         inputs, drawings, num_told = inputs.to(self.model.device), [[] for _ in range(count)], 0
         calls = (partial(self.engine.draw, inputs, sample=index, **image_options) for index in range(count))
@@ -303,9 +303,9 @@ class SharedModel(SharedEngine):
             ValueError: there are no words, too many or too long ones, or the picture is too elongated.
         """
         if (length := sum(map(len, words))) > MAX_TEXT:
-            raise ValueError(f"the words have {length} characters, {MAX_TEXT} at most can be read")
+            raise ValueError(f"the words have {length} characters; at most {MAX_TEXT} can be read")
         if not 1 <= len(words) <= MAX_WORDS:
-            raise ValueError(f"the list has {len(words)} words; it needs 1 to {MAX_WORDS}, one a line")
+            raise ValueError(f"the list has {len(words)} words; it needs 1 to {MAX_WORDS}, one per line")
         visual = self.model.visual
         texts = text_tower_inputs(self.model, self.processor, words, truncate=True)
         pixels = self.processor.image_processor(images=[picture], mode="understand")["pixel_values"]
@@ -372,7 +372,7 @@ def read_pictures(paths: list[str]) -> list[Image.Image]:
 @contextmanager
 def _picture_errors(path: str) -> Iterator[None]:
     if not Path(path).is_file():
-        raise ValueError(f"{Path(path).name} is no longer kept: start a new chat, or upload it again")
+        raise ValueError(f"{Path(path).name} is no longer on the server: start a new chat, or upload it again")
     try:
         yield
     except ValueError as error:
@@ -616,7 +616,7 @@ def _tokenizer_tab(shared: SharedModel, event_options: dict) -> None:
         return
     with gr.Row():
         with gr.Column():
-            words = gr.Textbox(WORDS, label="Words, one a line", lines=11, max_lines=11, max_length=MAX_TEXT)
+            words = gr.Textbox(WORDS, label="Words, one per line", lines=11, max_lines=11, max_length=MAX_TEXT)
             again = gr.Button("Compare")
         nearest = gr.Label(label="Nearest words", num_top_classes=NEAREST, elem_id="nearest")
 
@@ -680,19 +680,21 @@ def guarded(
         try:
             request = json.loads(body, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            raise Refused(400, "the request is no JSON") from error
+            raise Refused(400, "the request is not JSON") from error
         if not isinstance(request, dict) or len(str(request.get("session_hash") or "")) > SESSION_NAME:
-            raise Refused(400, f"a request is an object, and a session's name has {SESSION_NAME} characters at most")
+            raise Refused(
+                400, f"the request must be an object, with a session_hash of at most {SESSION_NAME} characters"
+            )
         is_job = path.startswith(("/gradio_api/queue/join", "/gradio_api/call/"))
         if is_job and num_jobs(visitor) >= JOBS_OF_A_VISITOR:
-            raise Refused(429, f"{JOBS_OF_A_VISITOR} requests of one visitor wait already: wait for one of them")
+            raise Refused(429, f"{JOBS_OF_A_VISITOR} of your requests are waiting already: wait for one of them")
 
     max_request = MAX_PICTURES * max_upload_mb * MIB + MULTIPART_HEADERS
     return Guard(app, own_hosts(host), {*further_hosts}, ROUTES, max_request, files.tidy, admit)
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def server_of(app: Guard, proxy: str | None = None) -> uvicorn.Server:
