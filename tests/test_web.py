@@ -264,7 +264,9 @@ def test_what_cannot_be_asked_or_drawn(shared, shown):
         shown(shared.draw(" ", 1, {}))
     with pytest.raises(ValueError, match="between 1 and 8 pictures can be drawn at once, got 9"):
         shown(shared.draw("red", 9, {}))
-    with pytest.raises(ValueError, match=r"the prompt is too long: it has \d+ tokens, and the model.s 256 .* leave room for 247"):
+    with pytest.raises(
+        ValueError, match=r"the prompt is too long: it has \d+ tokens, and the model.s 256 .* leave room for 247"
+    ):
         shown(shared.draw("red " * 300, 1, {}))
     with pytest.raises(ValueError, match="the text has 10001 characters, 10000 at most"):
         shown(shared.draw("x" * 10_001, 1, {}))

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from PIL import Image
@@ -45,6 +45,187 @@ ROUTES = (
     r"GET /v1/models/[^/]+",
     r"POST /v1/(chat/completions|completions|embeddings|images/generations|images/edits)",
 )
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Let the application answer all errors in the API's format."""
+
+    @app.exception_handler(APIError)
+    async def of_api(request: Request, error: APIError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def of_http(request: Request, error: HTTPException) -> JSONResponse:
+        return APIError(error.status_code, str(error.detail)).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def of_fields(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        places = [str(place) for place in first["loc"] if place != "body"]
+        return APIError(400, f"{'.'.join(places) or 'body'}: {first['msg']}", places[0] if places else None).response()
+
+    @app.exception_handler(Exception)
+    async def of_all(request: Request, error: Exception) -> JSONResponse:
+        return APIError(500, "the request failed").response()
+
+
+def status_routes(service: Service) -> APIRouter:
+    """Build the routes of the server's health, its metrics and its model."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health(request: Request) -> dict:
+        if not request.app.state.thread.is_alive():
+            raise APIError(503, "the engine has ended")
+        return {"status": "ok", "running": service.engine.num_running, "waiting": service.engine.num_waiting}
+
+    @router.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def described() -> dict:
+        return {"id": service.name, "object": "model", "created": service.created, "owned_by": "unitok_mllm"}
+
+    @router.get("/v1/models")
+    async def models() -> dict:
+        return {"object": "list", "data": [described()]}
+
+    @router.get("/v1/models/{name}")
+    async def model(name: str) -> dict:
+        service.check_model(name)
+        return described()
+
+    return router
+
+
+def text_routes(service: Service) -> APIRouter:
+    """Build the routes of chats and completions."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        service.check_model(body.model)
+        conversation = await of_engine(service.conversation, body.messages)
+        body.max_tokens = body.max_completion_tokens or body.max_tokens
+        with_images = "image" in body.modalities
+        inputs = await of_engine(
+            service.processor.apply_chat_template,
+            conversation,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"generation_mode": "interleaved"} if with_images else {},
+        )
+        answers = Answers(service, body, "chat.completion", "chatcmpl")
+        if body.choices is not None:
+            return await answers.choose(request, inputs)
+        return await answers.respond(request, [inputs] * body.n, with_images)
+
+    @router.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        service.check_model(body.model)
+        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        inputs = [await of_engine(service.processor, text=prompt, sanitize_control_tokens=True) for prompt in prompts]
+        answers = Answers(service, body, "text_completion", "cmpl")
+        return await answers.respond(request, [one for one in inputs for _ in range(body.n)], False)
+
+    return router
+
+
+def image_routes(service: Service) -> APIRouter:
+    """Build the routes of drawings and edits."""
+    router = APIRouter()
+
+    @router.post("/v1/images/generations")
+    async def generations(body: ImageRequest, request: Request) -> Response:
+        return await draw(service, body, request, None)
+
+    @router.post("/v1/images/edits")
+    async def edits(request: Request) -> Response:
+        async with request.form(max_files=MAX_PICTURES, max_fields=32, max_part_size=2**16) as form:
+            fields = {name: value for name, value in form.multi_items() if not isinstance(value, UploadFile)}
+            files = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
+            if foreign := [name for name, _ in files if name not in ("image", "image[]")]:
+                raise APIError(400, f"{foreign[0]}: send pictures in the field 'image'", foreign[0])
+            if not files:
+                raise APIError(400, "image: Field required", "image")
+            data = [await file.read() for _, file in files]
+        try:
+            body = ImageRequest.model_validate(fields)
+        except ValueError as error:
+            raise RequestValidationError(error.errors()) from error
+        pictures = Pictures(service.url_hosts)
+        return await draw(service, body, request, [await of_engine(pictures.add, one) for one in data])
+
+    return router
+
+
+async def draw(service: Service, body: ImageRequest, request: Request, pictures: list[Image.Image] | None) -> Response:
+    """Draw images, and respond with them whole or as a stream.
+
+    Args:
+        service: the service.
+        body: the options of the request.
+        request: the HTTP request.
+        pictures: pictures to edit; None to draw from the prompt alone.
+
+    Raises:
+        APIError: the engine or the model refused the request, or the client has disconnected.
+    """
+    service.check_model(body.model)
+    if body.size not in (None, "auto", service.size):
+        raise APIError(400, f"size: this model draws {service.size}, got {body.size!r}", "size")
+    options = {"generation_mode": "image" if pictures is None else "edit"}
+    if pictures is not None:
+        options["images"] = [pictures]
+    inputs = await of_engine(service.processor, text=[body.prompt], **options)
+    candidates = await of_engine(service.num_candidates, body, inputs)
+    drawing, stream, num_drawn = body.drawing(), Stream(), max(body.n, candidates)
+    if num_drawn > 1 and "seed" not in drawing:
+        drawing["seed"] = int(torch.randint(2**31, ()))
+
+    def drawn(j: int) -> Future:
+        tell = partial(stream.tell, j) if body.stream else None
+        return service.engine.draw(inputs, tell, sample=j, **drawing)
+
+    with refusals():
+        futures = await submit(partial(drawn, j) for j in range(num_drawn))
+    if not body.stream:
+        drawings, scores = await results(request, futures), [{}] * body.n
+        head = {"created": int(time.time()), "size": service.size, "output_format": "png"}
+        if candidates > 1:
+            ranked = await of_engine(service.rank, torch.stack(drawings), inputs, body.n)
+            drawings, scores = ranked.codes, [{"score": score} for score in ranked.scores.tolist()]
+            head["candidate_scores"] = ranked.candidate_scores[0].tolist()
+        pngs = await asyncio.gather(*(service.picture(codes.unbind(dim=1)) for codes in drawings))
+        data = [{"b64_json": png} | score for png, score in zip(pngs, scores)]
+        return JSONResponse(head | {"data": data})
+    prefix = "image_generation" if pictures is None else "image_edit"
+    return Events(image_events(service, stream, futures, body.partial_images, prefix), futures)
+
+
+def embedding_routes(service: Service) -> APIRouter:
+    """Build the route of embeddings."""
+    router = APIRouter()
+
+    @router.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest) -> Response:
+        service.check_model(body.model)
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        rows, num_tokens = await of_engine(service.embed, texts)
+        packed = body.encoding_format == "base64"
+        data = [
+            {
+                "object": "embedding",
+                "index": i,
+                "embedding": base64.b64encode(row.numpy().tobytes()).decode() if packed else row.tolist(),
+            }
+            for i, row in enumerate(rows)
+        ]
+        usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+        return JSONResponse({"object": "list", "data": data, "model": service.name, "usage": usage})
+
+    return router
 
 
 def create_app(
@@ -81,144 +262,9 @@ def create_app(
             yield
 
     app = FastAPI(title="unitok_mllm", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-
-    @app.exception_handler(APIError)
-    async def of_api(request: Request, error: APIError) -> JSONResponse:
-        return error.response()
-
-    @app.exception_handler(HTTPException)
-    async def of_http(request: Request, error: HTTPException) -> JSONResponse:
-        return APIError(error.status_code, str(error.detail)).response()
-
-    @app.exception_handler(RequestValidationError)
-    async def of_fields(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        places = [str(place) for place in first["loc"] if place != "body"]
-        return APIError(400, f"{'.'.join(places) or 'body'}: {first['msg']}", places[0] if places else None).response()
-
-    @app.exception_handler(Exception)
-    async def of_all(request: Request, error: Exception) -> JSONResponse:
-        return APIError(500, "the request failed").response()
-
-    @app.get("/health")
-    async def health() -> dict:
-        if not app.state.thread.is_alive():
-            raise APIError(503, "the engine has ended")
-        return {"status": "ok", "running": engine.num_running, "waiting": engine.num_waiting}
-
-    @app.get("/metrics")
-    async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
-
-    def described() -> dict:
-        return {"id": service.name, "object": "model", "created": service.created, "owned_by": "unitok_mllm"}
-
-    @app.get("/v1/models")
-    async def models() -> dict:
-        return {"object": "list", "data": [described()]}
-
-    @app.get("/v1/models/{name}")
-    async def model(name: str) -> dict:
-        service.check_model(name)
-        return described()
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        service.check_model(body.model)
-        conversation = await of_engine(service.conversation, body.messages)
-        body.max_tokens = body.max_completion_tokens or body.max_tokens
-        with_images = "image" in body.modalities
-        inputs = await of_engine(
-            service.processor.apply_chat_template,
-            conversation,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={"generation_mode": "interleaved"} if with_images else {},
-        )
-        answers = Answers(service, body, "chat.completion", "chatcmpl")
-        if body.choices is not None:
-            return await answers.choose(request, inputs)
-        return await answers.respond(request, [inputs] * body.n, with_images)
-
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        service.check_model(body.model)
-        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        inputs = [await of_engine(service.processor, text=prompt, sanitize_control_tokens=True) for prompt in prompts]
-        answers = Answers(service, body, "text_completion", "cmpl")
-        return await answers.respond(request, [one for one in inputs for _ in range(body.n)], False)
-
-    @app.post("/v1/images/generations")
-    async def generations(body: ImageRequest, request: Request) -> Response:
-        return await draw(body, request, None)
-
-    @app.post("/v1/images/edits")
-    async def edits(request: Request) -> Response:
-        async with request.form(max_files=MAX_PICTURES, max_fields=32, max_part_size=2**16) as form:
-            fields = {name: value for name, value in form.multi_items() if not isinstance(value, UploadFile)}
-            files = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
-            if foreign := [name for name, _ in files if name not in ("image", "image[]")]:
-                raise APIError(400, f"{foreign[0]}: send pictures in the field 'image'", foreign[0])
-            if not files:
-                raise APIError(400, "image: Field required", "image")
-            data = [await file.read() for _, file in files]
-        try:
-            body = ImageRequest.model_validate(fields)
-        except ValueError as error:
-            raise RequestValidationError(error.errors()) from error
-        pictures = Pictures(url_hosts)
-        return await draw(body, request, [await of_engine(pictures.add, one) for one in data])
-
-    async def draw(body: ImageRequest, request: Request, pictures: list[Image.Image] | None) -> Response:
-        service.check_model(body.model)
-        if body.size not in (None, "auto", service.size):
-            raise APIError(400, f"size: this model draws {service.size}, got {body.size!r}", "size")
-        options = {"generation_mode": "image" if pictures is None else "edit"}
-        if pictures is not None:
-            options["images"] = [pictures]
-        inputs = await of_engine(service.processor, text=[body.prompt], **options)
-        candidates = await of_engine(service.num_candidates, body, inputs)
-        drawing, stream, num_drawn = body.drawing(), Stream(), max(body.n, candidates)
-        if num_drawn > 1 and "seed" not in drawing:
-            drawing["seed"] = int(torch.randint(2**31, ()))
-
-        def drawn(j: int) -> Future:
-            tell = partial(stream.tell, j) if body.stream else None
-            return engine.draw(inputs, tell, sample=j, **drawing)
-
-        with refusals():
-            futures = await submit(partial(drawn, j) for j in range(num_drawn))
-        if not body.stream:
-            drawings, scores = await results(request, futures), [{}] * body.n
-            head = {"created": int(time.time()), "size": service.size, "output_format": "png"}
-            if candidates > 1:
-                ranked = await of_engine(service.rank, torch.stack(drawings), inputs, body.n)
-                drawings, scores = ranked.codes, [{"score": score} for score in ranked.scores.tolist()]
-                head["candidate_scores"] = ranked.candidate_scores[0].tolist()
-            pngs = await asyncio.gather(*map(service.picture, drawings))
-            data = [{"b64_json": png} | score for png, score in zip(pngs, scores)]
-            return JSONResponse(head | {"data": data})
-        prefix = "image_generation" if pictures is None else "image_edit"
-        return Events(image_events(service, stream, futures, body.partial_images, prefix), futures)
-
-    @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest) -> Response:
-        service.check_model(body.model)
-        texts = [body.input] if isinstance(body.input, str) else body.input
-        rows, num_tokens = await of_engine(service.embed, texts)
-        packed = body.encoding_format == "base64"
-        data = [
-            {
-                "object": "embedding",
-                "index": i,
-                "embedding": base64.b64encode(row.numpy().tobytes()).decode() if packed else row.tolist(),
-            }
-            for i, row in enumerate(rows)
-        ]
-        usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-        return JSONResponse({"object": "list", "data": data, "model": service.name, "usage": usage})
-
+    add_error_handlers(app)
+    for routes in (status_routes, text_routes, image_routes, embedding_routes):
+        app.include_router(routes(service))
     hosts = own_hosts("127.0.0.1") if hosts is None else hosts
     front = Front(app, service.metrics, api_key, timeout)
     return Guard(front, hosts, set(further_hosts), ROUTES, max_body, None, None, refusal, max_open)
@@ -230,7 +276,14 @@ def refusal(refused: Refused) -> tuple[str, str]:
 
 
 class Front:
-    """ASGI middleware that checks the API key, counts and times responses, and enforces the timeout (seconds)."""
+    """ASGI middleware that checks the API key, counts and times responses, and enforces the timeout.
+
+    Args:
+        app: the application.
+        metrics: metrics to which responses are added.
+        api_key: key that clients must send; None to accept requests without a key.
+        timeout: time limit of a request in seconds.
+    """
 
     def __init__(self, app, metrics: Metrics, api_key: str | None, timeout: float):
         self.app, self.metrics, self.timeout = app, metrics, timeout
