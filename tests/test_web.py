@@ -268,7 +268,7 @@ def test_what_cannot_be_asked_or_drawn(shared, shown):
         ValueError, match=r"the prompt is too long: it has \d+ tokens, and the model.s 256 .* leave room for 247"
     ):
         shown(shared.draw("red " * 300, 1, {}))
-    with pytest.raises(ValueError, match="the text has 10001 characters, 10000 at most"):
+    with pytest.raises(ValueError, match="the text has 10001 characters; at most 10000"):
         shown(shared.draw("x" * 10_001, 1, {}))
     with pytest.raises(ValueError, match=r"takes \d+ of the model's 256 positions .11 for each picture.: start a new"):
         shared.chat_inputs([question("what?", *[red_circle()] * 22)])
