@@ -25,12 +25,11 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -51,11 +50,10 @@ from transformers import (
 )
 
 from eval._common import check_effect, check_finished, check_kind, check_result, parse_settings, read_result, versions
-from eval.images import FolderImages, load_batches, stamp
+from eval.images import load_batches, stamp
 from eval.protocol import number
-from training import easy_vqa
+from eval.zero_shot_benchmarks import TEMPLATES, Benchmark, class_folders, colored_shapes, emoji
 from training.arguments import check_open_clip, check_source
-from training.emoji import STYLES, TABLE, Emoji, read_table
 from training.errors import one_line_errors
 from training.extract_codes import file_digest
 from training.files import MOST_WORKERS, check_broken_share, folder_digest, write_atomically
@@ -74,8 +72,6 @@ BATCHES_PER_SAVE = 8
 CONFUSIONS_KEPT = 20
 MISTAKES_SHOWN = 24
 CLIP_VOCABULARY = 49408  # vocabulary size of CLIP's tokenizer, which UniTok's released tokenizers use
-SYNSET = re.compile(r"n\d{8}")
-TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}  # open_clip's
 DATASETS = ("easy-vqa", "emoji")
 
 
@@ -164,130 +160,6 @@ class Settings:
             check_effect(self, "--images", "templates")
         if self.dataset != "emoji":
             check_effect(self, "--dataset emoji", "data")
-
-
-@dataclass
-class Benchmark:
-    """N images and their possible classes.
-
-    Attributes:
-        title: name of the benchmark.
-        classes: names of the C classes.
-        templates: functions that turn a name into a prompt.
-        images: paths of the N images.
-        labels: class index of each image.
-        parts: part of the benchmark to which each image belongs.
-        totals: number of images of each part on disk, if only some of them are used.
-    """
-
-    title: str
-    classes: Sequence[str]
-    templates: Sequence[Callable[[str], str]]
-    images: list[str]
-    labels: list[int]
-    parts: list[str]
-    totals: Counter = field(default_factory=Counter)
-
-    @property
-    def names(self) -> list[str]:
-        return self.images
-
-    def __getitem__(self, index: int) -> Image.Image:
-        """Read the picture; raises ValueError if it cannot be read."""
-        return load_image(self.images[index])
-
-    def only(self, rows: list[int]) -> "Benchmark":
-        """Return the benchmark with only these images."""
-        images, labels, parts = ([values[i] for i in rows] for values in (self.images, self.labels, self.parts))
-        return replace(self, images=images, labels=labels, parts=parts)
-
-    def limited(self, limit: int | None) -> "Benchmark":
-        """Return the benchmark with at most this number of images per part, evenly spread."""
-        rows = []
-        for part in dict.fromkeys(self.parts):
-            own = [i for i, name in enumerate(self.parts) if name == part]
-            count = min(limit or len(own), len(own))
-            rows += [own[i * len(own) // count] for i in range(count)]
-        return replace(self.only(rows), totals=Counter(self.parts))
-
-
-def class_folders(folder: str, templates: str) -> Benchmark:
-    """Find images in folders named after their classes, or after ImageNet's 1000 synsets.
-
-    Raises:
-        ValueError: there is no folder or no images, an image is outside of the classes' folders, a class has no
-            images, there are fewer than two classes or two of the same name, or the synsets are not ImageNet's 1000.
-    """
-    if not Path(folder).is_dir():
-        raise ValueError(f"there is no image folder {folder}")
-    import open_clip  # slow: keep `--help` and error messages quick
-
-    images = FolderImages(folder)
-    if images.labels is None:
-        stray = next(name for name in images.names if "/" not in name)
-        raise ValueError(f"{folder}/{stray} lies in no class's folder")
-    folders = [path.name for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith(".")]
-    if empty := sorted(set(folders) - set(images.class_names)):
-        raise ValueError(f"{folder}/{empty[0]} has no images")
-    title, part, classes = Path(folder).resolve().name, "all", images.class_names
-    if all(map(SYNSET.fullmatch, classes)):
-        if len(classes) != len(open_clip.IMAGENET_CLASSNAMES):
-            raise ValueError(
-                f"{folder} has {len(classes)} synsets, ImageNet has {len(open_clip.IMAGENET_CLASSNAMES)}: name the "
-                "folders of other classes by words"
-            )
-        title, part, classes = "ImageNet", "validation", open_clip.IMAGENET_CLASSNAMES
-    else:
-        classes = [name.replace("_", " ") for name in classes]
-        if twice := [name for name, count in Counter(classes).items() if count > 1]:
-            raise ValueError(f"{folder} has two folders for the class {twice[0]!r}")
-        if len(classes) < 2:
-            raise ValueError(f"{folder} has one class, {classes[0]!r}: there is nothing to choose")
-    paths = [f"{folder}/{name}" for name in images.names]
-    if templates in TEMPLATES:
-        prompts = getattr(open_clip, TEMPLATES[templates])
-    else:
-        prompts = [lambda name: templates.replace("{}", name)]
-    return Benchmark(title, classes, prompts, paths, images.labels, [part] * len(paths))
-
-
-def colored_shapes() -> Benchmark:
-    """Load easy-VQA's test images whose questions reveal colour and shape."""
-    classes = [f"{color} {shape}" for color in easy_vqa.COLORS for shape in easy_vqa.SHAPES]
-    template = "a {}".format
-    labels = {template(name): label for label, name in enumerate(classes)}
-    samples = [sample for sample in easy_vqa.load("test") if sample.caption in labels]
-    return Benchmark(
-        "easy-VQA, 24 pairs of colour and shape",
-        classes,
-        [template],
-        [str(sample.image) for sample in samples],
-        [labels[sample.caption] for sample in samples],
-        ["test"] * len(samples),
-    )
-
-
-def emoji(folder: str) -> Benchmark:
-    """Load the emoji in both styles; the part "held_out" was never trained on.
-
-    Raises:
-        ValueError: the folder has no table of emoji, or fewer than two names.
-    """
-    if not (Path(folder) / TABLE).is_file():
-        raise ValueError(f"{folder} has no {TABLE}: python -m training.prepare_data emoji {folder}")
-    pictures = read_table(Path(folder))
-    classes = list(dict.fromkeys(picture.name for picture in pictures))
-    if len(classes) < 2:
-        raise ValueError(f"{folder} has {len(classes)} names of emoji: there is nothing to choose")
-    numbers = {name: number for number, name in enumerate(classes)}
-    return Benchmark(
-        "emoji of two styles",
-        classes,
-        [Emoji("", "{}", style, "", False).caption.format for style in STYLES],
-        [f"{folder}/{picture.image}" for picture in pictures],
-        [numbers[picture.name] for picture in pictures],
-        ["held_out" if picture.held_out else "seen" for picture in pictures],
-    )
 
 
 def load_benchmark(settings: Settings) -> Benchmark:

@@ -16,22 +16,10 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from eval import claims
-from eval.claims import (
-    CLASSES,
-    GAINED,
-    ClaimsArguments,
-    Plan,
-    aggregate,
-    baselines,
-    choose,
-    main,
-    plot,
-    search_table,
-    table,
-    validation_curve,
-    validation_psnr,
-    zero_shot,
-)
+from eval.claims import choose, main
+from eval.claims_metrics import CLASSES, baselines, validation_curve, zero_shot
+from eval.claims_plan import ClaimsArguments, Plan
+from eval.claims_report import GAINED, aggregate, plot, search_table, table, validation_psnr
 from training.arguments import parse_yaml_and_command_line
 from training.easy_vqa import load
 from training.losses import LossArguments

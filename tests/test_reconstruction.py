@@ -24,6 +24,15 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchvision.models.vgg import cfgs, make_layers
 
 from eval import reconstruction as evaluation
+from eval.reconstruction_metrics import (
+    code_statistics,
+    frechet_distance,
+    inception_features,
+    lite0,
+    psnr_of_uint8,
+    second_moments,
+    ssim,
+)
 from training.losses import MOST_PSNR
 from unitok_mllm import UniTokImageProcessorPil, UniTokModel
 
@@ -244,32 +253,32 @@ def test_broken_images_are_left_out_by_option_and_listed(command, photos, tmp_pa
 def test_identical_images_are_at_no_distance():
     torch.manual_seed(0)
     features = torch.rand(10, 64)
-    moments = evaluation.second_moments(features)
-    assert evaluation.frechet_distance(moments, moments) == pytest.approx(0, abs=1e-5)
+    moments = second_moments(features)
+    assert frechet_distance(moments, moments) == pytest.approx(0, abs=1e-5)
     images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
-    assert evaluation.psnr_of_uint8(images, images).tolist() == [MOST_PSNR] * 2
-    assert evaluation.ssim(images, images).tolist() == pytest.approx([1, 1])
+    assert psnr_of_uint8(images, images).tolist() == [MOST_PSNR] * 2
+    assert ssim(images, images).tolist() == pytest.approx([1, 1])
 
 
 def test_moments_of_parts_are_those_of_the_whole_and_the_distance_is_that_of_gaussians():
     torch.manual_seed(0)
     features = torch.randn(500, 3).double() * torch.tensor([1.0, 2.0, 3.0]) + 100
-    parts = [evaluation.second_moments(part) for part in features.split(77)]
-    whole, shifted = evaluation.second_moments(features), evaluation.second_moments(2 * features + 1)
+    parts = [second_moments(part) for part in features.split(77)]
+    whole, shifted = second_moments(features), second_moments(2 * features + 1)
     assert torch.allclose(sum(parts), whole, rtol=1e-12)
     mean = features.mean(dim=0)
     expected = (mean + 1).square().sum() + features.var(dim=0).sum()  # of the covariances S and 4 S: trace S
-    assert evaluation.frechet_distance(sum(parts), shifted) == pytest.approx(expected.item(), rel=1e-9)
+    assert frechet_distance(sum(parts), shifted) == pytest.approx(expected.item(), rel=1e-9)
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
-        evaluation.frechet_distance(evaluation.second_moments(features[:1]), whole)
+        frechet_distance(second_moments(features[:1]), whole)
 
 
 def test_psnr_of_known_errors_and_codes_counted_by_hand():
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
-    assert evaluation.psnr_of_uint8(
-        images + torch.tensor([5, 255]).byte().view(2, 1, 1, 1), images
-    ).tolist() == pytest.approx([20 * math.log10(255 / 5), 0])
-    assert evaluation.code_statistics(torch.tensor([[2, 2, 4, 0], [8, 0, 0, 0]])) == {
+    assert psnr_of_uint8(images + torch.tensor([5, 255]).byte().view(2, 1, 1, 1), images).tolist() == pytest.approx(
+        [20 * math.log10(255 / 5), 0]
+    )
+    assert code_statistics(torch.tensor([[2, 2, 4, 0], [8, 0, 0, 0]])) == {
         "codebook_usage_percent": 50.0,
         "codebook_usage_percent_each": [75.0, 25.0],
         "code_entropy_bits": 0.75,
@@ -309,7 +318,7 @@ def test_autoencoders_of_diffusers_are_scored_under_the_same_preprocessing(comma
         assert report["system"] == type(system).__name__
         with torch.no_grad():
             decoded = system.decode(system.encode(pixels).latents) if system is tiny else system(pixels)
-        expected = evaluation.psnr_of_uint8(evaluation.to_uint8(decoded.sample), originals).mean().item()
+        expected = psnr_of_uint8(evaluation.to_uint8(decoded.sample), originals).mean().item()
         assert report["metrics"]["psnr_db"] == pytest.approx(expected, rel=1e-6)
         assert ("codebook_usage_percent" in report["metrics"]) == (system is vq)
         if system is vq:
@@ -319,7 +328,7 @@ def test_autoencoders_of_diffusers_are_scored_under_the_same_preprocessing(comma
 
 
 def test_proxy_network_knows_its_classes_and_is_called_a_proxy(command, capsys):
-    network = evaluation.lite0()
+    network = lite0()
     picture = torch.from_numpy(data.coffee()[:, 100:500]).permute(2, 0, 1)[None]
     pixels = nn.functional.interpolate(picture / 127.5 - 1, (224, 224), mode="bilinear", antialias=True)
     with torch.no_grad():
@@ -438,8 +447,8 @@ def test_rfid_of_two_torchrun_processes_is_torch_fidelitys(command, inception_we
     shutil.rmtree(saved / "reconstructions")
     shutil.copytree(saved / "originals", saved / "reconstructions")
     pictures = [torch.tensor(np.asarray(Image.open(path))) for path in saved.rglob("originals/*/*.png")]
-    extract = evaluation.inception_features(str(inception_weights), "2048", torch.device("cpu"))
+    extract = inception_features(str(inception_weights), "2048", torch.device("cpu"))
     features = extract(torch.stack(pictures).permute(0, 3, 1, 2))
-    moments = evaluation.second_moments(features)
-    distances = evaluation.frechet_distance(moments, moments), fidelity(saved, inception_weights, "2048")
+    moments = second_moments(features)
+    distances = frechet_distance(moments, moments), fidelity(saved, inception_weights, "2048")
     assert distances == pytest.approx((0, 0), abs=1e-5 * features.var(dim=0).sum().item())

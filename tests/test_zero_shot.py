@@ -20,7 +20,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImag
 from transformers.models.clip import CLIPTokenizer
 
 from eval import zero_shot
-from training.emoji import Emoji
+from eval.zero_shot_benchmarks import class_folders, colored_shapes
+from training.emoji import Emoji, read_table
 from training.text_tokenizer import train_text_tokenizer
 from unitok_mllm import UniTokImageProcessor, UniTokModel
 from unitok_mllm.image_processing_unitok import load_image
@@ -113,7 +114,7 @@ def settings(**values) -> zero_shot.Settings:
 
 def shapes(limit: int) -> tuple[list[Image.Image], list[str], torch.Tensor]:
     """Pictures and labels of easy-VQA as the script takes them with this limit, and the 24 prompts."""
-    benchmark = zero_shot.colored_shapes().limited(limit)
+    benchmark = colored_shapes().limited(limit)
     prompts = [f"a {name}" for name in benchmark.classes]
     return [load_image(image) for image in benchmark.images], prompts, torch.tensor(benchmark.labels)
 
@@ -165,7 +166,7 @@ def test_open_clip_agrees_with_its_own_classifier(open_clip_folder, run):
     options = ["--system", "open_clip", "--model", open_clip_folder, "--dataset", "easy-vqa", "--limit", "12"]
     _, tensors = run(*options)
     model, preprocess = open_clip.create_model_from_pretrained(open_clip_folder)
-    classes = zero_shot.colored_shapes().classes
+    classes = colored_shapes().classes
     tokenizer = open_clip.get_tokenizer(open_clip_folder)
     expected = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, classes, ["a {}"])
     torch.testing.assert_close(tensors["classifier"], expected.T)
@@ -306,12 +307,12 @@ def test_folders_are_named_after_their_classes(unitok_folder, own_folder, run, c
 def test_folders_that_name_no_classes_are_refused(own_folder, change, message):
     change(own_folder)
     with pytest.raises(ValueError, match=message):
-        zero_shot.class_folders(str(own_folder), "openai")
+        class_folders(str(own_folder), "openai")
 
 
 def test_emoji_are_counted_apart_and_prompted_by_their_captions(unitok_folder, emoji_folder, run, capsys):
     report, tensors = run("--model", unitok_folder, "--dataset", "emoji", "--data", str(emoji_folder))
-    pictures = zero_shot.read_table(emoji_folder)
+    pictures = read_table(emoji_folder)
     assert report["prompts"] == [pictures[0].caption.replace("rose", "{}"), pictures[-1].caption.replace("bus", "{}")]
     labels = torch.arange(NUM_EMOJI) % 10
     held_out = torch.tensor([picture.held_out for picture in pictures])
