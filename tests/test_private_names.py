@@ -56,12 +56,26 @@ ATTRIBUTES = {
     "_linear_pointwise": lambda: ONEDNN,
     "_modules": torch.nn.Module,
     "_name_or_path": LlamaConfig,
+    "_no_split_modules": lambda: PreTrainedModel,
     "_prepare_generation_config": lambda: GenerationMixin,
     "_prepare_inputs": lambda: MLLMTrainer.__base__,
+    "_queue": lambda: pytest.importorskip("gradio").Blocks(),
     "_reorder_linear_weight": lambda: ONEDNN,
     "_replace": lambda: namedtuple("Row", "a"),
     "_scaled_dot_product_flash_attention_for_cpu": lambda: ATEN,
     "_scaled_dot_product_flash_attention_for_cpu_backward": lambda: ATEN,
+}
+# Class attributes by which a model says what it can do, and fields of any config.
+DECLARED = {
+    PreTrainedModel: {
+        "_keys_to_ignore_on_load_unexpected",
+        "_no_split_modules",
+        "_supports_attention_backend",
+        "_supports_flash_attn",
+        "_supports_flex_attn",
+        "_supports_sdpa",
+    },
+    LlamaConfig: {"_attn_implementation_internal", "_experts_implementation_internal", "_name_or_path"},
 }
 # Asked for by name, or set by the library itself: its source has them.
 IN_SOURCE = {
@@ -86,6 +100,7 @@ OVERRIDDEN = {
         "_get_train_sampler",
         "_issue_warnings_after_load",
         "_load_from_checkpoint",
+        "_maybe_log_save_evaluate",
         "_save_checkpoint",
     },
 }
@@ -114,14 +129,22 @@ def test_a_private_method_that_is_overridden_is_still_the_librarys(own):
         assert ours and len(classes) > len(ours), f"{own.__name__}.{name} overrides nothing any more"
 
 
+@pytest.mark.parametrize("owner", DECLARED, ids=lambda owner: owner.__name__)
+def test_a_private_attribute_that_is_declared_is_still_the_librarys(owner):
+    library = owner() if owner is LlamaConfig else owner
+    assert {name for name in DECLARED[owner] if not hasattr(library, name)} == set()
+
+
 def test_every_private_name_of_a_library_is_listed():
-    used, defined = set(), set()
+    """Names that a file uses and does not define itself, even if another file defines one of the same name."""
+    private, strings = set(), set()
     for path in (path for folder in ("unitok_mllm", "training", "eval") for path in (ROOT / folder).rglob("*.py")):
+        used, defined = set(), set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             match node:
-                case ast.Attribute(attr=name, ctx=ast.Store()):
+                case ast.Attribute(attr=name, ctx=ast.Store(), value=ast.Name(id="self")):
                     defined.add(name)
-                case ast.Attribute(attr=name):
+                case ast.Attribute(attr=name) | ast.keyword(arg=str(name)):
                     used.add(name)
                 case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
                     defined.add(name)
@@ -129,22 +152,27 @@ def test_every_private_name_of_a_library_is_listed():
                     defined.add(name)
                 case ast.ImportFrom():
                     used.update(alias.name for alias in node.names)
-    private = {name for name in used - defined if name.startswith("_") and not name.startswith("__")}
-    assert private - {"_common"} <= ATTRIBUTES.keys() | IN_SOURCE.keys()
+                case ast.Constant(value=str(text)):
+                    strings.add(text)
+        private |= {name for name in used - defined if name.startswith("_") and not name.startswith("__")}
+    own, listed = {"_check_room", "_common"}, ATTRIBUTES.keys() | IN_SOURCE.keys()
+    assert private - own <= listed <= private | strings
 
 
-def test_every_private_method_that_is_overridden_is_listed():
-    listed = set().union(*OVERRIDDEN.values())
-    for module in ("generation_unitok", "modeling_unitok", "modeling_unitok_mllm", "processing_unitok"):
-        classes = inspect.getmembers(importlib.import_module(f"unitok_mllm.{module}"), inspect.isclass)
-        for _, own in classes:
-            if own.__module__ != f"unitok_mllm.{module}":
-                continue
-            for name, value in vars(own).items():
-                is_method = inspect.isfunction(value) or isinstance(value, (staticmethod, classmethod))
-                inherited = any(name in vars(base) for base in own.__mro__[1:] if "unitok" not in base.__module__)
-                if is_method and inherited and name.startswith("_") and not name.startswith("__"):
-                    assert name in listed, f"{own.__name__}.{name}"
+OVERRIDING = [
+    *(f"unitok_mllm.{name}" for name in "generation_unitok image_processing_unitok modeling_unitok".split()),
+    *("unitok_mllm.modeling_unitok_mllm", "unitok_mllm.processing_unitok", "training.mllm_trainer"),
+]
+
+
+@pytest.mark.parametrize("module", OVERRIDING)
+def test_every_private_method_or_attribute_that_is_overridden_is_listed(module):
+    listed = set().union(*OVERRIDDEN.values(), *DECLARED.values())
+    for _, own in inspect.getmembers(importlib.import_module(module), inspect.isclass):
+        if own.__module__ == module:
+            bases = [base for base in own.__mro__[1:] if not base.__module__.startswith(("unitok_mllm", "training"))]
+            private = {name for name in vars(own) if name.startswith("_") and not name.startswith("__")}
+            assert {name for name in private if any(name in vars(base) for base in bases)} <= listed, own
 
 
 def test_weights_stay_as_they_are_where_torch_lost_the_operators_of_onednn(monkeypatch):

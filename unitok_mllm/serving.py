@@ -24,17 +24,17 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, GenerationConfig, StoppingCriteriaList, StopStringCriteria
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
-from .drawing_unitok import UniTokCodeSampler, UniTokDrawingOptions, has_keys
-from .fast_drawing_unitok import UniTokDrawingCaches, prepare_drawing
+from .drawing_unitok import UniTokCodeSampler, has_keys
+from .engine_requests import Answer, Drawing, Request, Row
+from .engine_slots import UniTokSlotLayer
+from .fast_drawing_unitok import prepare_drawing
 from .growing_cache_unitok import UniTokGrowingLayer, growing_cache
 from .interleaved_unitok import UniTokAnswerEnd
 from .modeling_unitok_mllm import UniTokMLLMForConditionalGeneration
@@ -48,63 +48,6 @@ class QueueFull(RuntimeError):
     """The queue is full: `max_queue` requests are waiting."""
 
 
-class UniTokSlotLayer(CacheLayerMixin):
-    """KV cache of one layer, divided into slots. A pass uses some of the slots, each with its own length.
-
-    Args:
-        num_slots: number of slots, each of which holds one sequence.
-        max_length: positions per slot. The memory is allocated in the first pass.
-        dtype: data type of the stored keys and values; None to keep the type they come in.
-    """
-
-    is_compileable = True  # slots have a fixed length, only part of which is in use
-
-    def __init__(self, num_slots: int, max_length: int, dtype: torch.dtype | None = None):
-        super().__init__()
-        self.num_slots, self.max_length, self.dtype = num_slots, max_length, dtype
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys, self.values = (  # zeros, since masked values must be finite
-            states.new_zeros((self.num_slots, states.shape[1], self.max_length, states.shape[3]), dtype=self.dtype)
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def place(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
-        """Set where the next pass stores its keys and values: slots (N,) and positions (N, T)."""
-        self.slots, self.positions = slots, positions
-        self.end = int(positions.max()) + 1
-        first, last = int(slots[0]), int(slots[-1])
-        is_range = last - first + 1 == len(slots) and bool((slots.diff() == 1).all())
-        self.rows = slice(first, last + 1) if is_range else slots  # a slice gives a view, an index a copy
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Store the keys and values of a pass, (N, heads, T, dims).
-
-        Returns:
-            The keys and values of these slots up to the end of the longest, each (N, heads, end, dims).
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        for memory, states in ((self.keys, key_states), (self.values, value_states)):
-            memory[self.slots[:, None], :, self.positions] = states.transpose(1, 2).to(memory.dtype)
-        return self.keys[self.rows, :, : self.end], self.values[self.rows, :, : self.end]
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        for memory in (self.keys, self.values):
-            memory[target, :, :length] = memory[source, :, :length]
-
-    def get_seq_length(self) -> torch.Tensor:
-        """Return the lengths as (N, 1, 1, 1), so that comparing them with key positions gives a mask."""
-        return self.positions[:, -1, None, None, None] + 1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.end, 0
-
-    def get_max_length(self) -> int:
-        return self.max_length
-
-
 def _without_layers(decoder: nn.Module) -> nn.Module:
     """Copy a decoder without its layers. It returns its inputs, so its causal LM turns given states into logits."""
 
@@ -114,79 +57,6 @@ def _without_layers(decoder: nn.Module) -> nn.Module:
     decoder = copy.copy(decoder)  # keeps its attributes, which some causal LMs read
     decoder._modules, decoder.forward = {}, forward
     return decoder
-
-
-@dataclass(eq=False, repr=False)
-class _Row:
-    """A sequence in a slot.
-
-    Attributes:
-        prompt: embeddings of the prompt, (T, D).
-        slot: index of the slot that holds its keys and values.
-        length: number of positions that the LLM has processed.
-        state: last hidden state of the LLM, (D,); None while inputs are pending.
-        pending: embeddings that the LLM has not processed yet, (T', D).
-        caches: the row's own caches, if rows are not batched.
-    """
-
-    prompt: torch.Tensor
-    slot: int = -1
-    length: int = 0
-    state: torch.Tensor | None = None
-    pending: torch.Tensor = None
-    caches: UniTokDrawingCaches | None = None
-
-    def __post_init__(self):
-        self.pending = self.prompt
-
-    def push(self, embeds: torch.Tensor) -> None:
-        self.pending, self.state = embeds, None
-
-
-@dataclass(eq=False, repr=False)
-class _Request:
-    """What drawings and answers have in common.
-
-    Attributes:
-        rows: rows of the request; the prompt's comes first.
-        length: final length of the longest row, in positions.
-        tell: called in the engine's thread with each new token, (), or the codes of each new position, (K,).
-    """
-
-    rows: list[_Row]
-    length: int
-    tell: Callable[[torch.Tensor], None] | None
-    future: Future = field(default_factory=Future)
-
-    @property
-    def is_ready(self) -> bool:
-        return all(row.state is not None for row in self.rows)
-
-
-@dataclass(eq=False, repr=False)
-class _Drawing(_Request):
-    """A request for one image.
-
-    Attributes:
-        options: sampling options.
-        weights: guidance scale minus 1 of each row except the first.
-        noise: random numbers for sampling, (L, K), uniform in [0, 1).
-        groups: codes of each position so far, (K,) each.
-    """
-
-    options: UniTokDrawingOptions = None
-    weights: list[float] = None
-    noise: torch.Tensor = None
-    groups: list[torch.Tensor] = field(default_factory=list)
-
-
-@dataclass(eq=False, repr=False)
-class _Answer(_Request):
-    ids: torch.Tensor = None  # (1, T), prompt and answer
-    prompt_length: int = 0
-    processors: LogitsProcessorList = None
-    criteria: StoppingCriteriaList = None
-    random: torch.Generator | None = None  # None for greedy decoding
 
 
 class UniTokEngine:
@@ -241,8 +111,8 @@ class UniTokEngine:
         )
         self._free = deque(range(max_rows))  # least recently used first
         self._held = [model.get_input_embeddings().weight[:0].detach()] * max_rows  # prompts in the slots, (T, D)
-        self._queue: deque[_Request] = deque()
-        self._running: list[_Request] = []
+        self._queue: deque[Request] = deque()
+        self._running: list[Request] = []
         self._changed = threading.Condition()
         self._is_stopping = False
         self._seeds = itertools.count(torch.seed() % 2**31)
@@ -407,12 +277,12 @@ class UniTokEngine:
             if chunk:
                 self._advance(chunk)
         ready = [request for request in self._running if request.is_ready]
-        for kind, bring_on in ((_Drawing, self._bring_on_drawings), (_Answer, self._bring_on_answers)):
+        for kind, bring_on in ((Drawing, self._bring_on_drawings), (Answer, self._bring_on_answers)):
             if requests := [request for request in ready if isinstance(request, kind)]:
                 bring_on(requests)
         self.num_steps += 1
 
-    def _drawing(self, inputs: dict, tell: Callable | None, sample: int = 0, **options) -> _Drawing:
+    def _drawing(self, inputs: dict, tell: Callable | None, sample: int = 0, **options) -> Drawing:
         if options.get("seed") is None:
             options["seed"] = next(self._seeds)
         if (options.get("candidates") or 1) > 1:
@@ -426,12 +296,12 @@ class UniTokEngine:
             )
         masks = guidance.attention_mask[sample :: sample + 1].bool()
         embeds = guidance.inputs_embeds[sample :: sample + 1]
-        rows = [_Row(embeds[mask]) for embeds, mask in zip(embeds, masks)]
+        rows = [Row(embeds[mask]) for embeds, mask in zip(embeds, masks)]
         length = max(len(row.prompt) for row in rows) + len(noise[sample])
         weights = [scale - 1 for scale in guidance.scales]
-        return _Drawing(rows, length, tell, options=chosen, weights=weights, noise=noise[sample])
+        return Drawing(rows, length, tell, options=chosen, weights=weights, noise=noise[sample])
 
-    def _answer(self, inputs: dict, tell: Callable | None, random: torch.Generator, **options) -> _Answer:
+    def _answer(self, inputs: dict, tell: Callable | None, random: torch.Generator, **options) -> Answer:
         prepared = {}
 
         def keep(model, input_ids, logits_processor, stopping_criteria, generation_config, tokenizer=None, **kwargs):
@@ -450,8 +320,8 @@ class UniTokEngine:
         codes = None if images is None else images.image_codes
         with torch.no_grad():
             (embeds,), _ = self.model.embed(ids, image_codes=codes)
-        return _Answer(
-            [_Row(embeds)],
+        return Answer(
+            [Row(embeds)],
             config.max_length,
             tell,
             ids=ids,
@@ -497,7 +367,7 @@ class UniTokEngine:
             ids = torch.cat([ids, ids.new_tensor([[*[placeholder] * new.shape[-1], eoi]])], dim=1)
         return ids[0, prompt.shape[1] :], drawn
 
-    def _check_size(self, request: _Request) -> None:
+    def _check_size(self, request: Request) -> None:
         """Check that a request fits into the engine.
 
         Raises:
@@ -508,7 +378,7 @@ class UniTokEngine:
         if request.length > self.max_length:
             raise ValueError(f"The request needs {request.length} positions, but a row has {self.max_length}.")
 
-    def _submit(self, request: _Request) -> Future:
+    def _submit(self, request: Request) -> Future:
         self._check_size(request)
         with self._changed:
             if self._is_stopping:
@@ -533,7 +403,7 @@ class UniTokEngine:
                 self._take_slot(row)
             self._running.append(request)
 
-    def _take_slot(self, row: _Row) -> None:
+    def _take_slot(self, row: Row) -> None:
         """Assign a slot to a row, and reuse the longest prefix that it shares with a prompt in any slot."""
         shared = [_common_length(held, row.prompt) for held in self._held]
         source = max(range(self.max_rows), key=lambda slot: (shared[slot], slot in self._free))
@@ -547,11 +417,11 @@ class UniTokEngine:
         row.length, row.pending = length, row.prompt[length:]
         self._held[row.slot] = row.prompt[:length]
 
-    def _leave(self, request: _Request) -> None:
+    def _leave(self, request: Request) -> None:
         self._running.remove(request)
         self._free.extend(row.slot for row in request.rows)
 
-    def _chunk(self, prompts: list[_Row]) -> list[_Row]:
+    def _chunk(self, prompts: list[Row]) -> list[Row]:
         """Select the first rows that together, padded, fit into `prefill_tokens`; at least one."""
         longest, count = 0, 0
         for count, row in enumerate(prompts):
@@ -560,7 +430,7 @@ class UniTokEngine:
                 return prompts[:count]
         return prompts
 
-    def _advance(self, rows: list[_Row]) -> None:
+    def _advance(self, rows: list[Row]) -> None:
         """Run the LLM on the pending positions of each row, at most `prefill_tokens` per row."""
         counts = [min(len(row.pending), self.prefill_tokens) for row in rows]
         if self.is_batched:
@@ -604,7 +474,7 @@ class UniTokEngine:
         ).last_hidden_state
         return hidden_states[torch.arange(len(counts), device=device), counts - 1]
 
-    def _state(self, row: _Row) -> torch.Tensor:
+    def _state(self, row: Row) -> torch.Tensor:
         """Run the pending positions of a row with its own caches. Returns the last hidden state, (D,)."""
         if not row.length:
             row.caches = self._parts.begin(self.max_length, 1, use_cache=True, cuda_graph=False)
@@ -618,7 +488,7 @@ class UniTokEngine:
         ).last_hidden_state
         return hidden_states[0, -1]
 
-    def _bring_on_drawings(self, drawings: list[_Drawing]) -> None:
+    def _bring_on_drawings(self, drawings: list[Drawing]) -> None:
         """Sample the K codes of the next position of each drawing."""
         rows = [row for drawing in drawings for row in drawing.rows]
         states = torch.stack([row.state for row in rows])
@@ -665,7 +535,7 @@ class UniTokEngine:
                 for row in drawing.rows:
                     row.push(embed)
 
-    def _bring_on_answers(self, answers: list[_Answer]) -> None:
+    def _bring_on_answers(self, answers: list[Answer]) -> None:
         """Choose the next token of each answer."""
         states = torch.stack([answer.rows[0].state for answer in answers])
         logits = self._output_layer(inputs_embeds=states[:, None]).logits[:, -1].float()
@@ -683,7 +553,7 @@ class UniTokEngine:
             else:
                 answer.rows[0].push(self.model.get_input_embeddings()(token))
 
-    def _finish(self, request: _Request, result: torch.Tensor) -> None:
+    def _finish(self, request: Request, result: torch.Tensor) -> None:
         self._leave(request)
         if request.future.set_running_or_notify_cancel():
             request.future.set_result(result.clone())
@@ -702,7 +572,7 @@ class UniTokEngine:
         model = self.model
         ids = torch.arange(8, device=model.device) % model.get_input_embeddings().num_embeddings
         embeds = model.get_input_embeddings()(ids)
-        rows = [_Row(embeds[:3], slot=0), _Row(embeds, slot=1)][: self.max_rows]
+        rows = [Row(embeds[:3], slot=0), Row(embeds, slot=1)][: self.max_rows]
         self._advance(rows)
         rows[0].push(embeds[3:4])
         self._advance(rows[:1])
