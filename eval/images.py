@@ -177,13 +177,13 @@ def read_class(shard: str, member: str, offset: int, size: int) -> int:
 
 
 class DatasetImages(EvalImages):
-    """The images of a Hugging Face data set by row, with labels from `label_column`, if there is one.
+    """The images of a Hugging Face data set by row, with labels from the column "label", if there is one.
 
     Raises:
         ValueError: there are several splits and none is given, or the split or the image column does not exist.
     """
 
-    def __init__(self, location: str, split: str, config: str | None, image_column: str, label_column: str):
+    def __init__(self, location: str, split: str, config: str | None, image_column: str):
         if Path(location).is_dir():
             rows = datasets.load_from_disk(location)
             if isinstance(rows, datasets.DatasetDict):
@@ -198,10 +198,10 @@ class DatasetImages(EvalImages):
         if image_column not in rows.column_names:
             raise ValueError(f"{location} has the columns {', '.join(rows.column_names)}, but no {image_column}")
         labels = class_names = None
-        if label_column in rows.column_names:
-            labels = list(rows[label_column])
-            if isinstance(rows.features[label_column], datasets.ClassLabel):
-                class_names = rows.features[label_column].names
+        if "label" in rows.column_names:
+            labels = list(rows["label"])
+            if isinstance(rows.features["label"], datasets.ClassLabel):
+                class_names = rows.features["label"].names
         self.images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         self.image_column = image_column
         names = [f"{split or 'row'}/{row:08d}" for row in range(len(rows))]
@@ -219,7 +219,6 @@ def open_images(
     split: str = "",
     config: str | None = None,
     image_column: str = "image",
-    label_column: str = "label",
 ) -> EvalImages:
     """Open the images at a location: a folder, shards, or a Hugging Face data set (examples in the module's docstring).
 
@@ -227,8 +226,7 @@ def open_images(
         location: a pattern that ends in `.tar` with `*` or `{000..009}`; a folder; or a data set's name on the hub.
         split: split of a Hugging Face data set.
         config: configuration of a Hugging Face data set.
-        image_column: column of a Hugging Face data set with the images.
-        label_column: column of a Hugging Face data set with the labels.
+        image_column: column of a Hugging Face data set with the images. Labels are read from the column "label".
 
     Raises:
         FileNotFoundError, ValueError: the location does not exist or holds no image, or an option would have no effect.
@@ -245,7 +243,7 @@ def open_images(
         return ShardImages(location)
     if is_of_files:
         return FolderImages(location)
-    return DatasetImages(location, split, config, image_column, label_column)
+    return DatasetImages(location, split, config, image_column)
 
 
 def choose(total: int, limit: int | None) -> list[int]:

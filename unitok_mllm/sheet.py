@@ -224,13 +224,13 @@ def _text(
     return position[0] + font.getlength(text)
 
 
-def _mark(sheet: Image.Image, left: int, top: int, is_right: bool, size: int = 24) -> None:
-    """Draw a tick on green or a cross on red, large and then shrunk for smooth edges."""
+def _mark(sheet: Image.Image, left: int, top: int, is_right: bool) -> None:
+    """Draw a tick on green or a cross on red, 24 pixels wide; it is drawn large and then shrunk for smooth edges."""
     mark = Image.new("RGBA", (96, 96))
     draw = ImageDraw.Draw(mark)
     draw.ellipse((1, 1, 94, 94), fill=GREEN if is_right else RED)
     strokes = [[(26, 50), (42, 66), (70, 34)]] if is_right else [[(32, 32), (64, 64)], [(64, 32), (32, 64)]]
     for stroke in strokes:
         draw.line(stroke, fill="white", width=10, joint="curve")
-    mark = mark.resize((size, size), Image.Resampling.LANCZOS)
+    mark = mark.resize((24, 24), Image.Resampling.LANCZOS)
     sheet.paste(mark, (left, top), mark)
