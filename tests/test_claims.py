@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from transformers import AutoImageProcessor
 
@@ -28,17 +27,11 @@ from training.train_tokenizer import TokenizerArguments
 from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokModel
 
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("fresh_accelerator")]
 
 
 CONFIG = Path(__file__).parent.parent / "training" / "configs" / "claims.yaml"
 TYPES = (ClaimsArguments, TokenizerArguments, LossArguments, TokenizerTrainingArguments)
-
-
-@pytest.fixture(autouse=True)
-def _no_accelerator_of_another_test():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Codes that start from data, and dead ones that are moved; the trainer's use of them is in test_train_tokenizer.py."""
+"""Codes that start from data, and dead ones that are moved; the trainer's use of them is in test_tokenizer_trainer.py."""
 
 import socket
 

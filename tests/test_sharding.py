@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from test_train_tokenizer import ALL_TERMS, Noise, Recorder, small_model, trainer_of
+from accelerate.state import AcceleratorState
+from tokenizer_runs import ALL_TERMS, Noise, Recorder, small_model, trainer_of
 from torch import multiprocessing
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel
@@ -20,6 +20,8 @@ from training.sharding import ZeroNetwork, zero_config
 from training.tokenizer_arguments import TokenizerTrainingArguments
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 ZERO = Path(__file__).parents[1] / "training/configs/deepspeed"
 SHARDINGS = {"ddp": {}, "fsdp": {"fsdp": True}}
 SHARDINGS |= {path.stem: {"deepspeed": str(path)} for path in sorted(ZERO.glob("*.json"))}
@@ -28,12 +30,6 @@ STEPS = 20
 # a small rate, since the nearest code and the sign of an error jump: rounding errors do not stay small for long
 OPTIONS = {"learning_rate": 1e-4, "adam_epsilon": 1e-4, "codebook_start": "data", "revive_dead_codes": 7}
 OPTIONS |= {"max_steps": STEPS, "save_steps": 10, "eval_steps": 10, "gradient_accumulation_steps": 2}
-
-
-@pytest.fixture(autouse=True)
-def _no_accelerator_of_another_test():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def train(folder: Path, num_processes: int, sharding: str = "ddp", resume: bool = False) -> Recorder:
