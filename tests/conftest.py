@@ -1,10 +1,12 @@
 """The tiny configurations, models and tokenizers that all tests share. Sizes differ (K, V, L, dims) so that a mixed-up
 axis cannot go unnoticed."""
 
+import json
 import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -12,6 +14,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
 
+from training.release import save_release
 from training.text_tokenizer import train_text_tokenizer
 from unitok_mllm import (
     UniTokConfig,
@@ -172,3 +175,36 @@ def mirrored_and_shifted(pixels: torch.Tensor) -> dict[tuple[bool, int, int], to
             for x in range(3):
                 views[mirrored, y, x] = padded[:, y : y + height, x : x + width]
     return views
+
+
+@pytest.fixture
+def start(tmp_path, mllm, processor) -> Path:
+    """A saved MLLM to train on."""
+    save_release(enliven(mllm), processor, tmp_path / "start", torch.float32)
+    return tmp_path / "start"
+
+
+@pytest.fixture
+def data(tmp_path) -> dict[str, dict]:
+    """A source of each kind, by name."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    captions, conversations = [], []
+    for i in range(8):
+        picture = Image.fromarray(rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))
+        picture.save(folder / f"{i}.png")
+        captions.append({"image": f"{i}.png", "caption": f"a red circle {i}"})
+        turns = [{"from": "human", "value": "<image>\nwhat is this?"}, {"from": "gpt", "value": f"a blue shape {i}"}]
+        conversations.append({"image": f"{i}.png", "conversations": turns})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions), encoding="utf-8")
+    (folder / "conversations.json").write_text(json.dumps(conversations), encoding="utf-8")
+    (folder / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"what is red {i}"}) + "\n" for i in range(8)), encoding="utf-8"
+    )
+    return {
+        "read": {"path": f"{folder}/conversations.json"},
+        "caption": {"path": f"{folder}/captions.jsonl", "type": "captions"},
+        "draw": {"path": f"{folder}/captions.jsonl", "type": "captions", "task": "draw"},
+        "text": {"path": f"{folder}/text.jsonl", "type": "text"},
+    }

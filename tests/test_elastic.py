@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from mllm_runs import ENVIRONMENT, ROOT, losses, write_config
 from PIL import Image
 from safetensors.torch import load_file
-from test_train_mllm import ENVIRONMENT, ROOT, data, losses, start, write_config  # noqa: F401 (two fixtures)
 
 from training.files import whole_checkpoints
 from training.mllm_trainer import WHOLE
@@ -76,7 +76,7 @@ def test_a_tokenizers_run_whose_worker_is_killed_ends_like_one_left_alone(tmp_pa
 
 
 @pytest.mark.slow  # starts torchrun twice: two minutes
-def test_an_mllms_run_whose_worker_is_killed_ends_like_one_left_alone(tmp_path, start, data):  # noqa: F811
+def test_an_mllms_run_whose_worker_is_killed_ends_like_one_left_alone(tmp_path, start, data):
     options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 2}
     config = write_config(tmp_path / "config.yaml", start, list(data.values()), **options)
     for name in ("alone", "killed"):

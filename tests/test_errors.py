@@ -16,10 +16,10 @@ import pytest
 import torch
 import typer
 from accelerate import Accelerator
+from mllm_runs import write_config
 from PIL import Image
 from safetensors.torch import save_file
 from test_imports import SCRIPTS
-from test_train_mllm import write_config
 from transformers import TrainingArguments
 
 from eval._common import read_result

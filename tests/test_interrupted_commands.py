@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from mllm_runs import losses, write_config
 from PIL import Image
 from safetensors.torch import load_file
 from test_model_card import emoji_data
-from test_train_mllm import losses, write_config
 
 from eval.judge import Judge, save_judge
 from training.easy_vqa import load

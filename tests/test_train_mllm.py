@@ -1,13 +1,10 @@
 """The MLLM's training, run as people run it: each run a process (or two), with its own config and folder."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from logging import FileHandler, getLogger
 from pathlib import Path
@@ -15,11 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from conftest import IMAGE_SIZE, enliven
-from faulty_disk import full_disk
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from mllm_runs import DEEPSPEED, ENVIRONMENT, LORA, ROOT, built, changed, evaluations, losses, run, write_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -28,121 +22,13 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from training import OF_NO_USE
-from training.arguments import parse_yaml_and_command_line
-from training.checkpoints import newest_checkpoint
 from training.data import IGNORE, MLLMCollator, MLLMDataset, SampleTexts, Source
-from training.errors import one_line_errors
-from training.files import whole_checkpoints
 from training.merge_lora import app as merge_lora_app
-from training.merge_lora import load_with_adapter
-from training.mllm_trainer import WHOLE, EvalShare, ExpectedTimeCallback, MLLMTrainer, is_under, set_visual_aside
+from training.mllm_trainer import EvalShare, MLLMTrainer, set_visual_aside
 from training.release import save_release
-from training.train_mllm import IMAGE_TOKENS, MLLMArguments, build_model, build_processor, main
+from training.train_mllm import IMAGE_TOKENS, main
 from training.trainer_options import METRICS
-from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
-
-
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-DEEPSPEED = ROOT / "training/configs/deepspeed"
-LORA = {"lora": {"r": 4, "lora_alpha": 8}, "trainable": ["embedder", "depth_head"], "learning_rate": 1e-2}
-
-
-@pytest.fixture
-def start(tmp_path, mllm, processor) -> Path:
-    """A saved MLLM to train on."""
-    save_release(enliven(mllm), processor, tmp_path / "start", torch.float32)
-    return tmp_path / "start"
-
-
-@pytest.fixture
-def data(tmp_path) -> dict[str, dict]:
-    """A source of each kind, by name."""
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "data"
-    folder.mkdir()
-    captions, conversations = [], []
-    for i in range(8):
-        picture = Image.fromarray(rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))
-        picture.save(folder / f"{i}.png")
-        captions.append({"image": f"{i}.png", "caption": f"a red circle {i}"})
-        turns = [{"from": "human", "value": "<image>\nwhat is this?"}, {"from": "gpt", "value": f"a blue shape {i}"}]
-        conversations.append({"image": f"{i}.png", "conversations": turns})
-    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions), encoding="utf-8")
-    (folder / "conversations.json").write_text(json.dumps(conversations), encoding="utf-8")
-    (folder / "text.jsonl").write_text(
-        "".join(json.dumps({"text": f"what is red {i}"}) + "\n" for i in range(8)), encoding="utf-8"
-    )
-    return {
-        "read": {"path": f"{folder}/conversations.json"},
-        "caption": {"path": f"{folder}/captions.jsonl", "type": "captions"},
-        "draw": {"path": f"{folder}/captions.jsonl", "type": "captions", "task": "draw"},
-        "text": {"path": f"{folder}/text.jsonl", "type": "text"},
-    }
-
-
-def write_config(path: Path, start: Path, sources: list[dict], **options) -> Path:
-    """A config for training `start` on the sources, in `<path without .yaml>/`; options replace what it says."""
-    config = {
-        "model": str(start),
-        "datasets": sources,
-        "max_length": 250,
-        "output_dir": str(path.with_suffix("")),
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "release_dtype": "float32",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    path.write_text(yaml.safe_dump(config | options), encoding="utf-8")
-    return path
-
-
-def launch(config: Path, processes: int = 1, *options: str, start_new_session: bool = False) -> subprocess.Popen:
-    command = [sys.executable, "-m", "training.train_mllm"]
-    if processes > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command = [*torchrun, "--master_port", str(20000 + os.getpid() % 20000), "-m", "training.train_mllm"]
-    return subprocess.Popen(
-        [*command, str(config), *options],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=start_new_session,
-    )
-
-
-def run(config: Path, processes: int = 1, *options: str) -> Path:
-    """Runs to the end; the folder of the results."""
-    process = launch(config, processes, *options)
-    output = process.communicate(timeout=500)[0].decode()
-    assert process.returncode == 0, output[-4000:]
-    return config.with_suffix("")
-
-
-def losses(folder: Path) -> list[tuple[float, float, float]]:
-    """(loss, text_loss, image_loss) of each step."""
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return [(h["loss"], h.get("text_loss", 0.0), h.get("image_loss", 0.0)) for h in history if "loss" in h]
-
-
-def evaluations(folder: Path) -> list[tuple[float, float, float]]:
-    """(loss, text_loss, image_loss) of each evaluation."""
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return [tuple(h[f"eval_{name}"] for name in METRICS) for h in history if "eval_loss" in h]
-
-
-def changed(before: Path, after: Path) -> set[str]:
-    """The names of the weights that differ."""
-    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
-    assert old.keys() == new.keys()
-    return {name for name in old if not torch.equal(old[name], new[name])}
+from unitok_mllm import UniTokMLLMForConditionalGeneration
 
 
 STAGES = {
@@ -196,44 +82,6 @@ def test_broken_samples_are_named_and_counted_over_all_workers(tmp_path, start, 
     assert f"skipping row 0 of {table}: a caption belongs to one image, but `image` is None" in named
     for name in (77, 78):
         assert f"cannot read image '{table.parent}/{name}.png'" in named
-
-
-class Interrupted(ExpectedTimeCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("save_steps", [2, 5])
-def test_ctrl_c_says_how_to_go_on(tmp_path, start, data, save_steps, monkeypatch, capsys):
-    monkeypatch.setattr("training.train_mllm.ExpectedTimeCallback", Interrupted)
-    options = {"save_strategy": "steps", "save_steps": save_steps, "max_steps": 8, "trainable": ["embedder"]}
-    config = write_config(tmp_path / "run.yaml", start, [data["text"]], **options)
-    with pytest.raises(SystemExit) as end:
-        one_line_errors()(main)([str(config)])
-    run = tmp_path / "run"
-    said = {
-        2: f"Interrupted. The same command goes on from {run}/checkpoint-2.",
-        5: f"Interrupted before the first checkpoint in {run}: the same command begins anew.",
-    }
-    assert end.value.code == 130 and capsys.readouterr().err.endswith(f"\n{said[save_steps]}\n")
-
-
-@pytest.mark.slow  # a process of its own: half a minute
-def test_a_real_ctrl_c_ends_in_one_line_and_libraries_say_nothing_of_no_use(tmp_path, start, data):
-    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 100000, "dataloader_num_workers": 5}
-    options |= {"logging_steps": 1, **LORA}  # with LoRA come torchao and its warnings
-    process = launch(write_config(tmp_path / "run.yaml", start, [data["text"]], **options), start_new_session=True)
-    lines = []
-    for line in map(bytes.decode, process.stdout):
-        lines.append(line)
-        if "'loss'" in line and sum("'loss'" in line for line in lines) == 3:
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    assert process.wait(timeout=100) == 130, "".join(lines)
-    said = re.fullmatch(r"Interrupted. The same command goes on from (.*).\n", lines[-1])
-    assert said and (Path(said[1]) / WHOLE).is_file()
-    text = "".join(lines)
-    assert "Traceback" not in text and not [no_use for no_use in OF_NO_USE if no_use in text]
 
 
 def test_codebooks_are_trained_where_asked_for(tmp_path, start, data):
@@ -354,120 +202,6 @@ def test_logged_losses_are_those_of_all_targets_since_the_last(tmp_path, start, 
     assert results["steps"][1] == pytest.approx(results["whole"][1]) == pytest.approx(results["steps"][0][0])
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "bare",
-        "lora",
-        pytest.param("zero3", marks=pytest.mark.slow),  # two processes: half a minute
-    ],
-)
-def test_the_best_checkpoint_is_kept_and_released(tmp_path, start, data, kind):
-    """The loss falls, and the highest is called the best: that of the first evaluation."""
-    options = {"eval_datasets": [data["draw"]], "max_steps": 6, "learning_rate": 1e-3, "save_total_limit": 1}
-    options |= {f"{what}_strategy": "steps" for what in ("eval", "save")} | {"eval_steps": 2, "save_steps": 2}
-    options |= {"load_best_model_at_end": True, "metric_for_best_model": "image_loss", "greater_is_better": True}
-    if kind == "lora":
-        options |= LORA | {"trainable": ["depth_head.layers"]}
-    config = write_config(tmp_path / "run.yaml", start, [data["draw"]], **options)
-    if kind == "zero3":
-        options["per_device_train_batch_size"] = 2
-        run(config, 2, "--deepspeed", str(DEEPSPEED / "zero3.json"))
-    else:
-        main([str(config)])
-    folder = tmp_path / "run"
-    image_losses = [image_loss for _, _, image_loss in evaluations(folder)]
-    assert image_losses[0] > image_losses[1] > image_losses[2]
-    assert list(whole_checkpoints(folder, WHOLE)) == [2, 6]
-    if kind == "lora":
-        best, last = (load_file(folder / f"checkpoint-{step}/adapter_model.safetensors") for step in (2, 6))
-        released = load_file(folder / "adapter/adapter_model.safetensors")
-    else:
-        best, last = (load_file(folder / f"checkpoint-{step}/model.safetensors") for step in (2, 6))
-        released = load_file(folder / "release/model.safetensors")
-    assert best and all(torch.equal(released[name], weight) for name, weight in best.items())
-    assert any(not torch.equal(released[name], weight) for name, weight in last.items())
-    check = {"eval_datasets": [data["draw"]], "eval_strategy": "steps", "eval_on_start": True, "max_steps": 1}
-    main([str(write_config(tmp_path / "check.yaml", folder / "release", [data["draw"]], **check))])
-    np.testing.assert_allclose(evaluations(tmp_path / "check")[0], evaluations(folder)[0], rtol=1e-5)
-    card = (folder / "release/README.md").read_text(encoding="utf-8")
-    assert f"| released | step 2, of the best image_loss ({image_losses[0]:.4g}) |" in card
-    assert f"| eval_image_loss | {image_losses[0]:.4g} |" in card
-
-
-def test_the_number_of_checkpoints_is_kept_to(tmp_path, start, data):
-    options = {"eval_datasets": [data["text"]], "max_steps": 5, "metric_for_best_model": "loss"}
-    options |= {f"{what}_strategy": "steps" for what in ("eval", "save")} | {"eval_steps": 1, "save_steps": 1}
-    for name, limit, greater, kept in (
-        ("low", 1, False, [5]),
-        ("high", 3, True, [1, 4, 5]),
-        ("two", 2, False, [4, 5]),
-    ):
-        best = {"save_total_limit": limit, "greater_is_better": greater}
-        main([str(write_config(tmp_path / f"{name}.yaml", start, [data["text"]], **options, **best))])
-        assert list(whole_checkpoints(tmp_path / name, WHOLE)) == kept
-
-
-def test_a_run_without_a_best_model_releases_none(tmp_path, start, data):
-    options = {"eval_datasets": [data["text"]], "eval_strategy": "steps", "save_strategy": "steps", "max_steps": 2}
-    options |= {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 1, "eval_delay": 3}
-    with pytest.raises(ValueError, match="There is no best model to release"):
-        main([str(write_config(tmp_path / "run.yaml", start, [data["text"]], **options))])
-    assert not (tmp_path / "run/release").exists()
-
-
-@pytest.mark.full
-@pytest.mark.attack
-def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, start, data):
-    sources = list(data.values())
-    options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2}
-    options |= {"image_loss_share": 0.5, "caption_dropout": 0.5}
-    whole = losses(run(write_config(tmp_path / "whole.yaml", start, sources, **options)))
-    config = write_config(tmp_path / "killed.yaml", start, sources, **options)
-    process = launch(config)
-    deadline = time.monotonic() + 200
-    while not (tmp_path / f"killed/checkpoint-6/{WHOLE}").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed/release").exists()
-    broken_off = tmp_path / "killed/checkpoint-99"  # as a kill in the middle of saving leaves it
-    broken_off.mkdir()
-    (broken_off / "model.safetensors").write_bytes(b"")
-    resumed = losses(run(config))
-    assert len(resumed) == 12
-    np.testing.assert_allclose(resumed, whole, rtol=1e-6)
-    assert list(whole_checkpoints(tmp_path / "killed", WHOLE)) == [9, 12]
-    first, second = (load_file(tmp_path / f"{name}/release/model.safetensors") for name in ("whole", "killed"))
-    for name, weight in first.items():
-        torch.testing.assert_close(second[name], weight, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.attack
-def test_an_mllm_training_goes_on_from_before_a_truncated_checkpoint(tmp_path, start, data, caplog):
-    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
-    config = str(write_config(tmp_path / "run.yaml", start, [data["text"], data["draw"]], **options))
-    main([config])
-    whole, released = losses(tmp_path / "run"), load_file(tmp_path / "run/release/model.safetensors")
-    newest, truncated = tmp_path / "run/checkpoint-3", set()
-    for path in sorted(newest.iterdir()):
-        content = path.read_bytes()
-        if path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".json"):
-            path.write_bytes(content[: len(content) // 2])
-            assert newest_checkpoint(tmp_path / "run", WHOLE).name == "checkpoint-2"
-            path.write_bytes(content)
-            truncated.add(path.name)
-    assert truncated >= {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-    (newest / "optimizer.pt").write_bytes(b"")
-    shutil.rmtree(tmp_path / "run/release")
-    main([config])
-    assert f"{newest}/optimizer.pt is broken: File is not a zip file: going on from the checkpoint" in caplog.text
-    assert losses(tmp_path / "run") == whole
-    again = load_file(tmp_path / "run/release/model.safetensors")
-    assert all(torch.equal(again[name], value) for name, value in released.items())
-
-
 @pytest.fixture
 def llm(tmp_path) -> Callable[..., Path]:
     """Saves a Qwen3 with one weight for embeddings and output, and a text tokenizer with these special tokens."""
@@ -496,12 +230,6 @@ def joined(tmp_path, start, llm: Path, sources: list[dict], **options) -> Path:
     """A config for training the LLM joined with the tokenizer of `start`."""
     parts = {"model": "", "visual_model": str(start), "llm": str(llm), "embedder_dim": 40, "embedder_heads": 2}
     return write_config(tmp_path / "joined.yaml", start, sources, **parts, **options)
-
-
-def built(config: Path):
-    arguments, training_arguments = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), [str(config)])
-    processor = build_processor(arguments)
-    return build_model(arguments, training_arguments, processor), processor
 
 
 @pytest.mark.parametrize("pair", IMAGE_TOKENS)
@@ -622,119 +350,6 @@ def test_zero_gives_the_losses_of_one_process_and_a_model_that_loads(tmp_path, s
         str(two / "checkpoint-10"),
     )
     np.testing.assert_allclose(losses(resumed), losses(one), rtol=1e-3)
-
-
-FRESH_PROCESS = """
-import sys
-from PIL import Image
-from training.merge_lora import load_with_adapter
-from unitok_mllm import UniTokMLLMProcessor
-
-adapter, picture, question = sys.argv[1:]
-model, processor = load_with_adapter(adapter), UniTokMLLMProcessor.from_pretrained(adapter)
-turn = {"role": "user", "content": [{"type": "image", "path": picture}, {"type": "text", "text": question}]}
-inputs = processor.apply_chat_template([turn], tokenize=True, return_dict=True, add_generation_prompt=True)
-ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-sys.stdout.write(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())
-"""
-
-
-@pytest.mark.full
-def test_an_adapter_answers_in_a_fresh_process_as_it_did_in_training(tmp_path, start, data):
-    pictures = Path(data["read"]["path"]).parent
-    question = {"image": str(pictures / "0.png"), "question": "what is this?"}
-    options = {"max_steps": 30, "sample_questions": [question]} | LORA
-    main([str(write_config(tmp_path / "run.yaml", start, [data["read"]], **options))])
-    (trained,) = json.loads((tmp_path / "run/samples/step-30.json").read_text(encoding="utf-8"))["answers"]
-    command = [sys.executable, "-c", FRESH_PROCESS, tmp_path / "run/adapter", *question.values()]
-    fresh = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert fresh.stdout == trained["answer"] and "blue shape" in trained["answer"]
-
-
-def test_lora_trains_the_llm_beside_whole_parts_and_merges(tmp_path, start, data):
-    sources = [data["read"], data["draw"]]
-    config = write_config(tmp_path / "run.yaml", start, sources, max_steps=3, **LORA)
-    main([str(config)])
-    adapter, release = tmp_path / "run/adapter", tmp_path / "run/release"
-    weights = load_file(adapter / "adapter_model.safetensors")
-    assert {name.split(".")[2] for name in weights} == {"language_model", "embedder", "depth_head"}
-    assert not any("lm_head" in name or "visual" in name for name in weights)
-    lora = {name for name in weights if "lora_" in name}
-    assert len(lora) == 2 * 7 * 2  # A and B of seven layers in two blocks
-
-    names = changed(start, release)
-    linear = {f"{n}_proj.weight" for n in ("q", "k", "v", "o", "gate", "up", "down")}
-    in_llm = {name for name in names if name.startswith("language_model")}
-    assert in_llm and all(name.split(".", 5)[-1] in linear for name in in_llm) and len(in_llm) == 14
-    assert {name.split(".")[0] for name in names} == {"language_model", "embedder", "depth_head"}
-
-    reloaded, merged = load_with_adapter(adapter), UniTokMLLMForConditionalGeneration.from_pretrained(release)
-    processor = UniTokMLLMProcessor.from_pretrained(adapter)
-    assert isinstance(reloaded, PeftModel)
-    inputs = processor(images=Image.new("RGB", (60, 60), "red"), text="<image> what is this?")
-    with torch.no_grad():
-        logits = [model(**inputs).logits for model in (reloaded, merged)]
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
-    codes = reloaded.generate(**processor(text="red", generation_mode="image"), generation_mode="image", seed=0)
-    assert codes.shape == (1, 4, 9)
-
-
-@pytest.mark.parametrize(
-    "trainable",
-    [
-        ["depth_head.layers"],
-        ["depth_head.layers.1.mlp", "depth_head.head.weight", "embedder.norm", "embedder.norm.weight"],
-        ["language_model.lm_head", "language_model.model.norm", "language_model.model.embed_tokens"],
-    ],
-)
-def test_lora_trains_any_prefix_saves_reloads_resumes_and_merges(tmp_path, start, data, trainable):
-    options = LORA | {"trainable": trainable, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    config = write_config(tmp_path / "run.yaml", start, [data["read"], data["draw"]], **options)
-    main([str(config)])
-    release, adapter = tmp_path / "run/release", tmp_path / "run/adapter"
-    before = load_file(start / "model.safetensors")
-    named = {name for name in before if any(is_under(name, prefix) for prefix in trainable)}
-    in_lora = {name for name in before if ".layers." in name and "_proj.weight" in name and "language" in name}
-    assert len(in_lora) == 14 and changed(start, release) == named | in_lora
-
-    uninterrupted = losses(tmp_path / "run")
-    main([str(config), "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-2")])
-    np.testing.assert_allclose(losses(tmp_path / "run"), uninterrupted, rtol=1e-6)
-    assert changed(start, release) == named | in_lora
-
-    merged = tmp_path / "merged"
-    CliRunner().invoke(merge_lora_app, [str(adapter), str(merged), "--dtype", "float32"], catch_exceptions=False)
-    assert not changed(release, merged)
-    processor = UniTokMLLMProcessor.from_pretrained(adapter)
-    inputs = processor(images=Image.new("RGB", (60, 60), "red"), text="<image> what is this?")
-    inputs["image_targets"] = torch.tensor([True])
-    models = load_with_adapter(adapter), UniTokMLLMForConditionalGeneration.from_pretrained(release)
-    with torch.no_grad():
-        first, second = (model(**inputs) for model in models)
-    torch.testing.assert_close(first.logits, second.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(first.image_logits, second.image_logits, rtol=1e-4, atol=1e-4)
-
-
-def test_lora_refuses_what_it_cannot_train_whole(tmp_path, start, data):
-    for prefix, message in (
-        (
-            "language_model.model",
-            r"lora trains language_model.model.layers.0.self_attn.q_proj: take language_model.model",
-        ),
-        ("language_model.model.layers.1.mlp.up_proj.weight", "lora trains language_model.model.layers.1.mlp.up_proj"),
-        ("depth_head.nothing", "matches no parameter"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            main([str(write_config(tmp_path / "run.yaml", start, [data["read"]], **LORA | {"trainable": [prefix]}))])
-    config = json.loads((start / "config.json").read_text(encoding="utf-8"))
-    config["text_config"]["tie_word_embeddings"] = True
-    (start / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    weights = load_file(start / "model.safetensors")
-    del weights["language_model.lm_head.weight"]
-    save_file(weights, start / "model.safetensors", {"format": "pt"})
-    tied = LORA | {"trainable": ["language_model.model.embed_tokens"]}
-    with pytest.raises(ValueError, match="the LLM's embeddings and output are one tied weight"):
-        main([str(write_config(tmp_path / "run.yaml", start, [data["read"]], **tied))])
 
 
 def test_samples_are_drawn_and_answered_at_evaluations(tmp_path, start, data):
@@ -872,124 +487,3 @@ def test_a_weight_too_large_for_the_dtype_is_named(tmp_path, start, mllm, proces
     mllm.depth_head.head.weight.data[3, 4] = torch.inf
     with pytest.raises(ValueError, match="depth_head.head.weight is not finite"):
         save_release(mllm, processor, tmp_path / "wide", torch.float32)
-
-
-def test_lora_on_joined_parts_keeps_its_base(tmp_path, start, data, mllm, processor):
-    mllm.language_model.save_pretrained(tmp_path / "llm")
-    processor.tokenizer.save_pretrained(tmp_path / "llm")
-    parts = {"model": "", "visual_model": str(start), "llm": str(tmp_path / "llm"), "embedder_dim": 40}
-    parts |= {"embedder_heads": 2, "boi_token": "<boi>", "eoi_token": "<eoi>"}
-    main([str(write_config(tmp_path / "run.yaml", start, [data["read"]], max_steps=2, **parts, **LORA))])
-    names = {name.split(".")[0] for name in changed(tmp_path / "run/base", tmp_path / "run/release")}
-    assert names == {"language_model", "embedder"}  # nothing was drawn
-    base = load_file(tmp_path / "run/base/model.safetensors")
-    for name, weight in mllm.language_model.state_dict().items():
-        assert torch.equal(base[f"language_model.{name}"], weight), name
-
-
-def test_qlora_trains_over_four_bits(tmp_path, start, data):
-    bits = pytest.importorskip("bitsandbytes", reason="needs the extra `qlora`")
-    config = write_config(
-        tmp_path / "run.yaml",
-        start,
-        [data["read"], data["draw"]],
-        max_steps=3,
-        load_in_4bit=True,
-        eval_datasets=[data["read"], data["draw"]],
-        eval_strategy="steps",
-        eval_steps=3,
-        **LORA,
-    )
-    start_of_run, _ = built(config)
-    in_four_bits = {n for n, m in start_of_run.named_modules() if isinstance(m, bits.nn.Linear4bit)}
-    assert len(in_four_bits) == 14 and all(name.startswith("language_model.model.layers") for name in in_four_bits)
-    main([str(config)])
-    names = changed(start, tmp_path / "run/release")
-    assert {name.split(".")[0] for name in names} == {"language_model", "embedder", "depth_head"}
-    (_, *first), *_, (_, *last) = losses(tmp_path / "run")
-    assert first[0] > last[0] and first[1] > last[1]
-
-    # what is released is what was trained, but for the bfloat16 that it was computed in
-    check = {"eval_datasets": [data["read"], data["draw"]], "eval_strategy": "steps", "eval_on_start": True}
-    (trained,) = evaluations(tmp_path / "run")
-    CliRunner().invoke(merge_lora_app, [f"{tmp_path}/run/adapter", f"{tmp_path}/merged"], catch_exceptions=False)
-    unquantized = ["--base", str(start)]
-    CliRunner().invoke(merge_lora_app, [f"{tmp_path}/run/adapter", f"{tmp_path}/other", *unquantized])
-    differences = {}
-    for name in ("run/release", "merged", "other"):
-        config = write_config(tmp_path / "check.yaml", tmp_path / name, [data["text"]], max_steps=1, **check)
-        main([str(config)])
-        released = evaluations(tmp_path / "check")[0]
-        differences[name] = abs(released[0] / trained[0] - 1)
-    assert differences["run/release"] < 2e-4 and differences["merged"] < 2e-4 < 1e-3 < differences["other"]
-
-
-@pytest.mark.attack
-def test_signals_end_a_run_after_their_step_and_the_same_command_goes_on(tmp_path, start, data, capsys, monkeypatch):
-    sources, options = list(data.values()), {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
-    options |= {"image_loss_share": 0.5, "caption_dropout": 0.5, "logging_steps": 2, "save_total_limit": 1}
-    script, step = one_line_errors()(main), MLLMTrainer.training_step
-    signals = {2: signal.SIGTERM, 4: signal.SIGINT}  # in the middle of the third step, and of the fifth
-
-    def interrupted_step(self, *args, **kwargs):
-        if number := signals.pop(self.state.global_step, None):
-            os.kill(os.getpid(), number)
-        return step(self, *args, **kwargs)
-
-    script([str(write_config(tmp_path / "whole.yaml", start, sources, **options))])
-    config = [str(write_config(tmp_path / "told.yaml", start, sources, **options))]
-    monkeypatch.setattr(MLLMTrainer, "training_step", interrupted_step)
-    for number, last_step in ((signal.SIGTERM, 3), (signal.SIGINT, 5)):
-        with pytest.raises(SystemExit) as end:
-            script(config)
-        said = capsys.readouterr().err
-        assert end.value.code == 128 + number and "Stopping after this step, with a checkpoint" in said
-        assert said.endswith(f"Interrupted. The same command goes on from {tmp_path}/told/checkpoint-{last_step}.\n")
-        assert list(whole_checkpoints(tmp_path / "told", WHOLE)) == [last_step]
-    assert not (tmp_path / "told/release").exists()
-    script(config)
-    assert losses(tmp_path / "told") == losses(tmp_path / "whole")
-    assert not changed(tmp_path / "told/release", tmp_path / "whole/release")
-
-
-@pytest.mark.attack
-def test_without_checkpoints_a_signal_leaves_none(tmp_path, start, data, capsys, monkeypatch):
-    monkeypatch.setattr(MLLMTrainer, "log", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit) as end:
-        one_line_errors()(main)([str(write_config(tmp_path / "run.yaml", start, [data["text"]], max_steps=3))])
-    assert end.value.code == 143 and f"first checkpoint in {tmp_path}/run: the same command" in capsys.readouterr().err
-    assert not list((tmp_path / "run").glob("checkpoint-*"))
-
-
-@pytest.mark.attack
-def test_a_full_disk_leaves_the_mllm_training_its_last_checkpoint(tmp_path, lively_mllm, processor):
-    (tmp_path / "text.jsonl").write_text('{"text": "what is red"}\n' * 8, encoding="utf-8")
-    data = MLLMDataset([Source(str(tmp_path / "text.jsonl"), "text")], SampleTexts(processor, 50))
-    set_visual_aside(lively_mllm)
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "report_to": "none"}
-    options |= {"per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True}
-    options |= {"dataloader_pin_memory": False, "remove_unused_columns": False}
-
-    class Trainer(MLLMTrainer):
-        free = 10**9
-
-        def _save_checkpoint(self, model, trial):
-            with full_disk(10**9 if self.state.global_step < 4 else self.free):
-                super()._save_checkpoint(model, trial)
-
-    def trainer() -> Trainer:
-        collator = MLLMCollator(processor.tokenizer.pad_token_id, (4, 9))
-        arguments = TrainingArguments(output_dir=str(tmp_path / "run"), **options)
-        return Trainer(model=lively_mllm, args=arguments, train_dataset=data, data_collator=collator)
-
-    first = trainer()
-    first.free = 20_000
-    with pytest.raises(Exception, match="File too large"):
-        first.train()
-    whole = {path.parent.name for path in (tmp_path / "run").glob("checkpoint-*/whole")}
-    assert whole == {"checkpoint-2"}
-    second = trainer()
-    second.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
-    assert second.state.global_step == 4
-    whole = {path.parent.name for path in (tmp_path / "run").glob("checkpoint-*/whole")}
-    assert whole == {"checkpoint-4"}
