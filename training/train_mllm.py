@@ -592,20 +592,14 @@ def save_results(
     save_release(merged, processor, output_dir / "release", dtype, run=run)
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments, training_arguments = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), argv, __doc__)
-    check_trainer_options(training_arguments, evaluates=bool(arguments.eval_datasets))
-    logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.ERROR)
-    push = training_arguments.push_to_hub
-    training_arguments.push_to_hub = False  # only the release is pushed: checkpoints lack the tokenizer
-    if training_arguments.deepspeed and training_arguments.world_size > 1:
-        import deepspeed  # slow: keep `--help` quick
+def check_run(arguments: MLLMArguments, training_arguments: TrainingArguments) -> None:
+    """Check numbers, folders and files before anything is loaded, and claim the output folder.
 
-        deepspeed.init_distributed()  # else ZeRO-3 would load the model as if there were a single process
-    torch.manual_seed(training_arguments.seed)
-    output_dir = Path(training_arguments.output_dir)
+    Raises:
+        ValueError: one of them is wrong, or another run uses the output folder.
+    """
     check_numbers(training_arguments)
-    claim_folder(output_dir, training_arguments.process_index == 0)
+    claim_folder(training_arguments.output_dir, training_arguments.process_index == 0)
     for name in ("model", "visual_model", "llm", "text_tokenizer"):
         check_source(name, getattr(arguments, name))
     check_datasets(arguments.datasets)
@@ -617,13 +611,21 @@ def main(argv: list[str] | None = None) -> None:
                 f"resume_from_checkpoint: {resume_from} is not a checkpoint: it has no {TRAINER_STATE_NAME}"
             )
         check_files(resume_from)
-    if push and training_arguments.hub_model_id:
-        validate_repo_id(training_arguments.hub_model_id)
-    train_sources = [Source(**source) for source in arguments.datasets]
-    eval_sources = [Source(**source) for source in arguments.eval_datasets]
-    logger.info("training on %s, %d processes", training_arguments.device, training_arguments.world_size)
-    vision = UniTokConfig.from_pretrained(arguments.visual_model or arguments.model).vision_config
-    processor = build_processor(arguments)
+
+
+def build_datasets(
+    train_sources: list[Source],
+    eval_sources: list[Source],
+    arguments: MLLMArguments,
+    training_arguments: TrainingArguments,
+    processor: UniTokMLLMProcessor,
+    vision: UniTokVisionConfig,
+) -> tuple[MLLMDataset, MLLMDataset | None]:
+    """Build the data set for training and, if it has sources, the one for evaluation.
+
+    Raises:
+        ValueError: a source's codes are another tokenizer's, or its samples are malformed.
+    """
     texts = SampleTexts(processor, arguments.max_length)
     for source in (*train_sources, *eval_sources):
         check_codes(source, vision)
@@ -634,7 +636,25 @@ def main(argv: list[str] | None = None) -> None:
         return MLLMDataset(sources, texts, num_samples, seed, caption_dropout, arguments.max_broken_share)
 
     train_dataset = dataset(train_sources, arguments.num_samples, arguments.caption_dropout)
-    eval_dataset = dataset(eval_sources, 0, 0.0) if eval_sources else None
+    return train_dataset, dataset(eval_sources, 0, 0.0) if eval_sources else None
+
+
+def build_trainer(
+    train_sources: list[Source],
+    eval_sources: list[Source],
+    arguments: MLLMArguments,
+    training_arguments: TrainingArguments,
+    processor: UniTokMLLMProcessor,
+) -> MLLMTrainer:
+    """Build the trainer, with its data and its model.
+
+    Raises:
+        ValueError: see `build_datasets` and `build_model`.
+    """
+    vision = UniTokConfig.from_pretrained(arguments.visual_model or arguments.model).vision_config
+    train_dataset, eval_dataset = build_datasets(
+        train_sources, eval_sources, arguments, training_arguments, processor, vision
+    )
     model = build_model(arguments, training_arguments, processor)
     flash = arguments.attn_implementation.startswith("flash")
     collator = MLLMCollator(
@@ -661,11 +681,20 @@ def main(argv: list[str] | None = None) -> None:
         image_loss_share=arguments.image_loss_share,
     )
     samples.bind(trainer)
-    log_trained_parts(trainer)
-    resume_from, first_step = resume_from or newest_checkpoint(output_dir, WHOLE), 0
-    if resume_from:
-        logger.info("going on from %s", resume_from)
-        first_step = TrainerState.load_from_json(f"{resume_from}/trainer_state.json").global_step
+    return trainer
+
+
+def train(trainer: MLLMTrainer, resume_from: str | Path | None) -> float:
+    """Train to the last step, from a checkpoint if there is one.
+
+    Returns:
+        The duration in seconds.
+
+    Raises:
+        KeyboardInterrupt: a signal arrived; the message says how to go on.
+        ValueError: there is nothing to release.
+    """
+    output_dir = Path(trainer.args.output_dir)
     try:
         result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except KeyboardInterrupt as interrupt:
@@ -673,13 +702,41 @@ def main(argv: list[str] | None = None) -> None:
         raise
     trainer.save_state()
     best = f"checkpoint-{trainer.state.best_global_step}"
-    if training_arguments.load_best_model_at_end and Path(trainer.state.best_model_checkpoint or "").name != best:
+    if trainer.args.load_best_model_at_end and Path(trainer.state.best_model_checkpoint or "").name != best:
         raise ValueError(
             "There is no best model to release: no evaluation gave a finite loss, or its checkpoint is gone."
         )
     if not trainer.state.global_step:
         raise ValueError("There is nothing to release: not a single step was made.")
-    run = training_run(trainer, arguments, first_step, result.metrics["train_runtime"])
+    return result.metrics["train_runtime"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments, training_arguments = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), argv, __doc__)
+    check_trainer_options(training_arguments, evaluates=bool(arguments.eval_datasets))
+    logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.ERROR)
+    push = training_arguments.push_to_hub
+    training_arguments.push_to_hub = False  # only the release is pushed: checkpoints lack the tokenizer
+    if training_arguments.deepspeed and training_arguments.world_size > 1:
+        import deepspeed  # slow: keep `--help` quick
+
+        deepspeed.init_distributed()  # else ZeRO-3 would load the model as if there were a single process
+    torch.manual_seed(training_arguments.seed)
+    check_run(arguments, training_arguments)
+    if push and training_arguments.hub_model_id:
+        validate_repo_id(training_arguments.hub_model_id)
+    train_sources = [Source(**source) for source in arguments.datasets]
+    eval_sources = [Source(**source) for source in arguments.eval_datasets]
+    logger.info("training on %s, %d processes", training_arguments.device, training_arguments.world_size)
+    processor = build_processor(arguments)
+    trainer = build_trainer(train_sources, eval_sources, arguments, training_arguments, processor)
+    log_trained_parts(trainer)
+    output_dir, first_step = Path(training_arguments.output_dir), 0
+    if resume_from := training_arguments.resume_from_checkpoint or newest_checkpoint(output_dir, WHOLE):
+        logger.info("going on from %s", resume_from)
+        first_step = TrainerState.load_from_json(f"{resume_from}/trainer_state.json").global_step
+    seconds = train(trainer, resume_from)
+    run = training_run(trainer, arguments, first_step, seconds)
     save_results(trainer, processor, arguments, run)
     log_broken(trainer.train_dataset.broken, trainer.accelerator)
     release = output_dir / "release"
@@ -687,7 +744,7 @@ def main(argv: list[str] | None = None) -> None:
     if push and trainer.is_world_process_zero():
         name = training_arguments.hub_model_id or output_dir.absolute().name
         private, token = training_arguments.hub_private_repo, training_arguments.hub_token
-        logger.info("pushed: %s", push_release(output_dir / "release", name, private, token))
+        logger.info("pushed: %s", push_release(release, name, private, token))
 
 
 if __name__ == "__main__":
