@@ -179,7 +179,7 @@ def test_checkpointing_trades_computation_for_memory(folder):
 def test_tokenizers_losses_are_counted_on_top(folder, tokenizer_config):
     bare = plan_tokenizer(folder, RUN, perceptual=False, gan=False, ema=False)
     full = plan_tokenizer(folder, RUN, gan_start=0.25)
-    vgg, judge = full.parts[-2:]
+    vgg, discriminator = full.parts[-2:]
     assert full.parts[:-2] == bare.parts
     assert sum(part.forward for part in bare.parts) == pytest.approx(bare.forward_flops, rel=1e-3)
     # a little less than three times: the upsampling kernels are sums of weights, and the sums are no parameters
@@ -187,12 +187,14 @@ def test_tokenizers_losses_are_counted_on_top(folder, tokenizer_config):
     assert vgg.trainable == 0 and vgg.parameters == 14_714_688 + 1472  # VGG-16's convolutions, LPIPS's weights
     assert vgg.forward == pytest.approx(2 * 2 * 15.35e9 * (48 / 224) ** 2, rel=0.01)  # two images, 15.35 GMAC at 224
     assert vgg.step == pytest.approx(1.5 * vgg.forward, rel=0.01)
-    assert judge.trainable == 5 * (384 * 384 * 10 + 2 * 3 * 384 + 384 + 1)  # heads; DINOv2 itself is frozen
-    assert judge.parameters - judge.trainable == pytest.approx(21.6e6, rel=0.01)
-    assert full.step_flops == pytest.approx(bare.step_flops + vgg.step + 0.75 * judge.step)
+    assert discriminator.trainable == 5 * (384 * 384 * 10 + 2 * 3 * 384 + 384 + 1)  # heads; DINOv2 itself is frozen
+    assert discriminator.parameters - discriminator.trainable == pytest.approx(21.6e6, rel=0.01)
+    assert full.step_flops == pytest.approx(bare.step_flops + vgg.step + 0.75 * discriminator.step)
     assert bare.memory[0].activations < full.memory[0].activations
-    frozen = vgg.parameters + judge.parameters - judge.trainable
-    other = 4 * count_parameters(UniTokModel(tokenizer_config))[0] / RUN.gpus + 4 * frozen + 16 * judge.trainable
+    frozen = vgg.parameters + discriminator.parameters - discriminator.trainable
+    other = (
+        4 * count_parameters(UniTokModel(tokenizer_config))[0] / RUN.gpus + 4 * frozen + 16 * discriminator.trainable
+    )
     assert full.memory[3].states - bare.memory[3].states == pytest.approx(other / 2**30)
 
 

@@ -49,7 +49,7 @@ def after_each_step(trainer: TokenizerTrainer, call: Callable[[], None]) -> None
 
 def test_one_step_with_every_term_moves_every_trained_parameter_and_no_other(tmp_path):
     trainer = trainer_of(tmp_path, ALL_TERMS)
-    before, judge = copy_of(trainer.tokenizer.module), copy_of(trainer.discriminator.module)
+    before, discriminator = copy_of(trainer.tokenizer.module), copy_of(trainer.discriminator.module)
     perceptual = copy_of(trainer.perceptual)
     trainer.train()
     still = {name for name, value in trainer.tokenizer.module.state_dict().items() if torch.equal(value, before[name])}
@@ -58,7 +58,7 @@ def test_one_step_with_every_term_moves_every_trained_parameter_and_no_other(tmp
     for name, value in trainer.discriminator.module.state_dict().items():
         if name.endswith(".2.bias"):
             continue  # within the hinge's margins the real and the fake pull it equally hard
-        assert torch.equal(value, judge[name]) == name.startswith("features."), name
+        assert torch.equal(value, discriminator[name]) == name.startswith("features."), name
     assert all(torch.equal(value, perceptual[name]) for name, value in trainer.perceptual.state_dict().items())
     report = trainer.reports[1]
     assert report.keys() >= {
@@ -78,7 +78,7 @@ def test_terms_without_weight_train_nothing_and_terms_start_late(tmp_path):
     losses = {"contrastive_weight": 0.0, "perceptual_weight": 1.0, "perceptual_start": 0.5, "gan_weight": 1.0}
     losses |= {"gan_start": 0.75}
     trainer = trainer_of(tmp_path, losses, max_steps=4)
-    before, judge = copy_of(trainer.tokenizer.module), copy_of(trainer.discriminator.module)
+    before, discriminator = copy_of(trainer.tokenizer.module), copy_of(trainer.discriminator.module)
     trainer.train()
     for name, value in trainer.tokenizer.module.state_dict().items():
         frozen = name.startswith(("text_model.", "logit_scale", "vision_model.fc_norm.", "vision_model.projection."))
@@ -88,7 +88,7 @@ def test_terms_without_weight_train_nothing_and_terms_start_late(tmp_path):
         {"perceptual"},
         {"perceptual", "gan", "discriminator"},
     ]
-    assert any(not torch.equal(v, judge[k]) for k, v in trainer.discriminator.module.state_dict().items())
+    assert any(not torch.equal(v, discriminator[k]) for k, v in trainer.discriminator.module.state_dict().items())
 
 
 def test_the_released_weights_are_the_average_and_the_newest_buffers(tmp_path, caplog):

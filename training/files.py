@@ -233,17 +233,17 @@ class BrokenSamples:
         """Count a sample, and check the share of broken ones once enough have been seen.
 
         Raises:
-            ValueError: see `judge`.
+            ValueError: see `check`.
         """
         self.seen += 1
         if self.seen >= self.minimum:
-            self.judge()
+            self.check()
 
     def count_broken(self, name: str, error: Exception | str) -> None:
         """Count a sample as seen and broken, and name it in the log.
 
         Raises:
-            ValueError: see `judge`.
+            ValueError: see `check`.
         """
         self.broken += 1
         worker = get_worker_info()
@@ -252,7 +252,7 @@ class BrokenSamples:
         logger.warning("skipping %s: %s", name, error)
         self.count()
 
-    def judge(self) -> None:
+    def check(self) -> None:
         """Check the share of broken samples.
 
         Raises:

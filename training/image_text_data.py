@@ -530,7 +530,7 @@ class ImageTextStream(EpochDataset, IterableDataset):
                 continue
             self.broken.count()
             yield transformed | {"stream_position": position}
-        self.broken.judge()
+        self.broken.check()
 
 
 def build_image_text_dataset(

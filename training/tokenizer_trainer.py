@@ -516,7 +516,7 @@ class TokenizerTrainer:
             contrastive: entry of `_whole_batch_contrastive` for this batch; None for negatives from this batch only.
         """
         accelerator, losses, pixels = self.accelerator, self.losses, batch["pixel_values"]
-        tokenizer, judge = self.tokenizer, self.discriminator
+        tokenizer, discriminator = self.tokenizer, self.discriminator
         gan_on = draws is not None
         replicated = [network.wrapped for network in self._networks()[: 1 + gan_on] if type(network) is TrainedNetwork]
         with accelerator.accumulate(*replicated):
@@ -537,18 +537,8 @@ class TokenizerTrainer:
             if gan_on:
                 sigma = losses.blur_sigma(progress, pixels.shape[-1])
                 fake = blur(output.reconstruction, sigma)
-                values["gan"] = -self._frozen_judge(diff_augment(fake, draws)).mean()
-                balanced = sum(weights[name] * values[name] for name in RECONSTRUCTION_TERMS if name in values)
-                gradient, gan_gradient = (
-                    torch.autograd.grad(loss, output.reconstruction)[0] for loss in (balanced, values["gan"])
-                )
-                adaptive = adaptive_gan_weight(gradient, gan_gradient, self._last_inputs, self._last_layer)
-                del self._last_inputs  # as large as many images
-                values["gan_adaptive_weight"] = adaptive
-                values["loss"] = values["loss"] + weights["gan"] * adaptive * values["gan"].detach()
-                others = values.keys() & set(TERMS).difference(RECONSTRUCTION_TERMS, ["gan"])
-                total = sum(weights[name] * values[name] for name in sorted(others))
-                total = total + ((gradient + weights["gan"] * adaptive * gan_gradient) * reconstruction).sum()
+                values["gan"] = -self._frozen_discriminator(diff_augment(fake, draws)).mean()
+                total = self._balance_gan(values, weights, output.reconstruction, reconstruction)
             values["psnr"] = psnr(reconstruction.detach(), pixels).mean()
             values["running_codebook_usage"] = output.codebook_usage
             self.dead_codes.count(output.codes)
@@ -558,20 +548,48 @@ class TokenizerTrainer:
                 self._clamp_logit_scale()
             if gan_on:
                 total, named = discriminator_losses(
-                    judge.wrapped, blur(pixels, sigma), fake.detach(), draws, losses.gan_consistency_weight
+                    discriminator.wrapped, blur(pixels, sigma), fake.detach(), draws, losses.gan_consistency_weight
                 )
                 values |= named
-                judge.backward(total)
-                if (norm := judge.update()) is not None:
+                discriminator.backward(total)
+                if (norm := discriminator.update()) is not None:
                     values["discriminator_grad_norm"] = norm
         self.history.record(self.step, values)
 
-    def _frozen_judge(self, images: torch.Tensor) -> torch.Tensor:
+    def _balance_gan(
+        self,
+        values: dict[str, torch.Tensor],
+        weights: dict[str, float],
+        detached: torch.Tensor,
+        reconstruction: torch.Tensor,
+    ) -> torch.Tensor:
+        """Add the GAN term with an adaptive weight, which balances its gradient with the other terms'.
+
+        Args:
+            values: terms of the loss by name; gets the adaptive weight, and the GAN term in `loss`.
+            weights: weight of each term.
+            detached: the reconstruction from which the terms were computed, (B, 3, H, W).
+            reconstruction: the same with its graph, (B, 3, H, W).
+
+        Returns:
+            A loss with the gradients of all terms.
+        """
+        balanced = sum(weights[name] * values[name] for name in RECONSTRUCTION_TERMS if name in values)
+        gradient, gan_gradient = (torch.autograd.grad(loss, detached)[0] for loss in (balanced, values["gan"]))
+        adaptive = adaptive_gan_weight(gradient, gan_gradient, self._last_inputs, self._last_layer)
+        del self._last_inputs  # as large as many images
+        values["gan_adaptive_weight"] = adaptive
+        values["loss"] = values["loss"] + weights["gan"] * adaptive * values["gan"].detach()
+        others = values.keys() & set(TERMS).difference(RECONSTRUCTION_TERMS, ["gan"])
+        total = sum(weights[name] * values[name] for name in sorted(others))
+        return total + ((gradient + weights["gan"] * adaptive * gan_gradient) * reconstruction).sum()
+
+    def _frozen_discriminator(self, images: torch.Tensor) -> torch.Tensor:
         """Compute the discriminator's logits without training the discriminator."""
-        judge = self.discriminator.module
-        judge.heads.requires_grad_(False)
-        logits = judge(images)
-        judge.heads.requires_grad_(True)
+        discriminator = self.discriminator.module
+        discriminator.heads.requires_grad_(False)
+        logits = discriminator(images)
+        discriminator.heads.requires_grad_(True)
         return logits
 
     def _clamp_logit_scale(self) -> None:

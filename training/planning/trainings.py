@@ -237,11 +237,11 @@ def plan_tokenizer(
         total, trainable = count_parameters(discriminator)
         heads = measure(lambda: discriminator(images).float().square().mean(), discriminator, batch)
         discriminator.requires_grad_(False)
-        judged = through(discriminator)
-        work = judged.forward + judged.backward + 4 * (heads.forward + heads.backward)
-        parts.append(Part("discriminator, DINOv2 ViT-S/14", total, trainable, judged.forward, work))
+        adversarial = through(discriminator)
+        work = adversarial.forward + adversarial.backward + 4 * (heads.forward + heads.backward)
+        parts.append(Part("discriminator, DINOv2 ViT-S/14", total, trainable, adversarial.forward, work))
         step += (1 - gan_start) * work
-        activations += judged.activations
+        activations += adversarial.activations
         other += 4 * (total - trainable) + 16 * trainable
         notes.append(f"The discriminator works in {1 - gan_start:.1%} of the steps; the step below is the mean.")
     title = f"UniTok tokenizer, {preset}: {run.samples:.3g} samples on {run.gpus} GPUs"
