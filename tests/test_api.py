@@ -192,11 +192,11 @@ def test_the_likeliest_choice_is_that_of_choose_answers(client, lively_mllm, pro
         assert values == pytest.approx(scores[0].tolist(), rel=1e-5)
         assert answer.usage.completion_tokens == choice.choice_scores[choices.index(expected)]["num_tokens"]
     for options, extra, message in (
-        ({"stream": True}, {"choices": choices}, "choices go without stream"),
-        ({"temperature": 0.5}, {"choices": choices}, "choices go without temperature"),
-        ({}, {"by_length": True}, "by_length goes with choices alone"),
+        ({"stream": True}, {"choices": choices}, "choices cannot be combined with stream"),
+        ({"temperature": 0.5}, {"choices": choices}, "choices cannot be combined with temperature"),
+        ({}, {"by_length": True}, "by_length requires choices"),
         ({}, {"choices": ["blue", " "]}, "and none empty"),
-        ({}, {"choices": ["blue", "red " * 300]}, "positions; served are up to 256"),
+        ({}, {"choices": ["blue", "red " * 300]}, "positions, but a row has 256"),
     ):
         with pytest.raises(openai.BadRequestError, match=message):
             client.chat.completions.create(model="tiny", messages=[TURN], **options, extra_body=extra)

@@ -182,7 +182,7 @@ def test_candidates_come_best_first_with_the_scores_of_generate(shared, shown, p
     pixels = shared.model.decode_images(output.codes)
     assert are_alike(pictures, processor.post_process_multimodal_output(pixels, generation_mode="image"))
     assert [drawn[-2][i] for i in output.chosen[0].tolist()] == [*pictures]
-    with pytest.raises(ValueError, match="from 1 to 8 candidates can be drawn, not 9"):
+    with pytest.raises(ValueError, match="between 1 and 8 candidates can be drawn, got 9"):
         shown(shared.draw("red", 1, {}, 9))
     shared.model.visual.config.text_config = None
     with pytest.raises(ValueError, match="candidates cannot be ranked: .* has no text tower"):

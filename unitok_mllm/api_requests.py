@@ -126,11 +126,11 @@ class ChatRequest(TextOptions):
     def check_choices(self) -> "ChatRequest":
         if self.choices is None:
             if self.by_length:
-                raise ValueError("by_length goes with choices alone")
+                raise ValueError("by_length requires choices")
             return self
         for name in self.model_fields_set - {"model", "user", "messages", "choices", "by_length"}:
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"choices go without {name}: the likeliest of them is the answer")
+                raise ValueError(f"choices cannot be combined with {name}: the likeliest of them is the answer")
         return self
 
 
