@@ -482,7 +482,14 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
             f"no.jsonl out --visual-model {TINY} --device gpu",
             "there is no device 'gpu' here",
         ),
+        ("training.merge_lora", "broken out", "broken/adapter_config.json is broken: "),
+        ("training.merge_lora", "listed out", "listed/adapter_config.json is no config of an adapter: "),
+        ("training.merge_lora", "unknown out", "unknown/adapter_config.json is no config of an adapter: "),
+        ("training.merge_lora", "adapter out", "adapter/adapter_config.json names no base model: give --base"),
         ("training.model_card", "none", "no model in none: it has no config.json"),
+        ("training.model_card", "none --private", "--private has no effect without --push_to_hub: leave it out"),
+        ("training.model_card", "none --push_to_hub a/b/c", "Repo id must be in the form"),
+        ("training.model_card", "none --license=", "license of the card must be a text, got ''"),
         ("training.prepare_data", "easyvqa out", "the data set must be easy-vqa or emoji, got 'easyvqa'"),
         ("training.text_tokenizer", "out --captions no.jsonl", "There is no data file no.jsonl"),
         ("training.text_tokenizer", "out --vocab_size 3", "--vocab-size 3 is below 262"),
@@ -669,6 +676,10 @@ def test_what_is_missing_or_wrong_ends_any_script_in_one_line(script, words, sai
         Path(folder).mkdir()
         Path(folder, "emoji.json").write_text(text, encoding="utf-8")
         Path(folder, "config.json").write_text(text, encoding="utf-8")
+    adapters = {"broken": "{", "listed": "[3]", "unknown": '{"peft_type": "LORE"}', "adapter": '{"peft_type": "LORA"}'}
+    for folder, text in adapters.items():
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "adapter_config.json").write_text(text, encoding="utf-8")
     Path("empty.json").write_text("[]", encoding="utf-8")
     Path("deep.json").write_text("[" * 100_000, encoding="utf-8")
     Path("other").mkdir()
@@ -720,6 +731,24 @@ def test_an_output_that_cannot_be_written_is_found_out_before_any_work(script, w
     said = line_of(capsys, main_of(script), words.split())
     assert said.startswith("error: cannot write to ") and said.endswith(f": {tmp_path}/file is not a folder\n")
     assert sorted(os.listdir()) == ["adapter", "file"]
+
+
+@pytest.mark.parametrize("script", ["training.merge_lora", "training.extend_vocabulary"])
+@pytest.mark.attack
+def test_a_folder_that_is_no_model_is_not_replaced_by_one(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    Path("link").symlink_to("nowhere")
+    first, options = ("adapter", ("--base", TINY)) if "lora" in script else (TINY, ("--captions", "no.jsonl"))
+    for folder, said in (
+        ("adapter", "cannot write adapter: it is not an empty folder or a model"),
+        (".", "cannot write .: it is a link, or a folder in use"),
+        ("..", "cannot write ..: it is a link, or a folder in use"),
+        ("link", "cannot write link: it is a link, or a folder in use"),
+    ):
+        assert line_of(capsys, main_of(script), [first, folder, *options]) == f"error: {said}\n"
+    assert sorted(os.listdir()) == ["adapter", "link"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from unitok_mllm import guard
-from unitok_mllm.guard import Guard, Refused, own_hosts, visitor_of
+from unitok_mllm.guard import Guard, Refused, host_name, own_hosts, proxy_addresses, served_host, url_of, visitor_of
 
 
 pytestmark = [pytest.mark.full, pytest.mark.attack]
@@ -52,6 +52,19 @@ def answers(app: Guard, scope: dict) -> list[dict]:
 
     asyncio.run(app(scope, receive, send))
     return sent
+
+
+def test_hosts_are_names_and_addresses_alone():
+    assert host_name("Example.org") == "example.org" and host_name("::1") == served_host("::1") == "::1"
+    for text in ("", "http://example.org", "example.org:80", "example.org/a", "[::1]", "a b", "*"):
+        with pytest.raises(ValueError, match="without scheme, port or path"):
+            host_name(text)
+    assert served_host("*") == "*"
+    assert proxy_addresses("10.0.0.1, 10.1.0.0/16,::1") == "10.0.0.1, 10.1.0.0/16,::1" and proxy_addresses("*") == "*"
+    for text in ("", "nginx", "10.0.0.1:80", "10.0.0.1/8", "10.0.0.1,"):
+        with pytest.raises(ValueError, match="expected an IP address or network"):
+            proxy_addresses(text)
+    assert (url_of("::1", 80), url_of("0.0.0.0", 8000)) == ("http://[::1]:80", "http://0.0.0.0:8000")
 
 
 def test_what_is_let_through_is_answered_by_the_application_with_headers_added():

@@ -218,6 +218,8 @@ def test_what_can_never_run_is_refused(lively_mllm, processor):
         engine.draw(inputs, top_k=-1)
     with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
         UniTokEngine(lively_mllm, max_rows=0)
+    with pytest.raises(ValueError, match="max_length must be at most the LLM's 256 positions, got 257"):
+        UniTokEngine(lively_mllm, max_length=257)
     engine.stop()
     with pytest.raises(QueueFull, match="stopping"):
         engine.draw(inputs, guidance_scale=1.0)

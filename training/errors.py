@@ -69,11 +69,9 @@ def one_line_errors(
                 number = error.number if isinstance(error, Interrupted) else signal.SIGINT
                 end(f"\n{str(error) or on_interrupt}", 128 + number)
             except TyperException as error:
-                message = error.format_message()
+                message = OneLineErrors.message_of(error, list(args[0]) if args else sys.argv[1:])
                 if not message:  # the help was printed
                     sys.exit(error.exit_code)
-                words = list(args[0]) if args else sys.argv[1:]
-                message += OneLineErrors.value_given(words, getattr(error, "param", None))
             except MENDABLE as error:
                 message = str(error)
             end(f"error: {' '.join(message.split())}", 2)

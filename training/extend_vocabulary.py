@@ -21,7 +21,7 @@ from training.errors import one_line_errors
 from training.release import save_release
 from training.text_tokenizer import read_captions
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
-from unitok_mllm.outputs import check_output_folder
+from unitok_mllm.outputs import check_whole_folder
 from unitok_mllm.typer_apps import script_app
 
 
@@ -104,7 +104,7 @@ def main(
 ) -> None:
     """Write MODEL, an MLLM's folder, to FOLDER, with new tokens for the words of the captions."""
     check_source("MODEL", model)
-    check_output_folder(folder)
+    check_whole_folder(folder, replaces_model=True)
     texts = [before + caption for path in captions for caption in read_captions(path) for before in ("", " ")]
     processor = UniTokMLLMProcessor.from_pretrained(model)
     old = processor.tokenizer

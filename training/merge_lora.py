@@ -12,14 +12,32 @@ import typer
 from peft import PeftConfig, PeftModel
 
 from training.arguments import check_source
+from training.checkpoints import check_file
 from training.errors import one_line_errors
 from training.release import FLOAT_TYPES, save_release
 from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor
-from unitok_mllm.outputs import check_output_folder
+from unitok_mllm.outputs import check_whole_folder
 from unitok_mllm.typer_apps import script_app
 
 
 app = script_app(help=__doc__)
+
+
+def base_of(adapter: Path) -> str:
+    """Return the folder or hub name of the base model that an adapter names.
+
+    Raises:
+        ValueError: the adapter's config is broken, or names none.
+    """
+    config = adapter / "adapter_config.json"
+    check_file(config)
+    try:
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{config} is no config of an adapter: {error}") from error
+    if not base:
+        raise ValueError(f"{config} names no base model: give --base")
+    return base
 
 
 def load_with_adapter(adapter: str | os.PathLike, base: str = "") -> PeftModel:
@@ -30,8 +48,8 @@ def load_with_adapter(adapter: str | os.PathLike, base: str = "") -> PeftModel:
         base: folder of the base model; "" for the one that the adapter names.
     """
     adapter = Path(adapter)
-    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    return PeftModel.from_pretrained(UniTokMLLMForConditionalGeneration.from_pretrained(base), adapter).eval()
+    model = UniTokMLLMForConditionalGeneration.from_pretrained(base or base_of(adapter))
+    return PeftModel.from_pretrained(model, adapter).eval()
 
 
 @app.command()
@@ -46,8 +64,8 @@ def merge_lora(
         raise typer.BadParameter(f"no adapter in {adapter}: it has no adapter_config.json")
     if dtype not in FLOAT_TYPES:
         raise typer.BadParameter(f"dtype must be one of {', '.join(FLOAT_TYPES)}, got {dtype}")
-    check_output_folder(folder)
-    check_source("--base", base or PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+    check_whole_folder(folder, replaces_model=True)
+    check_source("--base", base or base_of(adapter))
     model = load_with_adapter(adapter, base).merge_and_unload()
     save_release(model, UniTokMLLMProcessor.from_pretrained(adapter), folder, getattr(torch, dtype))
     print(f"merged into {folder}")

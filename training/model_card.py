@@ -156,12 +156,12 @@ def check_metadata(metadata: dict) -> None:
     """Check the fields of a card's front matter that a config may set.
 
     Raises:
-        ValueError: a field is unknown, or its value is not a text (or a list of texts, for fields that take lists).
+        ValueError: a field is unknown, or its value is empty or not a text (or list of texts, for fields that take them).
     """
     check_keys("card", metadata, METADATA)
     for name, value in metadata.items():
         texts = value if name in LISTS and isinstance(value, list) else [value]
-        if not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(
                 f"{name} of the card must be a text{' or a list of texts' * (name in LISTS)}, got {value!r}."
             )
@@ -531,7 +531,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", nargs="+" if name in LISTS else None, help="entry of the card's front matter")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    metadata = {name: vars(arguments)[name] for name in METADATA if vars(arguments)[name]}
+    metadata = {name: vars(arguments)[name] for name in METADATA if vars(arguments)[name] is not None}
+    if arguments.push_to_hub is not None:
+        validate_repo_id(arguments.push_to_hub)
+    elif arguments.private:
+        parser.error("--private has no effect without --push_to_hub: leave it out")
     update_card(arguments.folder, arguments.results, metadata)
     print(f"the card is in {arguments.folder / REPOCARD_NAME}")
     if arguments.push_to_hub:

@@ -321,10 +321,12 @@ def read_key(file: str | os.PathLike | None) -> str | None:
     """Read the API key from a file or, if `file` is None, from `UNITOK_API_KEY`; None if that is not set.
 
     Raises:
-        ValueError: the file or the variable is empty.
-        OSError: the file cannot be read.
+        ValueError: the file cannot be read, or the file or the variable is empty.
     """
-    key = os.environ.get("UNITOK_API_KEY") if file is None else Path(file).read_text(encoding="utf-8").strip()
+    try:
+        key = os.environ.get("UNITOK_API_KEY") if file is None else Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"cannot read the API key in {file}: {error}") from error
     if key == "":
         raise ValueError(f"{file or 'UNITOK_API_KEY'} has no key.")
     return key

@@ -7,6 +7,7 @@ missing files need neither torch nor transformers, which tests check.
 
 import codecs
 import importlib.util
+import logging
 import math
 import os
 import random
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .devices import AUTO, DEVICE_HELP
-from .guard import MAX_OPEN
+from .guard import MAX_OPEN, host_name, listen, proxy_addresses, served_host, url_of
 from .inference import (
     SHIPPED_MODEL,
     answer_questions,
@@ -37,7 +38,7 @@ from .inference import (
     sampling_options,
 )
 from .interruption import end_at_once
-from .outputs import check_output_folder
+from .outputs import check_output_folder, check_whole_folder
 from .typer_apps import OneLineErrors, script_app, show_error
 
 
@@ -56,15 +57,22 @@ Guidance = Annotated[
 Device = Annotated[str, typer.Option(help=f"Where the model runs: {DEVICE_HELP}.")]
 Proxy = Annotated[
     str | None,
-    typer.Option(help="Address of a reverse proxy whose X-Forwarded-For tells visitors apart.", show_default="none"),
+    typer.Option(
+        parser=proxy_addresses,
+        help="Address of a reverse proxy whose X-Forwarded-For tells visitors apart.",
+        show_default="none",
+    ),
 ]
 MaxRows = Annotated[
-    int, typer.Option(min=1, help="Rows of the running batch: one for an answer, two for a guided drawing.")
+    int, typer.Option(min=1, max=2**16, help="Rows of the running batch: one for an answer, two for a guided drawing.")
 ]
 MaxLength = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Positions of a row, prompt and answer or image.", show_default="the LLM's, at most 2048"
+        min=1,
+        max=2**20,
+        help="Positions of a row, prompt and answer or image.",
+        show_default="the LLM's, at most 2048",
     ),
 ]
 OwnGuidance = Annotated[
@@ -186,6 +194,8 @@ def reconstruct(
 
     from .image_processing_unitok import load_image
 
+    for source in images:
+        load_image(source)
     tokenizer, processor = load(model, tokenizer_only=True, device=device)
     output.mkdir(parents=True, exist_ok=True)
     for source in images:
@@ -209,7 +219,9 @@ def ask(
         str, typer.Argument(metavar="QUESTION", parser=utf8, help='What to ask, such as "what color is the shape?".')
     ],
     model: ModelFolder = SHIPPED_MODEL,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of the answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=2**20, help="Maximum length of the answer, in tokens.")
+    ] = 64,
     choices: Annotated[
         str | None,
         typer.Option(
@@ -253,11 +265,14 @@ def generate(
     output: Annotated[Path, typer.Option(help="PNG file; gets a number if it exists. Its folder is created.")] = Path(
         "unitok-drawing.png"
     ),
-    count: Annotated[int, typer.Option(min=1, help="Number of samples to draw, or of candidates to keep.")] = 1,
+    count: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Number of samples to draw, or of candidates to keep.")
+    ] = 1,
     candidates: Annotated[
         int | None,
         typer.Option(
             min=1,
+            max=10_000,
             help="Number of samples to draw and rank by the tokenizer's text and image embeddings. The best are kept.",
             show_default="the model's own, or no ranking",
         ),
@@ -386,13 +401,9 @@ def convert(
         raise ValueError("--tokenizer is required for an MLLM folder, and only for that")
     if source.is_dir() and causal:
         raise ValueError("--causal is only for a tokenizer file")
-    if to.is_symlink() or to.resolve() == Path.cwd() or to.name in ("", ".."):
-        raise ValueError(f"cannot write {to}: it is a link, or a folder in use")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ValueError(f"cannot write {to}: it exists and is not an empty folder")
     if not to.absolute().parent.is_dir():
         raise ValueError(f"cannot write {to}: {to.parent} is not a folder")
-    check_output_folder(to)
+    check_whole_folder(to)
     from transformers.utils import logging
 
     from .convert_unitok import convert_mllm, convert_tokenizer
@@ -443,7 +454,8 @@ def serve(
         int, typer.Option(min=1, help="Most that uploads and drawings take together, in MiB; the oldest go first.")
     ] = 1024,
     allow_host: Annotated[
-        list[str], typer.Option(help="A further name by which browsers reach the page; may be given again.")
+        list[str],
+        typer.Option(parser=served_host, help="A further name by which browsers reach the page; may be given again."),
     ] = [],  # noqa: B006
     proxy: Proxy = None,
     device: Device = AUTO,
@@ -455,6 +467,7 @@ def serve(
     check_model(model)
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("serve needs gradio: pip install 'unitok_mllm[web]'")
+    listen(host, port).close()  # the model takes a while to load
     from .child import run_in_folder
 
     def work(folder: str) -> None:
@@ -496,11 +509,15 @@ def api(
         typer.Option(help="A file with the key that clients must send.", show_default="$UNITOK_API_KEY, or no key"),
     ] = None,
     allow_host: Annotated[
-        list[str], typer.Option(help="A further name by which clients reach the server; may be given again.")
+        list[str],
+        typer.Option(parser=served_host, help="A further name by which clients reach the server; may be given again."),
     ] = [],  # noqa: B006
     allow_url: Annotated[
         list[str],
-        typer.Option(help="A host that pictures may be fetched from, of a public address; may be given again."),
+        typer.Option(
+            parser=host_name,
+            help="A host that pictures may be fetched from, of a public address; may be given again.",
+        ),
     ] = [],  # noqa: B006
     proxy: Proxy = None,
     device: Device = AUTO,
@@ -509,10 +526,14 @@ def api(
 
     Nothing of a request is kept or logged but counts and times (GET /metrics).
     """
+    check_finite(timeout=timeout)
+    if name is not None and not name.strip():
+        raise ValueError("the name is empty")
     check_model(model)
     for package in ("fastapi", "uvicorn", "multipart"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"api needs {package}: pip install 'unitok_mllm[serve]'")
+    listen(host, port).close()  # the model takes a while to load
     from . import api as server
 
     key = server.read_key(api_key_file)
@@ -526,7 +547,7 @@ def api(
         "max_open": max_open,
         "proxy": proxy,
     }
-    typer.echo(f"http://{host}:{port}/v1", err=True)
+    typer.echo(f"{url_of(host, port)}/v1", err=True)
     server.serve(engine, processor, name or model.resolve().name, host, port, api_key=key, **limits)
 
 
@@ -575,6 +596,8 @@ def main() -> None:
     is_ascii = codecs.lookup(sys.stdout.encoding).name == "ascii"
     sys.stdout.reconfigure(encoding="utf-8" if is_ascii else None, errors="unitok_mllm")
     sys.modules.setdefault("wandb", None)  # no command needs it; timm would import it, which takes seconds
+    of_torchao = "is an Enum subclass and is now natively supported"  # at import; users can do nothing about it
+    logging.getLogger("torch.utils._pytree").addFilter(lambda record: of_torchao not in record.getMessage())
     try:
         app()
     except Exception:

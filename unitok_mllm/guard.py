@@ -58,6 +58,55 @@ def _is_address(host: str) -> bool:
     return True
 
 
+def host_name(text: str) -> str:
+    """Return a host's name or IP address in lower case.
+
+    Raises:
+        ValueError: it is neither, for example since it has a scheme, a port or a path.
+    """
+    if not _is_address(text) and not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
+        raise ValueError("expected a host's name such as example.org, without scheme, port or path")
+    return text.lower()
+
+
+def served_host(text: str) -> str:
+    """Return a name for `Guard`: see `host_name`, or "*" for any IP address."""
+    return text if text == "*" else host_name(text)
+
+
+def proxy_addresses(text: str) -> str:
+    """Check the addresses of reverse proxies.
+
+    Raises:
+        ValueError: it is neither "*" nor IP addresses or networks, separated by commas.
+    """
+    try:
+        for part in text.split(",") if text != "*" else ():
+            ipaddress.ip_network(part.strip())
+    except ValueError as error:
+        raise ValueError("expected an IP address or network, or several with commas between them") from error
+    return text
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Listen on an address of this machine.
+
+    Raises:
+        ValueError: the machine has no such address, or the port is taken.
+    """
+    if not host:
+        raise ValueError("the host is empty: 127.0.0.1 is this machine alone, 0.0.0.0 lets others in")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, UnicodeError, TypeError) as error:  # TypeError: a host of undecodable bytes
+        raise ValueError(f"cannot listen on host {host}, port {port}: {error}") from error
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the URL of a server that listens on an address."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def visitor_of(address: str) -> str:
     """Return the visitor behind an address: the address itself, or its /64 network for IPv6."""
     if ":" not in address:

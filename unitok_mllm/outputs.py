@@ -33,3 +33,21 @@ def check_output_file(path: str | os.PathLike) -> None:
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder")
     check_output_folder(path.parent)
+
+
+def check_whole_folder(folder: str | os.PathLike, replaces_model: bool = False) -> None:
+    """Check that a folder can be created, or replaced without a loss, see `check_output_folder`.
+
+    Args:
+        folder: the folder.
+        replaces_model: whether a model's folder is replaced too.
+
+    Raises:
+        ValueError: it is a link, the current folder or one above it, or it holds something that would be lost.
+    """
+    folder = Path(folder)
+    if folder.is_symlink() or Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(f"cannot write {folder}: it is a link, or a folder in use")
+    check_output_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (replaces_model and (folder / "config.json").is_file()):
+        raise ValueError(f"cannot write {folder}: it is not an empty folder{' or a model' * replaces_model}")

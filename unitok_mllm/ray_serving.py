@@ -7,14 +7,15 @@ random replicas. When a replica dies, its requests fail with status 500, and Ray
 """
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
 from .api import create_app, read_key
 from .devices import AUTO
-from .guard import MAX_OPEN
+from .guard import MAX_OPEN, host_name, served_host
 from .inference import SHIPPED_MODEL, check_model, load
 from .serving import UniTokEngine
 
@@ -25,17 +26,17 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str = str(SHIPPED_MODEL)
     name: str | None = None
-    max_rows: int = 32
-    max_length: int | None = None
-    queue_size: int = 256
-    timeout: float = 600
-    max_body_mb: int = 32
-    max_open: int = MAX_OPEN
+    max_rows: int = Field(32, ge=1)
+    max_length: int | None = Field(None, ge=1)
+    queue_size: int = Field(256, ge=1)
+    timeout: float = Field(600, ge=0.1, allow_inf_nan=False)
+    max_body_mb: int = Field(32, ge=1)
+    max_open: int = Field(MAX_OPEN, ge=1)
     device: str = AUTO
     api_key_file: str | None = None
-    allow_host: list[str] = []
-    allow_url: list[str] = []
-    max_replicas: int = 1
+    allow_host: list[Annotated[str, AfterValidator(served_host)]] = []
+    allow_url: list[Annotated[str, AfterValidator(host_name)]] = []
+    max_replicas: int = Field(1, ge=1)
 
 
 @serve.deployment

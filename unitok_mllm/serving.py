@@ -75,7 +75,8 @@ class UniTokEngine:
         is_batched: whether the LLM computes all rows in one pass. False if that changes the logits.
 
     Raises:
-        ValueError: a size is not positive, or decoding position by position changes the logits even for single rows.
+        ValueError: a size is not positive, `max_length` exceeds the LLM's positions, or decoding position by position
+            changes the logits even for single rows.
 
     Example:
         >>> engine = UniTokEngine(model)
@@ -96,9 +97,11 @@ class UniTokEngine:
         for name, value in (("max_rows", max_rows), ("max_length", max_length), ("prefill_tokens", prefill_tokens)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        most = model.config.llm_sizes.max_positions or 2048
+        most = model.config.llm_sizes.max_positions
+        if most and max_length is not None and max_length > most:
+            raise ValueError(f"max_length must be at most the LLM's {most} positions, got {max_length}.")
         self.model, self.max_rows, self.max_queue, self.prefill_tokens = model, max_rows, max_queue, prefill_tokens
-        self.max_length = min(max_length or 2048, most)
+        self.max_length = max_length or min(2048, most or 2048)
         self._parts = prepare_drawing(model)
         self._llm, cache = growing_cache(self._parts.llm, self.max_length)
         self.is_batched = all(type(layer) is UniTokGrowingLayer for layer in cache.layers)

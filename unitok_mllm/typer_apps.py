@@ -41,17 +41,19 @@ class OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
-            message = error.format_message() + self.value_given(args, error.param)
+            message = self.message_of(error, args)
         except (ValueError, OSError) as error:
             message = str(error)
         show_error(message)
         raise typer.Exit(2)
 
     @staticmethod
-    def value_given(args: list[str], parameter: Any) -> str:
-        """Return the option's value on the command line, which typer's messages leave out; "" if it has none."""
+    def message_of(error: TyperException, args: list[str]) -> str:
+        """Return typer's message of an error, with the option's value on the command line, which typer leaves out."""
+        message = error.format_message().replace("Value error, ", "", 1)  # pydantic's, of a parser's ValueError
+        parameter = getattr(error, "param", None)
         for arg, following in zip(args, [*args[1:], ""]):
             name, equals, value = arg.partition("=")
             if parameter is not None and name.replace("_", "-") in parameter.opts:
-                return f", got {value if equals else following}"
-        return ""
+                return f"{message}, got {value if equals else following}"
+        return message

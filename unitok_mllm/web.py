@@ -15,7 +15,6 @@ import html
 import json
 import math
 import random
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
@@ -32,7 +31,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from .drawing_unitok import image_generation
-from .guard import Guard, Refused, own_hosts, visitor_of
+from .guard import Guard, Refused, listen, own_hosts, url_of, visitor_of
 from .image_processing_unitok import load_image, picture_size
 from .inference import has_text_tower, psnr, sampling_options, text_tower_inputs
 from .kept_files import KeptFiles
@@ -741,14 +740,13 @@ def serve(
         proxy: address of a reverse proxy that is trusted to name visitors in `X-Forwarded-For`.
 
     Raises:
-        OSError: the port is taken.
+        ValueError: see `listen`.
     """
     page = build_page(SharedModel(engine, processor), title)
     files = KeptFiles(folder, UPLOADS_KEPT, max_kept_mb * MIB)
     app = guarded(
         build_app(engine, page, host, port, queue_size, max_upload_mb), page, files, host, further_hosts, max_upload_mb
     )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as listening, files.tidied(TIDY_EVERY):
-        print(f"Running on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    with listen(host, port) as listening, files.tidied(TIDY_EVERY):
+        print(f"Running on {url_of(host, port)}", flush=True)
         server_of(app, proxy).run([listening])
