@@ -160,7 +160,7 @@ class Settings:
             check_model(self.model)
             check_effect(self, "--system diffusers", "subfolder")
         else:
-            check_source("model", self.model)
+            check_source("model", self.model, is_model=False)
         for name in ("batch_size", "limit", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -144,7 +144,7 @@ class Settings:
             raise ValueError(f"batch_size and limit must be at least 1, got {self.batch_size} and {self.limit}")
         if self.system == "unitok":
             check_model(self.model)
-            check_source("text_tokenizer", self.text_tokenizer)
+            check_source("text_tokenizer", self.text_tokenizer, is_model=False)
             folder = Path(self.text_tokenizer)
             if self.text_tokenizer and folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
                 raise ValueError(

@@ -411,7 +411,14 @@ def test_names_that_are_no_folder_are_told_from_those_on_the_hub(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     check_source("llm", "")
-    check_source("llm", "runs")
+    check_source("text_tokenizer", "runs", is_model=False)
+    with pytest.raises(ValueError, match="^llm: no model in runs: it has no config.json$"):
+        check_source("llm", "runs")
+    Path("runs/release").mkdir()
+    Path("runs/release/config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="^llm: no model in runs: it has no config.json; runs/release has one$"):
+        check_source("llm", "runs")
+    check_source("llm", "runs/release")
     with pytest.raises(ValueError, match="^llm: there is no folder runs/nothing$"):
         check_source("llm", "runs/nothing")
     with pytest.raises(ValueError, match="there is no folder some/llm, and the hub has none of that name: .*offline"):
@@ -490,6 +497,16 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
         ("training.model_card", "none --private", "--private has no effect without --push_to_hub: leave it out"),
         ("training.model_card", "none --push_to_hub a/b/c", "Repo id must be in the form"),
         ("training.model_card", "none --license=", "license of the card must be a text, got ''"),
+        (
+            "training.prepare_data",
+            "easy-vqa out --category x",
+            "--category have no effect without emoji: leave them out",
+        ),
+        (
+            "training.extend_vocabulary",
+            "adapter out --captions no.jsonl",
+            "MODEL: no model in adapter: it has no config.",
+        ),
         ("training.prepare_data", "easyvqa out", "the data set must be easy-vqa or emoji, got 'easyvqa'"),
         ("training.text_tokenizer", "out --captions no.jsonl", "There is no data file no.jsonl"),
         ("training.text_tokenizer", "out --vocab_size 3", "--vocab-size 3 is below 262"),
@@ -854,7 +871,7 @@ def test_numbers_that_train_nothing_are_refused_before_anything_is_loaded(tmp_pa
 @pytest.mark.attack
 def test_a_training_on_nothing_is_refused_before_anything_is_loaded(tmp_path, main, monkeypatch):
     config = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": [], "datasets": []}
-    config |= {"model": "."} if main is train_mllm.main else {"text_tokenizer": "."}
+    config |= {"model": TINY} if main is train_mllm.main else {"text_tokenizer": "."}
     (tmp_path / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
     monkeypatch.setattr(f"{main.__module__}.build_model", None)
     with pytest.raises(ValueError, match="There is no training data: `datasets` is empty"):

@@ -21,6 +21,7 @@ from training.checkpoints import check_file
 from training.errors import CommandLine, check_keys
 from unitok_mllm.configuration_unitok import check_ranges
 from unitok_mllm.devices import AUTO, find_device
+from unitok_mllm.inference import check_model
 
 
 TRUST_CONFIG, TRUSTED = "--trust_config", "UNITOK_TRUST_CONFIG"
@@ -78,17 +79,27 @@ def check_datasets(datasets: list[dict]) -> None:
         raise ValueError("There is no training data: `datasets` is empty.")
 
 
-def check_source(option: str, name: str | os.PathLike) -> None:
+def check_source(option: str, name: str | os.PathLike, is_model: bool = True) -> None:
     """Check that a folder or a model on the hub (or in its cache) exists, which takes seconds at most; "" passes.
 
+    Args:
+        option: name of the option, for the message.
+        name: the folder, or the name on the hub.
+        is_model: whether a folder must have a config.json.
+
     Raises:
-        ValueError: neither exists, or the folder's config is not JSON.
+        ValueError: neither exists, or the folder has no config.json, or one that is not JSON.
     """
     name = str(name)
     if not name or Path(name).is_dir():
         config = Path(name, "config.json")
         if name and config.is_file():
             check_file(config)
+        elif name and is_model:
+            try:
+                check_model(name)
+            except ValueError as error:
+                raise ValueError(f"{option}: {error}") from error
         return
     if (
         Path(name).parent == Path() or not Path(name).parent.exists()

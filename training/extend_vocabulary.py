@@ -103,6 +103,8 @@ def main(
     vocab_size: Annotated[int, typer.Option(help="largest vocabulary of the extended model")] = 2048,
 ) -> None:
     """Write MODEL, an MLLM's folder, to FOLDER, with new tokens for the words of the captions."""
+    if not model:
+        raise typer.BadParameter("MODEL is empty")
     check_source("MODEL", model)
     check_whole_folder(folder, replaces_model=True)
     texts = [before + caption for path in captions for caption in read_captions(path) for before in ("", " ")]

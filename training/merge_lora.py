@@ -23,13 +23,13 @@ from unitok_mllm.typer_apps import script_app
 app = script_app(help=__doc__)
 
 
-def base_of(adapter: Path) -> str:
+def base_of(adapter: str | os.PathLike) -> str:
     """Return the folder or hub name of the base model that an adapter names.
 
     Raises:
         ValueError: the adapter's config is broken, or names none.
     """
-    config = adapter / "adapter_config.json"
+    config = Path(adapter, "adapter_config.json")
     check_file(config)
     try:
         base = PeftConfig.from_pretrained(adapter).base_model_name_or_path

@@ -121,7 +121,9 @@ app = script_app(help=__doc__)
 def main(
     dataset: Annotated[str, typer.Argument(help="easy-vqa or emoji")],
     folder: Annotated[Path, typer.Argument(help="folder to write the data set to")],
-    packages: Annotated[Path, typer.Option(help="folder to keep the emoji's npm archives in")] = Path("runs/npm"),
+    packages: Annotated[
+        Path | None, typer.Option(help="folder to keep the emoji's npm archives in", show_default="runs/npm")
+    ] = None,
     category: Annotated[
         list[str] | None, typer.Option(help="category of emoji; repeat for several; default: all")
     ] = None,
@@ -129,8 +131,11 @@ def main(
     """Write DATASET ("easy-vqa" or "emoji") to FOLDER."""
     check_output_folder(folder)
     if dataset == "easy-vqa":
+        if packages or category:
+            raise typer.BadParameter("--packages and --category have no effect without emoji: leave them out")
         prepare_easy_vqa(folder)
     elif dataset == "emoji":
+        packages = packages or Path("runs/npm")
         check_output_folder(packages)
         prepare_emoji(folder, packages, category or [])
     else:

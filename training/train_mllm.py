@@ -601,7 +601,7 @@ def check_run(arguments: MLLMArguments, training_arguments: TrainingArguments) -
     check_numbers(training_arguments)
     claim_folder(training_arguments.output_dir, training_arguments.process_index == 0)
     for name in ("model", "visual_model", "llm", "text_tokenizer"):
-        check_source(name, getattr(arguments, name))
+        check_source(name, getattr(arguments, name), is_model=name != "text_tokenizer")
     check_datasets(arguments.datasets)
     for question in arguments.sample_questions:
         load_image(question["image"])

@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if PartialState(cpu=training.use_cpu).is_main_process else logging.ERROR)
     set_seed(training.seed)
     claim_folder(training.output_dir, int(os.environ.get("RANK", 0)) == 0)
-    check_source("text_tokenizer", arguments.text_tokenizer)
+    check_source("text_tokenizer", arguments.text_tokenizer, is_model=False)
     check_source("init_from", arguments.init_from)
     check_datasets(arguments.datasets)
     if arguments.init_open_clip:

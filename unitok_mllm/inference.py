@@ -31,10 +31,11 @@ def check_model(folder: str | os.PathLike) -> None:
     """Check that a folder holds a model.
 
     Raises:
-        ValueError: it has no config.json.
+        ValueError: it has no config.json. The message says whether its subfolder `release` has one.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"no model in {folder}: it has no config.json")
+    if not Path(folder, "config.json").is_file():
+        hint = f"; {folder}/release has one" if Path(folder, "release", "config.json").is_file() else ""
+        raise ValueError(f"no model in {folder}: it has no config.json{hint}")
 
 
 def load(folder: str | os.PathLike, *, tokenizer_only: bool = False, device: str = AUTO) -> tuple[Any, Any]:
