@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 
 import unitok_mllm
 from unitok_mllm import UniTokConfig, UniTokImageProcessor, UniTokMLLMForConditionalGeneration, UniTokModel, cli, sheet
+from unitok_mllm.drawing_unitok import MAX_GUIDANCE
 from unitok_mllm.processing_unitok import UniTokMLLMProcessor
 
 
@@ -591,6 +592,16 @@ def test_bad_sampling_option(workplace, models, option, value):
     message = fail("generate", "a circle", f"--{option}", value, "--model", models / "mllm")
     assert option in message.replace("_", "-")
     assert os.listdir(workplace) == []
+
+
+@pytest.mark.parametrize("command", ["demo", "generate circle", "edit PICTURE blue"])
+def test_a_guidance_beyond_the_models_is_refused_before_the_model_is_loaded(picture, monkeypatch, command):
+    monkeypatch.setattr(cli, "load", None)
+    words = command.replace("PICTURE", str(picture)).split()
+    assert cli.MAX_GUIDANCE == MAX_GUIDANCE
+    for option in ("--guidance", "--image-guidance")[: 1 + ("edit" in command)]:
+        for value in ("1e7", "inf", "nan", "0.5"):
+            assert fail(*words, option, value).startswith(f"Invalid value for '{option}': Input should be ")
 
 
 def test_bad_number_of_tokens(models, picture):

@@ -28,6 +28,7 @@ from training.arguments import Parser, check_source, parse_yaml_and_command_line
 from training.emoji import STYLES, Emoji
 from training.errors import check_keys, one_line_errors, underscored
 from training.interrupts import ENDS, Interrupted, StopRequest
+from training.tokenizer_arguments import TokenizerTrainingArguments
 from training.train_mllm import MLLMArguments
 from training.train_tokenizer import TokenizerArguments
 from unitok_mllm.devices import find_device
@@ -369,6 +370,14 @@ def test_dicts_come_from_the_command_line_too(config):
     assert arguments.datasets == [{"path": "a.json"}, {"path": "b.json", "weight": 2}]
     (tokenizer,) = Parser(TokenizerArguments).parse(["--vision_overrides", "{image_size: 32}"])
     assert tokenizer.vision_overrides == {"image_size": 32}
+
+
+def test_a_negated_option_says_what_it_negates(capsys):
+    for negated, name in (("--no_bf16", "bf16"), ("--no-ema-warmup", "ema_warmup")):
+        (action,) = (a for a in Parser(TokenizerTrainingArguments)._actions if negated in a.option_strings)
+        assert action.help == f"the same as --{name} false"
+        (training,) = Parser(TokenizerTrainingArguments).parse([negated])
+        assert getattr(training, name) is False
 
 
 def test_a_training_takes_a_device_too(config, tmp_path):

@@ -378,6 +378,8 @@ def test_other_sizes_than_a_presets_are_planned(tmp_path):
 def test_command_line_errors_are_one_line():
     for args, message in (
         (("tokenizer", "--preset", "huge", "--samples", 1, "--gpus", 8), "Unknown preset 'huge'"),
+        (("mllm", "--samples", 1, "--gpus", 1, "--text-length", 10**12), "equal to 1048576, got 1000000000000"),
+        (("mllm", "--samples", 1, "--gpus", 1, "--batch-per-gpu", 10**12), "equal to 16384, got 1000000000000"),
         (("mllm", "--samples", 1, "--gpus", 0), "gpus must be a finite number above 0, got 0."),
     ):
         result = run_cli(*args)

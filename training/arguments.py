@@ -184,6 +184,8 @@ class Parser(HfArgumentParser, CommandLine):
                 action.type = mapping
             elif action.dest in ("accelerator_config", "deepspeed"):
                 action.type = mapping_or_file
+            elif action.const is False:  # --no_bf16, with the help of --bf16
+                action.help = f"the same as --{action.dest} false"
 
     def parse(self, argv: list[str] | None = None) -> tuple:
         """Parse the command line into an instance of each dataclass.

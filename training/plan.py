@@ -83,7 +83,7 @@ GPUFlops = Annotated[
 ]
 MFU = Annotated[float, typer.Option(help="Share of the peak FLOP/s that training reaches (MFU).")]
 GPUsPerNode = Annotated[int, typer.Option(help="GPUs per machine.")]
-Batch = Annotated[int, typer.Option(help="Samples per GPU and step.")]
+Batch = Annotated[int, typer.Option(max=2**14, help="Samples per GPU and step.")]
 Checkpointing = Annotated[
     bool, typer.Option(help="Recompute activations in the backward pass (gradient checkpointing).")
 ]
@@ -157,13 +157,15 @@ def mllm_command(
         str, typer.Option(help=f"A preset ({', '.join(LLMS)}), or a folder of an LLM or an MLLM.")
     ] = "llama-2-7b",
     visual: Annotated[str, typer.Option(help="large, base, tiny, or a folder.")] = "large",
-    text_length: Annotated[int, typer.Option(help="Text tokens per sample.")] = 128,
-    images: Annotated[int, typer.Option(help="Images per sample.")] = 1,
+    text_length: Annotated[int, typer.Option(max=2**20, help="Text tokens per sample.")] = 128,
+    images: Annotated[int, typer.Option(max=1024, help="Images per sample.")] = 1,
     drawn: Annotated[
         int | None, typer.Option(help="How many of these images are targets.", show_default="all")
     ] = None,
     trainable: TrainedParts = list(TRAINED_PARTS),  # noqa: B006
-    lora_rank: Annotated[int, typer.Option(min=0, help="Rank of LoRA on the LLM; 0 for full fine-tuning.")] = 0,
+    lora_rank: Annotated[
+        int, typer.Option(min=0, max=2**14, help="Rank of LoRA on the LLM; 0 for full fine-tuning.")
+    ] = 0,
     online_codes: Annotated[bool, typer.Option(help="Encode the images during training.")] = False,
     gpu_memory: GPUMemory = 80.0,
     gpu_flops: GPUFlops = 989e12,

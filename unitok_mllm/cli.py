@@ -48,11 +48,15 @@ if TYPE_CHECKING:
 
 app = script_app(cls=OneLineErrors, no_args_is_help=True, help="One LLM that reads images and draws them.")
 
+MAX_GUIDANCE = 1e6  # as in drawing_unitok, which imports torch
 ModelFolder = Annotated[
     Path, typer.Option("--model", help="Model folder.", show_default="the model shipped in the package")
 ]
 Guidance = Annotated[
-    float, typer.Option(min=1, help="Classifier-free guidance scale: how closely to follow the prompt; 1 is none.")
+    float,
+    typer.Option(
+        min=1, max=MAX_GUIDANCE, help="Classifier-free guidance scale: how closely to follow the prompt; 1 is none."
+    ),
 ]
 Device = Annotated[str, typer.Option(help=f"Where the model runs: {DEVICE_HELP}.")]
 Proxy = Annotated[
@@ -79,6 +83,7 @@ OwnGuidance = Annotated[
     float | None,
     typer.Option(
         min=1,
+        max=MAX_GUIDANCE,
         help="Classifier-free guidance scale: how closely to follow the prompt; 1 is none.",
         show_default="the model's own",
     ),
@@ -312,7 +317,7 @@ def generate(
         raise ValueError("the prompt is empty")
     if candidates is not None and 1 < candidates < count:
         raise ValueError(f"cannot keep {count} of only {candidates} candidates")
-    check_finite(guidance=guidance, temperature=temperature, top_p=top_p)
+    check_finite(temperature=temperature, top_p=top_p)
     check_sampling(temperature, top_p)
     check_output(output)
     if sheet is not None:
@@ -355,7 +360,10 @@ def edit(
     ),
     guidance: Guidance = 1.0,
     image_guidance: Annotated[
-        float, typer.Option(min=1, help="Guidance scale of the picture: how closely to follow it; 1 is none.")
+        float,
+        typer.Option(
+            min=1, max=MAX_GUIDANCE, help="Guidance scale of the picture: how closely to follow it; 1 is none."
+        ),
     ] = 1.0,
     model: ModelFolder = SHIPPED_MODEL,
     device: Device = AUTO,
@@ -363,7 +371,6 @@ def edit(
     """Redraw an image as an instruction says; the path of the file goes to stdout."""
     if not instruction.strip():
         raise ValueError("the instruction is empty")
-    check_finite(guidance=guidance, image_guidance=image_guidance)
     check_output(output)
     check_model(model)
     from .image_processing_unitok import load_image
