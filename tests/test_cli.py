@@ -636,7 +636,7 @@ def test_bugs_are_not_hidden(models, picture, monkeypatch):
         ("api", "--api-key-file=none", "cannot read the API key in none: "),
         ("api", "--api-key-file=.", "cannot read the API key in .: "),
         ("api", "--api-key-file=latin", "cannot read the API key in latin: "),
-        ("api", "--api-key-file=empty", "empty holds no key."),
+        ("api", "--api-key-file=empty", "empty has no key."),
         (
             "api",
             "--allow-url=https://example.org/",
