@@ -516,7 +516,7 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
             "adapter out --captions no.jsonl",
             "MODEL: no model in adapter: it has no config.",
         ),
-        ("training.prepare_data", "easyvqa out", "the data set must be easy-vqa or emoji, got 'easyvqa'"),
+        ("training.prepare_data", "easyvqa out", "the data set must be easy-vqa, emoji or python-docs, got 'easyvqa'"),
         ("training.text_tokenizer", "out --captions no.jsonl", "There is no data file no.jsonl"),
         ("training.text_tokenizer", "out --vocab_size 3", "--vocab-size 3 is below 262"),
         (

@@ -3,8 +3,10 @@
 import io
 import json
 import tarfile
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
@@ -61,6 +63,10 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def conversations_of(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def turns_of(row: dict) -> list[str]:
     return [turn["value"] for turn in row["conversations"]]
 
@@ -82,7 +88,7 @@ def test_emoji_become_pictures_on_white_captions_and_questions(packages, tmp_pat
     pictures = emoji.read_table(folder)
     assert [e.caption for e in pictures if not e.held_out] == [row["caption"] for row in train]
     assert [e.image for e in pictures if e.held_out] == [row["image"] for row in test]
-    first = json.loads((folder / "train_conversations.json").read_text(encoding="utf-8"))[0]
+    first = conversations_of(folder / "train_conversations.json")[0]
     assert first["conversations"] == [
         {"from": "human", "value": "<image>\nwhat is this?"},
         {"from": "gpt", "value": train[0]["caption"].split(" emoji")[0]},
@@ -104,7 +110,13 @@ def test_easy_vqa_keeps_its_splits_and_all_its_questions(tmp_path):
     assert [len(rows_of(tmp_path / f"{split}_captions.jsonl")) for split in ("train", "test")] == [4000, 1000]
     train, fit, validation = (rows_of(tmp_path / f"{part}_captions.jsonl") for part in ("train", "fit", "validation"))
     assert validation == train[::10] and fit == [row for row in train if row not in validation]
-    rows = {kind: json.loads((tmp_path / f"train_{kind}.json").read_text(encoding="utf-8")) for kind in KINDS}
+    for kind in ("conversations", "interviews"):
+        names = [
+            {row["image"][0] for row in conversations_of(tmp_path / f"{part}_{kind}.json")}
+            for part in ("fit", "validation")
+        ]
+        assert names == [{row["image"] for row in part} for part in (fit, validation)]
+    rows = {kind: conversations_of(tmp_path / f"train_{kind}.json") for kind in KINDS}
     assert len(rows["conversations"]) == len(get_train_questions()[0]) == 38575
     assert len(rows["edits"]) == len(rows["dialogues"]) == 3 * 4000
     assert all((tmp_path / image).is_file() for kind in KINDS for row in rows[kind][::100] for image in row["image"])
@@ -121,15 +133,36 @@ def test_a_third_of_easy_vqas_dialogues_begin_with_questions_about_the_users_pic
     samples = easy_vqa.load("train")[:20]
     monkeypatch.setattr(easy_vqa, "load", lambda split: samples)
     prepare_easy_vqa(tmp_path)
-    beginnings = [
-        turns_of(row)[:-4] for row in json.loads((tmp_path / "train_dialogues.json").read_text(encoding="utf-8"))
-    ]
+    beginnings = [turns_of(row)[:-4] for row in conversations_of(tmp_path / "train_dialogues.json")]
     for sample, uploaded, *drawn in zip(samples, beginnings[::3], beginnings[1::3], beginnings[2::3]):
         turns = [uploaded[0].removeprefix("<image>\n"), *uploaded[1:]]
         assert uploaded[0] != turns[0] and {*zip(turns[::2], turns[1::2])} <= {*sample.questions}
         assert drawn == 2 * [[f"draw {sample.caption}", "<image>"]]
     assert {len(turns) for turns in beginnings[::3]} == {2, 4}
     assert beginnings[0] == ["<image>\nis there a black shape?", "no"]  # of a blue rectangle
+
+
+def test_an_interview_asks_all_questions_about_a_picture_in_another_order(tmp_path, monkeypatch):
+    samples = easy_vqa.load("train")[:20]
+    monkeypatch.setattr(easy_vqa, "load", lambda split: samples)
+    prepare_easy_vqa(tmp_path)
+    in_same_order = 0
+    for sample, row in zip(samples, conversations_of(tmp_path / "train_interviews.json"), strict=True):
+        first, *others = turns_of(row)
+        turns = [first.removeprefix("<image>\n"), *others]
+        asked = [*zip(turns[::2], turns[1::2], strict=True)]
+        assert first != turns[0] and Counter(asked) == Counter(sample.questions)
+        in_same_order += asked == sample.questions
+    assert in_same_order < 3
+
+
+def test_pythons_manual_is_split_by_topics(tmp_path):
+    assert CliRunner().invoke(app, ["python-docs", str(tmp_path / "docs")]).exit_code == 0
+    train, test = (
+        [row["text"] for row in rows_of(tmp_path / f"docs/{split}_texts.jsonl")] for split in ("train", "test")
+    )
+    assert sorted(train + test) == sorted(topics.values()) and len(train) // len(test) in (2, 3)
+    assert {*train}.isdisjoint(test)
 
 
 def test_recoloring_changes_the_shape_alone_and_back_again():

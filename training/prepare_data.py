@@ -1,18 +1,23 @@
-"""Write easy-VQA or the emoji as the plain files that the trainings read: pictures, captions, conversations.
+"""Write a public data set as the plain files that the trainings read: pictures, captions, conversations, texts.
 
     python -m training.prepare_data easy-vqa runs/data/easy-vqa
     python -m training.prepare_data emoji runs/data/emoji --category "Food & Drink" --category Activities
+    python -m training.prepare_data python-docs runs/data/python-docs
 
-The folder gets `images/`, and for each split
+Of easy-VQA and the emoji, the folder gets `images/`, and for each split
 
 - `<split>_captions.jsonl`: {"image", "caption"} per line
 - `<split>_conversations.json`: questions, in LLaVA's format
 - `<split>_dialogues.json`: conversations with drawings. Those of easy-VQA start from a drawing or, in a third of them,
   from a picture of the user's, and have its colour changed
+- `<split>_interviews.json`, easy-VQA only: all questions about a picture in one conversation, in random order
 - `<split>_edits.json`, easy-VQA only: a picture, "make it blue", and the picture in blue
 
-For easy-VQA, the train captions are also written in two parts: every tenth picture in `validation_captions.jsonl`, the
-others in `fit_captions.jsonl`.
+For easy-VQA, the captions, conversations and interviews of the train split are also written in two parts: those of every
+tenth picture as `validation_*`, the others as `fit_*`.
+
+`python-docs` is the reference manual that Python's `help()` prints: `train_texts.jsonl` and `test_texts.jsonl` have {"text"}
+per line, a topic each. Every fourth topic is for tests.
 """
 
 import json
@@ -21,6 +26,7 @@ import random
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Annotated
 
 import typer
@@ -35,6 +41,7 @@ from unitok_mllm.typer_apps import script_app
 
 EDITS_PER_IMAGE = 3
 VALIDATION_EVERY = 10  # every n-th image of easy-VQA's train split is for validation
+TEST_EVERY = 4  # every n-th topic of Python's manual is for tests
 IMAGE = "<image>"
 
 
@@ -53,6 +60,11 @@ def write_captions(path: str | os.PathLike, captions: list[tuple[str, str]]) -> 
     )
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write conversations as a JSON list."""
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
 def asked_about(questions: list[tuple[str, str]], rng: random.Random) -> list[str]:
     """Return the first turns of a dialogue: one or two questions about the user's picture, and their answers."""
     first, *others = (turn for pair in rng.sample(questions, rng.randint(1, 2)) for turn in pair)
@@ -63,16 +75,19 @@ def prepare_easy_vqa(folder: str | os.PathLike) -> None:
     """Write easy-VQA's pictures, captions, conversations, dialogues and edits to a folder."""
     folder = Path(folder)
     for split in ("train", "test"):
-        captions, questions, edits, dialogues = [], [], [], []
+        captions, questions, interviews, edits, dialogues = [], [], [], [], []
         for directory in (f"images/{split}", f"images/{split}_recolored"):
             (folder / directory).mkdir(parents=True, exist_ok=True)
         for number, sample in enumerate(tqdm(easy_vqa.load(split), desc=f"easy-VQA, {split}")):
             shutil.copy(sample.image, folder / f"images/{split}")
             name = f"images/{split}/{sample.image.name}"
             captions.append((name, sample.caption))
-            questions += [
-                conversation([name], f"{IMAGE}\n{question}", answer) for question, answer in sample.questions
-            ]
+            questions.append(
+                [conversation([name], f"{IMAGE}\n{question}", answer) for question, answer in sample.questions]
+            )
+            in_any_order = random.Random(f"interview {number}").sample(sample.questions, len(sample.questions))
+            first, *others = (turn for pair in in_any_order for turn in pair)
+            interviews.append(conversation([name], f"{IMAGE}\n{first}", *others))
             other_colors = sorted(set(easy_vqa.COLORS).difference(sample.caption.split()))
             rng = random.Random(number)
             colors = rng.sample(other_colors, EDITS_PER_IMAGE)
@@ -85,12 +100,17 @@ def prepare_easy_vqa(folder: str | os.PathLike) -> None:
                 ask, pair = f"make it {color}", [name, recolored]
                 edits.append(conversation(pair, f"{IMAGE}\n{ask}", IMAGE))
                 dialogues.append(conversation(pair, *beginning, ask, IMAGE, "what color is the shape?", color))
-        write_captions(folder / f"{split}_captions.jsonl", captions)
+        write_rows(folder / f"{split}_edits.json", edits)
+        write_rows(folder / f"{split}_dialogues.json", dialogues)
+        numbers = range(len(captions))
+        parts = {split: numbers}
         if split == "train":
-            write_captions(folder / "validation_captions.jsonl", captions[::VALIDATION_EVERY])
-            write_captions(folder / "fit_captions.jsonl", [c for i, c in enumerate(captions) if i % VALIDATION_EVERY])
-        for kind, rows in (("conversations", questions), ("edits", edits), ("dialogues", dialogues)):
-            (folder / f"{split}_{kind}.json").write_text(json.dumps(rows), encoding="utf-8")
+            parts["validation"] = numbers[::VALIDATION_EVERY]
+            parts["fit"] = [n for n in numbers if n % VALIDATION_EVERY]
+        for part, chosen in parts.items():
+            write_captions(folder / f"{part}_captions.jsonl", [captions[n] for n in chosen])
+            write_rows(folder / f"{part}_conversations.json", [row for n in chosen for row in questions[n]])
+            write_rows(folder / f"{part}_interviews.json", [interviews[n] for n in chosen])
 
 
 def prepare_emoji(folder: str | os.PathLike, packages: str | os.PathLike, categories: list[str]) -> None:
@@ -111,7 +131,17 @@ def prepare_emoji(folder: str | os.PathLike, packages: str | os.PathLike, catego
         questions = [conversation([e.image], f"{IMAGE}\n{emoji.QUESTION}", e.name) for e in rows]
         dialogues = [conversation([e.image], f"draw {e.caption}", IMAGE, emoji.QUESTION, e.name) for e in rows]
         for kind, values in (("conversations", questions), ("dialogues", dialogues)):
-            (folder / f"{split}_{kind}.json").write_text(json.dumps(values), encoding="utf-8")
+            write_rows(folder / f"{split}_{kind}.json", values)
+
+
+def prepare_python_docs(folder: str | os.PathLike) -> None:
+    """Write the topics of Python's reference manual, in alphabetical order, to a folder."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lines = {"train": "", "test": ""}
+    for number, name in enumerate(sorted(topics)):
+        lines["train" if number % TEST_EVERY else "test"] += json.dumps({"text": topics[name]}) + "\n"
+    for split, text in lines.items():
+        Path(folder, f"{split}_texts.jsonl").write_text(text, encoding="utf-8")
 
 
 app = script_app(help=__doc__)
@@ -119,7 +149,7 @@ app = script_app(help=__doc__)
 
 @app.command()
 def main(
-    dataset: Annotated[str, typer.Argument(help="easy-vqa or emoji")],
+    dataset: Annotated[str, typer.Argument(help="easy-vqa, emoji or python-docs")],
     folder: Annotated[Path, typer.Argument(help="folder to write the data set to")],
     packages: Annotated[
         Path | None, typer.Option(help="folder to keep the emoji's npm archives in", show_default="runs/npm")
@@ -128,7 +158,7 @@ def main(
         list[str] | None, typer.Option(help="category of emoji; repeat for several; default: all")
     ] = None,
 ) -> None:
-    """Write DATASET ("easy-vqa" or "emoji") to FOLDER."""
+    """Write DATASET ("easy-vqa", "emoji" or "python-docs") to FOLDER."""
     check_output_folder(folder)
     if dataset == "easy-vqa":
         if packages or category:
@@ -138,8 +168,10 @@ def main(
         packages = packages or Path("runs/npm")
         check_output_folder(packages)
         prepare_emoji(folder, packages, category or [])
+    elif dataset == "python-docs":
+        prepare_python_docs(folder)
     else:
-        raise typer.BadParameter(f"the data set must be easy-vqa or emoji, got {dataset!r}")
+        raise typer.BadParameter(f"the data set must be easy-vqa, emoji or python-docs, got {dataset!r}")
     print(f"{dataset} is in {folder}")
 
 
