@@ -43,8 +43,10 @@ from unitok_mllm.outputs import check_output_file
 
 PROMPT = "a red circle"
 ANSWER_TOKENS = 16
+DRAWING = {"prompt": PROMPT, "stream": True}
 REQUESTS = {
-    "draw": ("/v1/images/generations", {"prompt": PROMPT, "stream": True, "partial_images": 3}),
+    "draw": ("/v1/images/generations", DRAWING),
+    "draw, 3 partial images": ("/v1/images/generations", DRAWING | {"partial_images": 3}),
     "answer": (
         "/v1/completions",
         {"prompt": PROMPT, "stream": True, "max_tokens": ANSWER_TOKENS, "temperature": 1},
@@ -161,7 +163,8 @@ def plain_times(model: Path) -> dict[str, dict[str, float]]:
         torch.manual_seed(seed)
         mllm.generate(**text, max_new_tokens=ANSWER_TOKENS, do_sample=True)
         times["answer"].append(time.perf_counter() - start)
-    return {kind: percentiles(row[1:]) | {"mean": statistics.mean(row[1:])} for kind, row in times.items()}
+    plain = {kind: percentiles(row[1:]) | {"mean": statistics.mean(row[1:])} for kind, row in times.items()}
+    return plain | {kind: plain["draw"] for kind in REQUESTS if kind not in plain}
 
 
 def memory_of(server: subprocess.Popen) -> int:
@@ -171,18 +174,18 @@ def memory_of(server: subprocess.Popen) -> int:
 
 
 def soak(model: Path, port: int, max_rows: int, num_requests: int) -> list[tuple[int, int]]:
-    """Send drawings and answers alternately from 16 concurrent clients, and record the server's memory.
+    """Send all kinds of requests in turn from 16 concurrent clients, and record the server's memory.
 
     Returns:
         The number of answered requests and the resident memory in bytes, at the start and after each tenth.
     """
     server = start_server(model, port, "--max-rows", str(max_rows), "--queue-size", "1000")
     try:
-        memory = [(0, memory_of(server))]
+        memory, count = [(0, memory_of(server))], num_requests // (10 * len(REQUESTS))
         for tenth in range(10):
             for kind in REQUESTS:
-                asyncio.run(load_with(port, kind, 16, num_requests // 20, model.name))
-            memory.append(((tenth + 1) * (num_requests // 20) * 2, memory_of(server)))
+                asyncio.run(load_with(port, kind, 16, count, model.name))
+            memory.append(((tenth + 1) * count * len(REQUESTS), memory_of(server)))
             print(f"{memory[-1][0]} requests: {memory[-1][1] / 2**20:.0f} MiB", flush=True)
     finally:
         stop(server)
@@ -242,7 +245,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="also write all figures to this JSON file")
     options = parser.parse_args(arguments)
     check_ranges(
-        options, clients=(1, 2**16), requests=(1, 2**40), max_rows=(2, 2**16), port=(1, 65535), soak=(20, 2**40)
+        options,
+        clients=(1, 2**16),
+        requests=(1, 2**40),
+        max_rows=(2, 2**16),
+        port=(1, 65535),
+        soak=(10 * len(REQUESTS), 2**40),
     )
     check_model(options.model)
     if options.output:

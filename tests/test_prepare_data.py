@@ -181,7 +181,7 @@ def test_recoloring_changes_the_shape_alone_and_back_again():
 
 def test_another_data_set_and_missing_archives_are_named(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["coco", str(tmp_path)])
-    assert result.exit_code == 2 and "easy-vqa or emoji" in result.output
+    assert result.exit_code == 2 and "easy-vqa, emoji or python-docs" in result.output
     monkeypatch.setenv("PATH", "")
     with pytest.raises(FileNotFoundError, match="emoji-datasource-google.*there is no npm"):
         emoji.load(tmp_path)

@@ -160,9 +160,9 @@ def main(
 ) -> None:
     """Write DATASET ("easy-vqa", "emoji" or "python-docs") to FOLDER."""
     check_output_folder(folder)
+    if dataset != "emoji" and (packages or category):
+        raise typer.BadParameter("--packages and --category have no effect without emoji: leave them out")
     if dataset == "easy-vqa":
-        if packages or category:
-            raise typer.BadParameter("--packages and --category have no effect without emoji: leave them out")
         prepare_easy_vqa(folder)
     elif dataset == "emoji":
         packages = packages or Path("runs/npm")

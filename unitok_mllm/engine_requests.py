@@ -17,6 +17,7 @@ class Row:
 
     Attributes:
         prompt: embeddings of the prompt, (T, D).
+        hashes: a hash of each of them, (T,), int64.
         slot: index of the slot that holds its keys and values.
         length: number of positions that the LLM has processed.
         state: last hidden state of the LLM, (D,); None while inputs are pending.
@@ -25,6 +26,7 @@ class Row:
     """
 
     prompt: torch.Tensor
+    hashes: torch.Tensor = field(init=False)
     slot: int = -1
     length: int = 0
     state: torch.Tensor | None = None
@@ -33,6 +35,8 @@ class Row:
 
     def __post_init__(self):
         self.pending = self.prompt
+        as_bytes = self.prompt.detach().contiguous().view(torch.uint8).cpu().numpy()
+        self.hashes = torch.tensor([hash(position.tobytes()) for position in as_bytes], dtype=torch.long)
 
     def push(self, embeds: torch.Tensor) -> None:
         """Let the LLM process further embeddings, (T, D), in the next step."""

@@ -114,6 +114,7 @@ class UniTokEngine:
         )
         self._free = deque(range(max_rows))  # least recently used first
         self._held = [model.get_input_embeddings().weight[:0].detach()] * max_rows  # prompts in the slots, (T, D)
+        self._held_hashes = torch.zeros(max_rows, self.max_length, dtype=torch.long)
         self._queue: deque[Request] = deque()
         self._running: list[Request] = []
         self._changed = threading.Condition()
@@ -408,9 +409,13 @@ class UniTokEngine:
 
     def _take_slot(self, row: Row) -> None:
         """Assign a slot to a row, and reuse the longest prefix that it shares with a prompt in any slot."""
-        shared = [_common_length(held, row.prompt) for held in self._held]
+        count = len(row.prompt)
+        is_same = self._held_hashes[:, :count] == row.hashes
+        lengths = torch.tensor([len(held) for held in self._held])
+        shared = is_same.cumprod(dim=1).sum(dim=1).minimum(lengths).tolist()
         source = max(range(self.max_rows), key=lambda slot: (shared[slot], slot in self._free))
-        length = min(shared[source], len(row.prompt) - 1)  # the last position must be computed to get its state
+        # equal hashes are no proof; and the last position must be computed to get its state
+        length = min(_common_length(self._held[source], row.prompt), count - 1)
         row.slot = source if source in self._free and length else self._free[0]
         self._free.remove(row.slot)
         if length and row.slot != source:
@@ -418,7 +423,7 @@ class UniTokEngine:
                 layer.copy(source, row.slot, length)
         self.num_positions_reused += length
         row.length, row.pending = length, row.prompt[length:]
-        self._held[row.slot] = row.prompt[:length]
+        self._held[row.slot], self._held_hashes[row.slot, :count] = row.prompt[:length], row.hashes
 
     def _leave(self, request: Request) -> None:
         self._running.remove(request)
