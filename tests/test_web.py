@@ -36,7 +36,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from transformers import LogitsProcessorList
 from typer.testing import CliRunner
 
-from unitok_mllm import cli, inference, web
+from unitok_mllm import cli, inference, web, web_model, web_page
 from unitok_mllm.kept_files import KeptFiles
 from unitok_mllm.serving import UniTokEngine
 from unitok_mllm.shared_engine import running
@@ -67,8 +67,8 @@ def pixels(picture: Image.Image) -> list:
 
 
 @pytest.fixture
-def shared(lively_mllm, processor) -> web.SharedModel:
-    return web.SharedModel(UniTokEngine(lively_mllm, max_rows=2, max_length=256), processor)
+def shared(lively_mllm, processor) -> web_model.SharedModel:
+    return web_model.SharedModel(UniTokEngine(lively_mllm, max_rows=2, max_length=256), processor)
 
 
 @pytest.fixture
@@ -290,16 +290,16 @@ def test_what_visitors_write_is_plain_text(shared, shown, processor):
 def test_unreadable_pictures_are_named_without_their_folder(tmp_path):
     (tmp_path / "notes.png").write_text("no picture", encoding="utf-8")
     with pytest.raises(ValueError, match="^notes.png is not a picture that can be read$"):
-        web.read_pictures([str(tmp_path / "notes.png")])
+        web_model.read_pictures([str(tmp_path / "notes.png")])
     with pytest.raises(ValueError, match="^gone.png is no longer on the server"):
-        web.read_pictures([str(tmp_path / "gone.png")])
+        web_model.read_pictures([str(tmp_path / "gone.png")])
 
 
 def test_small_pictures_are_read_as_they_are_and_large_ones_shrunk(tmp_path):
     noise = Image.effect_noise((1024, 300), 90).convert("RGB")
     noise.save(tmp_path / "small.png")
     Image.effect_noise((2400, 1800), 90).convert("RGB").save(tmp_path / "large.jpg", exif=b"Exif\0\0" + TURNED)
-    small, large = web.read_pictures([str(tmp_path / "small.png"), str(tmp_path / "large.jpg")])
+    small, large = web_model.read_pictures([str(tmp_path / "small.png"), str(tmp_path / "large.jpg")])
     assert pixels(small) == pixels(noise) and large.size == (768, 1024)
 
 
@@ -344,18 +344,18 @@ def test_bombs_are_refused_by_their_headers(tmp_path, shared, monkeypatch):
 
     def attack() -> None:
         with pytest.raises(ValueError, match="^bomb.png is too large, 13000x13000: 50 million pixels can be read at"):
-            web.read_pictures([path] * 6)
+            web_model.read_pictures([path] * 6)
         with pytest.raises(ValueError, match="^9 pictures are too many: 8 can be read at once"):
-            web.read_pictures([path] * 9)
+            web_model.read_pictures([path] * 9)
         with pytest.raises(ValueError, match="takes 330 of the model's 256 positions"):
             shared.check_pictures(8, [question("what?", *[None] * 22)])
 
     assert peak_memory(attack) < 20 * web.MIB
-    monkeypatch.setattr(web, "MAX_PIXELS", 3 * 100**2)
+    monkeypatch.setattr(web_model, "MAX_PIXELS", 3 * 100**2)
     parts = [bomb(tmp_path / f"{i}.png", 100, "1") for i in range(4)]
-    assert [picture.size for picture in web.read_pictures(parts[:3])] == [(100, 100)] * 3
+    assert [picture.size for picture in web_model.read_pictures(parts[:3])] == [(100, 100)] * 3
     with pytest.raises(ValueError, match="^3.png is too large"):  # together
-        web.read_pictures(parts)
+        web_model.read_pictures(parts)
 
 
 @pytest.mark.slow  # some seconds each
@@ -363,15 +363,15 @@ def test_bombs_are_refused_by_their_headers(tmp_path, shared, monkeypatch):
 @pytest.mark.attack
 def test_the_largest_picture_takes_bounded_memory(tmp_path, format, mode, options):
     path = bomb(tmp_path / f"large.{format.lower()}", 7000, mode, format=format, **options)
-    taken = peak_memory(lambda: web.read_pictures([path]))
+    taken = peak_memory(lambda: web_model.read_pictures([path]))
     print(f"\n{format} {mode}: {taken / web.MIB:.0f} MiB")
     assert taken < (1024 if format == "WEBP" else 600) * web.MIB
 
 
-@pytest.mark.parametrize("format", web.PICTURE_FORMATS)
+@pytest.mark.parametrize("format", web_model.PICTURE_FORMATS)
 def test_every_format_of_the_page_is_read(tmp_path, format):
     red_circle().save(tmp_path / "circle", format=format)
-    (picture,) = web.read_pictures([str(tmp_path / "circle")])
+    (picture,) = web_model.read_pictures([str(tmp_path / "circle")])
     error = ImageChops.difference(picture, red_circle())
     assert picture.size == red_circle().size and max(ImageStat.Stat(error).mean) < 8
 
@@ -381,25 +381,27 @@ def test_every_format_of_the_page_is_read(tmp_path, format):
 def test_formats_that_no_browser_makes_are_not_decoded(tmp_path, format):
     red_circle().save(tmp_path / "circle.png", format=format)
     with pytest.raises(ValueError, match="^circle.png is not a picture that can be read$"):
-        web.read_pictures([str(tmp_path / "circle.png")])
+        web_model.read_pictures([str(tmp_path / "circle.png")])
 
 
 def test_the_fields_as_options():
-    options = web.drawing_options(3.0, 0.7, 20, 0.9, 5)
+    options = web_page.drawing_options(3.0, 0.7, 20, 0.9, 5)
     assert options == {
         **{"guidance_scale": 3.0, "do_sample": True, "seed": 5},
         **{"temperature": 0.7, "top_k": 20, "top_p": 0.9},
     }
-    assert web.drawing_options(1.0, 0, 20, 1, 5) == {"guidance_scale": 1.0, "do_sample": False, "seed": 5}
-    assert web.drawing_options(1.0, 1, 0, 1, -1)["seed"] != web.drawing_options(1.0, 1, 0, 1, -1)["seed"] >= 0
+    assert web_page.drawing_options(1.0, 0, 20, 1, 5) == {"guidance_scale": 1.0, "do_sample": False, "seed": 5}
+    assert (
+        web_page.drawing_options(1.0, 1, 0, 1, -1)["seed"] != web_page.drawing_options(1.0, 1, 0, 1, -1)["seed"] >= 0
+    )
     with pytest.raises(ValueError, match="guidance and top-k must be given"):
-        web.drawing_options(None, 1, None, 1, 0)
+        web_page.drawing_options(None, 1, None, 1, 0)
 
 
 def test_code_maps_show_each_code_by_its_colour():
     codes = torch.tensor([[0, 1, 2, 3, 0, 1]] * 5)
     codes[4] = 2
-    picture = web.code_maps(codes, (2, 3), 4)
+    picture = web_model.code_maps(codes, (2, 3), 4)
     cell, gap = 160 // 3, 8
     assert picture.size == (4 * 3 * cell + 3 * gap, 2 * 2 * cell + gap)  # four maps above one
     red, blue = (230, 92, 92), picture.getpixel((cell, 0))
@@ -675,9 +677,9 @@ def test_uploads_have_a_limit(served):
 
 
 @contextmanager
-def page_of(shared: web.SharedModel, folder: Path) -> Iterator[str]:
+def page_of(shared: web_model.SharedModel, folder: Path) -> Iterator[str]:
     """The address of a page as `serve` shows it, in this process: 16 may wait, files of 1 MiB, 4 MiB in all."""
-    page = web.build_page(shared, "<b>random</b>")
+    page = web_page.build_page(shared, "<b>random</b>")
     listening = socket.create_server(("127.0.0.1", 0))
     host, port = listening.getsockname()
     files = KeptFiles(folder, 3600, 4 * web.MIB)
@@ -999,7 +1001,7 @@ def test_visitors_who_wait_see_their_place(slow_page):
 @pytest.mark.web
 def test_two_browsers_at_the_same_time_get_what_each_gets_alone(tmp_path, monkeypatch):
     model, processor = cli.load(cli.SHIPPED_MODEL)
-    shared = web.SharedModel(UniTokEngine(model), processor)
+    shared = web_model.SharedModel(UniTokEngine(model), processor)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with (
         page_of(shared, tmp_path) as address,
