@@ -1,10 +1,13 @@
 """The tiny configurations, models and tokenizers that all tests share. Sizes differ (K, V, L, dims) so that a mixed-up
 axis cannot go unnoticed."""
 
+import asyncio
 import json
 import signal
 import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
+from web_runs import collect
 
 from training.release import save_release
 from training.text_tokenizer import train_text_tokenizer
@@ -23,6 +27,9 @@ from unitok_mllm import (
     UniTokMLLMProcessor,
     UniTokModel,
 )
+from unitok_mllm.serving import UniTokEngine
+from unitok_mllm.shared_engine import running
+from unitok_mllm.web_model import SharedModel
 
 
 sys.path.insert(0, str(Path(__file__).parent))  # reference_weights
@@ -208,3 +215,25 @@ def data(tmp_path) -> dict[str, dict]:
         "draw": {"path": f"{folder}/captions.jsonl", "type": "captions", "task": "draw"},
         "text": {"path": f"{folder}/text.jsonl", "type": "text"},
     }
+
+
+@pytest.fixture
+def shared(lively_mllm, processor) -> SharedModel:
+    """A model that the web page's visitors share."""
+    return SharedModel(UniTokEngine(lively_mllm, max_rows=2, max_length=256), processor)
+
+
+@pytest.fixture
+def run(shared) -> Iterator[Callable[[Coroutine], Any]]:
+    """Run coroutines while the engine of `shared` works."""
+    engine = running(shared.engine, drop=True)
+    with asyncio.Runner() as runner:
+        runner.run(engine.__aenter__())
+        yield runner.run
+        runner.run(engine.__aexit__(None, None, None))
+
+
+@pytest.fixture
+def shown(run) -> Callable[[AsyncIterator], list]:
+    """What a visitor sees of an answer or a drawing."""
+    return lambda items: [item for item in run(collect(items)) if not isinstance(item, int)]
