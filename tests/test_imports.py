@@ -40,7 +40,10 @@ COMMAND_LINE = "import sys; sys.argv[0] = 'unitok-mllm'; from unitok_mllm.cli im
         ("", 2, "Usage"),
         ("--help", 0, "Usage"),
         ("--version", 0, "unitok-mllm 0"),
-        *((f"{name} --help", 0, "Usage") for name in "demo reconstruct ask generate edit convert serve env".split()),
+        *(
+            (f"{name} --help", 0, "Usage")
+            for name in "demo reconstruct ask generate edit convert serve api env".split()
+        ),
         ("paint", 2, "No such command 'paint'"),
         ("generate circle --colour blue", 2, "No such option: --colour"),
         ("generate circle --temperature 0", 2, "temperature must be above 0, got 0.0"),
@@ -57,6 +60,8 @@ COMMAND_LINE = "import sys; sys.argv[0] = 'unitok-mllm'; from unitok_mllm.cli im
         ("edit docs/demo.png blue --model nowhere", 2, "no model in nowhere"),
         ("demo --model nowhere", 2, "no model in nowhere"),
         ("serve --model nowhere", 2, "no model in nowhere"),
+        ("api --model nowhere", 2, "no model in nowhere"),
+        ("api --host=", 2, "the host is empty"),
     ],
 )
 def test_arguments_are_checked_before_anything_heavy_is_imported(command, code, expected):

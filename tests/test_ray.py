@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import signal
 import socket
@@ -79,6 +80,16 @@ def test_workers_extract_the_codes_of_one_process(tmp_path, visual_tokenizer):
     assert "1 workers: 3 images" in done.stdout and files(tmp_path / "two", "") == alone
     refused = extract("none", "--max-broken-share", "0", "--ray-workers", "1")
     assert isinstance(refused.exception, ValueError) and "broken" in str(refused.exception)
+
+
+def test_arguments_that_no_replica_could_serve_with_are_refused():
+    from unitok_mllm.ray_serving import Arguments
+
+    assert Arguments(allow_host=["*", "Example.org"]).allow_host == ["*", "example.org"]
+    impossible = {"max_rows": 0, "timeout": math.inf, "allow_url": ["http://a.org"], "max_replicas": 0}
+    for name, value in impossible.items():
+        with pytest.raises(ValueError, match=name):
+            Arguments(**{name: value})
 
 
 def test_a_replica_that_is_killed_costs_no_client_an_answer_without_an_error():
