@@ -44,24 +44,8 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop, pil_to_tensor
 from tqdm import tqdm
 
-from eval._common import (
-    check_effect,
-    check_finished,
-    check_skipped,
-    parse_settings,
-    read_result,
-    versions,
-)
-from eval.images import (
-    EvalImages,
-    ImageBatch,
-    choose,
-    deal_out,
-    load_batches,
-    open_images,
-    processed,
-    stamp,
-)
+from eval._common import check_effect, check_finished, check_skipped, parse_settings, read_result, versions
+from eval.images import EvalImages, ImageBatch, choose, deal_out, load_batches, open_images, processed, stamp
 from eval.protocol import number
 from eval.reconstruction_metrics import (
     PROXY,

@@ -41,13 +41,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-)
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPProcessor, CLIPTextConfig
 
 from eval._common import check_effect, check_finished, check_kind, check_result, parse_settings, read_result, versions
 from eval.images import load_batches, stamp
