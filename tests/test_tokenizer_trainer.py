@@ -32,6 +32,7 @@ from training.resumable_batches import ResumableBatches
 from training.sharding import MOMENTS
 from training.tokenizer_arguments import TokenizerTrainingArguments
 from training.tokenizer_trainer import CODEBOOKS, SPEEDS, STATE, TokenizerTrainer
+from training.whole_batch import whole_batch_contrastive
 from unitok_mllm import UniTokModel
 
 
@@ -328,11 +329,11 @@ def test_the_pass_of_all_negatives_has_the_same_dropped_paths(tmp_path):
     model = small_model(drop_path_rate=0.5, num_hidden_layers=3)  # the first layer drops none
     trainer = trainer_of(tmp_path, {}, model, gradient_accumulation_steps=2, whole_batch_negatives=True)
     batches = list(islice(trainer._batches(), 2))
-    (state, share), _ = trainer._whole_batch_contrastive(batches)
+    (state, share), _ = whole_batch_contrastive(trainer.tokenizer, batches)
     set_random_state(state, torch.device("cpu"))
     module, seen = trainer.tokenizer.module, []
     module.vision_model.encoder.register_forward_hook(lambda module, args, output: seen.append(output))
-    trainer._whole_batch_contrastive(batches)
+    whole_batch_contrastive(trainer.tokenizer, batches)
     set_random_state(state, torch.device("cpu"))
     module(batches[0]["pixel_values"])
     torch.testing.assert_close(seen[-1], seen[0])

@@ -43,7 +43,6 @@ from training.losses import (
     TERMS,
     LossArguments,
     adaptive_gan_weight,
-    contrastive_loss,
     discriminator_losses,
     psnr,
     tokenizer_losses,
@@ -64,6 +63,7 @@ from training.sharding import (
 )
 from training.tokenizer_arguments import TokenizerTrainingArguments
 from training.tokenizer_evaluation import evaluate_reconstructions
+from training.whole_batch import whole_batch_contrastive
 from unitok_mllm import UniTokModel
 from unitok_mllm.image_processing_unitok import UniTokImageProcessor
 from unitok_mllm.modeling_unitok import LOGIT_SCALE_BOUNDS, UniTokOutput
@@ -448,7 +448,7 @@ class TokenizerTrainer:
             draws = self._augmentations(len(batches))
         cached = [None] * len(batches)
         if self.arguments.whole_batch_negatives and losses.contrastive_weight:
-            cached = self._whole_batch_contrastive(batches)
+            cached = whole_batch_contrastive(self.tokenizer, batches)
         for batch, augmentation, contrastive in zip(batches, draws, cached):
             self._train_on(batch, weights, progress, augmentation, contrastive)
 
@@ -465,39 +465,6 @@ class TokenizerTrainer:
             share.to(accelerator.device) for share in shares[accelerator.process_index :: accelerator.num_processes]
         ]
 
-    def _whole_batch_contrastive(
-        self, batches: list[dict[str, torch.Tensor]]
-    ) -> list[tuple[torch.Tensor, Callable[[UniTokOutput], torch.Tensor]]]:
-        """Compute the contrastive loss of all accumulated batches together, as GradCache does.
-
-        See https://arxiv.org/abs/2101.06983. A first pass without gradients embeds all batches. The gradients of the
-        loss at these embeddings are then backpropagated in each batch's own pass.
-
-        Returns:
-            For each batch, the random state of its pass, and a function of the pass's output that returns the loss of
-            the whole step with the gradient of this batch's share.
-        """
-        network, device = self.tokenizer, self.accelerator.device
-        states, outputs = [], []
-        with torch.no_grad():
-            for batch in batches:
-                states.append(random_state(device))
-                outputs.append(network.wrapped(batch["pixel_values"], batch["input_ids"], with_reconstruction=False))
-        embeds = [torch.cat([output[name] for output in outputs]) for name in ("image_embeds", "text_embeds")]
-        inputs = [value.float().requires_grad_() for value in (*embeds, outputs[0].logit_scale)]
-        with torch.enable_grad():
-            loss = contrastive_loss(*inputs)
-            *gradients, of_scale = torch.autograd.grad(loss, inputs)
-        loss = loss.detach()
-
-        def share(index: int, output: UniTokOutput) -> torch.Tensor:
-            images, texts = (gradient.chunk(len(batches))[index] for gradient in gradients)
-            products = (images * output.image_embeds.float()).sum() + (texts * output.text_embeds.float()).sum()
-            product = len(batches) * products + (of_scale * output.logit_scale.float()).sum()
-            return loss + (product - product.detach())
-
-        return [(state, partial(share, index)) for index, state in enumerate(states)]
-
     def _train_on(
         self,
         batch: dict[str, torch.Tensor],
@@ -513,7 +480,7 @@ class TokenizerTrainer:
             weights: current weight of each term.
             progress: finished share of the training, in [0, 1).
             draws: augmentations for the discriminator, (B, 7); None if the GAN term is off.
-            contrastive: entry of `_whole_batch_contrastive` for this batch; None for negatives from this batch only.
+            contrastive: entry of `whole_batch_contrastive` for this batch; None for negatives from this batch only.
         """
         accelerator, losses, pixels = self.accelerator, self.losses, batch["pixel_values"]
         tokenizer, discriminator = self.tokenizer, self.discriminator
