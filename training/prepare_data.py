@@ -60,9 +60,9 @@ def write_captions(path: str | os.PathLike, captions: list[tuple[str, str]]) -> 
     )
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
+def write_rows(path: str | os.PathLike, rows: list[dict]) -> None:
     """Write conversations as a JSON list."""
-    path.write_text(json.dumps(rows), encoding="utf-8")
+    Path(path).write_text(json.dumps(rows), encoding="utf-8")
 
 
 def asked_about(questions: list[tuple[str, str]], rng: random.Random) -> list[str]:
