@@ -34,7 +34,7 @@ from .api_requests import (
     ImageRequest,
     Pictures,
 )
-from .api_responses import Answers, Events, Service, image_events, of_engine, refusals, results
+from .api_responses import Answers, Events, Service, image_events, of_engine, refusals, results, tell_partial
 from .guard import MAX_OPEN, Guard, Refused, own_hosts
 from .serving import UniTokEngine
 from .shared_engine import Stream, running, submit
@@ -181,11 +181,13 @@ async def draw(service: Service, body: ImageRequest, request: Request, pictures:
     inputs = await of_engine(service.processor, text=[body.prompt], **options)
     candidates = await of_engine(service.num_candidates, body, inputs)
     drawing, stream, num_drawn = body.drawing(), Stream(), max(body.n, candidates)
+    num_positions, parts = service.model.config.num_image_positions, body.partial_images + 1
+    shown = [num_positions * part // parts for part in range(1, parts)]
     if num_drawn > 1 and "seed" not in drawing:
         drawing["seed"] = int(torch.randint(2**31, ()))
 
     def drawn(j: int) -> Future:
-        tell = partial(stream.tell, j) if body.stream else None
+        tell = tell_partial(stream, j, shown) if shown else None
         return service.engine.draw(inputs, tell, sample=j, **drawing)
 
     with refusals():
@@ -201,7 +203,7 @@ async def draw(service: Service, body: ImageRequest, request: Request, pictures:
         data = [{"b64_json": png} | score for png, score in zip(pngs, scores)]
         return JSONResponse(head | {"data": data})
     prefix = "image_generation" if pictures is None else "image_edit"
-    return Events(image_events(service, stream, futures, body.partial_images, prefix), futures)
+    return Events(image_events(service, stream, futures, shown, prefix), futures)
 
 
 def embedding_routes(service: Service) -> APIRouter:

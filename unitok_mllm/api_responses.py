@@ -5,7 +5,7 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -431,42 +431,56 @@ def is_broken_off(future: Future) -> bool:
     return future.cancelled() or future.exception() is not None
 
 
+def tell_partial(stream: Stream, index: int, shown: list[int]) -> Callable[[torch.Tensor], None]:
+    """Build the function by which the engine tells of a drawing's positions, each with its codes (K,).
+
+    It wakes the event loop only for partial images: more often would slow down the engine's thread.
+
+    Args:
+        stream: stream of the requests.
+        index: index of the drawing.
+        shown: numbers of positions after which a partial image is shown.
+    """
+    groups: list[torch.Tensor] = []
+
+    def tell(codes: torch.Tensor) -> None:
+        groups.append(codes)
+        if len(groups) in shown:
+            stream.tell(index, groups.copy())
+
+    return tell
+
+
 async def image_events(
-    service: Service, stream: Stream, futures: list[Future], num_partial: int, prefix: str
+    service: Service, stream: Stream, futures: list[Future], shown: list[int], prefix: str
 ) -> AsyncIterator[dict]:
     """Yield events of partial and finished drawings as they are drawn.
 
     Args:
         service: the service.
-        stream: stream of the requests.
+        stream: stream of the requests, see `tell_partial`.
         futures: futures of the requests, one per drawing. Each event has the `index` of its drawing.
-        num_partial: number of partial images per drawing.
+        shown: numbers of positions after which a partial image is shown.
         prefix: prefix of the events' types.
     """
-    groups: list[list[torch.Tensor]] = [[] for _ in futures]
-    num_positions, start = service.model.config.num_image_positions, time.monotonic()
-    shown = [num_positions * (i + 1) // (num_partial + 1) for i in range(num_partial)]
-    has_begun = False
+    start, has_begun = time.monotonic(), False
 
     def event(kind: str, index: int, png: str) -> dict:
         head = {"type": f"{prefix}.{kind}", "index": index, "created_at": int(time.time())}
         return head | {"b64_json": png, "output_format": "png", "size": service.size}
 
-    async for index, codes in stream.items(futures):
-        if codes is None:
+    async for index, groups in stream.items(futures):
+        if groups is None:
             if is_broken_off(futures[index]):
                 yield {"type": "error", "error": {"message": "the drawing was broken off", "type": "server_error"}}
                 return
             yield event("completed", index, await service.picture(futures[index].result().unbind(dim=1)))
             continue
-        groups[index].append(codes)
-        if len(groups[index]) in shown:
-            png = await service.picture(groups[index])
-            if not has_begun:
-                service.metrics.observe("first_partial_image", time.monotonic() - start)
-                has_begun = True
-            number = shown.index(len(groups[index]))
-            yield event("partial_image", index, png) | {"partial_image_index": number}
+        png = await service.picture(groups)
+        if not has_begun:
+            service.metrics.observe("first_partial_image", time.monotonic() - start)
+            has_begun = True
+        yield event("partial_image", index, png) | {"partial_image_index": shown.index(len(groups))}
 
 
 def image_part(png: str) -> dict:
