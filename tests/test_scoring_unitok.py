@@ -1,3 +1,5 @@
+"""Log-likelihoods of given answers and images, against the model's own logits."""
+
 import pytest
 import torch
 from PIL import Image
