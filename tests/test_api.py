@@ -40,11 +40,11 @@ ROOT = Path(__file__).parents[1]
 
 
 @contextmanager
-def served(model, processor, **options):
+def served(model, processor, name="tiny", **options):
     """A server on a free port, in a thread; its address and its engine."""
     sizes = {name: options.pop(name) for name in ("max_rows", "max_queue") if name in options}
     engine = UniTokEngine(model, max_length=256, **sizes)
-    app = create_app(engine, processor, "tiny", hosts=own_hosts("127.0.0.1"), **options)
+    app = create_app(engine, processor, name, hosts=own_hosts("127.0.0.1"), **options)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run, args=([listener],))
@@ -485,6 +485,14 @@ def asked(app, body: dict | None = None) -> httpx.Response:
             return await client.post("/v1/completions", json=body or {"prompt": "red", "max_tokens": 5})
 
     return asyncio.run(post())
+
+
+def test_a_model_may_have_its_owner_in_its_name(lively_mllm, processor):
+    with served(lively_mllm, processor, "owner/tiny") as (address, _):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+        assert client.models.retrieve("owner/tiny").id == "owner/tiny"
+        with pytest.raises(openai.NotFoundError, match="owner/large"):
+            client.models.retrieve("owner/large")
 
 
 @pytest.mark.attack

@@ -42,7 +42,7 @@ from .shared_engine import Stream, running, submit
 
 ROUTES = (
     r"GET /(health|metrics|v1/models)",
-    r"GET /v1/models/[^/]+",
+    r"GET /v1/models/.+",
     r"POST /v1/(chat/completions|completions|embeddings|images/generations|images/edits)",
 )
 
@@ -90,7 +90,7 @@ def status_routes(service: Service) -> APIRouter:
     async def models() -> dict:
         return {"object": "list", "data": [described()]}
 
-    @router.get("/v1/models/{name}")
+    @router.get("/v1/models/{name:path}")  # "owner/name" too
     async def model(name: str) -> dict:
         service.check_model(name)
         return described()
