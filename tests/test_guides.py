@@ -2,6 +2,7 @@
 repository's folders in it; of `text` blocks (commands that need weights, data or GPUs) the options are checked."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -14,9 +15,12 @@ import pytest
 import torch
 import typer
 from original_checkpoints import reference_state, tokenizer_checkpoint
-from transformers import TrainingArguments
+from PIL import Image
+from transformers import AutoTokenizer, TrainingArguments
 
-from unitok_mllm import cli
+from training.codes import CodeStore
+from unitok_mllm import UniTokModel, cli
+from unitok_mllm.inference import answer_questions, load
 
 
 pytestmark = pytest.mark.full
@@ -74,7 +78,42 @@ def check_other_tools(names: dict) -> None:
     assert torch.equal(names["codes"], visual.encode(names["pixels"]))
 
 
-CHECKS = {"other_tools.md": check_other_tools}
+def check_questions(names: dict) -> None:
+    """The model that was trained on the pictures' sizes tells them apart."""
+    model, processor = load(Path("runs/sizes/release"), device="cpu")
+    rows = json.loads(Path("data/conversations.json").read_text(encoding="utf-8"))
+    pictures = [Image.open(f"data/{row['image']}") for row in rows]
+    answers = answer_questions(model, processor, [(picture, "how large is it?") for picture in pictures], 8)
+    right = sum(answer == row["conversations"][1]["value"] for answer, row in zip(answers, rows))
+    assert right >= 28, answers
+
+
+def check_captions(names: dict) -> None:
+    """The new words are tokens, the codes are the new tokenizer's, and the model that draws has it as its own."""
+    model, processor = load(Path("runs/my-model/release"), device="cpu")
+    tokenizer = UniTokModel.from_pretrained("runs/my-tokenizer/release")
+    assert len(processor.tokenizer.tokenize("a purple ellipse")) == 3
+    assert len(AutoTokenizer.from_pretrained("unitok_mllm/checkpoints/tiny").tokenize("a purple ellipse")) > 3
+    state, own = tokenizer.state_dict(), model.visual.state_dict()
+    assert state.keys() == own.keys()
+    for name, value in own.items():
+        stored = state[name].half().float() if value.is_floating_point() else state[name]  # the MLLM's are in float16
+        assert torch.equal(value, stored), name
+    shipped = UniTokModel.from_pretrained("unitok_mllm/checkpoints/tiny").state_dict()
+    assert not torch.equal(state["vision_model.projection.weight"], shipped["vision_model.projection.weight"])
+    store, pictures = CodeStore("data/codes"), [Image.open(f"data/images/{number}.png") for number in range(32)]
+    codes = tokenizer.encode(processor.image_processor(pictures, mode="reconstruct")["pixel_values"])
+    stored = torch.stack([store[f"images/{number}.png"][0] for number in range(32)])
+    assert (stored == codes).float().mean() > 0.99  # but for rounding
+    with Image.open("unitok-drawing.png") as drawing:
+        assert drawing.size == (64, 64) and drawing.text["prompt"] == "a purple ellipse"
+
+
+CHECKS = {
+    "other_tools.md": check_other_tools,
+    "finetune_on_questions.md": check_questions,
+    "finetune_on_captions.md": check_captions,
+}
 
 
 @pytest.mark.parametrize(
