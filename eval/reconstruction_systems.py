@@ -41,6 +41,9 @@ class DiffusersSystem:
         import diffusers  # slow: keep `--help` quick
 
         subfolder = {"subfolder": subfolder} if subfolder else {}
+        config = diffusers.AutoModel.load_config(model, **subfolder)
+        if "_class_name" not in config:
+            raise ValueError(f"{model} is a {config.get('model_type')} model, not an autoencoder of diffusers")
         self.model = diffusers.AutoModel.from_pretrained(model, torch_dtype=dtype, **subfolder).to(device).eval()
         if not isinstance(self.model, diffusers.ModelMixin) or not hasattr(self.model, "encode"):
             raise ValueError(f"{model} is a {type(self.model).__name__}, not an autoencoder of diffusers")

@@ -2,6 +2,7 @@
 axis cannot go unnoticed."""
 
 import asyncio
+import copy
 import json
 import signal
 import sys
@@ -105,7 +106,8 @@ def text_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def processor(text_tokenizer) -> UniTokMLLMProcessor:
     image_processor = UniTokImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-    return UniTokMLLMProcessor(image_processor, text_tokenizer, boi_token="<boi>", eoi_token="<eoi>")
+    own = copy.deepcopy(text_tokenizer)  # tests may add tokens
+    return UniTokMLLMProcessor(image_processor, own, boi_token="<boi>", eoi_token="<eoi>")
 
 
 @pytest.fixture

@@ -414,7 +414,7 @@ def test_results_of_other_versions_are_not_gone_on_with(command, monkeypatch):
         (["--limit", "1"], "has 1: --skip rfid"),
         (
             ["--system", "diffusers", "--model", TINY, "--skip", "rfid,lpips"],
-            "tiny is a UniTokMLLMModel, not an autoencoder of diffusers",
+            "tiny is a unitok_mllm model, not an autoencoder of diffusers",
         ),
         (
             ["--inception_weights", __file__, "--skip", "lpips"],
