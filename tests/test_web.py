@@ -106,6 +106,11 @@ def served(tmp_path_factory) -> Iterator[tuple[str, Path]]:
     assert list(temporary.glob("unitok-mllm-*")) == []  # nothing is kept
 
 
+def test_the_command_serves_the_page(served):
+    response = httpx.get(served[0])
+    assert response.status_code == 200 and "gradio" in response.text
+
+
 @contextmanager
 def further_page(page: Page) -> Iterator[Page]:
     """The same page for another visitor of the same machine."""
@@ -595,7 +600,7 @@ def test_visitors_who_wait_see_their_place(slow_page):
         draw(second, "a blue circle")
         expect(second.get_by_text("Waiting, number 1 in the queue")).to_be_visible()
         draw(third, "a green circle")
-        expect(third.get_by_text("queue: 1/1")).to_be_visible()  # gradio's
+        expect(third.get_by_text("queue: 1/1").first).to_be_visible()  # gradio's
 
 
 @pytest.mark.web

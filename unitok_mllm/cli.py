@@ -482,9 +482,10 @@ def serve(
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_EXAMPLES_CACHE": f"{folder}/examples"}
         try:
             from . import web
+            from .web_model import MAX_COUNT
 
             mllm, processor = load(model, device=device)
-            engine = make_engine(mllm, max_rows, max_length, max_queue=max_rows * web.MAX_COUNT)
+            engine = make_engine(mllm, max_rows, max_length, max_queue=max_rows * MAX_COUNT)
             title = f"{model.resolve().name}, {mllm.num_parameters() / 1e6:.0f} M parameters"
             limits = {"queue_size": queue_size, "max_upload_mb": max_upload_mb, "max_kept_mb": max_kept_mb}
             web.serve(engine, processor, title, folder, host, port, further_hosts=allow_host, proxy=proxy, **limits)
