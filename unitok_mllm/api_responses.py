@@ -124,12 +124,10 @@ class Service(SharedEngine):
 
         Raises:
             QueueFull: as many requests as may wait for the engine are waiting to be scored.
-            ValueError: see `answer_ids`; also if the prompt and the longest answer do not fit into a slot.
+            ValueError: see `answer_ids`; also if the prompt and the longest answer do not fit into a row.
         """
         inputs, targets = inputs.to(self.model.device), answer_ids(self.processor, choices).to(self.model.device)[None]
-        length = inputs["input_ids"].shape[1] + targets.shape[2]
-        if length > self.engine.max_length:
-            raise ValueError(f"The request needs {length} positions, but a row has {self.engine.max_length}.")
+        self.engine.check_length(inputs["input_ids"].shape[1] + targets.shape[2])
         self._scored = [future for future in self._scored if not future.done()]
         if len(self._scored) > self.engine.max_queue:  # one of them is running
             raise QueueFull(f"{len(self._scored) - 1} requests are waiting to be scored.")

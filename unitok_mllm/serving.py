@@ -230,6 +230,15 @@ class UniTokEngine:
         whole.add_done_callback(lambda whole: whole.cancelled() and current.cancel())
         return whole
 
+    def check_length(self, length: int) -> None:
+        """Check that a prompt and its answer or image, `length` positions together, fit into a row.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if length > self.max_length:
+            raise ValueError(f"The request needs {length} positions, but a row has {self.max_length}.")
+
     @property
     def num_waiting(self) -> int:
         return len(self._queue)
@@ -379,8 +388,7 @@ class UniTokEngine:
         """
         if len(request.rows) > self.max_rows:
             raise ValueError(f"The request needs {len(request.rows)} rows, but the batch has {self.max_rows}.")
-        if request.length > self.max_length:
-            raise ValueError(f"The request needs {request.length} positions, but a row has {self.max_length}.")
+        self.check_length(request.length)
 
     def _submit(self, request: Request) -> Future:
         self._check_size(request)
