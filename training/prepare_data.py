@@ -51,13 +51,14 @@ def conversation(images: list[str], *turns: str) -> dict:
     return {"image": images, "conversations": [{"from": s, "value": turn} for s, turn in zip(speakers, turns)]}
 
 
+def write_lines(path: str | os.PathLike, rows: list[dict]) -> None:
+    """Write rows as JSON lines."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def write_captions(path: str | os.PathLike, captions: list[tuple[str, str]]) -> None:
     """Write (image, caption) pairs as JSON lines."""
-    path = Path(path)
-    path.write_text(
-        "".join(json.dumps({"image": image, "caption": caption}) + "\n" for image, caption in captions),
-        encoding="utf-8",
-    )
+    write_lines(path, [{"image": image, "caption": caption} for image, caption in captions])
 
 
 def write_rows(path: str | os.PathLike, rows: list[dict]) -> None:
@@ -137,11 +138,11 @@ def prepare_emoji(folder: str | os.PathLike, packages: str | os.PathLike, catego
 def prepare_python_docs(folder: str | os.PathLike) -> None:
     """Write the topics of Python's reference manual, in alphabetical order, to a folder."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lines = {"train": "", "test": ""}
+    texts = {"train": [], "test": []}
     for number, name in enumerate(sorted(topics)):
-        lines["train" if number % TEST_EVERY else "test"] += json.dumps({"text": topics[name]}) + "\n"
-    for split, text in lines.items():
-        Path(folder, f"{split}_texts.jsonl").write_text(text, encoding="utf-8")
+        texts["train" if number % TEST_EVERY else "test"].append({"text": topics[name]})
+    for split, rows in texts.items():
+        write_lines(Path(folder, f"{split}_texts.jsonl"), rows)
 
 
 app = script_app(help=__doc__)
