@@ -46,7 +46,8 @@ class Settings:
         check_output_file(self.output)
         check_kind(self.model, "unitok_mllm")
         rows = read_rows(Path(self.texts))
-        if not len(rows) or not all(isinstance(row.get("text"), str) for row in rows):
+        self.contents = [row.get("text") for row in rows]
+        if not self.contents or not all(isinstance(text, str) for text in self.contents):
             raise ValueError(f'each row of {self.texts} must have a text, {{"text": ...}}, and there must be some')
 
 
@@ -99,11 +100,10 @@ def perplexity(
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, __doc__)
     model, processor = load_model(settings.model, settings.device)
-    texts = [row["text"] for row in read_rows(Path(settings.texts))]
-    result = perplexity(model, processor, texts, settings.max_length, settings.batch_size)
+    result = perplexity(model, processor, settings.contents, settings.max_length, settings.batch_size)
     print(f"perplexity {result['perplexity']:.3f} over {result['tokens']} tokens of {result['texts']} texts")
     protocol = {
-        "split": f"{Path(settings.texts).name}, {len(texts)} texts",
+        "split": f"{Path(settings.texts).name}, {len(settings.contents)} texts",
         "images": "none",
         "tool": f"chunks of {settings.max_length} tokens, all but the first of each, without overlap",
     }
