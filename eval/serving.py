@@ -6,9 +6,10 @@
     python -m eval.serving --soak 10000                 # memory over 10,000 requests
 
 Starts `unitok-mllm api` twice: with its default batch, and with rows for only one guided drawing, so that it takes one
-request after another. For each number of clients, every client sends its next request as soon as the last one is
-answered, over the loopback interface. `plain` is `generate` in this process, without a server, on ten requests one
-after another. Run it while nothing else runs on the machine, and compare only ratios between figures of one run.
+request after another; on a GPU a third time, without CUDA graphs. For each number of clients, every client sends its
+next request as soon as the last one is answered, over the loopback interface. `plain` is `generate` in this process,
+without a server, on ten requests one after another. Run it while nothing else runs on the machine, and compare only
+ratios between figures of one run.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from training.errors import CommandLine, one_line_errors
 from training.files import write_atomically
 from unitok_mllm import UniTokMLLMForConditionalGeneration
 from unitok_mllm.configuration_unitok import check_ranges
+from unitok_mllm.devices import find_device
 from unitok_mllm.drawing_unitok import IMAGE_GENERATION
 from unitok_mllm.inference import SHIPPED_MODEL, check_model, load
 from unitok_mllm.outputs import check_output_file
@@ -77,7 +79,8 @@ def start_server(
 
 def start_peer(model: Path, port: int) -> subprocess.Popen:
     """Start `transformers serve` with its default options."""
-    options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    device = find_device().type
+    options = ["--trust-remote-code", "--device", device, "--host", "127.0.0.1", "--port", str(port)]
     return wait_for([str(Path(sys.executable).parent / "transformers"), "serve", str(model), *options], port)
 
 
@@ -140,6 +143,7 @@ async def load_with(port: int, kind: str, num_clients: int, num_requests: int, m
     }
 
 
+LAUNCHED = "without CUDA graphs"
 TIMES = ("p50", "p95", "p99", "first_p50", "first_p95", "first_p99")
 
 
@@ -152,8 +156,8 @@ def percentiles(times: list[float]) -> dict[str, float]:
 def plain_times(model: Path) -> dict[str, dict[str, float]]:
     """Time ten of the same drawings and answers with `generate`, one after another, in seconds."""
     mllm, processor = load(model)
-    inputs, times = processor(text=[PROMPT], generation_mode="image"), {"draw": [], "answer": []}
-    text = processor(text=[PROMPT])
+    inputs = processor(text=[PROMPT], generation_mode="image").to(mllm.device)
+    text, times = processor(text=[PROMPT]).to(mllm.device), {"draw": [], "answer": []}
     for seed in range(11):  # the first is not counted
         start = time.perf_counter()
         codes = mllm.generate(**inputs, generation_mode="image", seed=seed)
@@ -208,7 +212,8 @@ def table(results: dict) -> str:
         plain = results["plain"][kind]
         times = " | ".join(f"{plain[name] * 1e3:.0f}" for name in ("p50", "p95"))
         lines.append(f"| {kind}, `generate` alone | | {1 / plain['mean']:.1f} | | {times} | | | | |")
-        for server, name in (("batched", kind), ("transformers serve", f"{kind}, `transformers serve`")):
+        for server in ("batched", LAUNCHED, "transformers serve"):
+            name = kind if server == "batched" else f"{kind}, {server}"
             for clients, row in results.get(server, {}).get(kind, {}).items():
                 in_turn = results["in turn"][kind].get(clients)
                 ratio = f"{row['requests_per_second'] / in_turn['requests_per_second']:.1f}" if in_turn else ""
@@ -276,6 +281,11 @@ def measure(model: Path, options: argparse.Namespace) -> dict:
         name: partial(start_server, model, options.port, "--max-rows", str(rows), "--queue-size", "1000")
         for name, rows in (("in turn", 2), ("batched", options.max_rows))
     }
+    if find_device().type == "cuda":
+        rows = "--max-rows", str(options.max_rows)
+        servers[LAUNCHED] = partial(
+            start_server, model, options.port, *rows, "--queue-size", "1000", "--no-cuda-graph"
+        )
     if options.peer:
         servers["transformers serve"] = partial(start_peer, model, options.port)
     for name, start in servers.items():

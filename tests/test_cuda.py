@@ -1,5 +1,7 @@
 """Tests that need a CUDA device: recorded drawing steps, and agreement with the CPU's results."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from training.losses import psnr
 from unitok_mllm.convert_unitok import convert_tokenizer
 from unitok_mllm.cuda_graph_unitok import UniTokCudaGraph, static_cache
+from unitok_mllm.serving import UniTokEngine
 
 
 pytestmark = pytest.mark.gpu
@@ -71,6 +74,38 @@ def test_recorded_steps_draw_what_launched_ones_do(monkeypatch, draw, options):
     assert torch.equal(draw(**options, use_cache=False), recorded)
     assert len(graphs) == recorded.shape[-1] - 2
     assert len(recorded.unique()) > 10
+
+
+def test_the_engine_gives_each_request_the_same_with_and_without_recorded_steps(monkeypatch, lively_mllm, processor):
+    """Its thread records while other threads use the device."""
+    model, graphs = lively_mllm.to("cuda"), []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replay_counted(graphs))
+
+    def served(cuda_graph: bool) -> list[torch.Tensor]:
+        engine = UniTokEngine(model, max_rows=5, max_length=200, prefill_tokens=16, cuda_graph=cuda_graph)
+        futures = []
+        for seed in range(6):
+            text = TEXTS[seed % len(TEXTS)]
+            drawing = processor(text=text, generation_mode="image")
+            futures.append(engine.draw(drawing, seed=seed, guidance_scale=1.0 + seed % 3, temperature=0.8, top_k=5))
+            futures.append(engine.answer(processor(text=text), seed=seed, max_new_tokens=12, do_sample=seed > 2))
+        thread = threading.Thread(target=engine.run)
+        thread.start()
+        while thread.is_alive() and not futures[-1].done():
+            model.decode_images(torch.zeros(1, *futures[0].result().shape, dtype=torch.long, device="cuda"))
+        engine.stop()
+        thread.join()
+        return [future.result(0).cpu() for future in futures]
+
+    recorded = served(cuda_graph=True)
+    num_replays = len(graphs)
+    launched = served(cuda_graph=False)
+    assert num_replays > 50 and len(graphs) == num_replays
+    assert all(map(torch.equal, recorded, launched))
+    for seed in range(6):
+        inputs = processor(text=TEXTS[seed % len(TEXTS)], generation_mode="image").to("cuda")
+        options = {"seed": seed, "guidance_scale": 1.0 + seed % 3, "temperature": 0.8, "top_k": 5}
+        assert torch.equal(model.generate_image_codes(**inputs, **options)[0].cpu(), recorded[2 * seed])
 
 
 def test_what_cannot_be_recorded_is_launched_with_a_warning():

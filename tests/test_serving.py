@@ -1,13 +1,20 @@
 """The engine: each request gets the same results as alone, whatever runs at the same time."""
 
 import random
+from collections.abc import Callable
 from concurrent.futures import CancelledError
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from eval.llm_families import join, tiny_llm
+from unitok_mllm import engine_graphs, serving
+from unitok_mllm.cuda_graph_unitok import UniTokCudaGraph
 from unitok_mllm.serving import QueueFull, UniTokEngine
 
 
@@ -66,12 +73,11 @@ def question_of(seed: int, processor, picture) -> tuple[dict, dict]:
     return inputs, options
 
 
-@pytest.mark.parametrize("max_rows", [3, 16])
-def test_each_request_gets_what_it_gets_alone(lively_mllm, processor, picture, max_rows):
-    """Requests of all kinds arrive at random moments; some are cancelled before or while they run."""
-    engine = UniTokEngine(lively_mllm, max_rows=max_rows, max_length=256, prefill_tokens=20)
+def check_random_arrivals(engine: UniTokEngine, processor, picture, num_requests: int) -> None:
+    """Let requests of all kinds arrive at random moments, cancel some, and compare the others with the model alone."""
+    lively_mllm, max_rows = engine.model, engine.max_rows
     choose, futures, told = random.Random(0), {}, {}
-    waiting = [("draw", seed) for seed in range(20)] + [("answer", seed) for seed in range(20)]
+    waiting = [(kind, seed) for kind in ("draw", "answer") for seed in range(num_requests)]
     choose.shuffle(waiting)
     while waiting or engine.num_waiting or engine.num_running:
         for _ in range(choose.randint(0, 3)):
@@ -87,7 +93,7 @@ def test_each_request_gets_what_it_gets_alone(lively_mllm, processor, picture, m
             choose.choice(list(futures.values())).cancel()
         engine.step()
     cancelled = {request for request, future in futures.items() if future.cancelled()}
-    assert 0 < len(cancelled) < 20 and len(engine._free) == max_rows
+    assert 0 < len(cancelled) < num_requests and len(engine._free) == max_rows
     for kind, seed in futures.keys() - cancelled:
         result = futures[kind, seed].result(0)
         if kind == "draw":
@@ -99,6 +105,114 @@ def test_each_request_gets_what_it_gets_alone(lively_mllm, processor, picture, m
             expected = lively_mllm.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
         assert torch.equal(result, expected), (kind, seed)
         assert torch.equal(torch.stack(told[kind, seed], dim=-1), expected)
+
+
+@pytest.mark.parametrize("max_rows", [3, 16])
+def test_each_request_gets_what_it_gets_alone(lively_mllm, processor, picture, max_rows):
+    engine = UniTokEngine(lively_mllm, max_rows=max_rows, max_length=256, prefill_tokens=20)
+    check_random_arrivals(engine, processor, picture, num_requests=20)
+
+
+# --- recorded steps ---
+
+
+class Operators(TorchDispatchMode):
+    """Record the operators that run in this context, to run them again on the values that tensors have then."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **kwargs or {})
+        if isinstance(output, bool | int | float):
+            raise RuntimeError(f"{function} reads the values of a tensor.")
+        self.calls.append((function, args, kwargs or {}, output))
+        return output
+
+    def run_again(self, inputs: dict[torch.Tensor, torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        """Run all with other inputs, and return what was `output` when they were recorded."""
+        known = dict(inputs)
+
+        def now(value):
+            return tree_map(lambda leaf: known.get(leaf, leaf) if torch.is_tensor(leaf) else leaf, value)
+
+        for function, args, kwargs, old in self.calls:
+            new = function(*now(args), **now(kwargs))
+            known.update((a, b) for a, b in zip(tree_leaves(old), tree_leaves(new)) if torch.is_tensor(a))
+        return known[output]
+
+
+class OperatorGraph(UniTokCudaGraph):
+    """A CUDA graph's stand-in on a CPU: records the operators of a step, and replays them without its Python code.
+
+    As in a CUDA graph, shapes and Python values are those of the recording, and reading a tensor's value is an error.
+    """
+
+    def _record(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.inputs, self.graph, self.num_replays = [tensor.clone() for tensor in inputs], self, 0
+        with Operators() as self.operators, mock.patch("torch.compiler.is_compiling", lambda: True):
+            self.recorded = self.function(*self.inputs)  # as on CUDA, no check of the codes
+
+    def replay(self) -> None:
+        self.output = self.operators.run_again(dict(zip(self.inputs, self.inputs)), self.recorded)
+        self.num_replays += 1
+
+
+@pytest.fixture
+def recording_engine(monkeypatch, lively_mllm) -> Callable[..., UniTokEngine]:
+    """Make engines whose steps are recorded, as on CUDA."""
+    monkeypatch.setattr(serving, "can_record", lambda model: True)
+    monkeypatch.setattr(engine_graphs, "UniTokCudaGraph", OperatorGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return partial(UniTokEngine, lively_mllm)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_recorded_steps_give_each_request_what_it_gets_alone(
+    recording_engine, lively_mllm, processor, picture, attention
+):
+    lively_mllm.set_attn_implementation(attention)
+    engine = recording_engine(max_rows=3, max_length=200, prefill_tokens=20)
+    check_random_arrivals(engine, processor, picture, num_requests=8)
+    graphs = engine._recorded.graphs
+    assert {tuple(shape) for kind, *shape in graphs if kind == "llm"} <= {
+        (n, end) for n in (1, 2, 4) for end in (64, 128, 200)
+    }
+    assert {key for key in graphs if key[0] != "llm"} <= {
+        (kind, n) for kind in ("depth", "embedder") for n in (1, 2, 4)
+    }
+    num_replays = {key[0]: 0 for key in graphs}
+    for (kind, *_), steps in graphs.items():
+        num_replays[kind] += sum(step.num_replays for step in steps if step.graph is not None)
+    assert len(num_replays) == 3 and all(num_replays.values())
+
+
+def test_added_rows_of_recorded_steps_change_no_slot(recording_engine, processor):
+    """Three rows run, in steps of four, while the fourth slot holds the prompt of an earlier question."""
+    engine = recording_engine(max_rows=4, max_length=64)
+    answers = [engine.answer(processor(text="yes no"), max_new_tokens=4, do_sample=False) for _ in range(4)]
+    run(engine)
+    inputs = processor(text="red", generation_mode="image")
+    for seed in range(3):
+        engine.draw(inputs, guidance_scale=1.0, seed=seed)
+    engine.step()
+    (free,) = engine._free
+    memory = [memory for layer in engine._cache.layers for memory in (layer.keys, layer.values)]
+    before = [slots[free].clone() for slots in memory]
+    run(engine)
+    assert ("llm", 4, 64) in engine._recorded.graphs
+    assert all(torch.equal(slots[free], held) for slots, held in zip(memory, before))
+    assert all(held.any() for held in before) and len({tuple(answer.result(0).tolist()) for answer in answers}) == 1
+
+
+def test_no_steps_are_recorded_on_a_cpu_or_where_it_is_not_wanted(recording_engine, lively_mllm, monkeypatch):
+    assert recording_engine(max_rows=2, cuda_graph=False)._recorded is None
+    monkeypatch.undo()
+    assert UniTokEngine(lively_mllm, max_rows=2)._recorded is None
+
+
+# --- what requests share, and their order ---
 
 
 def test_samples_of_one_seed_are_those_of_one_call(lively_mllm, processor):

@@ -429,7 +429,7 @@ def convert(
     typer.echo(report)
 
 
-def make_engine(mllm, max_rows: int, max_length: int | None, max_queue: int):
+def make_engine(mllm, max_rows: int, max_length: int | None, max_queue: int, cuda_graph: bool = True):
     """Make the engine of a server. A line on stderr says if it does not batch.
 
     The engine's passes leave one CPU core to the requests and to the decoding of pictures.
@@ -439,7 +439,7 @@ def make_engine(mllm, max_rows: int, max_length: int | None, max_queue: int):
     from .serving import UniTokEngine
 
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - 1)))
-    engine = UniTokEngine(mllm, max_rows=max_rows, max_length=max_length, max_queue=max_queue)
+    engine = UniTokEngine(mllm, max_rows, max_length, max_queue, cuda_graph=cuda_graph)
     if not engine.is_batched:
         kind = mllm.config.text_config.model_type
         typer.echo(f"{kind} cannot be batched: each step computes its rows one after another", err=True)
@@ -528,6 +528,9 @@ def api(
         ),
     ] = [],  # noqa: B006
     proxy: Proxy = None,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph/--no-cuda-graph", help="On a GPU, record the batch's steps as CUDA graphs.")
+    ] = True,
     device: Device = AUTO,
 ) -> None:
     """Serve OpenAI's API: chat about pictures, images, edits, many at once. Ctrl-C ends it when all are answered.
@@ -546,7 +549,7 @@ def api(
 
     key = server.read_key(api_key_file)
     mllm, processor = load(model, device=device)
-    engine = make_engine(mllm, max_rows, max_length, queue_size)
+    engine = make_engine(mllm, max_rows, max_length, queue_size, cuda_graph)
     limits = {
         "max_body": max_body_mb * 2**20,
         "timeout": timeout,

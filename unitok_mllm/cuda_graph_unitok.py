@@ -22,10 +22,12 @@ class UniTokCudaGraph:
     Args:
         function: takes tensors of the same shapes and dtypes at each call, may change other tensors in place, and
             returns a tensor.
+        pool: memory pool that several graphs may share, from `torch.cuda.graph_pool_handle()`, if they never run at
+            the same time; None for memory of its own.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor]):
-        self.function = function
+    def __init__(self, function: Callable[..., torch.Tensor], pool: tuple[int, int] | None = None):
+        self.function, self.pool = function, pool
         self.calls, self.graph = 0, None
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -42,11 +44,26 @@ class UniTokCudaGraph:
     def _record(self, inputs: tuple[torch.Tensor, ...]) -> None:
         self.inputs, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # other threads may use the device meanwhile, such as one that decodes pictures
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.output = self.function(*self.inputs)
             self.graph = graph
         except RuntimeError as error:
             warnings.warn(f"No CUDA graph could be recorded, the steps are launched one by one: {error}", stacklevel=3)
+
+
+def can_record(model: PreTrainedModel) -> bool:
+    """Return whether the steps of a model's LLM can be recorded.
+
+    They cannot on other devices than CUDA, with offloaded weights, or with code or quantized weights that torch cannot
+    compile.
+    """
+    llm, quantizer = model.get_decoder(), getattr(model, "hf_quantizer", None)
+    if model.device.type != "cuda" or not getattr(llm, "_can_compile_fullgraph", False):
+        return False
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return False
+    return quantizer is None or quantizer.is_compileable
 
 
 def static_cache(model: PreTrainedModel, max_length: int) -> StaticCache | None:
@@ -57,16 +74,10 @@ def static_cache(model: PreTrainedModel, max_length: int) -> StaticCache | None:
         max_length: capacity in tokens.
 
     Returns:
-        The cache; None if the steps cannot be recorded: on other devices than CUDA, with layers that have other state
-        or a window below `max_length` tokens, with offloaded weights, with code or quantized weights that torch cannot
-        compile.
+        The cache; None if the steps cannot be recorded: see `can_record`, or with layers that have other state or a
+        window below `max_length` tokens.
     """
-    llm, quantizer = model.get_decoder(), getattr(model, "hf_quantizer", None)
-    if model.device.type != "cuda" or not getattr(llm, "_can_compile_fullgraph", False):
-        return None
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return None
-    if quantizer is not None and not quantizer.is_compileable:
+    if not can_record(model):
         return None
     cache = StaticCache(config=model.config.text_config, max_cache_len=max_length)
     if all(isinstance(layer, StaticLayer) and layer.max_cache_len == max_length for layer in cache.layers):
@@ -74,4 +85,4 @@ def static_cache(model: PreTrainedModel, max_length: int) -> StaticCache | None:
     return None
 
 
-__all__ = ["UniTokCudaGraph", "static_cache"]
+__all__ = ["UniTokCudaGraph", "can_record", "static_cache"]

@@ -5,6 +5,7 @@ Input 1 is the LLM's state at the *previous* position, input k + 1 the embedding
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -94,7 +95,10 @@ class UniTokDepthTransformer(nn.Module):
         return self.head(self.norm(inputs_embeds))
 
     def generate(
-        self, hidden_states: torch.Tensor, choose: Callable[[torch.Tensor, int], torch.Tensor]
+        self,
+        hidden_states: torch.Tensor,
+        choose: Callable[[torch.Tensor, int], torch.Tensor],
+        passes: list[Callable[[torch.Tensor], torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """Choose the K codes of one position with a key/value cache, in K passes of one input each.
 
@@ -102,11 +106,27 @@ class UniTokDepthTransformer(nn.Module):
             hidden_states: (R * B, D), the LLM's states, R guidance branches one after the other.
             choose: a function of the logits (R * B, V) and the index of the codebook (from 0) that returns the codes
                 (B,). All branches continue with the same codes.
+            passes: what `passes` returned for states of this shape; None to call it here.
 
         Returns:
             (B, K), int64.
         """
-        hidden_states, codes = self.in_proj(hidden_states), []
+        inputs, codes = hidden_states, []
+        for k, logits_of in enumerate(passes or self.passes(hidden_states)):
+            codes.append(choose(logits_of(inputs), k))
+            inputs = codes[-1].repeat(len(hidden_states) // len(codes[-1]))
+        return torch.stack(codes, dim=1)
+
+    def passes(self, hidden_states: torch.Tensor) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """Prepare the K passes of a position. They share a key/value cache, and can be used for many positions.
+
+        Args:
+            hidden_states: (N, D); only its shape, dtype and device matter.
+
+        Returns:
+            K functions that return the logits (N, V) of one code each. The first takes the states, (N, D), the others
+            the codes before theirs, (N,).
+        """
         cosines, sines = (table[0] for table in self._positions(hidden_states))
         first, second = sines.chunk(2, dim=-1)
         rotation = cosines, torch.cat([-first, second], dim=-1)
@@ -119,14 +139,19 @@ class UniTokDepthTransformer(nn.Module):
                 (layer.self_attn.config.num_key_value_heads, layer.self_attn.head_dim) for layer in self.layers
             )
         ]
-        for k in range(self.num_codebooks):
-            for layer, cache in zip(self.layers, caches):
-                hidden_states = self._step(layer, hidden_states, k, rotation, cache)
-            codes.append(choose(self.head(self.norm(hidden_states)), k))
-            if k + 1 < self.num_codebooks:
-                embeds = self.embeddings(codes[-1] + k * self.codebook_size)
-                hidden_states = embeds.repeat(len(hidden_states) // len(embeds), 1)
-        return torch.stack(codes, dim=1)
+        return [partial(self._pass, k, rotation, caches) for k in range(self.num_codebooks)]
+
+    def _pass(
+        self,
+        k: int,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        caches: list[torch.Tensor],
+        inputs: torch.Tensor,
+    ) -> torch.Tensor:
+        hidden_states = self.in_proj(inputs) if k == 0 else self.embeddings(inputs + (k - 1) * self.codebook_size)
+        for layer, cache in zip(self.layers, caches):
+            hidden_states = self._step(layer, hidden_states, k, rotation, cache)
+        return self.head(self.norm(hidden_states))
 
     @staticmethod
     def _step(

@@ -26,19 +26,23 @@ class UniTokSlotLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def place(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
-        """Set where the next pass stores its keys and values: slots (N,) and positions (N, T)."""
-        self.slots, self.positions = slots, positions
-        self.end = int(positions.max()) + 1
-        first, last = int(slots[0]), int(slots[-1])
-        is_range = last - first + 1 == len(slots) and bool((slots.diff() == 1).all())
-        self.rows = slice(first, last + 1) if is_range else slots  # a slice gives a view, an index a copy
+    def place(self, slots: torch.Tensor, positions: torch.Tensor, end: int, slot_range: slice | None = None) -> None:
+        """Set where the next pass stores its keys and values.
+
+        Args:
+            slots: slot of each row, (N,).
+            positions: positions of each row, (N, T).
+            end: number of positions of each slot that the pass attends to, those that it stores included.
+            slot_range: the same slots as a slice, if they follow one another: a slice gives a view, an index a copy.
+        """
+        self.slots, self.positions, self.end = slots, positions, end
+        self.rows = slots if slot_range is None else slot_range
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store the keys and values of a pass, (N, heads, T, dims).
 
         Returns:
-            The keys and values of these slots up to the end of the longest, each (N, heads, end, dims).
+            The keys and values of these slots up to `end`, each (N, heads, end, dims).
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -60,3 +64,9 @@ class UniTokSlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.max_length
+
+
+def range_of(slots: list[int]) -> slice | None:
+    """Return the slots as a slice; None if they do not follow one another."""
+    first = slots[0]
+    return slice(first, first + len(slots)) if slots == [*range(first, first + len(slots))] else None

@@ -32,6 +32,7 @@ class Arguments(BaseModel):
     timeout: float = Field(600, ge=0.1, allow_inf_nan=False)
     max_body_mb: int = Field(32, ge=1)
     max_open: int = Field(MAX_OPEN, ge=1)
+    cuda_graph: bool = True
     device: str = AUTO
     api_key_file: str | None = None
     allow_host: list[Annotated[str, AfterValidator(served_host)]] = []
@@ -47,8 +48,8 @@ class UniTokServer:
     def __init__(self, arguments: Arguments):
         self.arguments = arguments
         model, self.processor = load(arguments.model, device=arguments.device)
-        sizes = {"max_rows": arguments.max_rows, "max_length": arguments.max_length}
-        self.engine = UniTokEngine(model, max_queue=arguments.queue_size, **sizes)
+        sizes = arguments.max_rows, arguments.max_length, arguments.queue_size
+        self.engine = UniTokEngine(model, *sizes, cuda_graph=arguments.cuda_graph)
 
     def __serve_build_asgi_app__(self):
         """Return the ASGI application. Ray calls this after the constructor."""

@@ -14,6 +14,8 @@ the same prefix (another question about the same picture) continues from a copy 
 Slots work for plain attention only. With any other LLM (recurrent state, sliding window, linear biases), each row has
 its own cache, and a step computes the rows one after another.
 
+On CUDA, the steps that advance each row by one position are recorded as CUDA graphs; see `engine_graphs`.
+
 A request gets the same result as it would alone with the same seed. It has its own random numbers, its positions start
 at 0, and its attention and logits processors do not see other rows.
 """
@@ -24,6 +26,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
 import torch
 from torch import nn
@@ -31,9 +34,11 @@ from transformers import Cache, GenerationConfig, StoppingCriteriaList, StopStri
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
+from .cuda_graph_unitok import can_record
 from .drawing_unitok import UniTokCodeSampler, has_keys
+from .engine_graphs import MIN_KEYS, RecordedSteps, power_of_two
 from .engine_requests import Answer, Drawing, Request, Row
-from .engine_slots import UniTokSlotLayer
+from .engine_slots import UniTokSlotLayer, range_of
 from .fast_drawing_unitok import prepare_drawing
 from .growing_cache_unitok import UniTokGrowingLayer, growing_cache
 from .interleaved_unitok import UniTokAnswerEnd
@@ -70,6 +75,8 @@ class UniTokEngine:
         max_queue: number of requests that may wait for rows.
         prefill_tokens: maximum number of prompt positions, padding included, in one step, so that a long prompt does
             not delay running requests. If rows are not batched, a prompt is processed in one piece.
+        cuda_graph: False to launch all kernels of each step from Python (slow; gives the same results). This also
+            happens if no graph is possible: see `cuda_graph_unitok`.
 
     Attributes:
         is_batched: whether the LLM computes all rows in one pass. False if that changes the logits.
@@ -93,6 +100,7 @@ class UniTokEngine:
         max_length: int | None = None,
         max_queue: int = 256,
         prefill_tokens: int = 512,
+        cuda_graph: bool = True,
     ):
         for name, value in (("max_rows", max_rows), ("max_length", max_length), ("prefill_tokens", prefill_tokens)):
             if value is not None and value < 1:
@@ -106,8 +114,10 @@ class UniTokEngine:
         self._llm, cache = growing_cache(self._parts.llm, self.max_length)
         self.is_batched = all(type(layer) is UniTokGrowingLayer for layer in cache.layers)
         layers = cache.layers if self.is_batched else []
-        self._cache = Cache(layers=[UniTokSlotLayer(max_rows, self.max_length, layer.dtype) for layer in layers])
-        self._embedder_cache = Cache(layers=[UniTokSlotLayer(max_rows, model.config.num_image_positions)])
+        self._recorded = RecordedSteps(spare_slot=max_rows) if cuda_graph and layers and can_record(model) else None
+        num_slots = max_rows if self._recorded is None else max_rows + 1
+        self._cache = Cache(layers=[UniTokSlotLayer(num_slots, self.max_length, layer.dtype) for layer in layers])
+        self._embedder_cache = Cache(layers=[UniTokSlotLayer(num_slots, model.config.num_image_positions)])
         decoder = model.get_decoder()
         self._output_layer = pack_linears(
             copy_changed(model.language_model, lambda module: _without_layers(module) if module is decoder else module)
@@ -135,7 +145,7 @@ class UniTokEngine:
         """Submit a request to draw one image.
 
         Args:
-            inputs: output of `processor(text=..., generation_mode="image" or "edit")` for one prompt.
+            inputs: output of `processor(text=..., generation_mode="image" or "edit")` for one prompt, on any device.
             tell: called in the engine's thread with the codes of each position, (K,).
             sample: index of the sample for this seed: sample j is row j of
                 `generate_image_codes(num_return_sequences=...)`.
@@ -150,13 +160,13 @@ class UniTokEngine:
                 positions than the engine has.
             QueueFull: too many requests are waiting, or the engine is stopping.
         """
-        return self._submit(self._drawing(inputs, tell, sample, **options))
+        return self._submit(self._drawing(self._on_device(inputs), tell, sample, **options))
 
     def answer(self, inputs: dict, tell: Callable | None = None, seed: int | None = None, **options) -> Future:
         """Submit a request for a text answer to one prompt.
 
         Args:
-            inputs: output of `processor(...)` or its chat template for one prompt.
+            inputs: output of `processor(...)` or its chat template for one prompt, on any device.
             tell: called in the engine's thread with each token, ().
             seed: seed for `do_sample`; the answer equals that of `generate` after `torch.manual_seed(seed)`.
             options: options of transformers' `generate`, except those that need several sequences.
@@ -170,7 +180,7 @@ class UniTokEngine:
             QueueFull: too many requests are waiting, or the engine is stopping.
         """
         random = torch.Generator(self.model.device).manual_seed(next(self._seeds) if seed is None else seed)
-        return self._submit(self._answer(inputs, tell, random, **options))
+        return self._submit(self._answer(self._on_device(inputs), tell, random, **options))
 
     def interleaved(
         self,
@@ -184,7 +194,7 @@ class UniTokEngine:
         """Submit a request for an answer of text and images to one prompt.
 
         Args:
-            inputs: output of `processor(..., generation_mode="interleaved")` for one prompt.
+            inputs: output of `processor(..., generation_mode="interleaved")` for one prompt, on any device.
             tell: called in the engine's thread with each token, (), and the codes of each position, (K,).
             seed: seed of the text, as in `answer`, and of the images: image n (from 0) is drawn with `seed + n`.
             max_images: see `generate_interleaved`.
@@ -201,7 +211,9 @@ class UniTokEngine:
         """
         seed = next(self._seeds) if seed is None else seed
         random = torch.Generator(self.model.device).manual_seed(seed)
-        pieces = self._pieces(dict(inputs), tell, random, seed, max_images, dict(image_options or {}), options)
+        pieces = self._pieces(
+            self._on_device(inputs), tell, random, seed, max_images, dict(image_options or {}), options
+        )
         whole, current = Future(), self._submit(next(pieces))
 
         def go_on(done: Future) -> None:
@@ -294,6 +306,10 @@ class UniTokEngine:
             if requests := [request for request in ready if isinstance(request, kind)]:
                 bring_on(requests)
         self.num_steps += 1
+
+    def _on_device(self, inputs: dict) -> dict:
+        device = self.model.device
+        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
 
     def _drawing(self, inputs: dict, tell: Callable | None, sample: int = 0, **options) -> Drawing:
         if options.get("seed") is None:
@@ -448,6 +464,7 @@ class UniTokEngine:
 
     def _advance(self, rows: list[Row]) -> None:
         """Run the LLM on the pending positions of each row, at most `prefill_tokens` per row."""
+        rows = sorted(rows, key=lambda row: row.slot)
         counts = [min(len(row.pending), self.prefill_tokens) for row in rows]
         if self.is_batched:
             embeds = nn.utils.rnn.pad_sequence([r.pending[:n] for r, n in zip(rows, counts)], batch_first=True)
@@ -474,21 +491,36 @@ class UniTokEngine:
         Returns:
             The hidden state at the last of these positions, (N, D).
         """
-        device = embeds.device
-        starts, counts = torch.tensor(starts, device=device), torch.tensor(counts, device=device)
-        positions = starts[:, None] + torch.arange(embeds.shape[1], device=device)
+        device, longest = embeds.device, embeds.shape[1]
+        end = min(max(starts) + longest, self.max_length)
+        if self._recorded is not None and longest == 1:
+            end = min(max(power_of_two(end), MIN_KEYS), self.max_length)
+            embeds, (slots, starts) = self._recorded.fill(embeds), self._recorded.fill_slots(slots, starts, device)
+            (step,) = self._recorded.get(("llm", len(slots), end), lambda: [partial(self._pass, end=end)])
+            return step(embeds, slots, starts)[: len(counts), 0]
+        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(longest, device=device)
         positions = positions.clamp_max(self.max_length - 1)  # of padding, which later positions overwrite
-        slots = torch.tensor(slots, device=device)
+        hidden_states = self._pass(embeds, torch.tensor(slots, device=device), positions, end, range_of(slots))
+        return hidden_states[torch.arange(len(counts), device=device), torch.tensor(counts, device=device) - 1]
+
+    def _pass(
+        self,
+        embeds: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        end: int,
+        slot_range: slice | None = None,
+    ) -> torch.Tensor:
+        """Run the LLM on embeddings (N, T, D), and return its hidden states; see `UniTokSlotLayer.place`."""
         for layer in self._cache.layers:
-            layer.place(slots, positions)
-        keys = torch.arange(layer.end, device=device)
+            layer.place(slots, positions, end, slot_range)
+        keys = torch.arange(end, device=embeds.device)
         mask = keys[None, None, None] <= positions[:, None, :, None]  # (N, 1, T, end)
         if self._llm.config._attn_implementation == "eager":
             mask = torch.where(mask, 0.0, torch.finfo(embeds.dtype).min).to(embeds.dtype)
-        hidden_states = self._llm(
+        return self._llm(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, cache=self._cache, use_cache=True
         ).last_hidden_state
-        return hidden_states[torch.arange(len(counts), device=device), counts - 1]
 
     def _state(self, row: Row) -> torch.Tensor:
         """Run the pending positions of a row with its own caches. Returns the last hidden state, (D,)."""
@@ -507,9 +539,13 @@ class UniTokEngine:
     def _bring_on_drawings(self, drawings: list[Drawing]) -> None:
         """Sample the K codes of the next position of each drawing."""
         rows = [row for drawing in drawings for row in drawing.rows]
-        states = torch.stack([row.state for row in rows])
+        states, passes = torch.stack([row.state for row in rows]), None
+        if self._recorded is not None:
+            states = self._recorded.fill(states)
+            passes = self._recorded.get(("depth", len(states)), lambda: self._parts.depth_head.passes(states))
         device = states.device
-        owners = torch.tensor([i for i, drawing in enumerate(drawings) for _ in drawing.rows], device=device)
+        owners = [i for i, drawing in enumerate(drawings) for _ in drawing.rows]
+        owners = torch.tensor(owners + [0] * (len(states) - len(owners)), device=device)
         firsts = torch.tensor([0, *itertools.accumulate(len(d.rows) for d in drawings)][:-1], device=device)
         width = max(len(drawing.weights) for drawing in drawings)
         weights = torch.tensor([d.weights + [0.0] * (width - len(d.weights)) for d in drawings], device=device)
@@ -530,7 +566,7 @@ class UniTokEngine:
                 codes[places] = sampler(guided[places], noise[places, k])
             return codes[owners]
 
-        codes = self._parts.depth_head.generate(states, choose)[firsts]
+        codes = self._parts.depth_head.generate(states, choose, passes)[firsts]
         finished = []
         for drawing, group in zip(drawings, codes):
             drawing.groups.append(group)
@@ -541,15 +577,28 @@ class UniTokEngine:
         for drawing in finished:
             self._finish(drawing, torch.stack(drawing.groups, dim=1))
         if going_on := [drawing for drawing in drawings if drawing not in finished]:
-            slots = torch.tensor([drawing.rows[0].slot for drawing in going_on], device=device)
-            (layer,) = self._embedder_cache.layers
-            order = slots.argsort()
-            layer.place(slots[order], torch.tensor([len(d.groups) - 1 for d in going_on], device=device)[order, None])
-            groups = torch.stack([drawing.groups[-1] for drawing in going_on])
-            embeds = self._parts.embedder(groups[order, :, None], self._embedder_cache)[order.argsort()]
-            for drawing, embed in zip(going_on, embeds):
+            going_on.sort(key=lambda drawing: drawing.rows[0].slot)
+            for drawing, embeds in zip(going_on, self._embed(going_on)):
                 for row in drawing.rows:
-                    row.push(embed)
+                    row.push(embeds)
+
+    def _embed(self, drawings: list[Drawing]) -> torch.Tensor:
+        """Embed the latest codes of each drawing, (N, 1, D)."""
+        codes = torch.stack([drawing.groups[-1] for drawing in drawings])
+        slots = [drawing.rows[0].slot for drawing in drawings]
+        positions = [len(drawing.groups) - 1 for drawing in drawings]
+        (layer,), device = self._embedder_cache.layers, codes.device
+
+        def embedded(codes, slots, positions, end=layer.max_length, slot_range=None) -> torch.Tensor:
+            layer.place(slots, positions, end, slot_range)
+            return self._parts.embedder(codes[:, :, None], self._embedder_cache)
+
+        if self._recorded is not None:
+            codes, (slots, positions) = self._recorded.fill(codes), self._recorded.fill_slots(slots, positions, device)
+            (step,) = self._recorded.get(("embedder", len(codes)), lambda: [embedded])
+            return step(codes, slots, positions)[: len(drawings)]
+        indices, end = torch.tensor(slots, device=device), max(positions) + 1
+        return embedded(codes, indices, torch.tensor(positions, device=device)[:, None], end, range_of(slots))
 
     def _bring_on_answers(self, answers: list[Answer]) -> None:
         """Choose the next token of each answer."""
