@@ -3,6 +3,7 @@
     python -m eval.speed                                              # the shipped tiny model
     python -m eval.speed --preset smollm2 --dtype bfloat16 --jobs draw answer
     python -m eval.speed --preset smollm2 --jobs draw --batches 1 --naive --positions 32
+    python -m eval.speed --preset smollm2 --jobs draw --batches 1 --peer janus emu3 --positions 48
     python -m eval.speed --model FOLDER --output runs/speed.json      # an MLLM, or a tokenizer alone
 
 Presets:
@@ -17,9 +18,12 @@ Jobs:
     encode, decode      images to codes, codes to images (photographs that scikit-image and scikit-learn ship). Rows
                         with oneDNN use `pack_linears(tokenizer)`, on a CPU
     draw                text to image codes, guidance 5, greedily; draw_sampled: from the 20 likeliest codes
+    draw_janus, draw_emu3   with --peer: greedily with the library's models around an LLM of the same size, see
+                        `eval.timing.peers`
     answer              time to the first token of an answer about a picture, and the tokens that follow
     train_tokenizer     one step: forward, the losses that need no other network, backward, AdamW
-    train_mllm          one step on samples that read or write one image each, padded as by the collator, or packed
+    train_mllm          one step on samples that read or write one image each, or on texts, padded as by the collator, or
+                        packed. "with logits" keeps the logits of all targets; the others compute losses in chunks
     first_answer        the first question to a loaded model, with everything around the model
     load                JPEGs to training samples of 256 pixels, in one thread
     import              the package's classes in a fresh process

@@ -11,7 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from eval.llm_families import FAMILIES as ALL_FAMILIES
 from eval.llm_families import join, outcome, tiny_llm
-from unitok_mllm import UniTokConfig, UniTokMLLMConfig, UniTokMLLMForConditionalGeneration, UniTokModel
+from unitok_mllm import (
+    UniTokConfig,
+    UniTokMLLMConfig,
+    UniTokMLLMForConditionalGeneration,
+    UniTokModel,
+    modeling_unitok_mllm,
+)
+from unitok_mllm.modeling_unitok_mllm import PLAIN_HEADS
 
 
 pytestmark = pytest.mark.full
@@ -106,24 +113,25 @@ def test_every_llm_reads_and_draws_as_part_of_the_whole(language_model, model, p
     assert torch.equal(loaded.generate(**prompt, **options, do_sample=False), codes)
 
 
-def test_every_llm_learns_the_same_from_the_logits_at_its_targets_alone(model, processor, images):
+def test_every_llm_learns_the_same_from_the_logits_at_its_targets_alone(model, processor, images, monkeypatch):
     texts = ["<image> what is the shape? a circle", "a <image> blue <image> yes", "red"]
     inputs = processor(text=texts, images=list((images[:3] + 1) / 2))
     labels = inputs["input_ids"].masked_fill(torch.rand(inputs["input_ids"].shape) < 0.5, -100)
+    monkeypatch.setattr(modeling_unitok_mllm, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(model, "_has_many", lambda _: model.config.text_config.model_type in PLAIN_HEADS)
     results = []
-    for sparse in (False, True):
+    for options in ({}, {"logits_at_targets": True}, {"losses_alone": True}):
         model.zero_grad()
-        output = model(
-            **inputs, labels=labels, image_targets=torch.tensor([False, True, True]), logits_at_targets=sparse
-        )
+        output = model(**inputs, labels=labels, image_targets=torch.tensor([False, True, True]), **options)
         output.loss.backward()
         results.append((output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
-    (dense, dense_grads), (sparse, sparse_grads) = results
-    torch.testing.assert_close(sparse.loss, dense.loss)
-    torch.testing.assert_close(sparse.text_loss, dense.text_loss)
-    assert dense_grads.keys() == sparse_grads.keys()
-    for name, grad in dense_grads.items():
-        torch.testing.assert_close(sparse_grads[name], grad, msg=name, rtol=1e-4, atol=1e-5)
+    (dense, dense_grads), (sparse, _), _ = results
+    for other, grads in results[1:]:
+        torch.testing.assert_close(other.loss, dense.loss)
+        torch.testing.assert_close(other.text_loss, dense.text_loss)
+        assert dense_grads.keys() == grads.keys()
+        for name, grad in dense_grads.items():
+            torch.testing.assert_close(grads[name], grad, msg=name, rtol=1e-4, atol=1e-5)
     is_target = (labels[:, 1:] != -100) & (inputs["input_ids"][:, 1:] != IMAGE)
     assert sparse.logits.shape == (is_target.sum(), dense.logits.shape[-1])
     torch.testing.assert_close(sparse.logits, dense.logits[:, :-1][is_target])
@@ -132,6 +140,17 @@ def test_every_llm_learns_the_same_from_the_logits_at_its_targets_alone(model, p
     none = model(**inputs, labels=torch.full_like(labels, -100), logits_at_targets=True)
     assert none.text_loss == 0 and none.logits.shape[0] == 0
     none.loss.backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", sorted(PLAIN_HEADS))
+def test_the_head_of_an_llm_whose_text_loss_comes_in_chunks_is_one_layer(family):
+    model = join(tiny_llm(family))
+    embeds = torch.randn(2, 5, model.config.llm_sizes.hidden_size)
+    output = model.get_decoder()(inputs_embeds=embeds, output_hidden_states=True, return_dict=True)
+    expected = model.language_model(inputs_embeds=embeds).logits
+    assert expected.std() > 0.1  # a cap or a factor would show
+    torch.testing.assert_close(model.get_output_embeddings()(output.hidden_states[-1]), expected)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "mamba", "falcon_h1"])

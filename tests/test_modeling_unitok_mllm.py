@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaForCausalLM, logging
 from transformers.testing_utils import CaptureLogger
 
-from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMModel, UniTokModel
+from unitok_mllm import UniTokMLLMForConditionalGeneration, UniTokMLLMModel, UniTokModel, modeling_unitok_mllm
 
 
 K, L, V = 4, 9, 32
@@ -142,6 +142,42 @@ def test_the_depth_head_reads_the_state_before_each_position(lively_mllm):
             [lively_mllm.depth_head(states[b, start + p - 1][None], codes[p][None]) for p in range(L)]
         )
         torch.testing.assert_close(output.image_logits[n], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 1000}, {"frozen": True}], ids=str)
+def test_losses_alone_and_their_gradients_are_the_same_in_chunks(lively_mllm, monkeypatch, options):
+    monkeypatch.setattr(modeling_unitok_mllm, "CHUNK_ROWS", 20)  # of 64 text tokens and 432 codes
+    options, batch = dict(options), make_batch([*SAMPLES] * 6)
+    if options.pop("frozen", False):
+        lively_mllm.requires_grad_(False)
+        lively_mllm.embedder.requires_grad_(True)
+    batch["labels"] = torch.where(batch["input_ids"] == IMAGE, IMAGE, batch["labels"])  # for the number of items
+    results = []
+    for losses_alone in (False, True):
+        lively_mllm.zero_grad()
+        output = lively_mllm(**batch, **options, losses_alone=losses_alone)
+        (7 * output.loss).backward(retain_graph=True)
+        grads = {n: p.grad.clone() for n, p in lively_mllm.named_parameters() if p.grad is not None}
+        results.append((output, grads))
+    (whole, expected), (alone, grads) = results
+    assert alone.logits is None and alone.image_logits is None
+    for name in ("loss", "text_loss", "image_loss", "num_text_targets", "num_image_targets"):
+        torch.testing.assert_close(alone[name], whole[name], rtol=1e-6, atol=0, msg=name)
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6 * grad.abs().max().item(), msg=name)
+    for loss in (alone.text_loss, alone.image_loss):
+        with pytest.raises(RuntimeError, match="can be computed only once"):  # both were computed in chunks
+            loss.backward(retain_graph=True)
+
+
+def test_losses_alone_of_few_targets_are_those_with_logits(lively_mllm):
+    for names in BATCHES:
+        batch = make_batch(names)
+        whole, alone = lively_mllm(**batch), lively_mllm(**batch, losses_alone=True)
+        torch.testing.assert_close(alone.loss, whole.loss, rtol=1e-6, atol=0)
+        assert alone.logits is None and alone.image_logits is None
+    assert lively_mllm(**batch | {"labels": None, "image_targets": None}, losses_alone=True).logits is not None
 
 
 def test_the_image_loss_on_a_share_of_the_positions_is_unbiased(lively_mllm):

@@ -17,7 +17,8 @@ from eval import speed
 from eval.speed import run_job
 from eval.timing import bounds, jobs, measuring, naive
 from eval.timing.measuring import Job, Way, count, difference
-from eval.timing.settings import Settings
+from eval.timing.peers import BUILD, EMU3_CODES
+from eval.timing.settings import PEERS, Settings
 from eval.timing.subjects import Subject, pixels_of_photographs
 from eval.timing.training_jobs import training_batch
 from training.losses import psnr
@@ -156,6 +157,35 @@ def test_training_batches_hold_the_mix_and_their_targets(mllm, mix, drawn, packe
     targets = 3 * drawn + 8 * (4 - drawn)  # boi, eoi and the last token, or the answer
     assert int((batch["labels"] != -100).sum()) == targets
     assert int((batch["input_ids"] == mllm.config.image_token_id).sum()) == 4 * 9
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_draws_the_codes_of_its_images(name, llama_config):
+    build, drawing = BUILD[name]
+    model, ids = build(llama_config).eval(), torch.randint(10, 300, (2, 6))
+    codes = drawing(model, ids, 5, 3.0)()
+    assert codes.shape == (2, 5) and torch.equal(drawing(model, ids, 5, 3.0)(), codes)
+    first, last = {"janus": (0, 16384), "emu3": (300, 300 + EMU3_CODES)}[name]
+    assert first <= codes.min() and codes.max() < last and codes.unique().numel() > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"peer": ["dalle"]}, "no peer dalle: the peers are janus, emu3"),
+        ({"peer": ["janus"]}, "peers have the LLM's size of the presets smollm2 and 7b, got tiny"),
+    ],
+    ids=str,
+)
+def test_a_peer_that_there_is_not_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(device="cpu", **options)
+    assert Settings(device="cpu", preset="smollm2", jobs=["draw"], peer=["janus"]).jobs == ["draw", "draw_janus"]
+
+
+def test_a_training_batch_of_texts_is_all_targets(mllm):
+    batch = training_batch(mllm.config, 4, "text", False, "cpu")
+    assert "image_codes" not in batch and int((batch["labels"] != -100).sum()) == int(batch["num_tokens"])
 
 
 def test_rows_hold_every_field_and_are_lines_of_json(folder, capsys):

@@ -201,7 +201,7 @@ class MLLMTrainer(Trainer):
             pixel_values, places = inputs.pop("pixel_values"), inputs.pop("pixel_places")
             inputs["image_codes"][places] = self.mllm.encode_images(pixel_values)
         share = self.image_loss_share if model.training else 1.0
-        output = model(**inputs, image_loss_share=share, logits_at_targets=True)
+        output = model(**inputs, image_loss_share=share, losses_alone=True)
         sums = torch.stack([output.text_loss, output.image_loss]) * counts
         record = self._since_log if model.training else self._evaluated
         record[:2] += sums.detach()

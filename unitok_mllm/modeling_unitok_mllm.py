@@ -17,6 +17,7 @@ Differences from the reference code:
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 
 import torch
@@ -27,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
+from .chunked_loss_unitok import loss_in_chunks
 from .configuration_unitok import LEARNED_POSITIONS, UniTokDepthConfig, UniTokMLLMConfig
 from .depth_unitok import UniTokDepthTransformer
 from .generation_unitok import UniTokGenerationMixin, is_used
@@ -43,13 +45,23 @@ from .quantization_unitok import UniTokMultiCodebookQuantizer
 from .scoring_unitok import UniTokScoringMixin
 
 
+# LLMs whose logits are their output layer applied to the decoder's states, without scaling or capping.
+PLAIN_HEADS = {
+    *("arcee", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "gpt_neox", "helium", "lfm2", "llama", "ministral"),
+    *("mistral", "nemotron", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3"),
+    *("stablelm", "starcoder2"),
+}
+CHUNK_ROWS = 1024  # text tokens, or codes, whose logits are in memory together
+
+
 @dataclass
 class UniTokMLLMOutput(ModelOutput):
     """Output of `UniTokMLLMForConditionalGeneration.forward`.
 
     Attributes:
         loss: scalar, the mean over all targets, text tokens and codes; None without labels and `image_targets`.
-        logits: (B, T, vocabulary), the LLM's; fewer with `logits_to_keep` or `logits_at_targets`.
+        logits: (B, T, vocabulary), the LLM's; fewer with `logits_to_keep` or `logits_at_targets`; None for losses
+            alone.
         cache: the LLM's key/value cache.
         hidden_states: the LLM's, if asked for.
         attentions: the LLM's attention weights, if asked for and if its attention implementation returns them.
@@ -58,7 +70,7 @@ class UniTokMLLMOutput(ModelOutput):
         num_text_targets: scalar, int64: number of tokens in `text_loss`.
         num_image_targets: scalar, int64: number of codes of the target images, whatever the `image_loss_share`, since the
             mean over a share estimates the mean over all.
-        image_logits: (N, L, K, V), for the N target images; None without `image_targets`.
+        image_logits: (N, L, K, V), for the N target images; None without `image_targets`, or for losses alone.
     """
 
     loss: torch.Tensor | None = None
@@ -509,6 +521,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
         logits_to_keep: int | torch.Tensor = 0,
         image_loss_share: float = 1.0,
         logits_at_targets: bool = False,
+        losses_alone: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> UniTokMLLMOutput:
@@ -534,6 +547,8 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
                 memory. Below 1 there are no `image_logits`.
             logits_at_targets: with labels, compute the LLM's logits only where a text target is predicted. The loss is the
                 same, at less time and memory. `logits` is then (M, vocabulary), for M targets.
+            losses_alone: with targets, return no logits. The losses and their gradients are the same, at less memory: they
+                are computed in chunks, see `chunked_loss_unitok`. A backward pass is then possible only once.
             num_items_in_batch: divisor of the loss, for batches that are parts of a larger one: the number of labels
                 other than -100 in the whole, as the library's Trainer counts them. The positions of target images then
                 need labels too (any id, such as their placeholder's). Each counts once, with the mean over its K
@@ -561,31 +576,41 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
         if shift_labels is not None and input_ids is not None:
             is_image = F.pad(input_ids[:, 1:] == self.config.image_token_id, (0, 1))
             text_labels = shift_labels.masked_fill(is_image, -100)
-        is_target = text_labels != -100 if text_labels is not None and logits_at_targets else None
+        sparse = text_labels is not None and (logits_at_targets or losses_alone)
+        is_target = text_labels != -100 if sparse else None
         if with_loss:
             logits_to_keep, use_cache = 0 if is_target is None else is_target, False
-        outputs = self.language_model(
+        in_chunks = with_loss and losses_alone and self._has_many(is_target)
+        llm = self.get_decoder() if in_chunks else partial(self.language_model, logits_to_keep=logits_to_keep)
+        outputs = llm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=self._positions(position_ids, attention_mask),
             cache=cache,
             use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
             **(options | {"output_hidden_states": True} if with_loss else options),
         )
         shared = {
-            "logits": outputs.logits,
+            "logits": None if with_loss and losses_alone else outputs.logits,
             "cache": outputs.cache,
             "hidden_states": selected(outputs.hidden_states, options.get("output_hidden_states")),
             "attentions": outputs.get("attentions"),
         }
         if not with_loss:
             return UniTokMLLMOutput(**shared)
-        text_sum, text_count = self._text_loss(outputs.logits, text_labels, is_target)
-        image_logits, targets = self._image_logits(
-            outputs.hidden_states[-1], input_ids, attention_mask, image_codes, image_targets, image_loss_share
+        hidden_states = outputs.hidden_states[-1]
+        if in_chunks:
+            text_sum, text_count = self._text_loss_in_chunks(hidden_states[is_target], text_labels[is_target])
+        else:
+            text_sum, text_count = self._text_loss(outputs.logits, text_labels, is_target)
+        states, targets = self._depth_inputs(
+            hidden_states, input_ids, attention_mask, image_codes, image_targets, image_loss_share
         )
-        image_mean = self._image_loss(image_logits, targets)
+        image_logits = None
+        if losses_alone and targets is not None:
+            image_mean = self._image_loss_in_chunks(states, targets)
+        else:
+            image_logits, image_mean = self._image_loss(states, targets)
         image_count = 0 if targets is None else int(image_targets.sum()) * image_codes[0].numel()
         if num_items_in_batch is None:
             loss = (text_sum + image_count * image_mean) / (text_count + image_count).clamp_min(1)
@@ -595,7 +620,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
             loss = (text_sum + positions * image_mean) / num_items_in_batch
         if targets is None or image_loss_share < 1:
             image_logits = None
-        else:
+        elif image_logits is not None:
             image_logits = image_logits.unflatten(0, (-1, image_codes.shape[-1]))
         return UniTokMLLMOutput(
             loss=loss,
@@ -637,12 +662,27 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
         text_sum = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
         return text_sum, (targets != -100).sum()
 
-    def _image_logits(self, hidden_states, input_ids, attention_mask, image_codes, image_targets, share):
-        """Compute the depth transformer's logits for the target images.
+    def _has_many(self, is_target: torch.Tensor | None) -> bool:
+        """Return whether there are so many text targets that chunks of their logits save memory, and the LLM allows it."""
+        if is_target is None or self.config.text_config.model_type not in PLAIN_HEADS or torch.compiler.is_compiling():
+            return False
+        return int(is_target.sum()) > max(CHUNK_ROWS, self.config.llm_sizes.hidden_size // 2)
+
+    def _text_loss_in_chunks(self, states, targets) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum the cross-entropies of M text targets from their states (M, D), in chunks, and count them."""
+        head = self.get_output_embeddings()
+
+        def loss_of(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(head(states).float(), targets, reduction="sum")
+
+        return loss_in_chunks(head, loss_of, states, targets, CHUNK_ROWS), targets.new_tensor(len(targets))
+
+    def _depth_inputs(self, hidden_states, input_ids, attention_mask, image_codes, image_targets, share):
+        """Select what the depth transformer gets for the target images.
 
         Returns:
-            Logits (P, K, V) and codes (P, K) of the P positions of all target images, or of a share of them. Without
-            target images, the logits of a placeholder and None, so that every parameter is used in each pass.
+            LLM states (P, D) and codes (P, K) of the P positions of all target images, or of a share of them. Without
+            target images, any state and None.
         """
         num_images = 0 if image_codes is None else len(image_codes)
         if image_targets is not None and image_targets.shape != (num_images,):
@@ -650,9 +690,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
                 f"image_targets has shape {tuple(image_targets.shape)}, but there are {num_images} images."
             )
         if image_targets is None or not image_targets.any():
-            stand_in = image_codes.new_zeros if image_codes is not None else hidden_states.new_zeros
-            codes = stand_in((1, self.depth_head.num_codebooks), dtype=torch.long)
-            return self.depth_head(hidden_states[:1, 0], codes), None
+            return hidden_states[:1, 0], None
         image_targets = image_targets.to(device=hidden_states.device, dtype=torch.bool)
         is_image = input_ids == self.config.image_token_id
         is_target = is_image.masked_scatter(is_image, image_targets.repeat_interleave(image_codes.shape[-1]))
@@ -664,16 +702,33 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
         if share < 1:
             chosen = torch.randperm(len(targets), device=targets.device)[: max(1, round(share * len(targets)))]
             states, targets = states[chosen], targets[chosen]
-        return self.depth_head(states, targets), targets
+        return states, targets
 
-    def _image_loss(self, image_logits, targets) -> torch.Tensor:
-        """Compute the mean cross-entropy over all codes, plus the z-loss."""
-        logits = image_logits.float()
+    def _image_loss(self, states, targets) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the depth transformer's logits (P, K, V) and their loss: mean cross-entropy over all codes, plus z-loss.
+
+        Without targets, the loss is 0 times the logits of a placeholder, so that every parameter is used in each pass.
+        """
         if targets is None:
-            return 0.0 * logits.sum()
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        z_loss = logits.amax(dim=-1).square().mean()
-        return cross_entropy + self.config.image_loss_z_weight * z_loss
+            stand_in = torch.zeros(1, self.depth_head.num_codebooks, dtype=torch.long, device=states.device)
+            logits = self.depth_head(states, stand_in)
+            return logits, 0.0 * logits.float().sum()
+        logits = self.depth_head(states, targets)
+        values = logits.float()
+        cross_entropy = F.cross_entropy(values.flatten(0, 1), targets.flatten())
+        z_loss = values.amax(dim=-1).square().mean()
+        return logits, cross_entropy + self.config.image_loss_z_weight * z_loss
+
+    def _image_loss_in_chunks(self, states, targets) -> torch.Tensor:
+        """Compute the loss of `_image_loss` in chunks, where the activations of a row take more than the gradients."""
+        num_positions, num_codebooks = targets.shape
+
+        def loss_of(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return self._image_loss(states, targets)[1] * (len(targets) / num_positions)
+
+        is_worth_it = targets.numel() > 4 * self.depth_head.llama_config.hidden_size
+        chunk_size = max(1, CHUNK_ROWS // num_codebooks) if is_worth_it else num_positions
+        return loss_in_chunks(self.depth_head, loss_of, states, targets, chunk_size)
 
 
 __all__ = [

@@ -14,7 +14,8 @@ from transformers import AutoProcessor, AutoTokenizer
 from eval.timing import naive
 from eval.timing.bounds import answer_bytes, decode_bytes, draw_bytes, encode_bytes, nbytes, weight_bytes
 from eval.timing.measuring import Job, Way
-from eval.timing.settings import Settings
+from eval.timing.peers import peer_jobs
+from eval.timing.settings import PEERS, Settings
 from eval.timing.subjects import Subject, photographs, pixels_of_photographs, random_ids, repeat_to
 from eval.timing.training_jobs import train_mllm_jobs, train_tokenizer_jobs
 from training.image_text_data import ImageTextTransform
@@ -237,4 +238,7 @@ JOBS = {
     "first_answer": first_answer_jobs,
 }
 
-WITHOUT_MODEL = {"peaks": peaks_jobs, "load": load_jobs, "import": import_jobs}
+WITHOUT_MODEL = {
+    **{"peaks": peaks_jobs, "load": load_jobs, "import": import_jobs},
+    **{f"draw_{name}": partial(peer_jobs, name, GUIDANCE) for name in PEERS},
+}

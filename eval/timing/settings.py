@@ -23,6 +23,8 @@ PRESETS = {
     "7b": (*TOKENIZER_JOBS, *MLLM_JOBS, "load", "import"),
 }
 
+PEERS = {"janus": (384, 576), "emu3": (512, 64 * 65)}  # sides of their images in pixels, and the tokens of an image
+
 
 @dataclass
 class Settings:
@@ -39,6 +41,10 @@ class Settings:
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
     jobs: list[str] = field(
         default_factory=list, metadata={"help": "names of jobs; default: all that the model has parts for"}
+    )
+    peer: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"also draw with the library's models of the LLM's size: {', '.join(PEERS)}"},
     )
     batches: list[int] = field(
         default_factory=lambda: [1, 4, 16], metadata={"help": "batch sizes: images, prompts or questions at once"}
@@ -72,6 +78,11 @@ class Settings:
         if unknown := sorted(set(self.jobs) - set(possible)):
             raise ValueError(f"no job {', '.join(unknown)} for {self.name}: its jobs are {', '.join(possible)}")
         self.jobs = self.jobs or list(possible)
+        if unknown := sorted(set(self.peer) - set(PEERS)):
+            raise ValueError(f"no peer {', '.join(unknown)}: the peers are {', '.join(PEERS)}")
+        if self.peer and (self.model or self.preset not in ("smollm2", "7b")):
+            raise ValueError(f"peers have the LLM's size of the presets smollm2 and 7b, got {self.name}")
+        self.jobs += [f"draw_{name}" for name in self.peer]
         for name in ("batches", "train_batches", "runs"):
             value = getattr(self, name)
             if min(value if isinstance(value, list) else [value], default=0) < 1:

@@ -72,13 +72,16 @@ def train_tokenizer_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
         )
 
 
-def training_sample(config: UniTokMLLMConfig, writes: bool, text_tokens: int) -> dict:
+def training_sample(config: UniTokMLLMConfig, kind: str, text_tokens: int) -> dict:
     """Build a random sample in the format of `training.data`.
 
-    It either writes an image after `text_tokens` tokens, or reads an image, and then the last 8 tokens are targets.
+    It either writes an image after `text_tokens` tokens, or reads an image, and then the last 8 tokens are targets, or
+    it is a text of the same length, all of it targets.
     """
     vision, positions = config.visual_config.vision_config, config.num_image_positions
-    ids = random_ids(config, text_tokens + positions + 3)
+    ids, writes = random_ids(config, text_tokens + positions + 3), kind == "write"
+    if kind == "text":
+        return {"input_ids": ids, "labels": ids, "image_targets": torch.zeros(0, dtype=torch.bool), "images": []}
     start = text_tokens + 1 if writes else 2
     ids[start - 1], ids[start + positions] = config.boi_token_id, config.eoi_token_id
     ids[start : start + positions] = config.image_token_id
@@ -95,41 +98,48 @@ def training_sample(config: UniTokMLLMConfig, writes: bool, text_tokens: int) ->
 def training_batch(config: UniTokMLLMConfig, batch: int, mix: str, packed: bool, device: str) -> dict:
     """Build a batch of samples of unequal lengths with the MLLM trainer's collator.
 
-    `mix` ("read", "half" or "write") says how many of them write an image. Packed rows have at least two samples.
+    `mix` ("read", "half" or "write") says how many of them write an image; "text" has none. Packed rows have at least
+    two samples.
     """
     from training.data import MLLMCollator
 
-    writes = {"read": lambda i: False, "half": lambda i: i % 2 == 0, "write": lambda i: True}[mix]
-    samples = [training_sample(config, writes(i), 32 + 8 * (i // 2 % 3)) for i in range(batch)]
+    kinds = ("write", "read") if mix == "half" else (mix,)
+    samples = [training_sample(config, kinds[i % len(kinds)], 32 + 8 * (i // 2 % 3)) for i in range(batch)]
     vision, positions = config.visual_config.vision_config, config.num_image_positions
     collator = MLLMCollator(0, (vision.num_codebooks, positions), pack_to=2 * (positions + 64) if packed else 0)
     return {name: tensor.to(device) for name, tensor in collator(samples).items()}
 
 
 def train_mllm_jobs(subject: Subject, settings: Settings) -> Iterator[Job]:
-    """Yield a job for each batch size, where half of the samples (or the only one) write; for one size, all mixes."""
+    """Yield a job for each batch size, where half of the samples (or the only one) write; for one size, all mixes.
+
+    "with logits" does not compute the losses in chunks.
+    """
     if settings.preset == "7b" and not settings.model:
         subject.mllm.to(getattr(torch, settings.dtype))
     mllm, optimizer = made_trainable(subject.mllm, settings)
-    rows = [(batch, "half" if batch > 1 else "write", False) for batch in settings.train_batches]
+    rows = [(batch, "half" if batch > 1 else "write", "") for batch in settings.train_batches]
     middle = 4 if 4 in settings.train_batches else max(settings.train_batches)
-    rows += [(middle, "read", False), (middle, "write", False), (middle, "half", True)]
-    for batch, mix, packed in dict.fromkeys(rows):
-        inputs = training_batch(mllm.config, batch, mix, packed, settings.device)
+    for mix in ("half", "read", "write", "text"):
+        rows += [(middle, mix, ""), (middle, mix, "with logits")]
+    rows.append((middle, "half", "packed"))
+    for batch, mix, variant in dict.fromkeys(rows):
+        inputs = training_batch(mllm.config, batch, mix, variant == "packed", settings.device)
         num_tokens = int(inputs.pop("num_tokens"))
+        fast = {"logits_at_targets": True} if variant == "with logits" else {"losses_alone": True}
 
-        def loss_of(logits_at_targets: bool, inputs=inputs) -> torch.Tensor:
-            return mllm(**inputs, logits_at_targets=logits_at_targets).loss
+        def loss_of(options: dict, inputs=inputs) -> torch.Tensor:
+            return mllm(**inputs, **options).loss
 
         step = partial(training_step, mllm, optimizer, max_grad_norm=1.0, settings=settings)
         yield Job(
-            Way(partial(step, partial(loss_of, True))),
+            Way(partial(step, partial(loss_of, fast))),
             batch,
             batch,
             "samples/s",
             train_bytes(mllm),
-            detail=mix + ", packed" * packed,
-            naive=Way(partial(step, partial(loss_of, False))),
+            detail=", ".join(filter(None, (mix, variant))),
+            naive=Way(partial(step, partial(loss_of, {}))),
             trained=mllm,
             describe=lambda _, tokens=num_tokens: f"{tokens} tokens",
         )
