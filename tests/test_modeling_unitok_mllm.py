@@ -208,6 +208,37 @@ def test_the_image_loss_on_a_share_of_the_positions_is_unbiased(lively_mllm):
         lively_mllm(**batch, image_loss_share=0)
 
 
+def test_the_word_loss_compares_images_with_the_words_that_follow_them(lively_mllm):
+    batch = make_batch(["read", "text", "mixed"], side="right")
+    output = lively_mllm(**batch, word_loss=True)
+    embeds = lively_mllm.embedder(batch["image_codes"])  # two images of the first sample, two of the last
+    table = lively_mllm.get_input_embeddings().weight
+    words = sorted({42, 43, 44, 40, 41, EOS})  # of all samples of the batch
+    probabilities = (embeds @ table[words].T).softmax(dim=-1)
+    seen = {word: probabilities[:2, :, words.index(word)].mean() for word in (42, 43, 44, EOS)}
+    expected = -sum(p.log() for p in seen.values()) - probabilities[2:, :, words.index(EOS)].mean().log()
+    assert output.num_text_targets == 5 and output.logits is None  # none of the text's, which has no image
+    torch.testing.assert_close(output.loss, expected / 5)
+    output.loss.backward()
+    assert {name.partition(".")[0] for name, p in lively_mllm.named_parameters() if p.grad is not None} == {
+        "embedder",
+        "language_model",
+    }
+    with pytest.raises(ValueError, match="word_loss needs input_ids, images and labels"):
+        lively_mllm(input_ids=batch["input_ids"], image_codes=batch["image_codes"], word_loss=True)
+
+
+@torch.no_grad()
+def test_the_word_loss_of_packed_samples_is_that_of_padded_ones(lively_mllm):
+    batch = make_batch(["read", "mixed"], side="right")
+    padded = lively_mllm(**batch, word_loss=True)
+    is_token = batch["attention_mask"].bool()
+    packed = {name: batch[name][is_token][None] for name in ("input_ids", "labels")}
+    packed["position_ids"] = torch.cat([torch.arange(n) for n in is_token.sum(dim=1).tolist()])[None]
+    packed |= {name: batch[name] for name in ("image_codes", "image_targets")}
+    torch.testing.assert_close(lively_mllm(**packed, word_loss=True).loss, padded.loss)
+
+
 @torch.no_grad()
 def test_an_image_changes_what_follows_it_and_nothing_before(lively_mllm):
     batch = make_batch(["read"])

@@ -22,11 +22,12 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 from typer.testing import CliRunner
 
+from training.arguments import parse_yaml_and_command_line
 from training.data import IGNORE, MLLMCollator, MLLMDataset, SampleTexts, Source
 from training.merge_lora import app as merge_lora_app
 from training.mllm_trainer import EvalShare, MLLMTrainer, set_visual_aside
 from training.release import save_release
-from training.train_mllm import IMAGE_TOKENS, main
+from training.train_mllm import IMAGE_TOKENS, MLLMArguments, check_run, main
 from training.trainer_options import METRICS
 from unitok_mllm import UniTokMLLMForConditionalGeneration
 
@@ -52,6 +53,21 @@ def test_one_step_of_each_stage_changes_exactly_what_it_should(tmp_path, start, 
     expected = {name for name in weights if name.split(".")[0] in parts} - {"embedder.quantizer.codebooks"}
     expected.discard("embedder.quantizer.usage")
     assert changed(start, tmp_path / "run/release") == expected
+
+
+def test_the_embedder_learns_the_words_of_captions(tmp_path, start, data):
+    options = {"trainable": ["embedder"], "align_words": True, "per_device_train_batch_size": 8, "num_samples": 160}
+    main([str(write_config(tmp_path / "run.yaml", start, [data["caption"]], learning_rate=1e-2, **options))])
+    (first, *_), *_, (last, *_) = losses(tmp_path / "run")
+    assert last < first - 0.2
+    assert {name.partition(".")[0] for name in changed(start, tmp_path / "run/release")} == {"embedder"}
+
+
+def test_tokens_that_are_no_targets(processor):
+    ids = torch.tensor([processor.tokenizer.bos_token_id, 7, 8, processor.tokenizer.eos_token_id])
+    sample = {"input_ids": ids, "labels": ids, "images": [], "image_targets": torch.zeros(0, dtype=torch.bool)}
+    collator = MLLMCollator(0, (2, 4), no_targets=tuple(processor.tokenizer.all_special_ids))
+    assert collator([sample])["labels"].tolist() == [[IGNORE, 7, 8, IGNORE]]
 
 
 def test_a_run_says_what_it_trains_how_long_that_takes_and_what_to_try_then(tmp_path, start, data, caplog):
@@ -230,6 +246,17 @@ def joined(tmp_path, start, llm: Path, sources: list[dict], **options) -> Path:
     """A config for training the LLM joined with the tokenizer of `start`."""
     parts = {"model": "", "visual_model": str(start), "llm": str(llm), "embedder_dim": 40, "embedder_heads": 2}
     return write_config(tmp_path / "joined.yaml", start, sources, **parts, **options)
+
+
+def test_a_missing_gguf_file_is_named_and_a_folder_with_nothing_else_is_fine(tmp_path, start, data):
+    (tmp_path / "llm").mkdir()
+    options = {"model": "", "visual_model": str(start), "llm": str(tmp_path / "llm"), "llm_gguf_file": "weights.gguf"}
+    config = str(write_config(tmp_path / "run.yaml", start, [data["text"]], **options))
+    arguments = parse_yaml_and_command_line((MLLMArguments, TrainingArguments), [config])
+    with pytest.raises(ValueError, match="llm_gguf_file: there is no weights.gguf in"):
+        check_run(*arguments)
+    (tmp_path / "llm/weights.gguf").touch()
+    check_run(*arguments)
 
 
 @pytest.mark.parametrize("pair", IMAGE_TOKENS)
@@ -450,6 +477,12 @@ def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
         ({"text_loss_weight": 1.5}, "text_loss_weight .1.5. is not between 0.0 and 1.0"),
         ({"image_loss_share": 0.0}, "image_loss_share must be above 0"),
         ({"lora": {"modules_to_save": ["x"]}, "trainable": ["embedder"]}, "lora takes no modules_to_save"),
+        ({"align_words": True}, "align_words trains the embedder alone: set trainable: .embedder."),
+        ({"align_words": True} | LORA, "align_words trains the embedder alone"),
+        (
+            {"align_words": True, "trainable": ["embedder"]},
+            "align_words takes captions to read .* got {.*conversations",
+        ),
         ({"load_in_4bit": True, "visual_model": "x"} | LORA, "load_in_4bit needs `model` alone"),
     ):
         with pytest.raises(ValueError, match=message):

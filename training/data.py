@@ -447,12 +447,14 @@ class MLLMCollator:
         code_shape: shape of an image's codes, (K, L).
         pack_to: number of tokens in a packed row; 0 for one sample per row.
         one_row: whether to pack everything into one row without padding, as flash attention requires.
+        no_targets: token ids that are never targets.
     """
 
     pad_token_id: int
     code_shape: tuple[int, int]
     pack_to: int = 0
     one_row: bool = False
+    no_targets: tuple[int, ...] = ()
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         """Collate samples of `Source.sample`.
@@ -481,6 +483,9 @@ class MLLMCollator:
         else:
             batch["attention_mask"] = (torch.arange(width)[None] < lengths[:, None]).long()
         batch["labels"] = self._pad([torch.cat([s["labels"] for s in row]) for row in rows], IGNORE)
+        if self.no_targets:
+            is_excluded = torch.isin(batch["labels"], torch.tensor(self.no_targets))
+            batch["labels"] = batch["labels"].masked_fill(is_excluded, IGNORE)
         images = [image for sample in samples for image in sample["images"]]
         if images:
             is_pixels = torch.tensor([image.is_floating_point() for image in images])

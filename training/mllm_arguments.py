@@ -84,6 +84,13 @@ class MLLMArguments:
     packing: bool = field(
         default=False, metadata={"help": "pack several samples into each row, without attention between them"}
     )
+    align_words: bool = field(
+        default=False,
+        metadata={
+            "help": "first stage: teach the embedder the words of captions to read, by a loss that needs the LLM's "
+            "token embeddings but not its layers; with trainable: [embedder]"
+        },
+    )
     caption_dropout: float = field(default=0.1, metadata={"help": "share of captions that the null prompt replaces"})
     max_broken_share: float = field(
         default=0.01, metadata={"help": "share of broken samples above which the run stops"}
@@ -131,6 +138,11 @@ class MLLMArguments:
             raise ValueError("load_in_4bit needs `model` alone: the folder of a whole MLLM.")
         if self.lora and "language_model" in self.trainable:
             raise ValueError("lora freezes the LLM's own weights: take language_model out of trainable.")
+        if self.align_words and (self.lora or {name.partition(".")[0] for name in self.trainable} != {"embedder"}):
+            raise ValueError("align_words trains the embedder alone: set trainable: [embedder], without lora.")
+        for source in (*self.datasets, *self.eval_datasets) if self.align_words else ():
+            if source.get("type") != "captions" or source.get("task", "read") != "read":
+                raise ValueError(f"align_words takes captions to read (type: captions, task: read), got {source}.")
         if self.lora and "modules_to_save" in self.lora:
             raise ValueError("lora takes no modules_to_save: use trainable for the parts to train in full.")
         if "/" not in self.attn_implementation:  # a slash names a kernel on the hub

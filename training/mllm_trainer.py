@@ -97,6 +97,7 @@ class MLLMTrainer(Trainer):
             weighted by their numbers of targets.
         image_loss_share: share of image positions that the training loss is computed on, see the model's `forward`;
             evaluations use all positions.
+        word_loss: whether to train the model's word loss, see its `forward`, instead of the losses of the LLM.
         kwargs: keyword arguments of transformers' `Trainer`.
 
     Raises:
@@ -109,12 +110,13 @@ class MLLMTrainer(Trainer):
         learning_rates: dict[str, float] | None = None,
         text_loss_weight: float = 0.0,
         image_loss_share: float = 1.0,
+        word_loss: bool = False,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the number of targets of the whole step
         self.learning_rates = learning_rates or {}
-        self.text_loss_weight, self.image_loss_share = text_loss_weight, image_loss_share
+        self.text_loss_weight, self.image_loss_share, self.word_loss = text_loss_weight, image_loss_share, word_loss
         trained = [plain_name(name) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         for prefix in self.learning_rates:
             if not any(is_under(name, prefix) for name in trained):
@@ -201,7 +203,7 @@ class MLLMTrainer(Trainer):
             pixel_values, places = inputs.pop("pixel_values"), inputs.pop("pixel_places")
             inputs["image_codes"][places] = self.mllm.encode_images(pixel_values)
         share = self.image_loss_share if model.training else 1.0
-        output = model(**inputs, image_loss_share=share, losses_alone=True)
+        output = model(**inputs, image_loss_share=share, losses_alone=True, word_loss=self.word_loss)
         sums = torch.stack([output.text_loss, output.image_loss]) * counts
         record = self._since_log if model.training else self._evaluated
         record[:2] += sums.detach()

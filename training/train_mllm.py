@@ -398,7 +398,10 @@ def check_run(arguments: MLLMArguments, training_arguments: TrainingArguments) -
     check_numbers(training_arguments)
     claim_folder(training_arguments.output_dir, training_arguments.process_index == 0)
     for name in ("model", "visual_model", "llm", "text_tokenizer"):
-        check_source(name, getattr(arguments, name), is_model=name != "text_tokenizer")
+        source, is_gguf = getattr(arguments, name), name == "llm" and arguments.llm_gguf_file
+        check_source(name, source, is_model=not is_gguf and name != "text_tokenizer")
+        if is_gguf and Path(source).is_dir() and not Path(source, arguments.llm_gguf_file).is_file():
+            raise ValueError(f"llm_gguf_file: there is no {arguments.llm_gguf_file} in {source}.")
     check_datasets(arguments.datasets)
     for question in arguments.sample_questions:
         load_image(question["image"])
@@ -459,6 +462,7 @@ def build_trainer(
         code_shape=(vision.num_codebooks, vision.num_positions),
         pack_to=arguments.max_length if arguments.packing else 0,
         one_row=arguments.packing and flash,
+        no_targets=tuple(processor.tokenizer.all_special_ids) if arguments.align_words else (),
     )
     freeze_all_but(model, arguments.trainable)
     trained = add_lora(model, processor, arguments, training_arguments) if arguments.lora else model
@@ -476,6 +480,7 @@ def build_trainer(
         learning_rates=arguments.learning_rates,
         text_loss_weight=arguments.text_loss_weight,
         image_loss_share=arguments.image_loss_share,
+        word_loss=arguments.align_words,
     )
     samples.bind(trainer)
     return trainer

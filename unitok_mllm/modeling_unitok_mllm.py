@@ -16,6 +16,7 @@ Differences from the reference code:
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -522,6 +523,7 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
         image_loss_share: float = 1.0,
         logits_at_targets: bool = False,
         losses_alone: bool = False,
+        word_loss: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> UniTokMLLMOutput:
@@ -549,6 +551,8 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
                 same, at less time and memory. `logits` is then (M, vocabulary), for M targets.
             losses_alone: with targets, return no logits. The losses and their gradients are the same, at less memory: they
                 are computed in chunks, see `chunked_loss_unitok`. A backward pass is then possible only once.
+            word_loss: compute only the loss of `_word_loss`, without the LLM's layers and without logits. Needs `input_ids`,
+                images and `labels`.
             num_items_in_batch: divisor of the loss, for batches that are parts of a larger one: the number of labels
                 other than -100 in the whole, as the library's Trainer counts them. The positions of target images then
                 need labels too (any id, such as their placeholder's). Each counts once, with the mean over its K
@@ -565,6 +569,18 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
         self._check_kwargs(kwargs, cache)
         if inputs_embeds is not None and image_targets is not None:
             raise ValueError("Images go with input_ids, not with inputs_embeds.")
+        if word_loss:
+            if input_ids is None or labels is None:
+                raise ValueError("word_loss needs input_ids, images and labels.")
+            text_sum, text_count = self._word_loss(input_ids, position_ids, labels, pixel_values, image_codes)
+            text_loss = text_sum / text_count.clamp_min(1)
+            return UniTokMLLMOutput(
+                loss=text_loss if num_items_in_batch is None else text_sum / num_items_in_batch,
+                text_loss=text_loss,
+                image_loss=0.0 * text_loss,
+                num_text_targets=text_count,
+                num_image_targets=torch.zeros_like(text_count),
+            )
         inputs_embeds, image_codes = self._inputs_embeds(
             input_ids, inputs_embeds, cache, pixel_values, image_codes, mm_encoder_outputs
         )
@@ -649,6 +665,34 @@ class UniTokMLLMForConditionalGeneration(UniTokMLLMModel, UniTokGenerationMixin,
                 "training.train_mllm, which counts codes. (Label smoothing, which takes the labels away, goes with text "
                 "alone.)"
             )
+
+    def _word_loss(self, input_ids, position_ids, labels, pixel_values, image_codes):
+        """Measure how well the images' embeddings name the text targets that follow them, as a bag of words.
+
+        Each image position gives a distribution over the words of the batch, which are its different text targets: the
+        softmax of the dot products of its embedding and the LLM's token embeddings. The loss of a target is the
+        negative log of its mean probability over the positions of the images before it, in the same sample. So an
+        embedder that is trained by this loss gives the LLM inputs that look like the words of the caption.
+
+        Returns:
+            The sum of the losses, and the number of targets that have an image before them.
+        """
+        embeds = self.get_image_features(pixel_values, image_codes, return_dict=True).pooler_output
+        self.images_per_sample(input_ids, *embeds.shape[:2])
+        starts = torch.zeros_like(input_ids) if position_ids is None else (position_ids == 0).cumsum(dim=1)
+        rows = torch.arange(len(input_ids), device=input_ids.device)[:, None]
+        samples = rows * (input_ids.shape[1] + 1) + starts  # a packed row has several
+        places = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
+        is_image = input_ids == self.config.image_token_id
+        is_target = (labels != -100) & ~is_image
+        words, targets = labels[is_target].unique(return_inverse=True)
+        scores = embeds.flatten(0, 1) @ self.get_input_embeddings().weight[words].to(embeds.dtype).T
+        scores = scores.float().log_softmax(dim=1).T[targets]  # (targets, image positions)
+        is_seen = (samples[is_target][:, None] == samples[is_image]) & (places[is_target][:, None] > places[is_image])
+        has_image = is_seen.any(dim=1)
+        scores, is_seen = scores[has_image].masked_fill(~is_seen[has_image], -math.inf), is_seen[has_image]
+        losses = is_seen.sum(dim=1).log() - scores.logsumexp(dim=1)
+        return losses.sum() + 0.0 * embeds.sum(), has_image.sum()
 
     @staticmethod
     def _text_loss(logits, shift_labels, is_target) -> tuple[torch.Tensor, torch.Tensor]:
