@@ -483,6 +483,11 @@ def test_what_cannot_be_trained_is_refused(tmp_path, start, data):
             {"align_words": True, "trainable": ["embedder"]},
             "align_words takes captions to read .* got {.*conversations",
         ),
+        (
+            {"align_words": True, "trainable": ["embedder"], "deepspeed": str(DEEPSPEED / "zero3.json")}
+            | {"datasets": [data["caption"]]},
+            "as a whole: train it without ZeRO-3",
+        ),
         ({"load_in_4bit": True, "visual_model": "x"} | LORA, "load_in_4bit needs `model` alone"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -396,6 +396,8 @@ def check_run(arguments: MLLMArguments, training_arguments: TrainingArguments) -
         ValueError: one of them is wrong, or another run uses the output folder.
     """
     check_numbers(training_arguments)
+    if arguments.align_words and is_deepspeed_zero3_enabled():
+        raise ValueError("align_words reads the LLM's token embeddings as a whole: train it without ZeRO-3.")
     claim_folder(training_arguments.output_dir, training_arguments.process_index == 0)
     for name in ("model", "visual_model", "llm", "text_tokenizer"):
         source, is_gguf = getattr(arguments, name), name == "llm" and arguments.llm_gguf_file
