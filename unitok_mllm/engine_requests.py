@@ -21,7 +21,7 @@ class Row:
         slot: index of the slot that holds its keys and values.
         length: number of positions that the LLM has processed.
         state: last hidden state of the LLM, (D,); None while inputs are pending.
-        pending: embeddings that the LLM has not processed yet, (T', D).
+        pending: embeddings that the LLM has not processed yet, (T', D), if there is no state.
         caches: the row's own caches, if rows are not batched.
     """
 

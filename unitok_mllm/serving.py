@@ -437,10 +437,11 @@ class UniTokEngine:
         is_same = self._held_hashes[:, :count] == row.hashes
         lengths = torch.tensor([len(held) for held in self._held])
         shared = is_same.cumprod(dim=1).sum(dim=1).minimum(lengths).tolist()
-        source = max(range(self.max_rows), key=lambda slot: (shared[slot], slot in self._free))
+        free = {*self._free}
+        source = max(range(self.max_rows), key=lambda slot: (shared[slot], slot in free))
         # equal hashes are no proof; and the last position must be computed to get its state
         length = min(_common_length(self._held[source], row.prompt), count - 1)
-        row.slot = source if source in self._free and length else self._free[0]
+        row.slot = source if source in free and length else self._free[0]
         self._free.remove(row.slot)
         if length and row.slot != source:
             for layer in self._cache.layers:
@@ -474,10 +475,12 @@ class UniTokEngine:
         self.num_rows_computed += len(rows)
         for row, count, state in zip(rows, counts, states):
             row.length += count
-            if self.is_batched:
+            if self.is_batched and row.length <= len(row.prompt):
                 self._held[row.slot] = row.prompt[: row.length]
-            row.pending = row.pending[count:]
-            row.state = None if len(row.pending) else state
+            if count < len(row.pending):
+                row.pending = row.pending[count:]
+            else:
+                row.state = state
 
     def _states(self, embeds: torch.Tensor, slots: list[int], starts: list[int], counts: list[int]) -> torch.Tensor:
         """Run the LLM on embeddings (N, T, D), padded on the right.
@@ -551,18 +554,23 @@ class UniTokEngine:
         weights = torch.tensor([d.weights + [0.0] * (width - len(d.weights)) for d in drawings], device=device)
         others = [torch.where(weights[:, i] > 0, firsts + i + 1, firsts) for i in range(width)]
         noise = torch.stack([d.noise[len(d.groups)] for d in drawings]).to(device)
-        samplers: dict[tuple, tuple[UniTokCodeSampler, list[int]]] = {}
+        alike: dict[tuple, list[int]] = {}  # drawings with the same sampling options
         for i, drawing in enumerate(drawings):
             o = drawing.options
-            key = (o.do_sample, float(o.temperature), o.top_k, float(o.top_p))
-            samplers.setdefault(key, (UniTokCodeSampler(o.warpers()), []))[1].append(i)
+            alike.setdefault((o.do_sample, float(o.temperature), o.top_k, float(o.top_p)), []).append(i)
+        samplers = [
+            (UniTokCodeSampler(drawings[places[0]].options.warpers()), torch.tensor(places, device=device))
+            for places in alike.values()
+        ]
 
         def choose(logits: torch.Tensor, k: int) -> torch.Tensor:
             logits = logits.float()
             guided = logits[firsts]
             guided = guided + sum(weights[:, i, None] * (guided - logits[other]) for i, other in enumerate(others))
-            codes = torch.empty(len(drawings), dtype=torch.long, device=device)
-            for sampler, places in samplers.values():
+            if len(samplers) == 1:
+                return samplers[0][0](guided, noise[:, k])[owners]
+            codes = torch.empty_like(firsts)
+            for sampler, places in samplers:
                 codes[places] = sampler(guided[places], noise[places, k])
             return codes[owners]
 

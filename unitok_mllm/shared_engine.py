@@ -20,6 +20,9 @@ from .streaming_unitok import UniTokImageStreamer
 
 
 DECODED_AT_ONCE = 16  # drawings in a batch; a call is never split, so a batch may be larger
+# More are no faster on a CPU. The earlier a client gets its picture, the earlier it asks again, and the engine draws for
+# it while the others' pictures are decoded.
+DECODED_AT_ONCE_ON_CPU = 4
 
 
 class SharedEngine:
@@ -70,9 +73,10 @@ class SharedEngine:
         return await future
 
     async def _decode_waiting(self) -> None:
+        most = DECODED_AT_ONCE_ON_CPU if self.model.device.type == "cpu" else DECODED_AT_ONCE
         while self._undecoded:
             calls, batch = [], []
-            while self._undecoded and len(batch) < DECODED_AT_ONCE:
+            while self._undecoded and len(batch) < most:
                 calls.append(self._undecoded.popleft())
                 batch.extend(calls[-1][0])
             try:
