@@ -33,7 +33,11 @@ def parse_settings(
     return settings
 
 
-DRAWING = {"guidance": "guidance_scale", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
+DRAWING = {
+    "guidance": "guidance_scale",
+    "plausibility": "plausibility",
+    **{name: name for name in ("temperature", "top_k", "top_p")},
+}
 
 
 @dataclass
@@ -42,6 +46,13 @@ class DrawingSettings:
 
     guidance: float | None = field(
         default=None, metadata={"help": "guidance scale; 1 for none; default: the model's own"}
+    )
+    plausibility: float | None = field(
+        default=None,
+        metadata={
+            "help": "leave out codes whose probability without guidance is below this share of the likeliest one's; 0 for "
+            "none; default: the model's own"
+        },
     )
     temperature: float | None = field(
         default=None, metadata={"help": "sampling temperature; default: the model's own"}

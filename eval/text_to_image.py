@@ -216,7 +216,7 @@ def draw(
         processor: its processor.
         texts: text of each picture.
         seeds: seed of each picture.
-        options: options of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `top_p`.
+        options: options of `generate_image_codes`: `guidance_scale`, `plausibility`, `temperature`, `top_k`, `top_p`.
     """
     codes = draw_codes(model, processor, texts, seed=seeds, **options)
     return [picture for row in codes.split(1) for picture in pictures_of(model, processor, row)]
@@ -334,7 +334,16 @@ class Evaluation:
             "model_sha256": folder_digest(settings.model),
             **{
                 name: getattr(settings, name)
-                for name in ("guidance", "temperature", "top_k", "top_p", "seed", "image_format", "truncate")
+                for name in (
+                    "guidance",
+                    "plausibility",
+                    "temperature",
+                    "top_k",
+                    "top_p",
+                    "seed",
+                    "image_format",
+                    "truncate",
+                )
             },
         }
         self._check_folder()

@@ -292,10 +292,10 @@ def test_generate_passes_every_option_on(workplace, models, monkeypatch):
         "generate_image_codes",
         lambda self, *args, **kwargs: seen.update(kwargs) or generate(self, *args, **kwargs),
     )
-    options = {"guidance": 2.5, "temperature": 0.5, "top-k": 9, "top-p": 0.75, "seed": 3}
+    options = {"guidance": 2.5, "plausibility": 0.25, "temperature": 0.5, "top-k": 9, "top-p": 0.75, "seed": 3}
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     succeed("generate", "a red circle", *flags, "--model", models / "mllm")
-    expected = {"guidance_scale": 2.5, "temperature": 0.5, "top_k": 9, "top_p": 0.75, "seed": 3}
+    expected = {"guidance_scale": 2.5, "plausibility": 0.25, "temperature": 0.5, "top_k": 9, "top_p": 0.75, "seed": 3}
     assert {name: seen[name] for name in expected} == expected
 
 
@@ -341,6 +341,7 @@ def test_drawings_go_into_a_new_folder_with_their_seed_in_the_file_and_on_the_sc
                 "prompt": "a boat \u26f5",
                 "sample": f"{number} of 2",
                 "guidance_scale": "2.0",
+                "plausibility": "0.0",
                 "temperature": "0.7",
                 "top_k": "20",
                 "top_p": "1.0",
@@ -725,7 +726,7 @@ def test_odd_texts_on_the_command_line(saved_mllm, picture, tmp_path, monkeypatc
 
 def test_the_commands_refuse_what_the_model_refuses_and_take_what_it_takes(saved_mllm, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    kept = {"temperature", "top_k", "top_p", "guidance_scale", "seed", "num_return_sequences"}
+    kept = {"plausibility", "temperature", "top_k", "top_p", "guidance_scale", "seed", "num_return_sequences"}
     renamed = {"guidance_scale": "guidance", "num_return_sequences": "count"}
     for name, value in IMPOSSIBLE:
         if name in kept and not isinstance(value, list):

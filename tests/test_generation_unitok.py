@@ -145,6 +145,33 @@ def test_greedy_codes_are_the_teacher_forced_argmax_under_guidance(lively_mllm, 
     assert not torch.equal(draw(do_sample=False, guidance_scale=3.0), codes)
 
 
+@pytest.mark.parametrize("plausibility", [0.7, 0.95])
+def test_guidance_chooses_among_the_plausible_codes_alone(lively_mllm, processor, draw, plausibility):
+    options = {"guidance_scale": 5.0, "plausibility": plausibility}
+    codes = draw(do_sample=False, **options)
+    prompt = processor(text=TEXTS, generation_mode="image")
+    cond = teacher_forced_logits(lively_mllm, prompt, codes)
+    uncond = teacher_forced_logits(lively_mllm, prompt, codes, "unconditional_")
+    guided = uncond + 5 * (cond - uncond)
+    probs = cond.softmax(dim=-1)
+    guided[probs < plausibility * probs.amax(dim=-1, keepdim=True)] = -torch.inf
+    assert torch.equal(guided.argmax(dim=-1).transpose(1, 2), codes)
+    assert not torch.equal(draw(do_sample=False, guidance_scale=5.0), codes)
+
+    codes = draw(num_return_sequences=4, **options)
+    assert torch.equal(draw(num_return_sequences=4, use_cache=False, **options), codes)
+    prompt = processor(text=[text for text in TEXTS for _ in range(4)], generation_mode="image")
+    probs = teacher_forced_logits(lively_mllm, prompt, codes).softmax(dim=-1)
+    drawn = probs.gather(-1, codes.transpose(1, 2)[..., None])
+    assert (drawn >= (plausibility - 1e-4) * probs.amax(dim=-1, keepdim=True)).all()
+
+
+def test_the_ends_of_plausibility_are_plain_guidance_and_no_guidance(draw):
+    assert torch.equal(draw(guidance_scale=5.0, plausibility=0), draw(guidance_scale=5.0))
+    assert torch.equal(draw(guidance_scale=5.0, plausibility=1), draw(do_sample=False))
+    assert not torch.equal(draw(do_sample=False, guidance_scale=5.0), draw(do_sample=False))
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_cache_batch_and_order_do_not_change_a_picture(draw, guidance_scale, do_sample):
@@ -805,6 +832,8 @@ EXTREME = [
     {"top_p": 1e-30},
     {"top_p": 1},
     {"top_p": 1 - 1e-12},
+    {"plausibility": 1e-300},
+    {"plausibility": 1, "guidance_scale": 1e6},
     {"guidance_scale": 1e6},
     {"guidance_scale": 1e6, "do_sample": False},
     {"seed": 2**200},
@@ -815,6 +844,7 @@ IMPOSSIBLE = [
     *(("temperature", value) for value in (0, -1.0, math.nan, math.inf, -math.inf, 1e-300)),
     *(("top_k", value) for value in (-1, 2.5, math.nan)),
     *(("top_p", value) for value in (0, -0.5, 1.1, math.nan, math.inf)),
+    *(("plausibility", value) for value in (-0.1, 1.1, math.nan)),
     *(("guidance_scale", value) for value in (0, -3.0, 1.1e6, math.nan, math.inf)),
     *(("image_guidance_scale", value) for value in (0, math.nan, math.inf)),
     *(("seed", value) for value in (-1, 1.5, math.nan, "one", [3, -4], [1, None])),

@@ -517,7 +517,7 @@ def test_the_shipped_model_keeps_its_answers_and_drawings_with_int8_weights(skip
     for model in (exact, rounded):
         read.append(model.encode_images(pixels))
         answers.append(answer_questions(model, processor, [q for q, _ in questions], read[-1]))
-        options = {"guidance_scale": 3.0, "temperature": 0.7, "top_k": 20}
+        options = {"guidance_scale": 3.0, "plausibility": 0.0, "temperature": 0.7, "top_k": 20}
         drawings.append(draw(model, processor, captions, list(range(len(PAIRS))), **options))
     texts = [processor.image_sample(caption) for caption in captions]
     whole = processor(text=texts, images=[Image.new("RGB", (64, 64))] * len(texts))

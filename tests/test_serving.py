@@ -43,6 +43,7 @@ def drawing_of(seed: int, processor, picture) -> tuple[dict, dict]:
         inputs = processor(text=text, generation_mode="image")
     options = {
         "guidance_scale": choose.choice([1.0, 2.0, 5.0]),
+        "plausibility": choose.choice([0.0, 0.3]),
         "temperature": choose.choice([0.7, 1.0]),
         "top_k": choose.choice([0, 5]),
         "top_p": choose.choice([1.0, 0.9]),

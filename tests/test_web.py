@@ -191,7 +191,7 @@ def test_draw_from_a_prompt(page):
     page.get_by_label("Top-k").locator("visible=true").fill("20")
     draw(page, "a red circle", seed=1)
     expect(page.get_by_text("Seed 1")).to_be_visible()
-    options = {"guidance_scale": 3.0, "temperature": 0.7, "top_k": 20, "seed": 1}
+    options = {"guidance_scale": 5.0, "temperature": 0.7, "top_k": 20, "seed": 1}
     expected = inference.draw_images(*cli.load(cli.SHIPPED_MODEL), ["a red circle"], 4, **options)
     expect(page.locator(".drawings img")).to_have_count(4)
     wait_until(lambda: are_alike(drawings(page), expected))

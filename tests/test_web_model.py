@@ -290,17 +290,17 @@ def test_formats_that_no_browser_makes_are_not_decoded(tmp_path, format):
 
 
 def test_the_fields_as_options():
-    options = web_page.drawing_options(3.0, 0.7, 20, 0.9, 5)
+    options = web_page.drawing_options(3.0, 0.1, 0.7, 20, 0.9, 5)
     assert options == {
-        **{"guidance_scale": 3.0, "do_sample": True, "seed": 5},
+        **{"guidance_scale": 3.0, "plausibility": 0.1, "do_sample": True, "seed": 5},
         **{"temperature": 0.7, "top_k": 20, "top_p": 0.9},
     }
-    assert web_page.drawing_options(1.0, 0, 20, 1, 5) == {"guidance_scale": 1.0, "do_sample": False, "seed": 5}
-    assert (
-        web_page.drawing_options(1.0, 1, 0, 1, -1)["seed"] != web_page.drawing_options(1.0, 1, 0, 1, -1)["seed"] >= 0
-    )
+    greedy = {"guidance_scale": 1.0, "plausibility": 0, "do_sample": False, "seed": 5}
+    assert web_page.drawing_options(1.0, 0, 0, 20, 1, 5) == greedy
+    seeds = [web_page.drawing_options(1.0, 0, 1, 0, 1, -1)["seed"] for _ in range(2)]
+    assert seeds[0] != seeds[1] >= 0
     with pytest.raises(ValueError, match="guidance and top-k must be given"):
-        web_page.drawing_options(None, 1, None, 1, 0)
+        web_page.drawing_options(None, 0, 1, None, 1, 0)
 
 
 def test_code_maps_show_each_code_by_its_colour():

@@ -143,7 +143,7 @@ class CompletionRequest(TextOptions):
 class ImageRequest(Strict):
     """Body of a request for images, https://platform.openai.com/docs/api-reference/images/create.
 
-    `guidance`, `image_guidance`, `temperature`, `top_k`, `top_p` and `seed` are extensions, see
+    `guidance`, `image_guidance`, `plausibility`, `temperature`, `top_k`, `top_p` and `seed` are extensions, see
     `generate_image_codes`. The model's own values are the defaults.
     """
 
@@ -158,6 +158,7 @@ class ImageRequest(Strict):
     seed: Seed = None
     guidance: float | None = None
     image_guidance: float | None = None
+    plausibility: float | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -165,7 +166,7 @@ class ImageRequest(Strict):
     def drawing(self) -> dict:
         """Return the arguments of `generate_image_codes`; temperature 0 means greedy decoding."""
         options = {"guidance_scale": self.guidance, "image_guidance_scale": self.image_guidance, "seed": self.seed}
-        options |= {"top_k": self.top_k, "top_p": self.top_p}
+        options |= {"plausibility": self.plausibility, "top_k": self.top_k, "top_p": self.top_p}
         options |= {"do_sample": False} if self.temperature == 0 else {"temperature": self.temperature}
         return {name: value for name, value in options.items() if value is not None}
 

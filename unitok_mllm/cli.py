@@ -89,6 +89,16 @@ OwnGuidance = Annotated[
     ),
 ]
 
+Plausibility = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Leave out codes whose probability without guidance is below this share of the likeliest one's; 0 for none.",
+        show_default="the model's own",
+    ),
+]
+
 
 def check_finite(**options: float | None) -> None:
     """Check, before any work, that the given options are finite numbers."""
@@ -287,6 +297,7 @@ def generate(
         typer.Option(help="PNG file for all candidates with their scores, best first.", show_default="none"),
     ] = None,
     guidance: OwnGuidance = None,
+    plausibility: Plausibility = None,
     temperature: Annotated[
         float | None,
         typer.Option(help="Sampling temperature, above 0; lower is more predictable.", show_default="the model's own"),
@@ -317,7 +328,7 @@ def generate(
         raise ValueError("the prompt is empty")
     if candidates is not None and 1 < candidates < count:
         raise ValueError(f"cannot keep {count} of only {candidates} candidates")
-    check_finite(temperature=temperature, top_p=top_p)
+    check_finite(plausibility=plausibility, temperature=temperature, top_p=top_p)
     check_sampling(temperature, top_p)
     check_output(output)
     if sheet is not None:
@@ -326,8 +337,8 @@ def generate(
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
     typer.echo(f"seed {seed}", err=True)
-    given = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    options = sampling_options(mllm, **given, candidates=candidates)
+    given = {"guidance_scale": guidance, "plausibility": plausibility, "candidates": candidates, "seed": seed}
+    options = sampling_options(mllm, **given, temperature=temperature, top_k=top_k, top_p=top_p)
     if sheet is not None and options.get("candidates", 1) == 1:
         raise ValueError("--sheet shows candidates: set --candidates to at least 2")
     asked = {"num_return_sequences": count, "progress": True, "return_dict_in_generate": True}
@@ -365,6 +376,7 @@ def edit(
             min=1, max=MAX_GUIDANCE, help="Guidance scale of the picture: how closely to follow it; 1 is none."
         ),
     ] = 1.0,
+    plausibility: Plausibility = None,
     model: ModelFolder = SHIPPED_MODEL,
     device: Device = AUTO,
 ) -> None:
@@ -377,7 +389,7 @@ def edit(
 
     picture = load_image(image)
     mllm, processor = load(model, device=device)
-    scales = {"guidance_scale": guidance, "image_guidance_scale": image_guidance}
+    scales = {"guidance_scale": guidance, "image_guidance_scale": image_guidance, "plausibility": plausibility}
     (edited,) = edit_images(mllm, processor, [(picture, instruction)], do_sample=False, **scales)
     typer.echo(save_new(edited, output))
 

@@ -7,6 +7,7 @@ batch, and combines their logits. `UniTokCodeSampler` chooses codes. `UniTokDraw
 prompts, then `step` from one position to the next.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -33,7 +34,10 @@ logger = logging.get_logger(__name__)
 # The `image_generation` in the generation config of new models (chosen with the shipped model).
 IMAGE_GENERATION = {"guidance_scale": 3.0, "temperature": 0.7, "top_k": 20}
 # Options that `image_generation` may have.
-SAMPLING = ("guidance_scale", "image_guidance_scale", "do_sample", "temperature", "top_k", "top_p", "candidates")
+SAMPLING = (
+    *("guidance_scale", "image_guidance_scale", "plausibility", "do_sample", "temperature", "top_k", "top_p"),
+    "candidates",
+)
 # Options of text generation that the library's pipelines also pass for drawings, or that it writes into every config.
 TEXT_OPTIONS = {"max_new_tokens", "max_length", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"}
 MAX_GUIDANCE = 1e6  # keeps guided logits finite in float32
@@ -44,13 +48,18 @@ MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
 class UniTokDrawingOptions:
     """Options of a drawing.
 
-    All are arguments of `generate_image_codes`. A model's defaults of the first seven are in its generation config, in
+    All are arguments of `generate_image_codes`. A model's defaults of the first eight are in its generation config, in
     the dict `image_generation`, separate from the options of text.
 
     Attributes:
         guidance_scale: guidance by the prompt's text. 1 means no guidance and one branch. Above 1, with a second branch,
             the logits are `uncond + scale * (cond - uncond)`.
         image_guidance_scale: guidance by the images in the prompts, by the same formula with a branch of its own.
+        plausibility: codes are not drawn if their probability without guidance (at temperature 1) is below this share of
+            the likeliest code's; 0 to draw from all, at most 1. Guidance then chooses only where the model itself is
+            undecided, so that it does not lead away from pictures that the model knows by heart. This is the adaptive
+            plausibility constraint of contrastive decoding (https://arxiv.org/abs/2210.15097, section 3.2), whose alpha
+            is 0.1.
         do_sample: False to take the most likely code each time.
         temperature: as in transformers; above 0.
         top_k: as in transformers; 0 keeps all codes.
@@ -71,6 +80,7 @@ class UniTokDrawingOptions:
 
     guidance_scale: float = 1.0
     image_guidance_scale: float = 1.0
+    plausibility: float = 0.0
     do_sample: bool = True
     temperature: float = 1.0
     top_k: int = 0
@@ -88,6 +98,7 @@ class UniTokDrawingOptions:
         for name, is_valid, expected in (
             ("guidance_scale", lambda scale: 1 <= scale <= MAX_GUIDANCE, scales),
             ("image_guidance_scale", lambda scale: 1 <= scale <= MAX_GUIDANCE, scales),
+            ("plausibility", lambda value: 0 <= value <= 1, "at least 0 (0: all codes) and at most 1"),
             ("temperature", lambda value: MIN_TEMPERATURE <= value < float("inf"), temperatures),
             ("top_k", lambda value: value >= 0, "at least 0 (0: all codes)"),
             ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
@@ -111,6 +122,11 @@ class UniTokDrawingOptions:
     def num_samples(self) -> int:
         """Number of samples drawn for each prompt."""
         return max(self.candidates, self.num_return_sequences)
+
+    @property
+    def log_plausibility(self) -> float:
+        """Logarithm of `plausibility`: the least log-likelihood of a code, relative to the likeliest one."""
+        return math.log(self.plausibility) if self.plausibility else -math.inf
 
     @classmethod
     def resolve(
@@ -226,6 +242,20 @@ def sample_codes(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True).squeeze(1)
 
 
+def keep_plausible(guided: torch.Tensor, logits: torch.Tensor, log_plausibility: float | torch.Tensor) -> torch.Tensor:
+    """Exclude codes that are too unlikely without guidance, see `plausibility` in `UniTokDrawingOptions`.
+
+    Args:
+        guided: guided logits, (B, V).
+        logits: logits without guidance, (B, V).
+        log_plausibility: log-likelihood that a code needs, relative to the likeliest one, or one for each row, (B, 1).
+
+    Returns:
+        The guided logits, (B, V), with -inf for excluded codes.
+    """
+    return guided.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + log_plausibility, -torch.inf)
+
+
 class UniTokGuidance:
     """Classifier-free guidance: the prompts and their null prompts, as R branches of one batch.
 
@@ -233,6 +263,7 @@ class UniTokGuidance:
         branches: embeddings (B, T, D) and mask (B, T) of each branch, the prompts' first; T may differ.
         scales: guidance scale of each branch but the first.
         num_return_sequences: samples for each prompt.
+        log_plausibility: see `keep_plausible`.
 
     Attributes:
         inputs_embeds: (R * B * num_return_sequences, T, D), padded on the left.
@@ -240,9 +271,13 @@ class UniTokGuidance:
     """
 
     def __init__(
-        self, branches: list[tuple[torch.Tensor, torch.Tensor]], scales: list[float], num_return_sequences: int
+        self,
+        branches: list[tuple[torch.Tensor, torch.Tensor]],
+        scales: list[float],
+        num_return_sequences: int,
+        log_plausibility: float = -math.inf,
     ):
-        self.scales, self.num_branches = scales, len(branches)
+        self.scales, self.num_branches, self.log_plausibility = scales, len(branches), log_plausibility
         length = max(mask.shape[1] for _, mask in branches)
         embeds = [F.pad(embeds, (0, 0, length - embeds.shape[1], 0)) for embeds, _ in branches]
         masks = [F.pad(mask, (length - mask.shape[1], 0)) for _, mask in branches]
@@ -253,7 +288,8 @@ class UniTokGuidance:
     def combine(self, logits: torch.Tensor) -> torch.Tensor:
         """Combine the logits of all branches (R * B, V) to guided ones (B, V), float32."""
         logits, *others = logits.float().chunk(self.num_branches)
-        return logits + sum((scale - 1) * (logits - other) for scale, other in zip(self.scales, others))
+        guided = logits + sum((scale - 1) * (logits - other) for scale, other in zip(self.scales, others))
+        return guided if self.log_plausibility == -math.inf else keep_plausible(guided, logits, self.log_plausibility)
 
     def repeat(self, embeds: torch.Tensor) -> torch.Tensor:
         """Repeat embeddings for all branches: (B, T, D) -> (R * B, T, D)."""
@@ -387,6 +423,7 @@ __all__ = [
     "UniTokGuidance",
     "has_keys",
     "image_generation",
+    "keep_plausible",
     "sample_codes",
     "uniform_noise",
 ]

@@ -177,7 +177,7 @@ class UniTokGenerationMixin(GenerationMixin):
         """Set the model's defaults of drawing, in the generation config that is saved with it.
 
         Args:
-            options: any of the first seven of `UniTokDrawingOptions`.
+            options: any of the first eight of `UniTokDrawingOptions`.
 
         Raises:
             ValueError: another option, or one outside its range.
@@ -225,9 +225,7 @@ class UniTokGenerationMixin(GenerationMixin):
         num_positions = options.num_positions or self.config.num_image_positions
         input_ids, attention_mask = self._image_prompt(input_ids, attention_mask, num_positions)
         branches = {name: (getattr(options, scale), *prompt) for scale, (name, *prompt) in others.items()}
-        guidance = self._guidance(
-            *self.embed(input_ids, pixel_values, image_codes), attention_mask, branches, options.num_samples
-        )
+        guidance = self._guidance(*self.embed(input_ids, pixel_values, image_codes), attention_mask, branches, options)
         noise = self._noise(options, len(input_ids), num_positions).to(input_ids.device)
         return options, guidance, noise
 
@@ -566,14 +564,14 @@ class UniTokGenerationMixin(GenerationMixin):
                 f"model's {most} positions."
             )
 
-    def _guidance(self, inputs_embeds, image_codes, attention_mask, others, num_return_sequences) -> UniTokGuidance:
+    def _guidance(self, inputs_embeds, image_codes, attention_mask, others, options) -> UniTokGuidance:
         """Build the batch of prompts and null prompts. `others` has scale (1 for none), ids and mask by name."""
         branches, scales = [(inputs_embeds, attention_mask)], []
         for name, (scale, ids, mask) in others.items():
             if scale > 1:
                 branches.append(self._other_branch(name, ids, mask, image_codes, len(inputs_embeds)))
                 scales.append(scale)
-        return UniTokGuidance(branches, scales, num_return_sequences)
+        return UniTokGuidance(branches, scales, options.num_samples, options.log_plausibility)
 
     def _other_branch(self, name, input_ids, attention_mask, image_codes, batch):
         """Embed the null prompts of one guidance. Returns embeddings and mask, a row for each prompt."""

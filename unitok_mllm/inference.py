@@ -283,7 +283,8 @@ def sampling_options(model: Any, **given: Any) -> dict[str, Any]:
     """
     from .drawing_unitok import IMAGE_GENERATION, UniTokDrawingOptions, image_generation
 
-    standard = {n: getattr(UniTokDrawingOptions, n) for n in ("guidance_scale", "temperature", "top_k", "top_p")}
+    names = ("guidance_scale", "plausibility", "temperature", "top_k", "top_p")
+    standard = {name: getattr(UniTokDrawingOptions, name) for name in names}
     own = image_generation(model.generation_config) or IMAGE_GENERATION
     return standard | own | {name: value for name, value in given.items() if value is not None}
 

@@ -21,7 +21,7 @@ TEXT_OPTIONS = frozenset(
 )
 IMAGE_OPTIONS = frozenset(
     (
-        *("guidance_scale", "do_sample", "temperature", "top_k", "top_p", "seed"),
+        *("guidance_scale", "plausibility", "do_sample", "temperature", "top_k", "top_p", "seed"),
         *("use_cache", "cuda_graph", "progress", "streamer", "logits_processor", "stopping_criteria"),
     )
 )

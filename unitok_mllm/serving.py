@@ -35,7 +35,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from .cuda_graph_unitok import can_record
-from .drawing_unitok import UniTokCodeSampler, has_keys
+from .drawing_unitok import UniTokCodeSampler, has_keys, keep_plausible
 from .engine_graphs import MIN_KEYS, RecordedSteps, power_of_two
 from .engine_requests import Answer, Drawing, Request, Row
 from .engine_slots import UniTokSlotLayer, range_of
@@ -552,6 +552,7 @@ class UniTokEngine:
         firsts = torch.tensor([0, *itertools.accumulate(len(d.rows) for d in drawings)][:-1], device=device)
         width = max(len(drawing.weights) for drawing in drawings)
         weights = torch.tensor([d.weights + [0.0] * (width - len(d.weights)) for d in drawings], device=device)
+        least = torch.tensor([[drawing.options.log_plausibility] for drawing in drawings], device=device)
         others = [torch.where(weights[:, i] > 0, firsts + i + 1, firsts) for i in range(width)]
         noise = torch.stack([d.noise[len(d.groups)] for d in drawings]).to(device)
         alike: dict[tuple, list[int]] = {}  # drawings with the same sampling options
@@ -567,6 +568,7 @@ class UniTokEngine:
             logits = logits.float()
             guided = logits[firsts]
             guided = guided + sum(weights[:, i, None] * (guided - logits[other]) for i, other in enumerate(others))
+            guided = keep_plausible(guided, logits[firsts], least)
             if len(samplers) == 1:
                 return samplers[0][0](guided, noise[:, k])[owners]
             codes = torch.empty_like(firsts)

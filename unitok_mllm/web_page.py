@@ -27,7 +27,9 @@ CSS = """
 """
 
 
-def drawing_options(guidance: float, temperature: float, top_k: int, top_p: float, seed: int) -> dict:
+def drawing_options(
+    guidance: float, plausibility: float, temperature: float, top_k: int, top_p: float, seed: int
+) -> dict:
     """Convert the page's fields to options of `generate_image_codes`.
 
     Temperature 0 means greedy drawing, a seed below 0 a random seed.
@@ -35,11 +37,12 @@ def drawing_options(guidance: float, temperature: float, top_k: int, top_p: floa
     Raises:
         ValueError: a field is empty.
     """
-    fields = {"guidance": guidance, "temperature": temperature, "top-k": top_k, "top-p": top_p, "seed": seed}
+    fields = {"guidance": guidance, "plausibility": plausibility, "temperature": temperature}
+    fields |= {"top-k": top_k, "top-p": top_p, "seed": seed}
     if empty := [name for name, value in fields.items() if value is None]:
         raise ValueError(f"{' and '.join(empty)} must be given")
     seed = random.SystemRandom().randrange(2**31) if seed < 0 else seed
-    options = {"guidance_scale": guidance, "seed": seed, "do_sample": temperature > 0}
+    options = {"guidance_scale": guidance, "plausibility": plausibility, "seed": seed, "do_sample": temperature > 0}
     return options | ({"temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature > 0 else {})
 
 
@@ -86,6 +89,7 @@ def _drawing_fields(shared: SharedModel, **given: float) -> list[gr.components.C
     with gr.Row():
         return [
             gr.Slider(1, 20, values["guidance_scale"], step=0.1, label="Guidance", info="1: none"),
+            gr.Slider(0, 1, values["plausibility"], step=0.01, label="Plausibility", info="0: all codes"),
             gr.Slider(0, 2, values["temperature"], step=0.05, label="Temperature", info="0: likeliest"),
             gr.Number(values["top_k"], precision=0, minimum=0, label="Top-k", info="0: all codes"),
             gr.Slider(0.01, 1, values["top_p"], step=0.01, label="Top-p", info="1: all codes"),
