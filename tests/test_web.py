@@ -634,18 +634,25 @@ def test_the_package_and_the_other_commands_do_not_import_gradio():
     assert result.stdout == "False\n", result.stderr
 
 
+def still_picture(page: Page) -> Image.Image:
+    """A screenshot of the page once it does not change any more."""
+    before, now = None, page.screenshot()
+    while now != before:
+        page.wait_for_timeout(5000)
+        before, now = now, page.screenshot()
+    return Image.open(BytesIO(now))
+
+
 def take_picture(path: Path) -> None:
     """Chat and Draw side by side, as one PNG."""
     with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as (address, _), browser_page(address) as page:
         for number, text in enumerate(("draw a red circle", "make it blue", "what color is the shape?"), start=1):
             ask(page, text)
             expect(answers(page)).to_have_count(number)
-            page.wait_for_timeout(5000)
-        page.screenshot(path=f"{folder}/chat.png")
+            chat = still_picture(page)
         draw(page, "a red circle")
-        page.wait_for_timeout(8000)
-        page.screenshot(path=f"{folder}/draw.png")
-        chat, drawn = Image.open(f"{folder}/chat.png"), Image.open(f"{folder}/draw.png")
+        expect(page.locator(".drawings img")).to_have_count(4)
+        drawn = still_picture(page)
         both = Image.new("RGB", (chat.width + drawn.width, chat.height))
         both.paste(chat, (0, 0))
         both.paste(drawn, (chat.width, 0))
