@@ -347,7 +347,7 @@ def test_a_signal_while_loading_leaves_nothing(tmp_path, end):
 MARKUP = """<img src=x onerror="window.hacked = 1"><script>window.hacked = 2</script><b class="hacked">b</b>"""
 
 
-DRAW = ["a red circle", 1, 1, 1, 1, 0, 1, 0]  # the fields of the tab
+DRAW = ["a red circle", 1, 1, 1, 0, 1, 0, 1, 0]  # the fields of the tab
 
 
 def visitor(number: int = 1) -> httpx.Client:
