@@ -4,7 +4,9 @@ python -m eval.easy_vqa --model unitok_mllm/checkpoints/tiny --output runs/easy_
 
 Each finished part is written to the JSON with its settings, and the same command resumes from there (`--no_resume`
 measures everything again). `eval.judge` classifies the drawings; it is trained first if its weights are missing. A
-picture next to the JSON shows the drawings.
+picture next to the JSON shows the drawings. `eval.pixel_check` tells how many of them have straight edges and right angles,
+which the judge does not see. `--split validation` measures on a tenth of the train split instead, to choose between models
+that were trained on the other nine (the `fit_*` files of `training.prepare_data`).
 """
 
 import importlib.metadata
@@ -37,6 +39,7 @@ from eval.judge import (
     load_pixels,
     make_judge,
 )
+from eval.pixel_check import check_shapes
 from eval.protocol import number
 from training.easy_vqa import COLORS, KINDS, SHAPES, load, question_kind
 from training.errors import one_line_errors
@@ -55,6 +58,7 @@ from unitok_mllm.scoring_unitok import UniTokScores
 MAX_ANSWER_TOKENS = 16
 MISTAKES_KEPT = 20
 EDIT = "make it {color}"
+SPLITS = ("test", "validation")
 ANSWERS = ["yes", "no", *COLORS, *SHAPES]
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 
@@ -73,7 +77,8 @@ class Settings(DrawingSettings):
         default="runs/judge.safetensors", metadata={"help": "file of the judge's weights; trained if missing"}
     )
     batch_size: int = field(default=64, metadata={"help": "questions or images per batch"})
-    limit: int | None = field(default=None, metadata={"help": "number of test images, the first ones; default: all"})
+    split: str = field(default="test", metadata={"help": "images to measure on: test, or validation"})
+    limit: int | None = field(default=None, metadata={"help": "number of images, the first ones; default: all"})
     samples: int = field(default=8, metadata={"help": "drawings for each of the 24 pairs of colour and shape"})
     candidates: int = field(
         default=1,
@@ -104,6 +109,8 @@ class Settings(DrawingSettings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be {' or '.join(SPLITS)}, got {self.split!r}")
         self.complete(self.model)
         check_ranges(self, edit_guidance=(1, MAX_GUIDANCE), edit_image_guidance=(1, MAX_GUIDANCE))
         if self.seed < 0:
@@ -254,7 +261,7 @@ def draw_candidates(
         seeds: seed of each caption.
         batch_size: images per batch.
         candidates: number of images for each caption.
-        options: options of `generate_image_codes`: `guidance_scale`, `temperature`, `top_k`, `top_p`.
+        options: options of `generate_image_codes`: `guidance_scale`, `plausibility`, `temperature`, `top_k`, `top_p`.
 
     Returns:
         Codes (N, candidates, K, L) and, for more than one candidate, their scores (N, candidates), on the CPU.
@@ -296,12 +303,12 @@ def contact_sheet(pictures: list[Image.Image], is_right: list[bool], samples: in
 
 
 class Evaluation:
-    """Evaluation of a loaded model on the test images. Each part has a method that returns its JSON entry."""
+    """Evaluation of a loaded model on the split's images. Each part has a method that returns its JSON entry."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self.model, self.processor = load_model(settings.model, settings.device)
-        self.samples = load("test")[: settings.limit]
+        self.samples = load(settings.split)[: settings.limit]
 
     @cached_property
     def pixel_values(self) -> torch.Tensor:
@@ -421,6 +428,7 @@ class Evaluation:
         write_atomically(sheet_path, picture_bytes(contact_sheet(pictures, is_right.tolist(), settings.samples)))
 
         test_labels = load_labels(self.samples)
+        is_known = (test_labels != UNKNOWN).all(dim=1)
         return {
             "prompt": self.processor.image_prompt("a {color} {shape}"),
             **judge_accuracy(self.judge, self.for_judge(pixels), labels),
@@ -428,10 +436,13 @@ class Evaluation:
                 " ".join(pair): share.item()
                 for pair, share in zip(PAIRS, is_right.view(len(PAIRS), -1).float().mean(1))
             },
+            "pixel_check": check_shapes(pixels, labels),
             "judge_on_test_images": judge_accuracy(self.judge, load_pixels(self.samples), test_labels),
             "judge_on_reconstructions": judge_accuracy(
                 self.judge, self.for_judge(self.decode(self.codes)), test_labels
             ),
+            "pixel_check_on_test_images": check_shapes(self.pixel_values[is_known], test_labels[is_known]),
+            "pixel_check_on_reconstructions": check_shapes(self.decode(self.codes[is_known]), test_labels[is_known]),
             "sheet": str(sheet_path),
             "drawing_seconds": round(seconds, 1),
             "both_by_candidates": by_candidates,
@@ -458,15 +469,28 @@ class Evaluation:
         return {
             "prompt": self.processor.edit_prompt(EDIT, 1),
             **judge_accuracy(self.judge, self.for_judge(pixels), wanted),
+            "pixel_check": check_shapes(pixels, wanted),
         }
 
 
 # Each part with the settings that its numbers depend on, in addition to the model's weights.
 PARTS = {
-    "reconstruction": ("limit",),
-    "vqa": ("limit", "choices"),
-    "text_to_image": ("limit", "samples", "candidates", "guidance", "temperature", "top_k", "top_p", "seed", "judge"),
-    "edit": ("limit", "edit_guidance", "edit_image_guidance", "judge"),
+    "reconstruction": ("split", "limit"),
+    "vqa": ("split", "limit", "choices"),
+    "text_to_image": (
+        "split",
+        "limit",
+        "samples",
+        "candidates",
+        "guidance",
+        "plausibility",
+        "temperature",
+        "top_k",
+        "top_p",
+        "seed",
+        "judge",
+    ),
+    "edit": ("split", "limit", "edit_guidance", "edit_image_guidance", "judge"),
 }
 
 
@@ -494,7 +518,7 @@ def evaluate(settings: Settings) -> dict:
         for name, keys in PARTS.items()
     }
     report = {
-        "benchmark": "easy-VQA, test split",
+        "benchmark": f"easy-VQA, {settings.split} split",
         "settings": asdict(settings),
         "versions": versions() | {"easy-vqa": importlib.metadata.version("easy-vqa")},
         "parts": read_finished(settings.output, wanted) if settings.resume else {},
@@ -521,7 +545,7 @@ def numbers(parts: dict[str, dict], settings: Settings, processor: UniTokMLLMPro
     """Return the main numbers of all parts with their protocols (`eval.protocol`)."""
     side = processor.image_processor.size
     images = f"{processor.image_processor.mode}, {side['width']}x{side['height']}"
-    split = "test" if settings.limit is None else f"test, first {settings.limit} images"
+    split = settings.split if settings.limit is None else f"{settings.split}, first {settings.limit} images"
     found = []
     if part := parts.get("reconstruction"):
         own = {"split": split, "images": images, "reference": "the same images"}
@@ -550,6 +574,16 @@ def numbers(parts: dict[str, dict], settings: Settings, processor: UniTokMLLMPro
         }
         own |= {"images": images, "reference": "colour and shape asked for", "tool": "the judge (eval.judge)"}
         found.append(number("easy-VQA", "drawings right", 100 * part["both"], "%", **own))
+        own["tool"] = "the pixel check (eval.pixel_check)"
+        found.append(
+            number(
+                "easy-VQA",
+                "drawings that fill their box as the shape does",
+                100 * part["pixel_check"]["all"],
+                "%",
+                **own,
+            )
+        )
     if part := parts.get("edit"):
         used = part["settings"]
         own = {
@@ -584,10 +618,18 @@ def table(report: dict) -> str:
         lines.append(f"{part['images']} drawings, {part['sheet']} ({part['seconds']} s)  both   color   shape")
         for name, value in (
             ("drawings", part),
-            ("judge, test images", part["judge_on_test_images"]),
+            (f"judge, {report['settings']['split']} images", part["judge_on_test_images"]),
             ("judge, reconstructions", part["judge_on_reconstructions"]),
         ):
             lines.append(f"  {name:23}  {value['both']:6.2%}  {value['color']:6.2%}  {value['shape']:6.2%}")
+        lines.append(f"pixel check  {'':12}" + "".join(f"{name:>11}" for name in ("all", *SHAPES)))
+        for name, key in (
+            ("drawings", ""),
+            ("true images", "_on_test_images"),
+            ("reconstructions", "_on_reconstructions"),
+        ):
+            value = part[f"pixel_check{key}"]
+            lines.append(f"  {name:23}" + "".join(f"{value.get(k, float('nan')):11.2%}" for k in ("all", *SHAPES)))
         for count, both in part["both_by_candidates"].items():
             lines.append(f"  {f'best of the first {count}':23}  {both:6.2%}")
     if part := parts.get("edit"):

@@ -1,11 +1,21 @@
-"""Measure a model on emoji of two styles: reconstruction, naming, and drawing by name.
+"""Measure a model on emoji: reconstruction, naming, drawing by name, and restyling.
 
     python -m eval.emoji --model unitok_mllm/checkpoints/tiny --guidance 1 --top_k 1 --data runs/data/emoji
 
-Held-out pictures (a tenth of the names, in one style) were never trained on in that style. A drawing counts as right if
-its own name's picture is the nearest (or among the five nearest) of all names in the requested style. The distance is
-the mean squared error at 32x32, after averaging the colour over each cell. The same figure for reconstructions is the
-limit that the tokenizer sets. A picture next to the JSON shows drawings.
+Held-out pictures were never trained on, but others of the same name and of the same style were. With `--split validation`,
+they are those of the validation part of the train split, for models that were trained on the `fit_*` files.
+
+Drawings are compared with the pictures of the data set, by the mean squared error at 32x32, after averaging the colour over
+each cell. The picture asked for must be the nearest
+
+- `top1`: of all names in its style (`top5`: among the five nearest)
+- `style`: of all styles of its name
+- `pair`: of all names in all styles
+
+`chance` has what picking one of these at random gives. The same figures for reconstructions are the limit that the
+tokenizer sets. `restyling` asks for "draw it in twitter style" of a picture in another style that was trained on, greedily
+and without guidance; `copied` counts results that are nearer to this picture than to those of its name in other styles.
+A picture next to the JSON shows drawings.
 
 Each finished part is written to the JSON, and the same command resumes from there (`--no_resume` measures everything
 again).
@@ -20,18 +30,19 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from eval._common import DrawingSettings, in_batches, load_model, parse_settings, read_result, versions
 from eval.easy_vqa import answer_questions, draw, normalize_answer
 from eval.images import stamp
 from eval.protocol import number
-from training.emoji import QUESTION, STYLES, TABLE, Emoji, read_table
+from training.emoji import QUESTION, RESTYLE, TABLE, Emoji, read_table
 from training.errors import one_line_errors
 from training.files import folder_digest, write_atomically
 from training.losses import psnr
 from unitok_mllm import UniTokMLLMProcessor
 from unitok_mllm.devices import AUTO, DEVICE_HELP, find_device
-from unitok_mllm.inference import check_model, picture_bytes
+from unitok_mllm.inference import check_model, edit_codes, picture_bytes
 from unitok_mllm.outputs import check_output_file
 from unitok_mllm.sheet import contact_sheet
 
@@ -42,6 +53,9 @@ SHOWN = (
     *("face with tears of joy", "smiling face with sunglasses", "pile of poo", "ghost", "heavy black heart"),
     *("jack-o-lantern", "soccer ball", "trophy"),
 )
+SPLITS = ("test", "validation")
+PARTS = ("reconstruction", "naming", "drawing", "restyling")
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 NOT_DECISIVE = ("output", "batch_size", "device", "resume")  # settings that do not affect the numbers
 
 
@@ -58,6 +72,9 @@ class Settings(DrawingSettings):
     output: str = field(default="runs/emoji.json", metadata={"help": "JSON file for the results"})
     batch_size: int = field(default=64, metadata={"help": "pictures per batch"})
     seen: int = field(default=400, metadata={"help": "number of training pictures to measure, evenly spread"})
+    split: str = field(
+        default="test", metadata={"help": "held-out pictures: test, or validation for a model trained on fit_*"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of the first drawing; the next ones count up"})
     resume: bool = field(default=True, metadata={"help": "keep parts of the output that have the same settings"})
     device: str = field(default=AUTO, metadata={"help": DEVICE_HELP})
@@ -68,10 +85,17 @@ class Settings(DrawingSettings):
         check_output_file(self.output)
         if not (Path(self.data) / TABLE).is_file():
             raise ValueError(f"{self.data} has no emoji: python -m training.prepare_data emoji {self.data}")
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be {' or '.join(SPLITS)}, got {self.split!r}")
         for name, least in (("batch_size", 1), ("seen", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         self.complete(self.model)
+
+
+def distances(pictures: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
+    """Compute the distances (N, M) of pictures (N, 3, H, W) from those of a gallery (M, 3, H, W), at 32x32 cells."""
+    return torch.cdist(*[F.adaptive_avg_pool2d(images.float(), 32).flatten(1) for images in (pictures, gallery)])
 
 
 def retrieval(pictures: torch.Tensor, gallery: torch.Tensor, truths: torch.Tensor) -> dict[str, float]:
@@ -85,8 +109,8 @@ def retrieval(pictures: torch.Tensor, gallery: torch.Tensor, truths: torch.Tenso
     Returns:
         The shares, in [0, 1].
     """
-    cells = [F.adaptive_avg_pool2d(images.float(), 32).flatten(1) for images in (pictures, gallery)]
-    nearest = torch.cdist(*cells).topk(min(5, len(gallery)), largest=False).indices == truths[:, None]
+    found = distances(pictures, gallery)
+    nearest = found.topk(min(5, len(gallery)), largest=False).indices == truths[:, None]
     return {"top1": nearest[:, 0].float().mean().item(), "top5": nearest.any(dim=1).float().mean().item()}
 
 
@@ -96,11 +120,14 @@ class Evaluation:
     def __init__(self, settings: Settings, emoji: list[Emoji]):
         self.settings, self.emoji = settings, emoji
         self.model, self.processor = load_model(settings.model, settings.device)
-        trained_on = [i for i, e in enumerate(self.emoji) if not e.held_out]
+        self.styles = list(dict.fromkeys(e.style for e in emoji))
+        is_test = settings.split == "test"
+        trained_on = [i for i, e in enumerate(emoji) if not e.held_out and not e.validation]
+        held_out = [i for i, e in enumerate(emoji) if (e.held_out if is_test else e.validation)]
         step = max(1, len(trained_on) // settings.seen)
         self.sets = {
             "seen": trained_on[::step][: settings.seen],
-            "held_out": [i for i, e in enumerate(self.emoji) if e.held_out],
+            "held_out" if is_test else "validation": held_out,
         }
         files = [f"{settings.data}/{e.image}" for e in self.emoji]
         self.pixels = self.processor.image_processor(files)["pixel_values"]
@@ -109,17 +136,21 @@ class Evaluation:
     def _batched(self, function, rows: torch.Tensor, title: str) -> torch.Tensor:
         return in_batches(function, rows, self.settings.batch_size, self.model.device, title)
 
-    def _retrieval(self, pictures: torch.Tensor, numbers: list[int]) -> dict[str, float]:
-        """Compute retrieval within each style, averaged over all pictures."""
-        total = {"top1": 0.0, "top5": 0.0}
-        for style in STYLES:
-            gallery = [i for i, e in enumerate(self.emoji) if e.style == style]
-            rows = [row for row, i in enumerate(numbers) if self.emoji[i].style == style]
-            if rows:
-                truths = torch.tensor([gallery.index(numbers[row]) for row in rows])
-                shares = retrieval(pictures[rows], self.pixels[gallery], truths)
-                total = {name: total[name] + shares[name] * len(rows) / len(numbers) for name in total}
-        return total
+    def _retrieval(self, pictures: torch.Tensor, numbers: list[int]) -> dict:
+        """Compute how often the picture asked for is the nearest, see the module's docstring."""
+        found = distances(pictures, self.pixels)
+        asked = [self.emoji[i] for i in numbers]
+        is_style = torch.tensor([[e.style == other.style for other in self.emoji] for e in asked])
+        is_name = torch.tensor([[e.name == other.name for other in self.emoji] for e in asked])
+        truths = torch.tensor(numbers)[:, None]
+        own = found.gather(1, truths)
+        nearer = found < own  # the number of these is the rank
+        ranks = {"top1": (nearer & is_style, 1), "top5": (nearer & is_style, 5), "style": (nearer & is_name, 1)}
+        ranks["pair"] = nearer, 1
+        shares = {name: (ahead.sum(1) < most).float().mean().item() for name, (ahead, most) in ranks.items()}
+        num_styles, num_names = len(self.styles), len(self.emoji) / len(self.styles)
+        chance = {"top1": 1 / num_names, "top5": min(1, 5 / num_names), "style": 1 / num_styles}
+        return shares | {"chance": chance | {"pair": 1 / len(self.emoji)}}
 
     def reconstruction(self, numbers: list[int]) -> dict:
         """Measure PSNR (dB), and how often a reconstruction retrieves its original."""
@@ -140,6 +171,37 @@ class Evaluation:
         """Measure how often a drawing is nearest to the requested picture."""
         return self._retrieval(self._draw([self.emoji[i] for i in numbers]), numbers)
 
+    def restyling(self, numbers: list[int]) -> dict:
+        """Measure how often "draw it in twitter style" of a picture in another style gives the picture asked for.
+
+        The source is of the next style, in the order of the table, in which the name was trained on. Targets without
+        one are left out.
+        """
+        places = {(e.name, e.style): i for i, e in enumerate(self.emoji)}
+        requests, targets, sources = [], [], []
+        for i in numbers:
+            target = self.emoji[i]
+            turn = self.styles.index(target.style)
+            others = (places.get((target.name, style)) for style in self.styles[turn + 1 :] + self.styles[:turn])
+            trained_on = (
+                n for n in others if n is not None and not (self.emoji[n].held_out or self.emoji[n].validation)
+            )
+            if (source := next(trained_on, None)) is not None:
+                ask = RESTYLE.format(style=target.style)
+                requests.append((Path(self.settings.data, self.emoji[source].image), ask))
+                targets.append(i)
+                sources.append(source)
+        if not targets:
+            raise ValueError(f"{self.settings.data} has no name that was trained on in another style")
+        size, options = self.settings.batch_size, {"do_sample": False, "guidance_scale": 1.0}
+        codes = [
+            edit_codes(self.model, self.processor, requests[start : start + size], **options).cpu()
+            for start in tqdm(range(0, len(requests), size), desc="restyling")
+        ]
+        pictures = self._batched(self.model.decode_images, torch.cat(codes), "decoding").float()
+        copied = self._retrieval(pictures, sources)["style"]
+        return {"asked": len(targets), **self._retrieval(pictures, targets), "copied": copied}
+
     def _draw(self, emoji: list[Emoji]) -> torch.Tensor:
         settings = self.settings
         codes = draw(
@@ -153,22 +215,31 @@ class Evaluation:
         return self._batched(self.model.decode_images, codes, "decoding").float()
 
     def sheet(self, path: Path) -> None:
-        """Write a sheet of drawings of well-known emoji, in both styles."""
+        """Write a sheet of drawings of well-known emoji, in all styles."""
         by_name = {(e.name, e.style): e for e in self.emoji}
-        shown = [by_name[name, style] for style in STYLES for name in SHOWN if (name, style) in by_name]
+        shown = [by_name[name, style] for style in self.styles for name in SHOWN if (name, style) in by_name]
         pictures = self.processor.image_processor.post_process(self._draw(shown))
         captions = [e.caption.replace(" emoji", "") for e in shown]
         write_atomically(path, picture_bytes(contact_sheet(pictures, captions, columns=8)))
 
 
 def protocol_number(
-    part: str, name: str, count: int, values: dict, settings: Settings, processor: UniTokMLLMProcessor
+    benchmark: str, part: str, name: str, count: int, values: dict, settings: Settings, processor: UniTokMLLMProcessor
 ) -> dict:
     """Return a part's main number with its protocol (`eval.protocol`)."""
-    size, sampling = processor.image_processor.size, settings.sampling if part == "drawing" else None
+    size = processor.image_processor.size
+    sampling = {"drawing": settings.sampling, "naming": "greedy", "restyling": "greedy"}.get(part)
     metric, value, unit, prompt, reference, tool = {
         "reconstruction": ("PSNR", values.get("psnr_db"), "dB", None, "the same pictures", "mean over pictures"),
         "naming": ("named exactly", 100 * values.get("accuracy", 0), "%", QUESTION, "names", "exact match"),
+        "restyling": (
+            "restyled",
+            100 * values.get("pair", 0),
+            "%",
+            RESTYLE,
+            "all pictures of all styles",
+            "nearest in pixels at 32x32",
+        ),
         "drawing": (
             "drawings right",
             100 * values.get("top1", 0),
@@ -180,13 +251,13 @@ def protocol_number(
     }[part]
     images = f"{processor.image_processor.mode}, {size['width']}x{size['height']}"
     return number(
-        "emoji of two styles",
+        benchmark,
         metric,
         value,
         unit,
         split=f"{name}, {count} pictures",
         prompt=prompt,
-        sampling="greedy" if part == "naming" else sampling,
+        sampling=sampling,
         images=images,
         reference=reference,
         tool=tool,
@@ -209,8 +280,10 @@ def read_finished(output: str, wanted: dict) -> dict[str, dict]:
 def evaluate(settings: Settings) -> dict:
     """Measure the missing parts; the JSON is written after each part."""
     emoji = read_table(settings.data)
-    if len({e.held_out for e in emoji}) < 2:
-        raise ValueError(f"{settings.data} needs emoji that are held out and others, it has {len(emoji)} of one kind")
+    flag = "held_out" if settings.split == "test" else "validation"
+    if len({getattr(e, flag) for e in emoji}) < 2:
+        kind = "held out" if settings.split == "test" else "for validation"
+        raise ValueError(f"{settings.data} needs emoji that are {kind} and others, it has {len(emoji)} of one kind")
     pictures = [f"{e.image} {stamp(Path(settings.data) / e.image)}" for e in emoji]
     digests = {
         "model_sha256": folder_digest(settings.model),
@@ -219,15 +292,16 @@ def evaluate(settings: Settings) -> dict:
     wanted = asdict(settings) | digests
     earlier = read_finished(settings.output, wanted) if settings.resume else {}
     evaluation = Evaluation(settings, emoji)
+    benchmark = f"emoji of {NUMBERS.get(len(evaluation.styles), len(evaluation.styles))} styles"
     report = {
-        "benchmark": "emoji of two styles",
+        "benchmark": benchmark,
         "settings": wanted,
         "versions": versions(),
         "numbers": [],
         "parts": {},
     }
     for name, rows in evaluation.sets.items():
-        for part in ("reconstruction", "naming", "drawing"):
+        for part in PARTS:
             values = earlier.get(part, {}).get(name)
             if values is None:
                 start = time.perf_counter()
@@ -235,7 +309,9 @@ def evaluate(settings: Settings) -> dict:
                 seconds = round(time.perf_counter() - start, 1)
                 values = {"pictures": len(rows), "seconds": seconds, **values}
             report["parts"].setdefault(part, {})[name] = values
-            report["numbers"].append(protocol_number(part, name, len(rows), values, settings, evaluation.processor))
+            report["numbers"].append(
+                protocol_number(benchmark, part, name, len(rows), values, settings, evaluation.processor)
+            )
             write_atomically(settings.output, json.dumps(report, indent=2).encode())
     evaluation.sheet(Path(settings.output).with_suffix(".png"))
     return report
@@ -243,17 +319,25 @@ def evaluate(settings: Settings) -> dict:
 
 def table(report: dict) -> str:
     """Format the report as a few readable lines."""
-    lines = [f"{'':44}{'seen':>10}{'held out':>10}"]
+    sets = list(report["parts"]["drawing"])
+    lines = [f"{'':44}" + "".join(f"{name.replace('_', ' '):>12}" for name in (*sets, "chance"))]
     rows = (
         ("reconstruction", "psnr_db", "reconstruction, PSNR, dB", "{:.2f}"),
         ("reconstruction", "top1", "original nearest to reconstruction", "{:.1%}"),
         ("naming", "accuracy", "named exactly", "{:.1%}"),
         ("drawing", "top1", "drawing nearest to what was asked for", "{:.1%}"),
         ("drawing", "top5", "... among the five nearest", "{:.1%}"),
+        ("drawing", "style", "... nearest of all styles of its name", "{:.1%}"),
+        ("drawing", "pair", "... nearest of all names in all styles", "{:.1%}"),
+        ("restyling", "style", "restyled: nearest of all styles of its name", "{:.1%}"),
+        ("restyling", "pair", "... nearest of all names in all styles", "{:.1%}"),
+        ("restyling", "copied", "... still nearest to the given style", "{:.1%}"),
     )
     for part, key, title, form in rows:
-        values = [report["parts"][part][name][key] for name in ("seen", "held_out")]
-        lines.append(f"{title:44}" + "".join(f"{form.format(value):>10}" for value in values))
+        of_sets = [report["parts"][part][name] for name in sets]
+        cells = [form.format(values[key]) for values in of_sets]
+        chance = of_sets[0].get("chance", {}).get(key)
+        lines.append(f"{title:44}" + "".join(f"{cell:>12}" for cell in (*cells, f"{chance:.2%}" if chance else "")))
     return "\n".join(lines)
 
 

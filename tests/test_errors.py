@@ -509,7 +509,7 @@ def test_an_unknown_option_of_any_script_is_named_in_one_line(script, capsys, tm
         (
             "training.prepare_data",
             "easy-vqa out --category x",
-            "--category have no effect without emoji: leave them out",
+            "--style and --size have no effect without emoji: leave them out",
         ),
         (
             "training.extend_vocabulary",

@@ -51,12 +51,37 @@ def packages(tmp_path) -> Path:
             buffer = io.BytesIO()
             picture.save(buffer, format="png")
             files[f"package/img/{style}/64/{i}.png"] = buffer.getvalue()
-        with tarfile.open(tmp_path / f"emoji-datasource-{style}-{emoji.VERSION}.tgz", "w:gz") as archive:
-            for name, data in files.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
+        add_archive(tmp_path / f"emoji-datasource-{style}-{emoji.VERSION}.tgz", files)
     return tmp_path
+
+
+def add_archive(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def four_styles(packages) -> Path:
+    """Also the archives of vector graphics, in which emoji i is green or blue on a half, and those of the 3d style.
+
+    The fluent style lacks the last emoji.
+    """
+    for (name, version), color in zip(emoji.VECTORS.values(), ("#0f0", "#00f", "#ff0")):
+        body = f'<path fill="{color}" d="M16 0h16v32H16z"/>'
+        count = NUM_EMOJI - ("fluent" in name)
+        icons = {"width": 32, "height": 32, "icons": {f"emoji-{i}": {"body": body} for i in range(count)}}
+        files = {"icons": icons, "chars": {str(i): f"emoji-{i}" for i in range(NUM_EMOJI)}}
+        path = packages / f"{name[1:].replace('/', '-')}-{version}.tgz"
+        add_archive(path, {f"package/{part}.json": json.dumps(value).encode() for part, value in files.items()})
+    buffer = io.BytesIO()
+    Image.new("RGBA", (256, 256), (255, 0, 0, 255)).save(buffer, format="webp", lossless=True)
+    name, version = emoji.LARGE["3d"]
+    files = {f"package/assets/{i}.webp": buffer.getvalue() for i in range(NUM_EMOJI)}
+    add_archive(packages / f"{name[1:].replace('/', '-')}-{version}.tgz", files)
+    return packages
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -95,6 +120,59 @@ def test_emoji_become_pictures_on_white_captions_and_questions(packages, tmp_pat
     ]
 
 
+def test_emoji_of_four_styles_hold_pairs_out_and_are_restyled(four_styles, tmp_path):
+    folder = tmp_path / "emoji"
+    options = [word for style in emoji.ALL_STYLES for word in ("--style", style)]
+    command = ["emoji", str(folder), "--packages", str(four_styles), "--size", "128", *options]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    pictures = emoji.read_table(folder)
+    assert len(pictures) == 4 * (NUM_EMOJI - 1)  # one has no picture in the fluent style
+    colors = {"google": (0, 255, 0), "twitter": (0, 0, 255), "fluent": (255, 255, 0), "3d": (255, 0, 0)}
+    for style, color in colors.items():
+        with Image.open(folder / f"images/{style}/7.png") as picture:
+            assert (picture.mode, picture.size, picture.getpixel((120, 5))) == ("RGB", (128, 128), color)
+            assert picture.getpixel((5, 5)) == ((255, 0, 0) if style == "3d" else (255, 255, 255))
+    captions = {
+        split: {row["caption"] for row in rows_of(folder / f"{split}_captions.jsonl")}
+        for split in ("train", "test", "fit", "validation")
+    }
+    assert captions["test"] == {e.caption for e in pictures if e.held_out} and len(captions["test"]) == 8
+    assert captions["validation"] == {e.caption for e in pictures if e.validation} and len(captions["validation"]) == 4
+    assert captions["train"] == captions["fit"] | captions["validation"]
+    assert len(captions["fit"]) + 4 == len(captions["train"]) == len(pictures) - 8
+    by_image, fit = {e.image: e for e in pictures}, captions["fit"]
+    for split, of_split in captions.items():
+        edits = conversations_of(folder / f"{split}_edits.json")
+        pairs = [[by_image[image] for image in row["image"]] for row in edits]
+        assert {target.caption for _, target in pairs} == of_split
+        assert {given.caption for given, _ in pairs} <= (captions["train"] if split == "train" else fit)
+        assert all(given.name == target.name and given.style != target.style for given, target in pairs)
+        ask = f"<image>\ndraw it in {pairs[0][1].style} style"
+        assert turns_of(edits[0]) == [ask, "<image>"]
+    for style, message in (
+        ("apple", "No style is called apple"),
+        ("google", "A style is given twice: google, google"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            emoji.load(four_styles, styles=["google", style])
+    with pytest.raises(ValueError, match="two to six styles, got 1: 3d"):
+        emoji.load(four_styles, styles=["3d"])
+
+
+def test_held_out_pairs_leave_each_name_and_style_known():
+    categories = {f"{kind} {i}": kind for kind, count in (("a", 100), ("b", 51)) for i in range(count)}
+    styles = ("google", "twitter", "fluent", "3d")
+    pairs = emoji.hold_out_pairs(categories, styles)
+    assert len({name for name, _ in pairs}) == len(pairs)
+    assert Counter(pairs.values()) == {"test": 40 + 20, "validation": 20 + 10}
+    assert sorted(Counter(style for _, style in pairs).values()) == [22, 22, 23, 23]
+    of_tests = [pair for pair, split in pairs.items() if split == "test"]
+    assert Counter(style for _, style in of_tests) == dict.fromkeys(styles, 15)
+    assert Counter(categories[name] for name, _ in of_tests) == {"a": 40, "b": 20}
+    assert pairs == emoji.hold_out_pairs(dict(reversed(categories.items())), styles)
+
+
 def test_emoji_of_one_category_alone(packages, tmp_path):
     pictures = emoji.load(packages, ["Activities"])
     assert {e.name for e in pictures} == {f"name {i}" for i in range(1, NUM_EMOJI, 2)}
@@ -110,7 +188,7 @@ def test_easy_vqa_keeps_its_splits_and_all_its_questions(tmp_path):
     assert [len(rows_of(tmp_path / f"{split}_captions.jsonl")) for split in ("train", "test")] == [4000, 1000]
     train, fit, validation = (rows_of(tmp_path / f"{part}_captions.jsonl") for part in ("train", "fit", "validation"))
     assert validation == train[::10] and fit == [row for row in train if row not in validation]
-    for kind in ("conversations", "interviews"):
+    for kind in ("conversations", "interviews", "edits", "dialogues"):
         names = [
             {row["image"][0] for row in conversations_of(tmp_path / f"{part}_{kind}.json")}
             for part in ("fit", "validation")

@@ -18,6 +18,7 @@ from unitok_mllm.sheet import SHAPES, question_kind  # noqa: F401
 RGB = dict(sorted(BY_NAME.items()))
 COLORS = tuple(RGB)
 KINDS = ("yes/no", "color", "shape")
+VALIDATION_EVERY = 10  # every n-th image of the train split is for validation, the others are "fit"
 
 
 @dataclass
@@ -79,11 +80,15 @@ def recolor(image: Image.Image, colors: list[str]) -> list[Image.Image]:
 
 
 def load(split: str) -> list[Sample]:
-    """Load the "train" or "test" split, in the order of the image numbers.
+    """Load the "train" or "test" split, or the "fit" or "validation" part of "train", in the order of the image numbers.
 
     Raises:
         ValueError: there is no such split.
     """
+    if split == "fit":
+        return [sample for number, sample in enumerate(load("train")) if number % VALIDATION_EVERY]
+    if split == "validation":
+        return load("train")[::VALIDATION_EVERY]
     if split == "train":
         paths, rows = easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()
     elif split == "test":

@@ -1,10 +1,11 @@
 """The README.md of a released folder: its model card, with what was trained and measured.
 
     python -m training.model_card runs/mllm-tiny/release --results runs/easy_vqa.json runs/emoji.json --license mit
+    python -m training.model_card runs/mllm-tiny/release --runs runs/tokenizer-tiny runs/mllm-tiny
     python -m training.model_card runs/mllm-tiny/release --push_to_hub OWNER/NAME
 
-The trainings write a card with each release. This command replaces its section "Evaluation" by the given results, and
-leaves the rest as it is; a folder without a card gets one. It reads results of easy_vqa, emoji, reconstruction,
+The trainings write a card with each release. This command replaces its section "Evaluation" by the given results, and its
+section "Learning curve" by a plot of the given runs' logs, and leaves the rest as it is; a folder without a card gets one. It reads results of easy_vqa, emoji, reconstruction,
 zero_shot and text_to_image, and refuses those of other weights than the folder's. A card that does not begin with a
 generated card's first line is hand-written, and is never overwritten.
 """
@@ -29,12 +30,15 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from training.errors import CommandLine, check_keys, one_line_errors
 from training.files import folder_digest, write_atomically
+from training.learning_curve import plot_curves, read_curves
 from unitok_mllm.inference import check_model
 
 
 logger = logging.getLogger(__name__)
 MARKER = "<!-- Written by training.model_card. Without this line the card is hand-written and never overwritten. -->"
 EVALUATION = "\n## Evaluation\n"
+LEARNING_CURVE = "\n## Learning curve\n"
+CURVE_FILE = "learning_curve.png"
 METADATA = ("license", "license_name", "license_link", "language", "datasets", "base_model", "tags", "model_name")
 LISTS = ("language", "datasets", "base_model", "tags")
 KINDS = {
@@ -332,7 +336,8 @@ def easy_vqa_results(result: dict) -> Iterator[EvalResult]:
     """Yield the entries of a result of `eval.easy_vqa` for the card's metadata."""
 
     def one(task: str, metric: str, value: float, name: str, **args) -> EvalResult:
-        names = {"dataset_type": "easy-vqa", "dataset_name": "easy-VQA", "dataset_split": "test"}
+        names = {"dataset_type": "easy-vqa", "dataset_name": "easy-VQA"}
+        names["dataset_split"] = result["settings"]["split"]
         return EvalResult(task, metric_type=metric, metric_value=value, metric_name=name, metric_args=args, **names)
 
     parts = result["parts"]
@@ -346,6 +351,8 @@ def easy_vqa_results(result: dict) -> Iterator[EvalResult]:
         args = _pick(part["settings"], "guidance", "temperature", "top_k", "seed")
         name = "drawings of the colour and shape asked for (judged by a CNN)"
         yield one("text-to-image", "accuracy", part["both"], name, images=part["images"], **args)
+        name = "drawings that fill their box as the shape does (pixel check)"
+        yield one("text-to-image", "accuracy", part["pixel_check"]["all"], name, images=part["images"], **args)
     if part := parts.get("edit"):
         name = "edits with the new colour and the old shape (judged by a CNN)"
         yield one("image-to-image", "accuracy", part["both"], name, images=part["images"])
@@ -357,6 +364,8 @@ EMOJI_METRICS = (
     ("naming", "accuracy", "visual-question-answering", "accuracy", "named exactly"),
     ("drawing", "top1", "text-to-image", "accuracy", "drawing nearest to what was asked for"),
     ("drawing", "top5", "text-to-image", "accuracy", "drawing among the five nearest"),
+    ("drawing", "pair", "text-to-image", "accuracy", "drawing nearest of all names in all styles"),
+    ("restyling", "pair", "image-to-image", "accuracy", "restyled: nearest of all names in all styles"),
 )
 
 
@@ -402,8 +411,8 @@ def text_to_image_results(result: dict) -> Iterator[EvalResult]:
 
 ZERO_SHOT = "zero-shot classification, "
 READERS = {  # by the start of `benchmark`, which for text_to_image is the format of the prompts
-    "easy-VQA, test split": easy_vqa_results,
-    "emoji of two styles": emoji_results,
+    "easy-VQA, ": easy_vqa_results,
+    "emoji of ": emoji_results,
     "reconstruction": reconstruction_results,
     ZERO_SHOT: zero_shot_results,
 }
@@ -463,9 +472,12 @@ def evaluation_section(measured: dict[str, tuple[list[EvalResult], str]]) -> str
 
 
 def update_card(
-    folder: str | os.PathLike, results: Iterable[str | os.PathLike], metadata: dict[str, Any] | None = None
+    folder: str | os.PathLike,
+    results: Iterable[str | os.PathLike],
+    metadata: dict[str, Any] | None = None,
+    runs: Iterable[str | os.PathLike] = (),
 ) -> None:
-    """Replace the results in a folder's card. Without results, only update its metadata.
+    """Replace the results and the learning curve in a folder's card. What is not given stays.
 
     A result that cannot be used is named in the log and left out.
 
@@ -473,11 +485,13 @@ def update_card(
         folder: folder of the model.
         results: result files.
         metadata: fields of the front matter to set, see `check_metadata`.
+        runs: output folders of the trainings whose logs are plotted.
 
     Raises:
-        ValueError: no result can be used; see also `make_card` and `read_card`.
+        ValueError: no result can be used, or a run has no logs; see also `make_card` and `read_card`.
     """
     folder, results = Path(folder), [Path(result) for result in results]
+    curves = {Path(run).name: read_curves(run) for run in runs}
     metadata = dict(metadata or {})
     check_metadata(metadata)
     card = read_card(folder) or make_card(folder, model_name(folder))
@@ -485,6 +499,13 @@ def update_card(
     name = metadata.pop("model_name", "") or card.data.get("model_name") or (heading or ["", model_name(folder)])[1]
     for key, value in metadata.items():
         card.data[key] = value
+    text, mark, evaluation = card.text.partition(EVALUATION)
+    if curves:
+        write_atomically(folder / CURVE_FILE, plot_curves(curves))
+        names = " and ".join(f"`{name}`" for name in curves)
+        section = f"{LEARNING_CURVE}\n![Losses and PSNR over the steps]({CURVE_FILE})\n\nFrom the logs of {names}.\n"
+        text = text.split(LEARNING_CURVE)[0].rstrip() + "\n" + section
+        card.text = text + mark + evaluation
     if results:
         digest, measured = folder_digest(str(folder)), {}
         for path in results:
@@ -495,7 +516,7 @@ def update_card(
         if not measured:
             raise ValueError(f"none of the {len(results)} results can be used: the card is unchanged")
         card.data.eval_results = [one for found, _ in measured.values() for one in found]
-        card.text = card.text.split(EVALUATION)[0].rstrip() + "\n" + evaluation_section(measured)
+        card.text = text.rstrip() + "\n" + evaluation_section(measured)
     if card.data.eval_results:
         card.data.model_name = name
     write_atomically(folder / REPOCARD_NAME, str(card).encode())
@@ -523,6 +544,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--results", type=Path, nargs="+", default=[], metavar="JSON", help="result files of the scripts in eval/"
     )
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", default=[], metavar="FOLDER", help="output folders of trainings to plot"
+    )
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder to this repository afterwards")
     parser.add_argument(
         "--private", action="store_true", default=None, help="make the repository private, if it is new"
@@ -536,7 +560,7 @@ def main(argv: list[str] | None = None) -> None:
         validate_repo_id(arguments.push_to_hub)
     elif arguments.private:
         parser.error("--private has no effect without --push_to_hub: leave it out")
-    update_card(arguments.folder, arguments.results, metadata)
+    update_card(arguments.folder, arguments.results, metadata, arguments.runs)
     print(f"the card is in {arguments.folder / REPOCARD_NAME}")
     if arguments.push_to_hub:
         print(push_release(arguments.folder, arguments.push_to_hub, arguments.private))

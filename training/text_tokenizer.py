@@ -1,10 +1,11 @@
-"""Train a small byte-level BPE tokenizer, on your own captions or on easy-VQA's texts (as for the shipped model).
+"""Train a small byte-level BPE tokenizer, on your own captions and conversations or on easy-VQA's texts.
 
 python -m training.text_tokenizer runs/tiny-text-tokenizer
 python -m training.text_tokenizer runs/my-text-tokenizer --captions data/captions.jsonl --vocab-size 4096
 """
 
 import argparse
+import itertools
 import os
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from unitok_mllm.processing_unitok import GENERATION_SUFFIX, UNCONDITIONAL_PROMP
 
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<boi>", "<eoi>", "<image>")
+ROLES = ("USER", "ASSISTANT")
 TURNS = "USER: ASSISTANT: "
+IMAGE = "<image>"
 SMALLEST = len(SPECIAL_TOKENS) + 256  # one token per byte
 LARGEST = 2**20  # the trainer allocates memory for all tokens
 
@@ -70,6 +73,27 @@ def read_captions(path: str | os.PathLike) -> list[str]:
     return [row["caption"] for row in rows]
 
 
+def conversation_texts(paths: list[str | os.PathLike]) -> list[str]:
+    """Return the texts of conversations in LLaVA's format, in the chat template's words and without image placeholders.
+
+    Raises:
+        FileNotFoundError: a table does not exist.
+        ValueError: a table has no rows, or a row without turns; the message names it.
+    """
+    texts = []
+    for path in paths:
+        rows = read_rows(path)
+        if not len(rows):
+            raise ValueError(f"{path} has no rows.")
+        for number, row in enumerate(rows, start=1):
+            try:
+                turns = [turn["value"].replace(IMAGE, "").strip() for turn in row["conversations"]]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"Row {number} of {path} has no turns with a text under 'value'.") from error
+            texts.append(" ".join(f"{role}: {turn}" for role, turn in zip(itertools.cycle(ROLES), turns)))
+    return texts
+
+
 def caption_texts(paths: list[str | os.PathLike]) -> list[str]:
     """Return the captions of tables as prompts; for every ten also a null prompt and the chat template's words.
 
@@ -91,6 +115,12 @@ def main(argv: list[str] | None = None) -> None:
         action="append",
         help="a .jsonl, .json or .parquet file with a `caption` in each row; repeat for several; default: easy-VQA",
     )
+    parser.add_argument(
+        "--conversations",
+        type=Path,
+        action="append",
+        help="a .json, .jsonl or .parquet file of conversations in LLaVA's format; repeat for several",
+    )
     parser.add_argument("--vocab_size", type=int, default=512, help="largest vocabulary (default: 512)")
     arguments = parser.parse_args(argv)
     check_output_folder(arguments.folder)
@@ -98,7 +128,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--vocab-size {arguments.vocab_size} is below {SMALLEST}, the special tokens and all bytes")
     if arguments.vocab_size > LARGEST:
         parser.error(f"--vocab-size {arguments.vocab_size} is above {LARGEST}")
-    texts = caption_texts(arguments.captions) if arguments.captions else easy_vqa_texts()
+    texts = caption_texts(arguments.captions or []) + conversation_texts(arguments.conversations or [])
+    if not arguments.captions and not arguments.conversations:
+        texts = easy_vqa_texts()
     tokenizer = train_text_tokenizer(texts, arguments.vocab_size)
     tokenizer.save_pretrained(arguments.folder)
     print(f"{arguments.folder}: {len(tokenizer)} tokens")

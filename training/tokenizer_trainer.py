@@ -37,6 +37,7 @@ from training.discriminator import FeatureDiscriminator
 from training.files import log_broken, whole_checkpoints
 from training.image_text_data import EpochDataset, ImageTextDataset, ImageTextStream, sample_seed
 from training.interrupts import StopRequest
+from training.learning_curve import HISTORY
 from training.loss_history import LossHistory
 from training.losses import (
     RECONSTRUCTION_TERMS,
@@ -72,7 +73,6 @@ from unitok_mllm.modeling_unitok import LOGIT_SCALE_BOUNDS, UniTokOutput
 logger = logging.getLogger(__name__)
 STATE = "state.pt"  # the file of a checkpoint that is written last
 LAG = 0.01  # share of the initial weights in the released average above which a warning is logged
-HISTORY = "history.jsonl"
 CODEBOOKS = "vision_model.quantizer.codebooks"
 LOGIT_SCALE = "logit_scale"
 SPEEDS = ("images_per_second", "data_wait_share", "decode_ms")
