@@ -87,8 +87,9 @@ class DrawingSettings:
 
     @property
     def sampling(self) -> str:
-        """Description of the sampling, for the protocol."""
-        return ", ".join(f"{option.replace('_', '-')} {getattr(self, option):g}" for option in DRAWING)
+        """Description of the sampling, for the protocol. A plausibility of 0, which does nothing, is left out."""
+        given = [option for option in DRAWING if option != "plausibility" or self.plausibility]
+        return ", ".join(f"{option.replace('_', '-')} {getattr(self, option):g}" for option in given)
 
 
 def load_model(folder: str, device: str = AUTO) -> tuple[UniTokMLLMForConditionalGeneration, UniTokMLLMProcessor]:

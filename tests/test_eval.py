@@ -58,7 +58,7 @@ def test_drawing_options_are_the_models_own_where_the_command_line_leaves_them_o
     own = evaluation.Settings(model=str(folder))
     assert own.drawing == {"guidance_scale": 3.0, "plausibility": 0.0, "temperature": 0.7, "top_k": 9, "top_p": 1.0}
     assert evaluation.Settings(model=str(folder), guidance=1.5, top_p=0.5).sampling == (
-        "guidance 1.5, plausibility 0, temperature 0.7, top-k 9, top-p 0.5"
+        "guidance 1.5, temperature 0.7, top-k 9, top-p 0.5"
     )
     (folder / "generation_config.json").unlink()
     assert evaluation.Settings(model=str(folder)).drawing == own.drawing | {"top_k": 20}  # of new models
@@ -211,7 +211,7 @@ def test_finished_parts_outlive_an_interruption_and_are_not_measured_again(argum
     names.append("drawings that fill their box as the shape does")
     assert [number["metric"] for number in report["numbers"]] == names
     (drawings,) = [number for number in report["numbers"] if number["metric"] == "drawings right"]
-    assert drawings["protocol"]["sampling"] == "guidance 1, plausibility 0, temperature 0.7, top-k 9, top-p 1"
+    assert drawings["protocol"]["sampling"] == "guidance 1, temperature 0.7, top-k 9, top-p 1"
     assert drawings["protocol"]["split"] == "24 pairs of colour and shape, 1 drawings each"
     evaluation.main([*arguments, "--no_resume", "--skip", "text_to_image,edit"])  # at a stretch
     fresh = json.loads(output.read_text(encoding="utf-8"))["parts"]

@@ -417,7 +417,8 @@ def test_options_of_drawing_are_saved_with_the_model_and_leave_text_as_it_is(liv
 def test_the_shipped_model_has_options_of_its_own():
     folder = Path(fast_drawing_unitok.__file__).parent / "checkpoints" / "tiny"
     config = GenerationConfig.from_pretrained(folder)
-    assert config.image_generation == IMAGE_GENERATION and config.temperature is None and config.top_k is None
+    own = IMAGE_GENERATION | {"guidance_scale": 5.0, "plausibility": 0.1}
+    assert config.image_generation == own and config.temperature is None and config.top_k is None
 
 
 def test_the_models_guidance_is_left_out_where_there_is_no_prompt_for_it(lively_mllm, processor, draw, caplog):
@@ -437,7 +438,7 @@ def test_the_models_guidance_is_left_out_where_there_is_no_prompt_for_it(lively_
     "options, message",
     [
         ({"guidance": 3.0}, "image_generation has no 'guidance': did you mean 'guidance_scale'?"),
-        ({"seed": 1}, "image_generation has no 'seed': known: guidance_scale, image_guidance_scale, do_sample, temp"),
+        ({"seed": 1}, "image_generation has no 'seed': known: guidance_scale, image_guidance_scale, plausibility, do"),
         ({"top_k": -1}, "top_k must be at least 0"),
         ({"temperature": "warm"}, "temperature must be above 0 .* got 'warm'"),
         ([3], r"image_generation must be a dict of drawing options, got \[3\]"),

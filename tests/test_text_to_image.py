@@ -415,7 +415,7 @@ def test_fid_is_that_of_torch_fidelity(prompts, drawn, tmp_path, monkeypatch):
         "protocol": {
             "split": "2 of 2 prompts, 2 a prompt",
             "prompt": "{prompt} Generate an image based on this description.",
-            "sampling": "guidance 5, plausibility 0, temperature 1, top-k 20, top-p 1",
+            "sampling": "guidance 5, plausibility 0.1, temperature 1, top-k 20, top-p 1",
             "images": "png files, 64x64",
             "reference": "3 pictures of 64x64",
             "tool": "torch-fidelity",
@@ -498,7 +498,16 @@ def test_jpeg_pictures_are_scored_by_clean_fid_under_the_published_sampling(nois
     meta = tmp_path / "meta_data.json"
     meta.write_text(FILES["mjhq"], encoding="utf-8")
     options = ["--samples", "1", "--guidance", "7", "--temperature", "0.9", "--top_k", "2048", "--top_p", "0.96"]
-    options += ["--image_format", "jpg", "--fid_reference", str(noise[0]), "--fid_tool", "clean-fid"]
+    options += [
+        "--plausibility",
+        "0",
+        "--image_format",
+        "jpg",
+        "--fid_reference",
+        str(noise[0]),
+        "--fid_tool",
+        "clean-fid",
+    ]
     output = tmp_path / "out"
     evaluation.main(arguments(meta, output, *options, "--fid_size", "64", "--inception_weights", str(file)))
     drawings = sorted((output / "images").rglob("*.jpg"))
@@ -524,7 +533,7 @@ def test_jpeg_pictures_are_scored_by_clean_fid_under_the_published_sampling(nois
     assert number["protocol"] == {
         "split": "2 of 2 prompts, 1 a prompt",
         "prompt": "{prompt} Generate an image based on this description.",
-        "sampling": "guidance 7, plausibility 0, temperature 0.9, top-k 2048, top-p 0.96",
+        "sampling": "guidance 7, temperature 0.9, top-k 2048, top-p 0.96",
         "images": "jpg files, 64x64",
         "reference": "5 pictures of 64x64",
         "tool": "clean-fid",
