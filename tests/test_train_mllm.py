@@ -270,6 +270,16 @@ def test_the_tokens_around_an_image_are_those_that_the_text_tokenizer_has(tmp_pa
     assert (processor.boi_token, processor.eoi_token) == ("<0x01>", "<other>")
 
 
+def test_an_llm_of_ones_own_learns_words_first_then_answers_by_lora(tmp_path, start, llm, data):
+    words = {"align_words": True, "trainable": ["embedder"], "max_steps": 2}
+    main([str(joined(tmp_path, start, llm(*IMAGE_TOKENS[0]), [data["caption"]], **words))])
+    lora = LORA | {"trainable": ["embedder"], "learning_rates": {"embedder": 1e-3}, "packing": True, "max_steps": 2}
+    sources = [data["read"] | {"weight": 0.9}, data["text"] | {"weight": 0.1}]
+    main([str(write_config(tmp_path / "lora.yaml", tmp_path / "joined/release", sources, num_samples=8, **lora))])
+    names = changed(tmp_path / "joined/release", tmp_path / "lora/release")
+    assert {name.partition(".")[0] for name in names} == {"embedder", "language_model"}
+
+
 def test_tokens_around_an_image_are_added_with_rows_for_them_or_refused(tmp_path, start, llm):
     folder = llm()
     size = len(AutoTokenizer.from_pretrained(folder))
