@@ -8,6 +8,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unitok_mllm.chunked_loss_unitok import loss_in_chunks
@@ -52,6 +53,17 @@ def test_loss_and_gradients_are_those_of_the_whole(trained, chunk_size):
     for name, grad in expected.items():
         if grad is not None:
             torch.testing.assert_close(grads[name], grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_flop_counter_counts_the_chunks():
+    module, states, targets = Tower().head, torch.randn(10, 5, requires_grad=True), torch.randint(7, (10,))
+
+    def loss_of(states, targets):
+        return F.cross_entropy(module(states), targets, reduction="sum")
+
+    with FlopCounterMode(display=False) as counter:
+        loss_in_chunks(module, loss_of, states, targets, 4).backward()
+    assert counter.get_total_flops() == 3 * 2 * 10 * 5 * 7  # forward, and backward to states and weights
 
 
 def test_under_autocast_the_gradients_are_those_of_the_whole_up_to_its_rounding():

@@ -67,7 +67,7 @@ class _LossInChunks(torch.autograd.Function):
         for rows, chunk in zip(states.split(chunk_size), targets.split(chunk_size)):
             rows = rows.detach().requires_grad_(states.requires_grad)
             with torch.enable_grad():
-                loss = loss_of(rows, chunk)
+                loss = loss_of(rows.view_as(rows), chunk)  # no leaf: hooks such as a FLOP counter's refuse those here
             wanted = [*([rows] if rows.requires_grad else []), *parameters]
             grads = list(torch.autograd.grad(loss, wanted, allow_unused=True))
             if rows.requires_grad:
