@@ -27,7 +27,16 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.image_utils import PILImageResampling
 
-from eval._common import DrawingSettings, check_skipped, in_batches, load_model, parse_settings, read_result, versions
+from eval._common import (
+    DRAWING,
+    DrawingSettings,
+    check_skipped,
+    in_batches,
+    load_model,
+    parse_settings,
+    read_result,
+    versions,
+)
 from eval.judge import (
     IMAGE_SIZE,
     UNKNOWN,
@@ -429,6 +438,7 @@ class Evaluation:
 
         test_labels = load_labels(self.samples)
         is_known = (test_labels != UNKNOWN).all(dim=1)
+        decoded = self.decode(self.codes)
         return {
             "prompt": self.processor.image_prompt("a {color} {shape}"),
             **judge_accuracy(self.judge, self.for_judge(pixels), labels),
@@ -438,11 +448,9 @@ class Evaluation:
             },
             "pixel_check": check_shapes(pixels, labels),
             "judge_on_test_images": judge_accuracy(self.judge, load_pixels(self.samples), test_labels),
-            "judge_on_reconstructions": judge_accuracy(
-                self.judge, self.for_judge(self.decode(self.codes)), test_labels
-            ),
+            "judge_on_reconstructions": judge_accuracy(self.judge, self.for_judge(decoded), test_labels),
             "pixel_check_on_test_images": check_shapes(self.pixel_values[is_known], test_labels[is_known]),
-            "pixel_check_on_reconstructions": check_shapes(self.decode(self.codes[is_known]), test_labels[is_known]),
+            "pixel_check_on_reconstructions": check_shapes(decoded[is_known], test_labels[is_known]),
             "sheet": str(sheet_path),
             "drawing_seconds": round(seconds, 1),
             "both_by_candidates": by_candidates,
@@ -477,19 +485,7 @@ class Evaluation:
 PARTS = {
     "reconstruction": ("split", "limit"),
     "vqa": ("split", "limit", "choices"),
-    "text_to_image": (
-        "split",
-        "limit",
-        "samples",
-        "candidates",
-        "guidance",
-        "plausibility",
-        "temperature",
-        "top_k",
-        "top_p",
-        "seed",
-        "judge",
-    ),
+    "text_to_image": ("split", "limit", "samples", "candidates", *DRAWING, "seed", "judge"),
     "edit": ("split", "limit", "edit_guidance", "edit_image_guidance", "judge"),
 }
 

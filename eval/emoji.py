@@ -98,20 +98,19 @@ def distances(pictures: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
     return torch.cdist(*[F.adaptive_avg_pool2d(images.float(), 32).flatten(1) for images in (pictures, gallery)])
 
 
-def retrieval(pictures: torch.Tensor, gallery: torch.Tensor, truths: torch.Tensor) -> dict[str, float]:
-    """Compute how often the original of a picture is the nearest, or among the five nearest, in a gallery.
+def retrieval(found: torch.Tensor, truths: torch.Tensor, rivals: torch.Tensor | bool = True) -> dict[str, float]:
+    """Compute how often the picture asked for is the nearest in a gallery, or among the five nearest.
 
     Args:
-        pictures: pictures to find, (N, 3, H, W).
-        gallery: pictures to search, (M, 3, H, W).
-        truths: index of each original in the gallery, (N,).
+        found: distances of pictures from a gallery, (N, M).
+        truths: index in the gallery of the picture asked for, (N,).
+        rivals: which pictures of the gallery it is compared with, (N, M), bool; True for all.
 
     Returns:
         The shares, in [0, 1].
     """
-    found = distances(pictures, gallery)
-    nearest = found.topk(min(5, len(gallery)), largest=False).indices == truths[:, None]
-    return {"top1": nearest[:, 0].float().mean().item(), "top5": nearest.any(dim=1).float().mean().item()}
+    rank = ((found < found.gather(1, truths[:, None])) & rivals).sum(dim=1)
+    return {f"top{most}": (rank < most).float().mean().item() for most in (1, 5)}
 
 
 class Evaluation:
@@ -142,12 +141,9 @@ class Evaluation:
         asked = [self.emoji[i] for i in numbers]
         is_style = torch.tensor([[e.style == other.style for other in self.emoji] for e in asked])
         is_name = torch.tensor([[e.name == other.name for other in self.emoji] for e in asked])
-        truths = torch.tensor(numbers)[:, None]
-        own = found.gather(1, truths)
-        nearer = found < own  # the number of these is the rank
-        ranks = {"top1": (nearer & is_style, 1), "top5": (nearer & is_style, 5), "style": (nearer & is_name, 1)}
-        ranks["pair"] = nearer, 1
-        shares = {name: (ahead.sum(1) < most).float().mean().item() for name, (ahead, most) in ranks.items()}
+        truths = torch.tensor(numbers)
+        shares = retrieval(found, truths, is_style)
+        shares |= {"style": retrieval(found, truths, is_name)["top1"], "pair": retrieval(found, truths)["top1"]}
         num_styles, num_names = len(self.styles), len(self.emoji) / len(self.styles)
         chance = {"top1": 1 / num_names, "top5": min(1, 5 / num_names), "style": 1 / num_styles}
         return shares | {"chance": chance | {"pair": 1 / len(self.emoji)}}

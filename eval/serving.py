@@ -277,15 +277,12 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(model: Path, options: argparse.Namespace) -> dict:
     """Time the plain calls, both servers and, if requested, the peer."""
     results = {"plain": plain_times(model)}
-    servers = {
-        name: partial(start_server, model, options.port, "--max-rows", str(rows), "--queue-size", "1000")
-        for name, rows in (("in turn", 2), ("batched", options.max_rows))
-    }
+    flags = {"in turn": ["--max-rows", "2"], "batched": ["--max-rows", str(options.max_rows)]}
     if find_device().type == "cuda":
-        rows = "--max-rows", str(options.max_rows)
-        servers[LAUNCHED] = partial(
-            start_server, model, options.port, *rows, "--queue-size", "1000", "--no-cuda-graph"
-        )
+        flags[LAUNCHED] = [*flags["batched"], "--no-cuda-graph"]
+    servers = {
+        name: partial(start_server, model, options.port, "--queue-size", "1000", *own) for name, own in flags.items()
+    }
     if options.peer:
         servers["transformers serve"] = partial(start_peer, model, options.port)
     for name, start in servers.items():

@@ -41,7 +41,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
-from eval._common import DrawingSettings, load_model, parse_settings, read_result, versions
+from eval._common import DRAWING, DrawingSettings, load_model, parse_settings, read_result, versions
 from eval.clip_score import clip_scores, load_clip
 from eval.fid import TOOLS, PictureFiles, fid, load_inception, reference_pictures
 from eval.images import stamp
@@ -332,19 +332,7 @@ class Evaluation:
             "format": self.format,
             "prompts_sha256": hashlib.sha256(json.dumps([(p.name, p.text) for p in prompts]).encode()).hexdigest(),
             "model_sha256": folder_digest(settings.model),
-            **{
-                name: getattr(settings, name)
-                for name in (
-                    "guidance",
-                    "plausibility",
-                    "temperature",
-                    "top_k",
-                    "top_p",
-                    "seed",
-                    "image_format",
-                    "truncate",
-                )
-            },
+            **{name: getattr(settings, name) for name in (*DRAWING, "seed", "image_format", "truncate")},
         }
         self._check_folder()
         self.earlier = read_result(self.folder / "results.json", "metrics")

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
-from eval.emoji import retrieval
+from eval.emoji import distances, retrieval
 from training import easy_vqa, emoji
 from training.arguments import parse_yaml_and_command_line
 from training.data import Source
@@ -268,7 +268,7 @@ def test_another_data_set_and_missing_archives_are_named(tmp_path, monkeypatch):
 def test_retrieval_counts_the_nearest_pictures():
     gallery = torch.arange(10.0)[:, None, None, None].expand(10, 3, 64, 64)
     pictures = gallery[[2, 5, 9]] + torch.tensor([0.1, 1.1, -7.0])[:, None, None, None]
-    shares = retrieval(pictures, gallery, torch.tensor([2, 5, 9]))
+    shares = retrieval(distances(pictures, gallery), torch.tensor([2, 5, 9]))
     assert shares == {"top1": pytest.approx(1 / 3), "top5": pytest.approx(2 / 3)}
 
 

@@ -4,6 +4,7 @@ https://github.com/vzhou842/easy-VQA
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,16 +80,22 @@ def recolor(image: Image.Image, colors: list[str]) -> list[Image.Image]:
     return [Image.fromarray(pixels.round().astype(np.uint8)) for pixels in new]
 
 
+def split_train(rows: Sequence) -> dict[str, list]:
+    """Split rows about the images of the train split, in their order, into those of "fit" and those of "validation"."""
+    parts = {"fit": [], "validation": []}
+    for number, row in enumerate(rows):
+        parts["fit" if number % VALIDATION_EVERY else "validation"].append(row)
+    return parts
+
+
 def load(split: str) -> list[Sample]:
     """Load the "train" or "test" split, or the "fit" or "validation" part of "train", in the order of the image numbers.
 
     Raises:
         ValueError: there is no such split.
     """
-    if split == "fit":
-        return [sample for number, sample in enumerate(load("train")) if number % VALIDATION_EVERY]
-    if split == "validation":
-        return load("train")[::VALIDATION_EVERY]
+    if split in ("fit", "validation"):
+        return split_train(load("train"))[split]
     if split == "train":
         paths, rows = easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()
     elif split == "test":

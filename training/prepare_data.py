@@ -114,8 +114,7 @@ def prepare_easy_vqa(folder: str | os.PathLike, limit: int | None = None) -> Non
         numbers = range(len(captions))
         parts = {split: numbers}
         if split == "train":
-            parts["validation"] = numbers[:: easy_vqa.VALIDATION_EVERY]
-            parts["fit"] = [n for n in numbers if n % easy_vqa.VALIDATION_EVERY]
+            parts |= easy_vqa.split_train(numbers)
         for part, chosen in parts.items():
             write_captions(folder / f"{part}_captions.jsonl", [captions[n] for n in chosen])
             write_rows(folder / f"{part}_interviews.json", [interviews[n] for n in chosen])

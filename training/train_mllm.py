@@ -400,10 +400,11 @@ def check_run(arguments: MLLMArguments, training_arguments: TrainingArguments) -
         raise ValueError("align_words reads the LLM's token embeddings as a whole: train it without ZeRO-3.")
     claim_folder(training_arguments.output_dir, training_arguments.process_index == 0)
     for name in ("model", "visual_model", "llm", "text_tokenizer"):
-        source, is_gguf = getattr(arguments, name), name == "llm" and arguments.llm_gguf_file
-        check_source(name, source, is_model=not is_gguf and name != "text_tokenizer")
-        if is_gguf and Path(source).is_dir() and not Path(source, arguments.llm_gguf_file).is_file():
-            raise ValueError(f"llm_gguf_file: there is no {arguments.llm_gguf_file} in {source}.")
+        has_config = name != "text_tokenizer" and not (name == "llm" and arguments.llm_gguf_file)
+        check_source(name, getattr(arguments, name), is_model=has_config)
+    gguf = Path(arguments.llm, arguments.llm_gguf_file)
+    if arguments.llm_gguf_file and Path(arguments.llm).is_dir() and not gguf.is_file():
+        raise ValueError(f"llm_gguf_file: there is no {arguments.llm_gguf_file} in {arguments.llm}.")
     check_datasets(arguments.datasets)
     for question in arguments.sample_questions:
         load_image(question["image"])

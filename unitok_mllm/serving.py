@@ -566,9 +566,9 @@ class UniTokEngine:
 
         def choose(logits: torch.Tensor, k: int) -> torch.Tensor:
             logits = logits.float()
-            guided = logits[firsts]
-            guided = guided + sum(weights[:, i, None] * (guided - logits[other]) for i, other in enumerate(others))
-            guided = keep_plausible(guided, logits[firsts], least)
+            plain = logits[firsts]
+            guided = plain + sum(weights[:, i, None] * (plain - logits[other]) for i, other in enumerate(others))
+            guided = keep_plausible(guided, plain, least)
             if len(samplers) == 1:
                 return samplers[0][0](guided, noise[:, k])[owners]
             codes = torch.empty_like(firsts)
